@@ -1,0 +1,1 @@
+"""Checkpoints on disk to arrays and back: Hugging Face safetensors, Orbax."""

@@ -1,0 +1,70 @@
+"""KV caches whose rows have lengths of their own.
+
+A cache is exactly one length bucket long: programs see what they need and no more, and `grow`
+moves to the next bucket. Which positions count is arithmetic on the lengths that the decode state
+holds: a rejected draft stays in place, unseen, until its position is written again.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax.config import DecoderConfig
+
+SMALLEST_BUCKET = 128
+
+
+class KVCache(NamedTuple):
+    """One buffer a layer, so that an unrolled program updates each in place."""
+
+    k: tuple[Array, ...]  # layers x [B, K, S, H]
+    v: tuple[Array, ...]  # layers x [B, K, S, H]
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of positions a row can hold."""
+        return self.k[0].shape[2]
+
+
+def bucket(positions: int) -> int:
+    """The smallest bucket that holds `positions`: a power of two from 128 up."""
+    return max(SMALLEST_BUCKET, 1 << (positions - 1).bit_length())
+
+
+def init(config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
+    """An empty cache for `batch` rows of `capacity` positions."""
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in "kv"))
+
+
+def write(buffer: Array, new: Array, start: Array) -> Array:
+    """Write `new` [B, T, K, H] into `buffer` [B, K, S, H], row b from position start[b] on.
+
+    The caller keeps start + T ≤ S for every row that still matters (XLA would clamp the start).
+    """
+    new = new.astype(buffer.dtype).swapaxes(1, 2)
+
+    def row(buffer: Array, new: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice(buffer, new, (0, start, 0))
+
+    if buffer.shape[0] == 1:  # a plain slice update instead of a scatter
+        return row(buffer[0], new[0], start[0])[None]
+    return jax.vmap(row)(buffer, new, start)
+
+
+def append(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> KVCache:
+    """The cache with `k` and `v` [B, T, K, H] of one layer written from start [B] on."""
+
+    def put(buffers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+        return (*buffers[:layer], write(buffers[layer], new, start), *buffers[layer + 1 :])
+
+    return KVCache(put(cache.k, k), put(cache.v, v))
+
+
+def grow(cache: KVCache, capacity: int) -> KVCache:
+    """The cache with room for `capacity` positions, the new ones zero."""
+    extra = capacity - cache.capacity
+    return jax.tree.map(lambda buffer: jnp.pad(buffer, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)

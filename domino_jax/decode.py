@@ -1,0 +1,312 @@
+"""Decoding: prefill, the fused Domino cycle, and the lean autoregressive loop (SPEC section 5).
+
+`prefill`, `first_token`, `speculate` and `autoregress` are the jit boundaries. The two loops run
+several cycles a dispatch; the host then fetches one `Emitted`, a few integers a row. They stop
+early when every row is done or the length bucket is full, in which case the caller calls `grow`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from domino_jax import cache as kv
+from domino_jax import draft, head, target, verify
+from domino_jax.cache import KVCache
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.sampling import Sampling, draw, probabilities
+from domino_jax.weights import Draft, Target
+
+LARGEST_CHUNK = 512  # prompt tokens a prefill program runs at once; bounds its memory
+SMALLEST_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Configs:
+    """What is being run, static to every program: the target, and the drafter or None."""
+
+    target: TargetConfig
+    draft: DraftConfig | None = None
+
+    @property
+    def reach(self) -> int:
+        """Positions from a row's anchor on that one cycle may write: the block, or anchor and drafts."""
+        return max(self.draft.block_size, self.draft.num_proposals + 1) if self.draft else 1
+
+
+class Params(NamedTuple):
+    """The weights that go with Configs."""
+
+    target: Target
+    draft: Draft | None = None
+
+
+class DecodeState(NamedTuple):
+    """Everything that lives between cycles. Row b has committed tokens t_0 ... t_a with a = length[b]."""
+
+    token: Array  # [B] int32, t_a: the last committed token, which the target has not run yet
+    length: Array  # [B] int32, a: both caches are valid for positions 0 ... a - 1
+    emitted: Array  # [B] int32, tokens generated so far
+    limit: Array  # [B] int32, tokens to generate at most
+    done: Array  # [B] bool, a stop token was emitted or the limit reached
+    keys: Array  # [B] random keys, one a row: an answer does not depend on its batch neighbours
+    sampling: Sampling  # [B] each
+    cache: KVCache  # the target's keys and values
+    context: KVCache | None  # the drafter's keys and values of the same positions; None without a drafter
+
+
+class Emitted(NamedTuple):
+    """What some cycles gave; C is the number a dispatch may run, J = 0 for autoregressive steps."""
+
+    cycles: Array  # [] int32, how many of the C entries count
+    tokens: Array  # [C, B, J + 1] int32, of which the first `counts` are new output
+    counts: Array  # [C, B] int32, 0 for a row that was already done
+    accepted: Array  # [C, B] int32, drafts accepted, counted whole even where a stop cut the output
+    drafts: Array  # [C, B, J] int32, what was proposed
+
+
+def begin(
+    params: Params,
+    configs: Configs,
+    prompts: list[list[int]],
+    keys: Array,
+    limits: list[int],
+    sampling: Sampling,
+    stop: Array,
+    dtype: jnp.dtype,
+) -> DecodeState:
+    """Run the prompts, in chunks, and commit each row's first token, which counts as generated.
+
+    Args:
+        prompts: B lists of at least one id, of any lengths.
+        keys: [B] random keys.
+        limits: tokens to generate at most, at least 1 each.
+        stop: [E] ids that end a sequence.
+        dtype: of the caches.
+    """
+    batch, longest = len(prompts), max(map(len, prompts))
+    chunk = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+    padded = -(-longest // chunk) * chunk
+    tokens = np.zeros((batch, padded), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    capacity = kv.bucket(max(padded, longest + configs.reach))
+    state = DecodeState(
+        token=jnp.zeros(batch, jnp.int32),
+        length=jnp.asarray(lengths),
+        emitted=jnp.zeros(batch, jnp.int32),
+        limit=jnp.asarray(np.array(limits, np.int32)),
+        done=jnp.zeros(batch, bool),
+        keys=keys,
+        sampling=sampling,
+        cache=kv.init(configs.target, batch, capacity, dtype),
+        context=kv.init(configs.draft, batch, capacity, dtype) if configs.draft else None,
+    )
+    last = jnp.zeros((batch, configs.target.hidden_size), params.target.embed.dtype)
+    for offset in range(0, padded, chunk):
+        piece = jnp.asarray(tokens[:, offset : offset + chunk])
+        state, last = prefill(params, configs, state, piece, jnp.asarray(np.int32(offset)), last)
+    return first_token(params, configs, state, last, stop)
+
+
+@partial(jax.jit, static_argnums=1, donate_argnums=(2, 5))
+def prefill(
+    params: Params, configs: Configs, state: DecodeState, tokens: Array, offset: Array, last: Array
+) -> tuple[DecodeState, Array]:
+    """Run one chunk of the prompts, the same positions in every row.
+
+    Args:
+        tokens: [B, T] int32, right-padded with anything.
+        offset: [] int32, the chunk's first position.
+        last: [B, D] hidden state of each prompt's last token, where an earlier chunk held it.
+
+    Returns:
+        The state with both caches filled, and `last` updated.
+    """
+    start = jnp.broadcast_to(offset, state.length.shape)
+    taps = configs.draft.target_layer_ids if configs.draft else ()
+    hidden, features, cache = target.forward(params.target, configs.target, tokens, start, state.cache, taps)
+    context = state.context
+    if configs.draft:
+        context = draft.append_context(params.draft, configs.draft, context, features, start)
+    index = state.length - 1 - offset
+    here = (index >= 0) & (index < tokens.shape[1])
+    picked = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return state._replace(cache=cache, context=context), jnp.where(here[:, None], picked, last)
+
+
+@partial(jax.jit, static_argnums=1, donate_argnums=2)
+def first_token(params: Params, configs: Configs, state: DecodeState, last: Array, stop: Array) -> DecodeState:
+    """Commit the target's next token after the prompt: the first generated one, and the first anchor."""
+    keys, use = _split(state.keys, 2)
+    logits = target.logits(params.target, last[:, None])
+    token = draw(use, probabilities(logits, state.sampling)[:, 0])
+    token = jnp.where(state.sampling.temperature > 0, token, jnp.argmax(logits[:, 0], axis=-1)).astype(jnp.int32)
+    emitted = state.emitted + 1
+    done = jnp.isin(token, stop) | (emitted >= state.limit)
+    return state._replace(token=token, emitted=emitted, done=done, keys=keys)
+
+
+@partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
+def speculate(
+    params: Params, configs: Configs, state: DecodeState, stop: Array, cycles: int, greedy: bool
+) -> tuple[DecodeState, Emitted]:
+    """Up to `cycles` Domino cycles in one program.
+
+    Args:
+        stop: [E] int32, ids that end a sequence.
+        cycles: C; the loop ends before that when all rows are done or one has no room left.
+        greedy: every row has temperature 0, so no distribution needs to be formed.
+    """
+    assert configs.draft is not None, "speculate needs a drafter; autoregress does without"
+
+    def cycle(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
+        keys, draft_keys, verify_keys = _split(state.keys, 3)
+        drafts, q, context = propose(params, configs, state, None if greedy else draft_keys)
+        logits, features, cache = run_target(params, configs, state, drafts)
+        with jax.named_scope("verify"):
+            if q is None:
+                accepted, bonus = verify.greedy(drafts, logits)
+            else:
+                accepted, bonus = verify.speculative(verify_keys, drafts, q, probabilities(logits, state.sampling))
+        with jax.named_scope("context"):
+            # Rejected positions are written too; they lie beyond the new length and are never seen.
+            context = draft.append_context(params.draft, configs.draft, context, features, state.length)
+        state = state._replace(keys=keys, cache=cache, context=context)
+        sequence = jnp.pad(drafts, ((0, 0), (0, 1)))
+        sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
+        state, counts = commit(state, sequence, accepted + 1, stop)
+        return state, sequence, counts, accepted, drafts
+
+    return _loop(cycle, state, cycles, configs.draft.num_proposals, configs.reach)
+
+
+def propose(
+    params: Params, configs: Configs, state: DecodeState, keys: Array | None
+) -> tuple[Array, Array | None, KVCache]:
+    """Draft one block a row: backbone, base logits, causal head.
+
+    Returns:
+        drafts [B, J]; their distributions [B, J, V] (None if greedy); the drafter's cache.
+    """
+    assert configs.draft is not None
+    embed = params.target.embed
+    with jax.named_scope("draft"):
+        x = draft.block_inputs(embed, configs.draft, state.token)
+        z, context = draft.block(params.draft, configs.draft, x, state.length, state.context)
+        z = draft.proposing(configs.draft, z)
+        base = target.logits(params.target, z)
+    with jax.named_scope("head"):
+        drafts, q = head.propose(params.draft, configs.draft, embed, z, base, state.token, state.sampling, keys)
+    return drafts, q, context
+
+
+def run_target(
+    params: Params, configs: Configs, state: DecodeState, drafts: Array
+) -> tuple[Array, Array | None, KVCache]:
+    """The target over [anchor, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache."""
+    taps = configs.draft.target_layer_ids if configs.draft else ()
+    tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
+    with jax.named_scope("target"):
+        hidden, features, cache = target.forward(params.target, configs.target, tokens, state.length, state.cache, taps)
+        return target.logits(params.target, hidden), features, cache
+
+
+@partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
+def autoregress(
+    params: Params, configs: Configs, state: DecodeState, stop: Array, cycles: int, greedy: bool
+) -> tuple[DecodeState, Emitted]:
+    """Up to `cycles` plain one-token steps: the lean baseline, and how a target runs without a drafter."""
+    configs = Configs(configs.target)
+
+    def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
+        none = jnp.zeros((state.token.shape[0], 0), jnp.int32)
+        logits, _, cache = run_target(params, configs, state, none)
+        state = state._replace(cache=cache)
+        if greedy:
+            token = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+        else:
+            keys, use = _split(state.keys, 2)
+            token = draw(use, probabilities(logits, state.sampling)[:, 0])
+            state = state._replace(keys=keys)
+        state, counts = commit(state, token[:, None], jnp.ones_like(token), stop)
+        return state, token[:, None], counts, jnp.zeros_like(token), none
+
+    return _loop(step, state, cycles, 0, configs.reach)
+
+
+def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tuple[DecodeState, Array]:
+    """Append the first `count` of sequence [B, T] to each row that is not done, up to its stop or limit.
+
+    Returns:
+        The state, and how many tokens each row took [B] (0 for a row that was done).
+    """
+    place = jnp.arange(sequence.shape[1])
+    stopping = jnp.isin(sequence, stop) & (place < count[:, None])
+    until_stop = jnp.where(stopping.any(axis=1), jnp.argmax(stopping, axis=1) + 1, sequence.shape[1])
+    taken = jnp.minimum(jnp.minimum(count, until_stop), state.limit - state.emitted)
+    taken = jnp.where(state.done, 0, taken).astype(jnp.int32)
+    newest = jnp.take_along_axis(sequence, jnp.maximum(taken - 1, 0)[:, None], axis=1)[:, 0]
+    emitted = state.emitted + taken
+    stopped = (stopping & (place < taken[:, None])).any(axis=1)
+    return (
+        state._replace(
+            token=jnp.where(taken > 0, newest, state.token),
+            length=state.length + taken,
+            emitted=emitted,
+            done=state.done | stopped | (emitted >= state.limit),
+        ),
+        taken,
+    )
+
+
+def grow(state: DecodeState, capacity: int) -> DecodeState:
+    """The state in a larger length bucket."""
+    return state._replace(
+        cache=_grow(state.cache, capacity),
+        context=_grow(state.context, capacity) if state.context else None,
+    )
+
+
+_grow = jax.jit(kv.grow, static_argnums=1)
+
+
+def _split(keys: Array, parts: int) -> tuple[Array, ...]:
+    """Split each row's key [B] into `parts` keys."""
+    return tuple(jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, parts))(keys), 1, 0))
+
+
+def _loop(cycle, state: DecodeState, cycles: int, proposals: int, reach: int) -> tuple[DecodeState, Emitted]:
+    """Run `cycle` while there is work and room, collecting what it emits."""
+    batch = state.token.shape[0]
+    emitted = Emitted(
+        cycles=jnp.zeros((), jnp.int32),
+        tokens=jnp.zeros((cycles, batch, proposals + 1), jnp.int32),
+        counts=jnp.zeros((cycles, batch), jnp.int32),
+        accepted=jnp.zeros((cycles, batch), jnp.int32),
+        drafts=jnp.zeros((cycles, batch, proposals), jnp.int32),
+    )
+
+    def more(carry: tuple[DecodeState, Emitted]) -> Array:
+        state, emitted = carry
+        room = state.done | (state.length + reach <= state.cache.capacity)
+        return (emitted.cycles < cycles) & ~state.done.all() & room.all()
+
+    def body(carry: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:
+        state, emitted = carry
+        state, tokens, counts, accepted, drafts = cycle(state)
+        i = emitted.cycles
+        return state, Emitted(
+            cycles=i + 1,
+            tokens=emitted.tokens.at[i].set(tokens),
+            counts=emitted.counts.at[i].set(counts),
+            accepted=emitted.accepted.at[i].set(accepted),
+            drafts=emitted.drafts.at[i].set(drafts),
+        )
+
+    return jax.lax.while_loop(more, body, (state, emitted))

@@ -1,0 +1,124 @@
+"""The block-parallel drafter over tapped target context (DFlash; SPEC section 3).
+
+The context side of attention is a function of its position alone, so in decoding each layer's
+context keys and values are cached, and a cycle adds the positions it committed.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax import layers
+from domino_jax.cache import KVCache, append
+from domino_jax.config import DraftConfig
+from domino_jax.weights import Draft
+
+
+def context(params: Draft, config: DraftConfig, features: Array) -> Array:
+    """c = hidden_norm(fc(features)): [..., LD] -> [..., D]."""
+    return layers.rms_norm(features @ params.fc, params.context_norm, config.rms_norm_eps)
+
+
+def block_inputs(embed: Array, config: DraftConfig, anchor: Array) -> Array:
+    """The target's embeddings of [anchor, MASK, ..., MASK]: anchor [...] -> [..., M, D]."""
+    masks = jnp.full((*anchor.shape, config.block_size - 1), config.mask_token_id, anchor.dtype)
+    return embed[jnp.concatenate([anchor[..., None], masks], axis=-1)]
+
+
+def proposing(config: DraftConfig, rows: Array) -> Array:
+    """Those of a block's rows [..., M, D] that make proposals 1 to J: [..., J, D] (SPEC section 4)."""
+    return rows if config.shift_label else rows[..., 1:, :]
+
+
+def append_context(params: Draft, config: DraftConfig, cache: KVCache, features: Array, start: Array) -> KVCache:
+    """Write the context keys and values of features [B, T, LD] at positions from start [B] on."""
+    c = context(params, config, features)
+    positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
+    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
+    for i, layer in enumerate(params.layers):
+        cache = append(cache, i, *layers.keys_values(layer, c, angles, config.rms_norm_eps), start)
+    return cache
+
+
+def block(params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    """Run one block a row in decoding.
+
+    The block's own keys and values are written behind the context (positions from `start` on), where
+    attention finds both sides in one buffer; the next context overwrites them.
+
+    Args:
+        x: block inputs [B, M, D].
+        start: [B] anchor positions a; the cache holds the context of positions 0 to a - 1.
+
+    Returns:
+        z = norm(block states) [B, M, D], and the cache.
+    """
+    positions = start[:, None] + jnp.arange(config.block_size, dtype=jnp.int32)
+    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
+    seen = jnp.arange(cache.capacity, dtype=jnp.int32)
+    # Every block position sees the whole context and the whole block: no causal mask.
+    whole = jnp.broadcast_to((seen < start[:, None] + config.block_size)[:, None], (*positions.shape, seen.size))
+    for i, layer in enumerate(params.layers):
+        y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        q = layers.queries(layer, y, angles, config.rms_norm_eps)
+        cache = append(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
+        mask = whole & in_window(positions[:, :, None] - seen, config.windows[i])
+        x = layers.residual(layer, x, layers.attention(q, cache.k[i], cache.v[i], mask), config.rms_norm_eps)
+    return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
+
+
+def in_window(distance: Array, window: int | None) -> Array:
+    """Whether a key `distance` positions before the query is visible: 0 ≤ distance < window, or always."""
+    if window is None:
+        return jnp.ones(distance.shape, bool)
+    return (distance >= 0) & (distance < window)
+
+
+def training_blocks(params: Draft, config: DraftConfig, x: Array, anchors: Array, features: Array) -> Array:
+    """Run all blocks of a sequence in one pass (SPEC section 7).
+
+    The queries of a block see the context strictly before its anchor and their own block. Scores
+    are kept in two pieces, [M, S] and [M, M] a block, so no A·M x A·M mask exists.
+
+    Args:
+        x: block inputs [B, A, M, D].
+        anchors: [B, A] absolute positions a; 0 is legal and sees no context.
+        features: [B, S, LD] of the whole sequence.
+
+    Returns:
+        z [B, A, M, D].
+    """
+    batch, blocks, size, _ = x.shape
+    length = features.shape[1]
+    c = context(params, config, features)
+    offsets = jnp.arange(size, dtype=jnp.int32)
+    seen = jnp.arange(length, dtype=jnp.int32)
+    positions = anchors[..., None] + offsets  # [B, A, M]
+    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
+    context_angles = layers.rotary(seen, config.rope_theta, config.head_dim)
+    before = jnp.broadcast_to(seen < anchors[:, :, None, None], (batch, blocks, size, length))
+    eps = config.rms_norm_eps
+    for layer, window in zip(params.layers, config.windows, strict=True):
+        y = layers.rms_norm(x, layer.input_norm, eps)
+        q = layers.queries(layer, y, angles, eps)
+        own_k, own_v = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
+        ctx_k, ctx_v = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
+        heads = own_k.shape[3]
+        groups = q.reshape(batch, blocks, size, heads, -1, config.head_dim)
+        outer = jnp.einsum("BAMKGH,BSKH->BKGAMS", groups, ctx_k, preferred_element_type=jnp.float32)
+        inner = jnp.einsum("BAMKGH,BAXKH->BKGAMX", groups, own_k, preferred_element_type=jnp.float32)
+        outer_mask = before & in_window(positions[..., None] - seen, window)
+        inner_mask = in_window(offsets[:, None] - offsets, window)
+        scores = jnp.concatenate(
+            [
+                jnp.where(outer_mask[:, None, None], outer, jnp.finfo(jnp.float32).min),
+                jnp.where(inner_mask, inner, jnp.finfo(jnp.float32).min),
+            ],
+            axis=-1,
+        )
+        # The block always sees itself, so no query is without a key.
+        weights = jax.nn.softmax(scores * config.head_dim**-0.5, axis=-1).astype(ctx_v.dtype)
+        attended = jnp.einsum("BKGAMS,BSKH->BAMKGH", weights[..., :length], ctx_v)
+        attended += jnp.einsum("BKGAMX,BAXKH->BAMKGH", weights[..., length:], own_v)
+        x = layers.residual(layer, x, attended.reshape(q.shape), eps)
+    return layers.rms_norm(x, params.norm, eps)

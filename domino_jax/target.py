@@ -1,0 +1,59 @@
+"""The target model, Qwen3: hidden states, tapped features, logits (SPEC section 2)."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax import layers
+from domino_jax.cache import KVCache, append
+from domino_jax.config import TargetConfig
+from domino_jax.weights import Target, lm_head
+
+
+def forward(
+    params: Target,
+    config: TargetConfig,
+    tokens: Array,
+    start: Array | None = None,
+    cache: KVCache | None = None,
+    taps: tuple[int, ...] = (),
+) -> tuple[Array, Array | None, KVCache | None]:
+    """Run T tokens per row, after what the cache already holds.
+
+    Args:
+        tokens: [B, T] int32. Rows are padded on the right; what a padded token writes is never seen.
+        start: [B] int32, each row's first position; zeros when None.
+        cache: earlier keys and values, or None to attend among `tokens` alone (training).
+        taps: decoder layers whose output is wanted, in this order.
+
+    Returns:
+        Hidden states after the final norm [B, T, D]; features [B, T, LD], the residual stream after
+        each tapped layer (for the very last layer after the final norm, as in Hugging Face's
+        `hidden_states`), None without taps; the cache with T positions written from `start`.
+    """
+    tokens_range = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = tokens_range[None] if start is None else start[:, None] + tokens_range  # [B or 1, T]
+    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
+    seen = jnp.arange(cache.capacity if cache else tokens.shape[1], dtype=jnp.int32)
+    mask = seen <= positions[:, :, None]  # [B or 1, T, S]
+    x = params.embed[tokens]
+    tapped = {}
+    for i, layer in enumerate(params.layers):
+        y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        q = layers.queries(layer, y, angles, config.rms_norm_eps)
+        k, v = layers.keys_values(layer, y, angles, config.rms_norm_eps)
+        if cache is None:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        else:
+            assert start is not None, "a cache needs the rows' start positions"
+            cache = append(cache, i, k, v, start)
+            k, v = cache.k[i], cache.v[i]
+        x = layers.residual(layer, x, layers.attention(q, k, v, mask), config.rms_norm_eps)
+        tapped[i] = x
+    x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)
+    features = jnp.concatenate([tapped[i] for i in taps], axis=-1) if taps else None
+    return x, features, cache
+
+
+def logits(params: Target, hidden: Array) -> Array:
+    """LM head: [..., D] -> [..., V], float32."""
+    return jnp.einsum("...D,VD->...V", hidden, lm_head(params), preferred_element_type=jnp.float32)

@@ -1,0 +1,55 @@
+"""The verification scan: how many drafts stand, and the target's own next token (SPEC section 6)."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax.sampling import draw
+
+
+def _prefix_length(accepted: Array) -> Array:
+    """Length of the leading run of True: [B, J] -> [B] int32."""
+    return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
+
+
+def greedy(drafts: Array, logits: Array) -> tuple[Array, Array]:
+    """Accept drafts while they equal the target's argmax; the bonus is the argmax after the last.
+
+    Args:
+        drafts: [B, J] int32.
+        logits: [B, J + 1, V] of the target over [anchor, drafts]. Ties go to the lowest id.
+
+    Returns:
+        accepted count m [B] and bonus [B], int32.
+    """
+    choices = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    count = _prefix_length(drafts == choices[:, :-1])
+    return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]
+
+
+def speculative(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, Array]:
+    """Speculative sampling (Leviathan et al. 2023, algorithm 1): the output is distributed exactly as p.
+
+    Accept d_j with probability min(1, p_j(d_j) / q_j(d_j)); after the first rejection draw from
+    norm(max(p_j - q_j, 0)), after none from p_{J+1}.
+
+    Args:
+        keys: [B].
+        drafts: [B, J], drawn from q.
+        q: [B, J, V] the drafter's distributions; p: [B, J + 1, V] the target's, both after filters.
+
+    Returns:
+        accepted count m [B] and next token [B], int32.
+    """
+    keys = jax.vmap(jax.random.split)(keys)  # [B, 2]
+    p_draft, q_draft = (
+        jnp.take_along_axis(x[:, : drafts.shape[1]], drafts[..., None], axis=-1)[..., 0] for x in (p, q)
+    )
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(keys[:, 0])
+    count = _prefix_length(uniform * q_draft < p_draft)
+    # Nothing was proposed after the last draft: with q = 0 there, the residual is p itself.
+    q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
+    p, q = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (p, q))
+    residual = jnp.maximum(p - q, 0.0)
+    empty = jnp.sum(residual, axis=-1, keepdims=True) == 0  # only by rounding
+    return count, draw(keys[:, 1], jnp.where(empty, p, residual))

@@ -4,7 +4,6 @@ Only safetensors are read. A pickle can run code when it is opened, so it is ref
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -108,7 +107,7 @@ def load(
                 raise DominoError(
                     f"{file} is not a whole safetensors file ({error}); it may be truncated: fetch it again."
                 ) from None
-            where |= {name.removeprefix(OLD_HEAD_PREFIX): (handle, name) for name in handle.keys()}
+            where |= {name.removeprefix(OLD_HEAD_PREFIX): (handle, name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
         _account(folder, config, table, where)
         leaves = {}
         for done, entry in enumerate(table, 1):
@@ -171,16 +170,13 @@ def save(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any
         for name, shard in zip(names, shards, strict=True):
             temporary = folder / f".{name}.tmp"
             save_file(shard, temporary, metadata={"format": "pt"})
-            os.replace(temporary, folder / name)
+            temporary.replace(folder / name)
         if len(shards) > 1:
             weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             total = sum(t.nbytes for shard in shards for t in shard.values())
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        stored = sorted({str(t.dtype) for shard in shards for t in shard.values()})
-        known = {k: raw[k] for k in ("dtype", "torch_dtype") if k in raw}
-        write_json(
-            folder / "config.json", {**raw, **(known if dtype is None and known else {"torch_dtype": stored[0]})}
-        )
+        stored = {} if dtype is None else {"torch_dtype": jnp.dtype(dtype).name}
+        write_json(folder / "config.json", {**raw, **stored})
     except (OSError, SafetensorError) as error:
         raise DominoError(f"{folder} can't be written: {error}.") from None
     finally:
@@ -192,7 +188,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is whole or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def copy_companions(source: Path, destination: Path, skip: Iterable[str] = ()) -> None:

@@ -121,7 +121,8 @@ class DraftConfig(DecoderConfig):
             object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
         if len(self.windows) != self.num_hidden_layers:
             raise DominoError(
-                f"the draft config's layer_types names {len(self.windows)} layers, the model has {self.num_hidden_layers}."
+                f"the drafter's layer_types names {len(self.windows)} layers, "
+                f"its num_hidden_layers is {self.num_hidden_layers}."
             )
         if self.num_proposals < 1:
             raise DominoError(
@@ -131,7 +132,8 @@ class DraftConfig(DecoderConfig):
         outside = [i for i in self.target_layer_ids if not 0 <= i < self.num_target_layers]
         if not self.target_layer_ids or outside:
             raise DominoError(
-                f"target_layer_ids {list(self.target_layer_ids)} must name layers 0 to {self.num_target_layers - 1} of the target."
+                f"target_layer_ids {list(self.target_layer_ids)} must name layers 0 to "
+                f"{self.num_target_layers - 1} of the target."
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise DominoError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}.")
@@ -274,10 +276,7 @@ def _decoder_fields(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
         kind = spelling.get("rope_type", spelling.get("type", "default"))
         if kind != "default":
             raise DominoError(f"{what} has rope type {kind!r}; only 'default' is supported.")
-    whole = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "intermediate_size max_position_embeddings"
-    ).split()
+    whole = [key for key, kind in DecoderConfig.__annotations__.items() if kind is int]
     fields: dict[str, Any] = {key: int(_get(raw, key, what)) for key in whole}
     if any(value < 1 for value in fields.values()):
         raise DominoError(f"{what} has a size below 1: {fields}.")

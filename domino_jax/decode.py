@@ -131,8 +131,10 @@ def prefill(
     start = jnp.broadcast_to(offset, state.length.shape)
     taps = configs.draft.target_layer_ids if configs.draft else ()
     hidden, features, cache = target.forward(params.target, configs.target, tokens, start, state.cache, taps)
+    assert cache is not None
     context = state.context
     if configs.draft:
+        assert params.draft is not None and context is not None
         context = draft.append_context(params.draft, configs.draft, context, features, start)
     index = state.length - 1 - offset
     here = (index >= 0) & (index < tokens.shape[1])
@@ -163,7 +165,8 @@ def speculate(
         cycles: C; the loop ends before that when all rows are done or one has no room left.
         greedy: every row has temperature 0, so no distribution needs to be formed.
     """
-    assert configs.draft is not None, "speculate needs a drafter; autoregress does without"
+    drafter, config = params.draft, configs.draft
+    assert drafter is not None and config is not None, "speculate needs a drafter; autoregress does without"
 
     def cycle(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
         keys, draft_keys, verify_keys = _split(state.keys, 3)
@@ -176,14 +179,14 @@ def speculate(
                 accepted, bonus = verify.speculative(verify_keys, drafts, q, probabilities(logits, state.sampling))
         with jax.named_scope("context"):
             # Rejected positions are written too; they lie beyond the new length and are never seen.
-            context = draft.append_context(params.draft, configs.draft, context, features, state.length)
+            context = draft.append_context(drafter, config, context, features, state.length)
         state = state._replace(keys=keys, cache=cache, context=context)
         sequence = jnp.pad(drafts, ((0, 0), (0, 1)))
         sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
         state, counts = commit(state, sequence, accepted + 1, stop)
         return state, sequence, counts, accepted, drafts
 
-    return _loop(cycle, state, cycles, configs.draft.num_proposals, configs.reach)
+    return _loop(cycle, state, cycles, config.num_proposals, configs.reach)
 
 
 def propose(
@@ -194,26 +197,26 @@ def propose(
     Returns:
         drafts [B, J]; their distributions [B, J, V] (None if greedy); the drafter's cache.
     """
-    assert configs.draft is not None
+    drafter, config = params.draft, configs.draft
+    assert drafter is not None and config is not None and state.context is not None
     embed = params.target.embed
     with jax.named_scope("draft"):
-        x = draft.block_inputs(embed, configs.draft, state.token)
-        z, context = draft.block(params.draft, configs.draft, x, state.length, state.context)
-        z = draft.proposing(configs.draft, z)
+        x = draft.block_inputs(embed, config, state.token)
+        z, context = draft.block(drafter, config, x, state.length, state.context)
+        z = draft.proposing(config, z)
         base = target.logits(params.target, z)
     with jax.named_scope("head"):
-        drafts, q = head.propose(params.draft, configs.draft, embed, z, base, state.token, state.sampling, keys)
+        drafts, q = head.propose(drafter, config, embed, z, base, state.token, state.sampling, keys)
     return drafts, q, context
 
 
-def run_target(
-    params: Params, configs: Configs, state: DecodeState, drafts: Array
-) -> tuple[Array, Array | None, KVCache]:
+def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Array) -> tuple[Array, Array, KVCache]:
     """The target over [anchor, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache."""
     taps = configs.draft.target_layer_ids if configs.draft else ()
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     with jax.named_scope("target"):
         hidden, features, cache = target.forward(params.target, configs.target, tokens, state.length, state.cache, taps)
+        assert cache is not None
         return target.logits(params.target, hidden), features, cache
 
 

@@ -83,7 +83,7 @@ def propose(
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.split(key, proposals))(keys)
     token, drafts, distributions = anchor, [], []
-    state = jnp.zeros((anchor.shape[0], head.gru_state.shape[0]), z.dtype) if head else None
+    state = jnp.zeros((anchor.shape[0], head.gru_state.shape[0] if head else 0), z.dtype)
     # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
     for j in range(proposals):
         logits = base[:, j]

@@ -16,7 +16,7 @@ def forward(
     start: Array | None = None,
     cache: KVCache | None = None,
     taps: tuple[int, ...] = (),
-) -> tuple[Array, Array | None, KVCache | None]:
+) -> tuple[Array, Array, KVCache | None]:
     """Run T tokens per row, after what the cache already holds.
 
     Args:
@@ -28,7 +28,7 @@ def forward(
     Returns:
         Hidden states after the final norm [B, T, D]; features [B, T, LD], the residual stream after
         each tapped layer (for the very last layer after the final norm, as in Hugging Face's
-        `hidden_states`), None without taps; the cache with T positions written from `start`.
+        `hidden_states`); the cache with T positions written from `start`.
     """
     tokens_range = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = tokens_range[None] if start is None else start[:, None] + tokens_range  # [B or 1, T]
@@ -50,7 +50,7 @@ def forward(
         x = layers.residual(layer, x, layers.attention(q, k, v, mask), config.rms_norm_eps)
         tapped[i] = x
     x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)
-    features = jnp.concatenate([tapped[i] for i in taps], axis=-1) if taps else None
+    features = jnp.concatenate([x[..., :0], *(tapped[i] for i in taps)], axis=-1)
     return x, features, cache
 
 

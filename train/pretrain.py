@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +121,7 @@ def optimizer(config: TargetConfig, options: Pretrain) -> optax.GradientTransfor
             [rise, options.steps - fall],
         )
 
+    matrices = {path: dimensions(letters) for path, letters in flatten(axes(config)).items()}
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         muon(
@@ -128,9 +129,7 @@ def optimizer(config: TargetConfig, options: Pretrain) -> optax.GradientTransfor
             adam_learning_rate=schedule(options.adam_lr),
             weight_decay=options.weight_decay,
             adam_weight_decay=options.weight_decay,
-            muon_weight_dimension_numbers={
-                path: dimensions(letters) for path, letters in flatten(axes(config)).items()
-            },
+            muon_weight_dimension_numbers=cast(Any, matrices),
         ),
     )
 
@@ -168,7 +167,8 @@ def run(options: Pretrain) -> None:
     weights = flatten(init(config, jax.random.key(options.seed)))
     count = sum(w.size for w in weights.values())
     print(
-        f"{len(texts)} files, {len(ids):,} tokens to train on, {len(held_ids):,} held out; {count / 1e6:.1f}M parameters",
+        f"{len(texts)} files, {len(ids):,} tokens to train on, {len(held_ids):,} held out; "
+        f"{count / 1e6:.1f}M parameters",
         flush=True,
     )
     rule = optimizer(config, options)

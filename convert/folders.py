@@ -1,0 +1,72 @@
+"""A model's folder, whichever of the two forms its weights have."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert import hf, orbax
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.errors import DominoError
+
+
+def read_config(folder: Path, num_target_layers: int | None = None) -> TargetConfig | DraftConfig:
+    """The config of the model in `folder`.
+
+    Raises:
+        DominoError: there is no such folder or config.json, or the model is not supported.
+    """
+    if not folder.is_dir():
+        raise DominoError(f"{folder} is not a folder.")
+    return hf.parse_config(hf.read_json(folder / "config.json"), num_target_layers)
+
+
+def load(
+    folder: Path, config: DecoderConfig, dtype: Any = None, progress: hf.Progress | None = None, device: bool = True
+) -> Any:
+    """The weights of a Hugging Face or Orbax folder as a module; see `hf.load` and `orbax.load`."""
+    if orbax.is_orbax(folder):
+        return orbax.load(folder, config, dtype, device)
+    return hf.load(folder, config, dtype, progress, device)
+
+
+def convert(source: Path, destination: Path, progress: hf.Progress | None = None) -> tuple[str, str]:
+    """Write the model of `source` in the other form: Hugging Face to Orbax, Orbax to Hugging Face.
+
+    Every tensor keeps its values and dtype, config.json and the tokenizer's files their bytes. The
+    destination appears when it is whole.
+
+    Returns:
+        The names of the two forms, from and to.
+
+    Raises:
+        DominoError: the source is no whole model, or the destination is in the way or can't be written.
+    """
+    if not source.is_dir():
+        raise DominoError(f"{source} is not a folder.")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
+    raw: Mapping[str, Any] = hf.read_json(source / "config.json")
+    depth = raw.get("num_target_layers")
+    config = hf.parse_config(raw, depth)
+    to_hf = orbax.is_orbax(source)
+    module = load(source, config, progress=progress, device=False)
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        if to_hf:
+            hf.save(partial, module, config, raw)
+        else:
+            orbax.save(partial, module)
+        shutil.copyfile(source / "config.json", partial / "config.json")
+        hf.copy_companions(source, partial)
+        if destination.exists():
+            destination.rmdir()
+        partial.replace(destination)
+    except OSError as error:
+        raise DominoError(f"{destination} can't be written: {error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ("Orbax", "Hugging Face") if to_hf else ("Hugging Face", "Orbax")

@@ -1,0 +1,504 @@
+"""Plain, slow NumPy restatement of Domino, written only from the specification (SPEC.md, "What Domino computes").
+
+It is what faster code is tested against, so it favours being obviously right: one sequence at a time, no caches,
+float64 throughout, everything recomputed from scratch. Weights are dicts of numpy arrays under their Hugging Face
+names, matrices in HF layout [out, in]; configs are plain dicts as in config.json.
+
+Letters: T tokens, D model width, V vocabulary, L tapped layers, M block size, J proposals of a block, U GRU width,
+R head rank, P pure-draft prefix, a the absolute position of the anchor (the last committed token).
+
+Not covered (a clear error instead): YaRN and other RoPE scaling, mixture-of-experts targets.
+"""
+
+import math
+
+import numpy as np
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Small pieces
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def f64(array):
+    """Any numpy array (float16, float32, ...) as float64, the precision all of this file computes in."""
+    return np.asarray(array).astype(np.float64)
+
+
+def linear(x, weight):
+    """HF linear without bias: x [..., in] and weight [out, in] give [..., out]."""
+    return f64(x) @ f64(weight).T
+
+
+def rms_norm(x, weight, eps):
+    """RMSNorm (section 2) over the last axis: x / sqrt(mean(x^2) + eps) * weight."""
+    x = f64(x)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * f64(weight)
+
+
+def sigmoid(x):
+    """The logistic function, written with tanh so that it never overflows."""
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+def silu(x):
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def softmax(x):
+    """Softmax over the last axis; entries of minus infinity get exactly 0."""
+    e = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+def rope_theta(config):
+    """RoPE base from either config spelling of section 2 (`rope_theta` at top level, or inside `rope_parameters`)."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for d in (parameters, scaling):
+        kind = d.get("rope_type", d.get("type", "default"))
+        if kind != "default":
+            raise NotImplementedError(f"reference.py knows plain RoPE only, not {kind!r}")
+    theta = config.get("rope_theta", parameters.get("rope_theta"))
+    if theta is None:
+        raise ValueError("config has no rope_theta")
+    return float(theta)
+
+
+def rope(x, positions, theta):
+    """RoPE (section 2) on x [T, heads, H] at absolute positions [T]: element i is rotated with element i + H/2."""
+    half = x.shape[-1] // 2
+    inverse_frequency = theta ** (-np.arange(half, dtype=np.float64) / half)  # theta^(-2i/H)
+    angle = np.asarray(positions, dtype=np.float64)[:, None] * inverse_frequency[None, :]  # [T, H/2]
+    cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(q, k, v, visible):
+    """Grouped-query attention (section 2): q [T, N, H], k and v [S, K, H], visible [T, S] booleans -> [T, N, H].
+
+    Query head n reads KV head n // (N/K); the scale is 1/sqrt(H).
+    """
+    n_heads, head_dim = q.shape[1], q.shape[2]
+    group = n_heads // k.shape[1]
+    out = np.zeros_like(q)
+    for n in range(n_heads):
+        scores = q[:, n] @ k[:, n // group].T / math.sqrt(head_dim)
+        scores = np.where(visible, scores, -np.inf)
+        out[:, n] = softmax(scores) @ v[:, n // group]
+    return out
+
+
+def mlp(weights, prefix, x):
+    """SwiGLU (section 2) of the layer whose names start with `prefix`: down(silu(gate(x)) * up(x)), [T, D] -> [T, D]."""
+    if prefix + "mlp.gate_proj.weight" not in weights:
+        raise NotImplementedError("reference.py knows dense MLPs only (no mlp.gate_proj.weight found)")
+    gate = linear(x, weights[prefix + "mlp.gate_proj.weight"])
+    up = linear(x, weights[prefix + "mlp.up_proj.weight"])
+    return linear(silu(gate) * up, weights[prefix + "mlp.down_proj.weight"])
+
+
+def project_heads(weights, prefix, config, name, x, positions):
+    """One of q, k, v of a layer: x [T, D] -> [T, heads, H]; q and k get their per-head RMSNorm, then RoPE."""
+    head_dim = config["head_dim"]
+    heads = config["num_attention_heads"] if name == "q" else config["num_key_value_heads"]
+    y = linear(x, weights[f"{prefix}self_attn.{name}_proj.weight"]).reshape(len(x), heads, head_dim)
+    if name == "v":
+        return y
+    y = rms_norm(y, weights[f"{prefix}self_attn.{name}_norm.weight"], config["rms_norm_eps"])
+    return rope(y, positions, rope_theta(config))
+
+
+def target_embedding(weights):
+    """The target's embedding table [V, D], which the drafter uses too (section 3)."""
+    return f64(weights["model.embed_tokens.weight"])
+
+
+def target_lm_head(weights, config):
+    """The target's LM head [V, D]: the embedding table itself where the config ties them (section 2)."""
+    if config.get("tie_word_embeddings", False):
+        return target_embedding(weights)
+    return f64(weights["lm_head.weight"])
+
+
+def target_layer_ids(draft_cfg):
+    """The target layers the drafter reads (end of section 2): the config's list, or the rule used when it is absent."""
+    ids = (draft_cfg.get("dflash_config") or {}).get("target_layer_ids", draft_cfg.get("target_layer_ids"))
+    if ids is not None:
+        return list(ids)
+    n, layers = draft_cfg["num_target_layers"], draft_cfg["num_hidden_layers"]
+    if layers == 1:
+        return [n // 2]
+    return [round(1 + i * (n - 4) / (layers - 1)) for i in range(layers)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Target
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def target_forward(weights, config, ids, taps):
+    """Section 2: the whole causal Qwen3 on ids [T] at positions 0 ... T-1. Returns logits [T, V] and features
+    [T, L*D], the concatenation over `taps` (0-based layer numbers, in that order) of the residual stream after that
+    layer, before any norm; only the very last layer's entry is taken after the final norm, as in HF."""
+    ids = np.asarray(ids, dtype=np.int64)
+    length, eps, layers = len(ids), config["rms_norm_eps"], config["num_hidden_layers"]
+    positions = np.arange(length)
+    causal = positions[None, :] <= positions[:, None]  # [query, key]
+    x = target_embedding(weights)[ids]
+    after_layer = []
+    for i in range(layers):
+        prefix = f"model.layers.{i}."
+        y = rms_norm(x, weights[prefix + "input_layernorm.weight"], eps)
+        q = project_heads(weights, prefix, config, "q", y, positions)
+        k = project_heads(weights, prefix, config, "k", y, positions)
+        v = project_heads(weights, prefix, config, "v", y, positions)
+        mixed = attention(q, k, v, causal).reshape(length, -1)
+        x = x + linear(mixed, weights[prefix + "self_attn.o_proj.weight"])
+        x = x + mlp(weights, prefix, rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps))
+        after_layer.append(x)
+    final = rms_norm(x, weights["model.norm.weight"], eps)
+    after_layer[layers - 1] = final  # HF's last hidden_states entry is after the norm
+    logits = linear(final, target_lm_head(weights, config))
+    taps = list(taps)
+    if taps:
+        features = np.concatenate([after_layer[i] for i in taps], axis=-1)
+    else:
+        features = np.zeros((length, 0))
+    return logits, features
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drafter
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def draft_block(draft_w, draft_cfg, embed, features, anchor_token, a, block_size=None):
+    """Section 3: the draft backbone's one pass over one block. embed [V, D] is the target's table, features
+    [a, L*D] those of positions 0 ... a-1 (a may be 0), anchor_token the token at position a. The block's input is
+    [anchor, MASK, ..., MASK], M rows (config `block_size` unless given) at positions a ... a+M-1. Returns
+    z [M, D], after the drafter's final norm."""
+    size = draft_cfg["block_size"] if block_size is None else block_size
+    eps, embed = draft_cfg["rms_norm_eps"], f64(embed)
+    if embed.shape[1] != draft_cfg["hidden_size"]:
+        raise ValueError("the drafter's width differs from the target's")
+    if len(features) != a:
+        raise ValueError(f"anchor at {a} needs exactly {a} context positions, got {len(features)}")
+    mask_token = draft_cfg["dflash_config"]["mask_token_id"]
+
+    fc = f64(draft_w["fc.weight"])
+    features = f64(features).reshape(a, fc.shape[1])
+    context = rms_norm(linear(features, fc), draft_w["hidden_norm.weight"], eps)  # [a, D]
+    x = embed[[anchor_token] + [mask_token] * (size - 1)]  # [M, D]
+    block_positions = a + np.arange(size)
+    all_positions = np.arange(a + size)  # context, then block
+
+    layer_types = draft_cfg.get("layer_types") or ["full_attention"] * draft_cfg["num_hidden_layers"]
+    for i in range(draft_cfg["num_hidden_layers"]):
+        prefix = f"layers.{i}."
+        visible = np.ones((size, a + size), dtype=bool)
+        if layer_types[i] == "sliding_attention":
+            distance = block_positions[:, None] - all_positions[None, :]  # q - k
+            visible = (distance >= 0) & (distance < draft_cfg["sliding_window"])
+        y = rms_norm(x, draft_w[prefix + "input_layernorm.weight"], eps)
+        keys_from = np.concatenate([context, y], axis=0)  # the context side is c as it is, in every layer
+        q = project_heads(draft_w, prefix, draft_cfg, "q", y, block_positions)
+        k = project_heads(draft_w, prefix, draft_cfg, "k", keys_from, all_positions)
+        v = project_heads(draft_w, prefix, draft_cfg, "v", keys_from, all_positions)
+        mixed = attention(q, k, v, visible).reshape(size, -1)
+        x = x + linear(mixed, draft_w[prefix + "self_attn.o_proj.weight"])
+        x = x + mlp(draft_w, prefix, rms_norm(x, draft_w[prefix + "post_attention_layernorm.weight"], eps))
+    return rms_norm(x, draft_w["norm.weight"], eps)
+
+
+def has_head(draft_cfg):
+    """Section 4: whether the checkpoint has the causal head (`projector_type` "domino"; absent: plain DFlash)."""
+    return (draft_cfg.get("dflash_config") or {}).get("projector_type") == "domino"
+
+
+def proposal_rows(draft_cfg, block_size=None):
+    """Section 4: the block rows that make proposals 1 ... J, as a list of J ints. With `shift_label` proposal j comes
+    from row j-1 and J = M; without (and when absent) from row j and J = M-1, row 0 being unused."""
+    size = draft_cfg["block_size"] if block_size is None else block_size
+    if (draft_cfg.get("dflash_config") or {}).get("shift_label", False):
+        return list(range(size))
+    return list(range(1, size))
+
+
+def gru_step(draft_w, x, h):
+    """Section 4: one GRU step, input x [D] (an embedding) and state h [U] to the new state [U]; gates in PyTorch's
+    order reset, update, new; no biases."""
+    x_r, x_z, x_n = np.split(f64(draft_w["prefix_gru.weight_ih_l0"]) @ f64(x), 3)
+    h_r, h_z, h_n = np.split(f64(draft_w["prefix_gru.weight_hh_l0"]) @ f64(h), 3)
+    r = sigmoid(x_r + h_r)
+    u = sigmoid(x_z + h_z)
+    n = np.tanh(x_n + r * h_n)
+    return (1.0 - u) * n + u * h
+
+
+def gru_states(draft_w, embed, realised_tokens):
+    """Section 4: the GRU from h = 0 over the target's embeddings (embed [V, D]) of realised_tokens, a list whose
+    first entry is the anchor. Returns the list of states [U], one after each token: entry j-1 is h_j, which corrects
+    proposal j, when the tokens are [anchor, proposal 1, ..., proposal J-1]."""
+    h = np.zeros(f64(draft_w["prefix_gru.weight_hh_l0"]).shape[1])
+    states = []
+    for token in realised_tokens:
+        h = gru_step(draft_w, f64(embed[int(token)]), h)
+        states.append(h)
+    return states
+
+
+def head_correction(draft_w, z_j, h_j):
+    """Section 4: what the head adds to one proposal's base logits, embed_proj.2(SiLU(embed_proj.0([z_j ; h_j]))):
+    z_j [D] and h_j [U] -> [V]."""
+    joined = np.concatenate([f64(z_j), f64(h_j)])
+    return linear(silu(linear(joined, draft_w["embed_proj.0.weight"])), draft_w["embed_proj.2.weight"])
+
+
+def corrected_logits(draft_w, draft_cfg, base, z, states):
+    """Section 4: base [J, V], z [J, D] (the rows that make proposals 1 ... J) and J GRU states [U] to the final
+    logits [J, V]. The first P (`pure_draft_prefix_len`) keep their base logits; a drafter without the head returns
+    base as it is, and `states` is then not looked at."""
+    final = f64(base).copy()
+    if not has_head(draft_cfg):
+        return final
+    for j in range(prefix_length(draft_cfg, len(final)), len(final)):
+        final[j] = final[j] + head_correction(draft_w, z[j], states[j])
+    return final
+
+
+def prefix_length(draft_cfg, proposals):
+    """Section 4: P, the number of first proposals left to the base logits; 0 when absent, and 0 <= P < J required."""
+    p = (draft_cfg.get("dflash_config") or {}).get("pure_draft_prefix_len", 0) or 0
+    if not 0 <= p < proposals:
+        raise ValueError(f"pure_draft_prefix_len {p} is not in 0 ... {proposals - 1}")
+    return p
+
+
+def propose_greedy(draft_w, draft_cfg, embed, lm_head, features, anchor_token, a):
+    """Step 1 of section 5 (sections 3 and 4), greedy: embed and lm_head [V, D] are the target's, features [a, L*D].
+    Walks the block left to right, the GRU eating the anchor and then each chosen token. Returns the list of J
+    drafted ids (argmax, ties to the lowest id) and the final logits [J, V] they were chosen from."""
+    z = draft_block(draft_w, draft_cfg, embed, features, anchor_token, a)
+    z = z[proposal_rows(draft_cfg)]  # [J, D]
+    logits = linear(z, lm_head)  # [J, V]
+    head = has_head(draft_cfg)
+    p = prefix_length(draft_cfg, len(z)) if head else 0
+    h = np.zeros(np.asarray(draft_w["prefix_gru.weight_hh_l0"]).shape[1]) if head else None
+    token, drafts = int(anchor_token), []
+    for j in range(len(z)):  # j here is proposal j + 1
+        if head:
+            h = gru_step(draft_w, f64(embed[token]), h)  # now has eaten the anchor and all earlier proposals
+            if j >= p:
+                logits[j] = logits[j] + head_correction(draft_w, z[j], h)
+        token = int(np.argmax(logits[j]))
+        drafts.append(token)
+    return drafts, logits
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def commit(tokens, new, max_new_tokens, stop_ids):
+    """Section 5's output rule: append `new` to the list `tokens` one by one, ending at the first stop token (kept,
+    "stop") or at max_new_tokens exactly ("length"). A stop token that is also the last allowed one counts as "stop".
+    Returns the finish reason or None."""
+    for token in new:
+        if len(tokens) >= max_new_tokens:
+            return "length"
+        tokens.append(int(token))
+        if int(token) in stop_ids:
+            return "stop"
+        if len(tokens) >= max_new_tokens:
+            return "length"
+    return None
+
+
+def autoregressive_greedy(target_w, target_cfg, prompt, max_new_tokens, stop_ids):
+    """Plain greedy decoding by the target alone (what section 6 says greedy output must equal): prompt is a list of
+    ids. Returns dict(tokens = generated ids without the prompt, finish_reason "stop" or "length")."""
+    stop_ids, tokens = set(stop_ids), []
+    reason = "length" if max_new_tokens <= 0 else None
+    while reason is None:
+        logits, _ = target_forward(target_w, target_cfg, list(prompt) + tokens, [])
+        reason = commit(tokens, [int(np.argmax(logits[-1]))], max_new_tokens, stop_ids)
+    return dict(tokens=tokens, finish_reason=reason)
+
+
+def decode_greedy(target_w, target_cfg, draft_w, draft_cfg, prompt, max_new_tokens, stop_ids):
+    """Section 5 with section 6's greedy acceptance, naively: the target is run from scratch over everything each
+    cycle. prompt is a list of ids. Returns dict(tokens = generated ids without the prompt, accepted = m of each
+    cycle, acceptance_lengths = m + 1 of each cycle (whole even where the output was cut), finish_reason "stop" or
+    "length"). The prefill's token belongs to no cycle."""
+    stop_ids, taps = set(stop_ids), target_layer_ids(draft_cfg)
+    embed, lm_head = target_embedding(target_w), target_lm_head(target_w, target_cfg)
+    tokens, accepted = [], []
+    reason = "length" if max_new_tokens <= 0 else None
+    if reason is None:  # prefill
+        logits, _ = target_forward(target_w, target_cfg, prompt, taps)
+        reason = commit(tokens, [int(np.argmax(logits[-1]))], max_new_tokens, stop_ids)
+    while reason is None:
+        committed = list(prompt) + tokens  # t_0 ... t_a
+        a = len(committed) - 1
+        # 1. Draft, from the features of positions 0 ... a-1 and the anchor t_a.
+        _, features = target_forward(target_w, target_cfg, committed[:a], taps)
+        drafts, _ = propose_greedy(draft_w, draft_cfg, embed, lm_head, features, committed[a], a)
+        # 2. Verify: choices[i] is the target's token for position a+i+1 given everything before it.
+        logits, _ = target_forward(target_w, target_cfg, committed + drafts, taps)
+        choices = [int(t) for t in np.argmax(logits[a:], axis=-1)]  # J + 1 of them
+        # 3. Accept while the draft equals the target's argmax; the bonus follows the last accepted one.
+        m = 0
+        while m < len(drafts) and drafts[m] == choices[m]:
+            m += 1
+        accepted.append(m)
+        reason = commit(tokens, drafts[:m] + [choices[m]], max_new_tokens, stop_ids)
+    return dict(tokens=tokens, accepted=accepted, acceptance_lengths=[m + 1 for m in accepted], finish_reason=reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def filtered_probabilities(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """Section 6's filters in transformers' order (temperature, top-k, top-p, min-p): logits [V] -> probabilities [V].
+    Temperature 0 is one-hot on the argmax (lowest id on ties). Top-k (0: off) keeps every id tied with the k-th.
+    Top-p (1: off) works on the softmax of what top-k left and keeps, from the likeliest down (lower id first among
+    equals), each id whose predecessors' mass is below top_p, so at least one. Min-p (0: off) works on the softmax of
+    what is left and keeps ids with at least min_p times the greatest probability."""
+    scores = f64(logits).copy()
+    if temperature == 0:
+        one_hot = np.zeros_like(scores)
+        one_hot[int(np.argmax(scores))] = 1.0
+        return one_hot
+    scores = scores / temperature
+    if top_k > 0:
+        kth = np.sort(scores)[::-1][min(top_k, len(scores)) - 1]
+        scores[scores < kth] = -np.inf
+    if top_p < 1.0:
+        probabilities = softmax(scores)
+        order = np.argsort(-probabilities, kind="stable")
+        mass_before = 0.0
+        for rank, token in enumerate(order):
+            if rank > 0 and mass_before >= top_p:
+                scores[token] = -np.inf
+            mass_before += probabilities[token]
+    if min_p > 0.0:
+        probabilities = softmax(scores)
+        scores[probabilities < min_p * np.max(probabilities)] = -np.inf
+    return softmax(scores)
+
+
+def residual(p, q):
+    """Section 6: what to draw from after a rejection, norm(max(p - q, 0)), for one position's target distribution
+    p [V] and draft distribution q [V], both after the filters; p itself where that is empty. Returns [V]."""
+    p, q = f64(p), f64(q)
+    rest = np.maximum(p - q, 0.0)
+    total = np.sum(rest)
+    if total <= 0.0:
+        return p / np.sum(p)
+    return rest / total
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, label):
+    """-log softmax(logits)[label] for logits [V]."""
+    top = np.max(logits)
+    return float(top + np.log(np.sum(np.exp(logits - top))) - logits[label])
+
+
+def block_acceptance(correct, supervised):
+    """Section 7's estimated acceptance length of one block: 1 + length of the correct prefix over proposals 1 ... J,
+    where an unsupervised row lets the prefix pass but does not count. Two lists of J booleans -> int."""
+    length = 1
+    for is_correct, is_supervised in zip(correct, supervised):
+        if not is_supervised:
+            continue
+        if not is_correct:
+            break
+        length += 1
+    return length
+
+
+SUM_KEYS = (
+    "weight_sum",
+    "final_ce_sum",
+    "base_ce_sum",
+    "label_count",
+    "final_correct",
+    "base_correct",
+    "block_count",
+    "final_accept_sum",
+    "base_accept_sum",
+)
+
+
+def combine_training(parts, lam):
+    """Section 7: join the sums of several `training_loss` results (or of none) into the loss and report over all of
+    them: CE = sum of weighted ce / sum of weights, 0 if empty; loss = (1 - lam) CE(final) + lam CE(base)."""
+    out = {key: sum(part[key] for part in parts) for key in SUM_KEYS}
+
+    def ratio(numerator, denominator):
+        return out[numerator] / out[denominator] if out[denominator] > 0 else 0.0
+
+    for branch in ("final", "base"):
+        out[branch + "_ce"] = ratio(branch + "_ce_sum", "weight_sum")
+        out[branch + "_accuracy"] = ratio(branch + "_correct", "label_count")
+        out[branch + "_accept"] = ratio(branch + "_accept_sum", "block_count")
+    out["loss"] = (1.0 - lam) * out["final_ce"] + lam * out["base_ce"]
+    return out
+
+
+def training_loss(target_w, target_cfg, draft_w, draft_cfg, ids, loss_mask, anchors, gamma, lam):
+    """Section 7 for ONE sequence: ids [T], loss_mask [T] (1 on assistant tokens) and a given list of anchor
+    positions, one at a time. Proposal j (1 ... J) of anchor a is labelled with ids[a+j] and has weight
+    exp(-(j-1)/gamma), or 0 where that is beyond the sequence or off the mask; the GRU is teacher-forced with
+    ids[a], ids[a+1], ... . Returns a dict with loss, final_ce, base_ce, final_accept, base_accept (mean estimated
+    acceptance length over blocks with a supervised row), final_accuracy, base_accuracy (unweighted, over supervised
+    labels), weight_sum, and the sums to join several sequences with `combine_training`: final_ce_sum, base_ce_sum
+    (weighted), label_count, final_correct, base_correct, block_count, final_accept_sum, base_accept_sum."""
+    ids = [int(t) for t in ids]
+    length = len(ids)
+    embed, lm_head = target_embedding(target_w), target_lm_head(target_w, target_cfg)
+    _, features = target_forward(target_w, target_cfg, ids, target_layer_ids(draft_cfg))
+    rows = proposal_rows(draft_cfg)
+    sums = dict.fromkeys(SUM_KEYS, 0)
+    for a in anchors:
+        a = int(a)
+        z = draft_block(draft_w, draft_cfg, embed, features[:a], ids[a], a)[rows]  # [J, D]
+        base = linear(z, lm_head)  # [J, V]
+        # h_j has eaten ids[a] ... ids[a+j-1]. Past the end any id does: those rows' labels are past it too.
+        eaten = [ids[a + j] if a + j < length else 0 for j in range(len(rows))]
+        states = gru_states(draft_w, embed, eaten) if has_head(draft_cfg) else None
+        final = corrected_logits(draft_w, draft_cfg, base, z, states)
+
+        supervised, final_right, base_right = [], [], []
+        for j in range(1, len(rows) + 1):
+            on = a + j < length and bool(loss_mask[a + j])
+            supervised.append(on)
+            if not on:
+                final_right.append(False)
+                base_right.append(False)
+                continue
+            label, weight = ids[a + j], math.exp(-(j - 1) / gamma)
+            final_right.append(int(np.argmax(final[j - 1])) == label)
+            base_right.append(int(np.argmax(base[j - 1])) == label)
+            sums["weight_sum"] += weight
+            sums["final_ce_sum"] += weight * cross_entropy(final[j - 1], label)
+            sums["base_ce_sum"] += weight * cross_entropy(base[j - 1], label)
+        sums["label_count"] += sum(supervised)
+        sums["final_correct"] += sum(final_right)
+        sums["base_correct"] += sum(base_right)
+        if any(supervised):
+            sums["block_count"] += 1
+            sums["final_accept_sum"] += block_acceptance(final_right, supervised)
+            sums["base_accept_sum"] += block_acceptance(base_right, supervised)
+    return combine_training([sums], lam)

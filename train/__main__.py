@@ -1,0 +1,329 @@
+"""Train a Domino drafter for a frozen Qwen3 target.
+
+    python -m train --target target --data data.jsonl --out runs/drafter
+    python -m train --resume --out runs/drafter
+
+The run's folder holds settings.json, checkpoints/, metrics.jsonl, curves.png and, at the end or when
+interrupted, the drafter as a Hugging Face folder, drafter/.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from convert import hf
+from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, check_pair, default_taps
+from domino_jax.errors import DominoError
+from domino_jax.weights import flatten, init, unflatten
+from train import curves, data
+from train.checkpoint import Checkpoints
+from train.step import Metrics, Recipe, TrainState, start, train_step
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a Domino drafter for a frozen Qwen3 target (base-anchored curriculum)."""
+
+    target: Path | None = None
+    """folder of the target, Hugging Face files"""
+    data: Path | None = None
+    """JSONL of sequences, best written by the target itself (see train.prompts)"""
+    out: Path = Path("runs/drafter")
+    """folder of the run"""
+    resume: bool = False
+    """continue the run in --out, with its own settings"""
+
+    layers: int = 5
+    """layers of the drafter"""
+    block_size: int = 16
+    """M, rows of a block"""
+    taps: tuple[int, ...] = ()
+    """target layers to read; spread over the depth when not given"""
+    intermediate_size: int | None = None
+    """MLP width of the drafter; the target's when not given"""
+    head: bool = True
+    """train the causal head; --no-head is plain DFlash"""
+    gru_hidden_dim: int = 1024
+    emb_dim: int = 256
+    """rank of the head's vocabulary projection"""
+    pure_draft_prefix_len: int = 1
+    """first proposals that the head leaves alone"""
+    shift_label: bool = True
+    """the anchor's own row makes the first proposal"""
+    mask_token_id: int | None = None
+    """the tokenizer's mask token when not given"""
+
+    steps: int = 1000
+    batch: int = 8
+    """sequences a step"""
+    length: int = 3072
+    """tokens a sequence is cut to"""
+    anchors: int = 256
+    """A, blocks a sequence"""
+    lr: float = 6e-4
+    warmup: float = 0.04
+    """share of the steps with a rising learning rate"""
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """largest gradient norm"""
+    gamma: float = 7.0
+    """γ, decay of the weights over a block"""
+    lambda_base_start: float = 1.0
+    lambda_base_decay_ratio: float = 1.0
+    """share of the steps over which λ falls to 0"""
+    chunk: int = 1024
+    """proposals whose logits exist at a time"""
+    dtype: str | None = None
+    """of the computation (masters are float32): float32 on a CPU and bfloat16 elsewhere when not given"""
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 200
+
+
+def draft_config(options: Train, target: TargetConfig, mask_token_id: int) -> DraftConfig:
+    """The drafter's config: its layers have the target's geometry."""
+    return DraftConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=target.head_dim,
+        intermediate_size=options.intermediate_size or target.intermediate_size,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_theta=target.rope_theta,
+        max_position_embeddings=target.max_position_embeddings,
+        block_size=options.block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=options.taps or default_taps(target.num_hidden_layers, options.layers),
+        num_target_layers=target.num_hidden_layers,
+        shift_label=options.shift_label,
+        head=HeadConfig(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
+        if options.head
+        else None,
+    )
+
+
+def settle(options: Train) -> Train:
+    """The options to run with: a resumed run's own, after refusing any that were changed.
+
+    Raises:
+        DominoError: there is nothing to resume, a setting differs, or what is needed was not given.
+    """
+    path = options.out / "settings.json"
+    if options.resume:
+        saved = hf.read_json(path)
+        given = _plain(options)
+        defaults = _plain(Train())
+        changed = [k for k in given if k not in ("out", "resume") and given[k] not in (defaults[k], saved.get(k))]
+        if changed:
+            raise DominoError(
+                f"a resumed run keeps its settings; leave out --{', --'.join(changed).replace('_', '-')}."
+            )
+        fields: dict[str, Any] = {f.name: saved[f.name] for f in dataclasses.fields(Train) if f.name in saved}
+        fields |= {"taps": tuple(fields["taps"]), "out": options.out, "resume": True}
+        fields |= {key: Path(fields[key]) for key in ("target", "data")}
+        return Train(**fields)
+    if options.target is None or options.data is None:
+        raise DominoError("give --target (a model's folder) and --data (a JSONL file), or --resume with --out.")
+    if path.exists():
+        raise DominoError(f"{options.out} already holds a run; continue it with --resume, or give another --out.")
+    for name in ("steps", "batch", "length", "anchors", "chunk", "log_every", "save_every", "layers"):
+        if getattr(options, name) < 1:
+            raise DominoError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(options, name)}.")
+    return options
+
+
+def _plain(options: Train) -> dict[str, Any]:
+    """The options as JSON holds them."""
+    values = dataclasses.asdict(options)
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def row(metrics: Metrics, step: int, speed: float) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    report = metrics.report
+    return {
+        "step": step,
+        "loss": float(report.loss),
+        "final_loss": float(report.final.loss),
+        "base_loss": float(report.base.loss),
+        "final_acceptance": float(report.final.acceptance),
+        "base_acceptance": float(report.base.acceptance),
+        "final_accuracy": float(report.final.accuracy),
+        "base_accuracy": float(report.base.accuracy),
+        "lambda": float(metrics.lam),
+        "lr": float(metrics.lr),
+        "gradient_norm": float(metrics.gradient_norm),
+        "tokens_per_second": speed,
+    }
+
+
+def run(options: Train) -> None:
+    """Train to the end, or to an interruption, which saves first."""
+    options = settle(options)
+    assert options.target is not None and options.data is not None
+    raw = hf.read_json(options.target / "config.json")
+    target = hf.parse_config(raw)
+    if not isinstance(target, TargetConfig):
+        raise DominoError(f"{options.target} is a drafter; --target takes the target model.")
+    if options.length > target.max_position_embeddings:
+        raise DominoError(
+            f"--length {options.length} is beyond the target's {target.max_position_embeddings} positions."
+        )
+    tokenizer = _tokenizer(options.target)
+    mask_token_id = options.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = getattr(tokenizer, "mask_token_id", None)
+        if mask_token_id is None:
+            raise DominoError(
+                "the target's tokenizer has no mask token; give --mask-token-id, an unused id of its vocabulary."
+            )
+    draft = draft_config(options, target, mask_token_id)
+    for warning in check_pair(target, draft):
+        print(f"warning: {warning}", file=sys.stderr)
+    dataset, skipped = data.read(options.data, options.length, target.vocab_size, tokenizer, options.seed)
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16"):
+        raise DominoError(f"--dtype is float32 or bfloat16, found {dtype!r}.")
+    frozen = hf.load(options.target, target, jnp.dtype(dtype))
+    recipe = Recipe(
+        target,
+        draft,
+        options.steps,
+        options.lr,
+        options.warmup,
+        options.weight_decay,
+        options.clip,
+        options.gamma,
+        options.anchors,
+        options.lambda_base_start,
+        options.lambda_base_decay_ratio,
+        options.chunk,
+        dtype,
+    )
+    weights = flatten(init(draft, jax.random.key(options.seed)))
+    if draft.head:
+        weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
+    state = start(recipe, weights, options.seed)
+    checkpoints = Checkpoints(options.out / "checkpoints")
+    if options.resume:
+        state = checkpoints.restore(state)
+    else:
+        hf.write_json(options.out / "settings.json", _plain(options))
+    done = int(state.step)
+    count = sum(w.size for w in state.weights.values())
+    epochs = options.steps * options.batch / len(dataset)
+    print(
+        f"{len(dataset)} sequences ({skipped} without an anchor left out), {epochs:.1f} epochs; "
+        f"drafter of {count / 1e6:.1f}M parameters, {draft.num_proposals} proposals a block; from step {done}",
+        flush=True,
+    )
+    metrics_path = options.out / "metrics.jsonl"
+    rows = [r for r in curves.read(metrics_path) if r["step"] <= done]
+    metrics_path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def save(state: TrainState, last: bool) -> None:
+        checkpoints.save(state)
+        if rows:
+            curves.draw(rows, options.out / "curves.png")
+        if last:
+            checkpoints.finish()
+            hf.save(options.out / "drafter", unflatten(draft, state.weights), draft, draft.to_hf(), jnp.bfloat16)
+
+    def log(pending: list[Metrics], speed: float, left: float) -> None:
+        """Fetch what the last steps reported; stop at the first that was not finite."""
+        for number, metrics in enumerate(jax.device_get(pending), done - len(pending) + 1):
+            if not metrics.finite:
+                checkpoints.finish()
+                raise DominoError(
+                    f"the loss or its gradient is not finite at step {number} (loss {float(metrics.report.loss)}, "
+                    f"gradient norm {float(metrics.gradient_norm)}); the last good checkpoint is of step "
+                    f"{checkpoints.latest()}: lower --lr or --clip, or look at the data."
+                )
+        rows.append(row(jax.device_get(pending[-1]), done, speed))
+        with metrics_path.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        r = rows[-1]
+        print(
+            f"step {done}/{options.steps}  loss {r['loss']:.3f}  "
+            f"final {r['final_loss']:.3f}  base {r['base_loss']:.3f}  "
+            f"acceptance {r['final_acceptance']:.2f} (base {r['base_acceptance']:.2f})  λ {r['lambda']:.2f}  "
+            f"lr {r['lr']:.1e}  {speed:,.0f} tokens/s  {_clock(left)} left",
+            flush=True,
+        )
+
+    terminated = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    pending: list[Metrics] = []
+    try:
+        began, begun_at = time.perf_counter(), done
+        while done < options.steps:
+            batch = dataset.batch(done, options.batch)
+            state, metrics = train_step(recipe, state, frozen, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+            pending.append(metrics)
+            done += 1
+            if done - begun_at == 1:  # compiling is not part of the speed
+                jax.block_until_ready(state)
+                began = time.perf_counter()
+            if done % options.log_every == 0 or done == options.steps:
+                jax.block_until_ready(state)
+                elapsed = time.perf_counter() - began
+                per_step = elapsed / max(done - begun_at - 1, 1)
+                log(pending, batch.ids.size / per_step, per_step * (options.steps - done))
+                pending = []
+            if done % options.save_every == 0:
+                save(state, last=False)
+        save(state, last=True)
+    except KeyboardInterrupt:
+        # A step that was under way is finished: its state is the newest whole one.
+        save(state, last=True)
+        print(
+            f"interrupted at step {int(state.step)}; continue with: python -m train --resume --out {options.out}",
+            file=sys.stderr,
+        )
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+    print(f"wrote {options.out / 'drafter'}")
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The target's tokenizer, None where its folder has none."""
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Train, args=argv, prog="python -m train")
+    try:
+        run(options)
+    except DominoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"error: {error}; the checkpoints in {options.out} are as they were.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

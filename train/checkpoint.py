@@ -1,0 +1,77 @@
+"""Training states on disk, through Orbax: written whole or not at all, the last few kept."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from domino_jax.errors import DominoError
+from train.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run; saving happens while training goes on."""
+
+    def __init__(self, folder: Path, keep: int = 3):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DominoError(f"{folder} can't be made: {error}.") from None
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Write `state` under its step, unless that step is there already.
+
+        Raises:
+            DominoError: it could not be written; earlier checkpoints are untouched.
+        """
+        step = int(state.step)
+        if step == self.latest():
+            return
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(state))  # type: ignore[call-arg]
+        except Exception as error:  # the array storage behind Orbax raises several kinds
+            raise DominoError(self._failed(step, error)) from error
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest checkpoint, in the form of `like`.
+
+        Raises:
+            DominoError: there is none, or it does not fit.
+        """
+        step = self.latest()
+        if step is None:
+            raise DominoError(f"there is no checkpoint in {self.folder} to resume from.")
+        form: Any = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(form))  # type: ignore[call-arg]
+        except Exception as error:
+            raise DominoError(f"the checkpoint of step {step} in {self.folder} can't be read: {error}") from error
+
+    def finish(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            DominoError: the last save failed; earlier checkpoints are untouched.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise DominoError(self._failed(None, error)) from error
+
+    def _failed(self, step: int | None, error: Exception) -> str:
+        what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+        good = self.latest()
+        return f"{what} can't be written to {self.folder} ({error}); " + (
+            "no earlier one exists."
+            if good is None
+            else f"the one of step {good} is whole: free some space and --resume."
+        )

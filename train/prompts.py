@@ -1,0 +1,75 @@
+"""Cut prompts out of text, for a target to continue: on-policy training data, or held-out measurements.
+
+python -m train.prompts --tokenizer target --out prompts.jsonl --count 4000
+python -m infer --model target --draft none --raw --prompts prompts.jsonl --json --temperature 0.7 > data.jsonl
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from domino_jax.errors import DominoError
+from train.corpus import read_texts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Cut prompts out of text, each from the start of a line."""
+
+    tokenizer: Path
+    """folder of a model whose tokenizer counts the tokens"""
+    out: Path
+    """JSONL file to write, one {"input_ids": [...]} a line"""
+    text: Path | None = None
+    """folder of text files; the Python standard library's sources when not given"""
+    suffix: str = ".py"
+    """which files of the folder to read"""
+    count: int = 100
+    tokens: int = 48
+    """tokens of each prompt"""
+    held_out: bool = False
+    """take the files that no training command reads"""
+    seed: int = 0
+
+
+def cut(texts: list[str], tokenizer, count: int, tokens: int, seed: int) -> list[list[int]]:
+    """`count` prompts of `tokens` ids, each from the start of a random line of a random place."""
+    rng = np.random.default_rng(seed)
+    sizes = np.array([len(t) for t in texts], float)
+    prompts: list[list[int]] = []
+    for _ in range(100 * count):
+        if len(prompts) == count:
+            return prompts
+        text = texts[rng.choice(len(texts), p=sizes / sizes.sum())]
+        start = text.find("\n", rng.integers(0, len(text) + 1)) + 1
+        # A token is a dozen characters at most on average; anything longer than needed is cut.
+        ids = tokenizer(text[start : start + 12 * tokens], add_special_tokens=False)["input_ids"][:tokens]
+        if len(ids) == tokens:
+            prompts.append(ids)
+    raise DominoError(f"the text is too short for {count} prompts of {tokens} tokens.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Prompts, args=argv, prog="python -m train.prompts")
+    from transformers import AutoTokenizer
+
+    try:
+        if not options.tokenizer.is_dir():
+            raise DominoError(f"{options.tokenizer} is not a folder; --tokenizer takes a model's folder.")
+        train, held_out = read_texts(options.text, options.suffix)
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
+        prompts = cut(held_out if options.held_out else train, tokenizer, options.count, options.tokens, options.seed)
+        options.out.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
+    except (DominoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {len(prompts)} prompts to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

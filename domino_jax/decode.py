@@ -102,8 +102,8 @@ def begin(
         emitted=jnp.zeros(batch, jnp.int32),
         limit=jnp.asarray(np.array(limits, np.int32)),
         done=jnp.zeros(batch, bool),
-        keys=keys,
-        sampling=sampling,
+        keys=jnp.copy(keys),  # the state is donated; what the caller gave stays the caller's
+        sampling=jax.tree.map(jnp.copy, sampling),
         cache=kv.init(configs.target, batch, capacity, dtype),
         context=kv.init(configs.draft, batch, capacity, dtype) if configs.draft else None,
     )
@@ -198,16 +198,23 @@ def propose(
         drafts [B, J]; their distributions [B, J, V] (None if greedy); the drafter's cache.
     """
     drafter, config = params.draft, configs.draft
-    assert drafter is not None and config is not None and state.context is not None
-    embed = params.target.embed
-    with jax.named_scope("draft"):
-        x = draft.block_inputs(embed, config, state.token)
-        z, context = draft.block(drafter, config, x, state.length, state.context)
-        z = draft.proposing(config, z)
-        base = target.logits(params.target, z)
+    assert drafter is not None and config is not None
+    z, base, context = draft_block(params, configs, state)
     with jax.named_scope("head"):
+        embed = params.target.embed
         drafts, q = head.propose(drafter, config, embed, z, base, state.token, state.sampling, keys)
     return drafts, q, context
+
+
+def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[Array, Array, KVCache]:
+    """The backbone over one block a row: z [B, J, D] and base logits [B, J, V] of the proposals; its cache."""
+    drafter, config = params.draft, configs.draft
+    assert drafter is not None and config is not None and state.context is not None
+    with jax.named_scope("draft"):
+        x = draft.block_inputs(params.target.embed, config, state.token)
+        z, context = draft.block(drafter, config, x, state.length, state.context)
+        z = draft.proposing(config, z)
+        return z, target.logits(params.target, z), context
 
 
 def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Array) -> tuple[Array, Array, KVCache]:

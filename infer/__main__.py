@@ -1,0 +1,576 @@
+"""`python -m infer`: generate text with Domino, and see what it did.
+
+Generated text, or JSON, goes to standard output; everything else to standard error.
+"""
+
+import json
+import os
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
+
+from domino_jax.errors import DominoError
+
+if TYPE_CHECKING:  # JAX is imported once the words are known to be right
+    from infer.engine import Engine, Sequence
+    from infer.models import Loaded
+
+DONE, FAILED, WRONG_WORDS, CANCELLED = 0, 1, 2, 130
+COMPARED_RUNS = 3
+ACCEPTED, ADDED, REJECTED = "green", "yellow", "dim strike"
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate with a Qwen3 target and its Domino drafter: the target's own output, sooner."""
+
+    prompt: Positional[str | None] = None
+    """the prompt; "-" (or none, in a pipe) reads standard input without its last newline, none at a terminal chats"""
+    model: str = "demo"
+    """target: demo, qwen3-4b, qwen3-8b, a folder, or org/repo on the Hub"""
+    draft: str | None = None
+    """drafter: likewise, or none for plain decoding; by default the one that belongs to the model's name"""
+    max_new_tokens: int = 256
+    """tokens to generate at most"""
+    temperature: float = 0.0
+    """0 is greedy"""
+    top_k: int = 0
+    """draw from the k likeliest tokens; 0 is off"""
+    top_p: float = 1.0
+    """draw from the likeliest tokens that together have this probability; 1 is off"""
+    min_p: float = 0.0
+    """drop tokens below this share of the likeliest one's probability; 0 is off"""
+    seed: int = 0
+    """of the random keys"""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """end before this text"""
+    raw: FlagCreatePairsOff[bool] = False
+    """no chat template: the model continues the prompt"""
+    system: str | None = None
+    """system message"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    prompts: Path | None = None
+    """a batch: JSON lines, each with "prompt", "messages" or "input_ids", and "max_new_tokens" if wanted"""
+    batch_size: int = 8
+    """prompts of --prompts that run together"""
+    input_ids: str | None = None
+    """the prompt as token ids, "1,2,3\""""
+    compare: FlagCreatePairsOff[bool] = False
+    """also run the lean loop without a drafter, and compare tokens and speed"""
+    show_drafts: FlagCreatePairsOff[bool] = False
+    """colour what was drafted and accepted, what was rejected, and what the target added"""
+    json: FlagCreatePairsOff[bool] = False
+    """one JSON object per sequence on standard output, and nothing else there"""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to generate from: raw text, messages or ids, exactly one of them."""
+
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+    ids: list[int] | None = None
+    max_new_tokens: int | None = None
+    where: str = "the prompt"  # for errors
+
+
+def contradictions(options: Generate, chat: bool) -> str | None:
+    """What is wrong with the words of the command line, None if nothing is."""
+    o = options
+    sources = [o.prompt is not None, o.prompts is not None, o.input_ids is not None]
+    rules = (
+        (sum(sources) > 1, "give one of PROMPT, --prompts and --input-ids, not several"),
+        (o.max_new_tokens < 1, f"--max-new-tokens must be at least 1, found {o.max_new_tokens}"),
+        (o.batch_size < 1, f"--batch-size must be at least 1, found {o.batch_size}"),
+        (not 0 <= o.temperature < float("inf"), f"--temperature must be 0 or more, found {o.temperature}"),
+        (o.top_k < 0, f"--top-k must be 0 or more, found {o.top_k}"),
+        (not 0 < o.top_p <= 1, f"--top-p must be above 0 and at most 1, found {o.top_p}"),
+        (not 0 <= o.min_p <= 1, f"--min-p must be from 0 to 1, found {o.min_p}"),
+        (not 0 <= o.seed < 2**32, f"--seed must be from 0 to 2^32 - 1, found {o.seed}"),
+        ("" in o.stop, "--stop must not be empty"),
+        (o.system is not None and o.raw, "--system needs the chat template, which --raw turns off"),
+        (o.system is not None and o.input_ids is not None, "--system does nothing to --input-ids"),
+        (o.json and o.show_drafts, "--show-drafts colours text, and --json prints none"),
+        (o.draft == "none" and o.compare, "--compare compares with and without a drafter, and --draft none has none"),
+        (o.draft == "none" and o.show_drafts, "--show-drafts needs a drafter, and --draft none has none"),
+        (chat and o.json, "--json needs a prompt"),
+        (chat and o.compare, "--compare needs a prompt"),
+    )
+    wrong = next((message for broken, message in rules if broken), None)
+    if wrong is None and o.input_ids is not None:
+        try:
+            parse_ids(o.input_ids)
+        except ValueError:
+            wrong = f"--input-ids takes whole numbers with commas between them, found {o.input_ids!r}"
+    return wrong
+
+
+def parse_ids(text: str) -> list[int]:
+    """ "1,2,3" as a list; raises ValueError."""
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = tyro.cli(Generate, args=argv, prog="python -m infer")
+    no_prompt = options.prompt is None and options.prompts is None and options.input_ids is None
+    chat = no_prompt and sys.stdin.isatty()
+    wrong = contradictions(options, chat)
+    if wrong:
+        say(f"error: {wrong}.")
+        return WRONG_WORDS
+    try:
+        Session(options).run(chat)
+        sys.stdout.flush()
+    except DominoError as error:
+        say(f"error: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        return CANCELLED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return DONE
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def warn(warnings: Iterable[str], most: int = 3) -> None:
+    """The first few warnings, and how many more there are."""
+    for i, warning in enumerate(warnings := list(warnings)):
+        if i == most:
+            say(f"warning: … and {len(warnings) - most} more.")
+            return
+        say(f"warning: {warning}")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The rows of a JSON lines file.
+
+    Raises:
+        DominoError: it can't be read, or a row is not of the form that --prompts takes.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DominoError(f"{path} can't be read: {error}.") from None
+    prompts = [_parse_row(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise DominoError(f"{path} has no prompts.")
+    return prompts
+
+
+def _parse_row(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DominoError(f"{where} is not JSON: {error}.") from None
+    kinds = {
+        "prompt": lambda v: isinstance(v, str),
+        "messages": lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, dict) for m in v),
+        "input_ids": lambda v: isinstance(v, list) and all(type(i) is int for i in v),
+    }
+    given = [key for key in kinds if isinstance(row, dict) and key in row]
+    if len(given) != 1 or not kinds[given[0]](row[given[0]]):
+        raise DominoError(
+            f'{where} must have one of "prompt" (a string), "messages" (a list of objects) and "input_ids" (integers).'
+        )
+    limit = row.get("max_new_tokens")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise DominoError(f"{where} has max_new_tokens {limit!r}, expected an integer of at least 1.")
+    return Prompt(row.get("prompt"), row.get("messages"), row.get("input_ids"), limit, where)
+
+
+class Session:
+    """One run of the command: a loaded model, and what the options ask of it."""
+
+    engine: "Engine"
+    loaded: "Loaded"
+
+    def __init__(self, options: Generate):
+        self.options = options
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.finished: list[list[Sequence]] = []  # batch after batch, for the summary
+        self.comparison: list[dict[str, Any]] = []
+
+    def run(self, chat: bool) -> None:
+        """Generate what the options ask for."""
+        prompts = [] if chat else self._read()  # before loading, which takes longer
+        self._load()
+        if chat:
+            self._chat()
+            return
+        sequences, warnings = [], []
+        for row, prompt in enumerate(prompts):
+            sequence, more = self._sequence(prompt, row)
+            sequences.append(sequence)
+            warnings += more
+        warn(warnings)
+        size = min(self.options.batch_size, len(sequences))
+        try:
+            for start in range(0, len(sequences), size):
+                self._batch(sequences[start : start + size], size, len(sequences))
+        finally:
+            self._summary()
+
+    def _read(self) -> list[Prompt]:
+        o = self.options
+        if o.prompts:
+            return read_prompts(o.prompts)
+        if o.input_ids is not None:
+            return [Prompt(ids=parse_ids(o.input_ids))]
+        text = o.prompt
+        if text is None or text == "-":
+            try:
+                text = sys.stdin.read().removesuffix("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DominoError(f"standard input can't be read: {error}.") from None
+        return [Prompt(text=text)]
+
+    def _load(self) -> None:
+        from infer import models
+        from infer.engine import Engine
+
+        o = self.options
+        target, draft = models.resolve(o.model, o.draft)
+        if draft is None and o.draft is None:
+            say("no drafter: decoding plainly; give one with --draft DIR.")
+            if o.compare or o.show_drafts:
+                raise DominoError("--compare and --show-drafts need a drafter: give one with --draft DIR.")
+        with progress_bars(self.notes) as progress:
+            self.loaded = models.load(target, draft, o.dtype, progress)
+        warn(self.loaded.warnings)
+        self.engine = Engine(self.loaded)
+
+    def _is_chat(self) -> bool:
+        """Whether prompts go through the model's chat template."""
+        from infer import text
+
+        return not self.options.raw and text.has_template(self.loaded.tokenizer)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """The ids that the model is given."""
+        from infer import text
+
+        if prompt.ids is not None:
+            return prompt.ids
+        if self.loaded.tokenizer is None:
+            raise DominoError("the model's folder has no tokenizer: give the prompt with --input-ids.")
+        messages = prompt.messages
+        if messages is None:
+            if not prompt.text:
+                raise DominoError("the prompt is empty.")
+            if not self._is_chat():
+                if self.options.system is not None:
+                    raise DominoError("this model has no chat template, so --system has no place to go.")
+                return text.encode(self.loaded.tokenizer, prompt.text)
+            messages = [{"role": "user", "content": prompt.text}]
+        elif self.options.raw:
+            raise DominoError("messages need the chat template, which --raw turns off.")
+        if self.options.system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": self.options.system}, *messages]
+        return text.encode_chat(self.loaded.tokenizer, messages)
+
+    def _sequence(self, prompt: Prompt, row: int) -> "tuple[Sequence, list[str]]":
+        """What to generate for a prompt, with warnings; errors and warnings say where in a file it stands."""
+        o = self.options
+        where = f"{prompt.where}: " if o.prompts else ""
+        try:
+            limit = prompt.max_new_tokens or o.max_new_tokens
+            sequence, warnings = self.engine.sequence(self._ids(prompt), limit, row, o.stop)
+        except DominoError as error:
+            raise DominoError(f"{where}{error}") from None
+        return sequence, [where + warning for warning in warnings]
+
+    def _generate(self, sequences: "list[Sequence]", **how: Any) -> None:
+        from infer.engine import Settings
+
+        o = self.options
+        self.engine.generate(sequences, Settings(o.temperature, o.top_k, o.top_p, o.min_p), o.seed, **how)
+
+    def _batch(self, sequences: "list[Sequence]", size: int, total: int) -> None:
+        """Generate and print one batch; also what there is of it when the user cancels."""
+        o = self.options
+        single = total == 1
+        stream = single and not o.json and not o.show_drafts and self.loaded.tokenizer is not None
+        if stream and not self._is_chat() and o.prompt and self.console.is_terminal:
+            self.console.print(o.prompt, style="dim", end="", markup=False)
+        printed = Printer(sequences[0])
+        self.finished.append(sequences)
+        cancelled, result = False, None
+        try:
+            try:
+                self._generate(sequences, update=printed.more if stream else None, batch=size)
+            finally:
+                if stream:
+                    printed.end()
+            result = self._compare(sequences, size) if o.compare else None
+        except KeyboardInterrupt:
+            cancelled = True
+        for s in sequences:
+            if o.json:
+                print(json.dumps(self._record(s, result)), flush=True)
+            elif not stream:
+                self._show(s, None if single else s.row)
+        if not single:
+            self._progress(total)
+        if cancelled:
+            raise KeyboardInterrupt
+
+    def _record(self, s: "Sequence", comparison: dict[str, Any] | None) -> dict[str, Any]:
+        """What --json prints of a sequence."""
+        from infer.engine import tau
+
+        record = {
+            "row": s.row,
+            "tokens": s.tokens,
+            "text": s.text,
+            "finish_reason": s.finish_reason,
+            "prompt_tokens": len(s.prompt),
+            "input_ids": s.prompt,
+            "cycles": len(s.cycles),
+            "accepted": s.accepted,
+            "tau": tau(s.accepted),
+            "seconds": {"load": self.loaded.seconds, **s.seconds},
+            "tokens_per_second": s.tokens_per_second,
+        }
+        if comparison:
+            identical = comparison["identical"]
+            record["compare"] = comparison | {"identical": identical and identical[s.row]}
+        return record
+
+    def _show(self, s: "Sequence", row: int | None) -> None:
+        """A finished sequence for people."""
+        if row is not None:
+            self.console.print(f"── {row}", style="bold")
+        if self.options.show_drafts:
+            show_drafts(self.console, s, self.loaded.tokenizer)
+        else:
+            print(",".join(map(str, s.tokens)) if s.text is None else s.text)
+
+    def _compare(self, sequences: "list[Sequence]", size: int) -> dict[str, Any]:
+        """Time both loops in turns, warmed up, on the same prompts.
+
+        The tokens of the sampling loops differ by design: they follow the same distribution, but
+        use their random numbers differently. Only greedy ones are compared.
+        """
+        from infer.engine import tokens_per_second
+
+        def again(speculative: bool) -> "list[Sequence]":
+            fresh = [self.engine.sequence(s.prompt, s.limit, s.row, self.options.stop)[0] for s in sequences]
+            self._generate(fresh, speculative=speculative, batch=size)
+            return fresh
+
+        lean = again(False)
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(COMPARED_RUNS):
+            for speculative, collected in rates.items():
+                rate = tokens_per_second(again(speculative))
+                if rate is not None:
+                    collected.append(rate)
+        ours, plain = (statistics.median(r) if r else None for r in rates.values())
+        identical = None
+        if self.options.temperature == 0:
+            identical = {s.row: s.tokens == other.tokens for s, other in zip(sequences, lean, strict=True)}
+        result = {
+            "tokens_per_second": ours,
+            "lean_tokens_per_second": plain,
+            "speedup": ours / plain if ours and plain else None,
+            "identical": identical,
+        }
+        self.comparison.append(result)
+        return result
+
+    def _progress(self, total: int) -> None:
+        """Where a file of prompts stands."""
+        done = sum(map(len, self.finished))
+        tokens = sum(len(s.tokens) for batch in self.finished for s in batch)
+        rate = _overall_rate(self.finished)
+        say(f"{done}/{total} prompts, {tokens} tokens" + (f", {rate:.0f} tokens/s" if rate else ""))
+
+    def _summary(self) -> None:
+        """τ, accepted lengths, speed and the comparison, on standard error."""
+        from infer.engine import PHASES, tau
+
+        sequences = [s for batch in self.finished for s in batch]
+        if not sequences:
+            return
+        show = self.notes.print
+        total = {phase: sum(max(s.seconds[phase] for s in batch) for batch in self.finished) for phase in PHASES}
+        prompt_tokens, tokens = sum(len(s.prompt) for s in sequences), sum(len(s.tokens) for s in sequences)
+        rate = _overall_rate(self.finished)
+        show(f"\n{tokens} tokens" + (f", decoded at [bold]{rate:.1f} tokens/s[/]" if rate else ""))
+        show(
+            f"load {self.loaded.seconds:.2f} s · compile {total['compile']:.2f} s · "
+            f"prefill {total['prefill']:.3f} s ({prompt_tokens} tokens) · decode {total['decode']:.3f} s",
+            style="dim",
+        )
+        accepted = [n for s in sequences for n in s.accepted]
+        if accepted:
+            show(f"τ = [bold]{tau(accepted):.2f}[/] tokens a cycle, over {len(accepted)} cycles; drafts accepted:")
+            draft = self.loaded.configs.draft
+            for line in histogram(accepted, draft.num_proposals if draft else 0):
+                show(line)
+        if self.comparison:
+            self._summarise_comparison()
+
+    def _summarise_comparison(self) -> None:
+        show = self.notes.print
+        runs = [c for c in self.comparison if c["speedup"]]
+        for c in runs:
+            show(
+                f"with drafts {c['tokens_per_second']:.1f} tokens/s · "
+                f"lean loop {c['lean_tokens_per_second']:.1f} tokens/s · "
+                f"[bold]{c['speedup']:.2f}×[/] (median of {COMPARED_RUNS} runs in turns)"
+            )
+        if not runs:
+            show("one token comes from the prefill: there is no decoding to compare.")
+        if self.options.temperature > 0:
+            show("samples of the two loops differ by design (same distribution): only the speed is compared.")
+            return
+        different = [row for c in self.comparison for row, same in c["identical"].items() if not same]
+        if not different:
+            show("tokens: [bold green]identical[/]")
+            return
+        show(f"tokens: [bold red]different[/] in {len(different)} sequences (the first: {different[0]})")
+        if self.loaded.dtype != "float32":
+            show("in bfloat16 two logits can tie to rounding, and the two loops may then break the tie differently.")
+
+    def _chat(self) -> None:
+        """Talk until the end of input: the whole conversation is the prompt of every turn.
+
+        A model without a chat template continues each line by itself.
+        """
+        with suppress(ImportError):
+            import readline  # noqa: F401  (line editing for input())
+        say("Chat: Ctrl-C stops an answer, Ctrl-D ends.")
+        messages: list[dict[str, str]] = []
+        while True:
+            try:
+                line = input("> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if not line:
+                continue
+            self.finished, self.comparison = [], []
+            messages.append({"role": "user", "content": line})
+            try:
+                prompt = Prompt(messages=list(messages)) if self._is_chat() else Prompt(text=line)
+                sequence, warnings = self._sequence(prompt, 0)
+                warn(warnings)
+                with suppress(KeyboardInterrupt):
+                    self._batch([sequence], 1, 1)
+                self._summary()
+                messages.append({"role": "assistant", "content": sequence.text or ""})
+            except DominoError as error:
+                say(f"error: {error} The conversation starts over.")
+                messages = []
+
+
+def _overall_rate(batches: "list[list[Sequence]]") -> float | None:
+    """Decoded tokens per second over batches that ran one after another."""
+    seconds = sum(max(s.seconds["decode"] for s in batch) for batch in batches)
+    tokens = sum(max(len(s.tokens) - 1, 0) for batch in batches for s in batch)
+    return tokens / seconds if seconds else None
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each of target and drafter while they load, at a terminal."""
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(f"loading {what}", total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield advance
+
+
+class Printer:
+    """Prints a sequence's text as it grows."""
+
+    def __init__(self, sequence: "Sequence"):
+        self.sequence = sequence
+        self.shown = 0
+
+    def more(self) -> None:
+        """Print what is new."""
+        text = self.sequence.text or ""
+        print(text[self.shown :], end="", flush=True)
+        self.shown = len(text)
+
+    def end(self) -> None:
+        """Print the rest, and end the line."""
+        self.more()
+        if not (self.sequence.text or "").endswith("\n"):
+            print(flush=True)
+
+
+def histogram(accepted: list[int], proposals: int, width: int = 40) -> list[str]:
+    """Lines with a bar for each number of accepted drafts from 0 to `proposals`."""
+    counts = Counter(accepted)
+    most = max(counts.values())
+    return [
+        f"{n:3} {'█' * round(width * counts[n] / most) or ('▏' if counts[n] else '')} {counts[n]}"
+        for n in range(proposals + 1)
+    ]
+
+
+def show_drafts(console: Console, s: "Sequence", tokenizer: Any) -> None:
+    """Print a sequence with each token's origin in its colour, and a legend.
+
+    Text appears with the token that completes its characters. A text that a stop string cut is
+    shown whole here, as drafted.
+    """
+    from rich.text import Text
+
+    from infer.text import Detokenizer, decode
+
+    stream = Detokenizer(tokenizer) if tokenizer is not None else None
+    out = Text()
+
+    def kept(tokens: list[int], style: str) -> None:
+        for token in tokens:
+            out.append(stream.feed([token]) if stream else f"{token} ", style)
+
+    kept(s.tokens[:1], ADDED)
+    for cycle in s.cycles:
+        kept(cycle.tokens[: cycle.accepted], ACCEPTED)
+        rejected = cycle.drafts[cycle.accepted :]
+        if rejected and len(cycle.tokens) > cycle.accepted:
+            text = decode(tokenizer, rejected) if stream else " ".join(map(str, rejected))
+            out.append(text.replace("\n", "⏎").replace("\r", "␍"), REJECTED)
+            if not stream:
+                out.append(" ")
+        kept(cycle.tokens[cycle.accepted :], ADDED)
+    if stream:
+        out.append(stream.finish(), ADDED)
+    console.print(out)
+    legend = Text("drafted and accepted", ACCEPTED) + Text(" · ") + Text("rejected", REJECTED)
+    console.print(legend + Text(" · ") + Text("the target's own", ADDED))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,441 @@
+"""Measure decoding: the lean loop, DFlash (head off) and Domino in one run, in turn.
+
+    python -m infer.bench --batch-sizes 1 4 --new-tokens 128 --json bench.json
+
+Every round runs each mode once, so that a machine whose speed drifts treats them alike; figures are
+medians over the rounds, and the ratios are what to quote from a shared machine. Stop tokens are
+ignored, so every sequence has the same length.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from domino_jax import cache as kv
+from domino_jax import decode, draft, head, verify
+from domino_jax.errors import DominoError
+from domino_jax.sampling import probabilities, settings
+from domino_jax.weights import Draft, flatten, unflatten
+from infer.engine import Engine, Sequence, Settings, tau
+from infer.models import DEMO, Loaded, load, resolve
+
+LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
+REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure decoding with and without speculation, in one alternating run."""
+
+    model: str = "demo"
+    """name, folder or org/repo of the target"""
+    draft: str | None = None
+    """name, folder or org/repo of the drafter; by default the one that belongs to --model's name"""
+    batch_sizes: tuple[int, ...] = (1,)
+    new_tokens: int = 64
+    """tokens to generate for each prompt"""
+    prompts: Path | None = None
+    """JSONL of prompts ("input_ids" or "prompt"); the demo's held-out ones, or random ids, when not given"""
+    prompt_tokens: int = 48
+    """tokens of each prompt: longer ones are cut, shorter ones refused"""
+    num_prompts: int = 8
+    """prompts a round runs, batch after batch"""
+    min_distinct: float = 0.0
+    """leave out prompts that the target answers (greedily) with a smaller share of distinct 4-grams: small models fall
+    into loops, which are easy to draft and would flatter the acceptance"""
+    rounds: int = 3
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: str | None = None
+    """float32 or bfloat16"""
+    transformers: bool = True
+    """also run transformers' generate (greedy) on the same weights, where torch is installed"""
+    json: Path | None = None
+    """file for the figures: a list of flat objects, one for each batch size and mode"""
+
+
+def head_off(loaded: Loaded) -> Loaded:
+    """The same drafter as plain DFlash: its causal head is left out, its proposals are the base logits'."""
+    config, params = loaded.configs.draft, loaded.params.draft
+    assert config is not None and params is not None
+    plain = dataclasses.replace(config, head=None)
+    drafter: Draft = unflatten(plain, {k: v for k, v in flatten(params).items() if not k.startswith("head.")})
+    return dataclasses.replace(
+        loaded,
+        configs=decode.Configs(loaded.configs.target, plain),
+        params=decode.Params(loaded.params.target, drafter),
+    )
+
+
+def read_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
+    """Prompts of exactly `prompt_tokens` ids: all that the file has, or `num_prompts` random ones.
+
+    Raises:
+        DominoError: the file is missing or malformed.
+    """
+    path = options.prompts
+    if path is None and options.model == "demo":
+        path = DEMO / "prompts.jsonl"
+    if path is None:
+        rng = np.random.default_rng(options.seed)
+        shape = (options.num_prompts, options.prompt_tokens)
+        return rng.integers(0, loaded.configs.target.vocab_size, shape).tolist()
+    found: list[list[int]] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            ids = row["input_ids"] if "input_ids" in row else loaded.tokenizer(row["prompt"])["input_ids"]
+            if len(ids) >= options.prompt_tokens:
+                found.append([int(i) for i in ids[: options.prompt_tokens]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DominoError(f"{path} is not a JSONL file of prompts: {error!r}.") from None
+    return found
+
+
+def choose(prompts: list[list[int]], options: Bench, engine: Engine) -> tuple[list[list[int]], int]:
+    """The first `num_prompts` whose greedy answers are varied enough, and how many were passed over for loops.
+
+    Raises:
+        DominoError: there are too few.
+    """
+    chosen: list[list[int]] = []
+    looping = 0
+    for prompt in prompts:
+        if len(chosen) == options.num_prompts:
+            break
+        if options.min_distinct > 0:
+            sequence, _ = engine.sequence(prompt, options.new_tokens)
+            engine.generate([sequence], Settings(), speculative=False)
+            if distinct(sequence.tokens) < options.min_distinct:
+                looping += 1
+                continue
+        chosen.append(prompt)
+    if len(chosen) < options.num_prompts:
+        raise DominoError(
+            f"only {len(chosen)} prompts have {options.prompt_tokens} tokens and an answer that varied "
+            f"({looping} loop), {options.num_prompts} are wanted: lower --num-prompts or --prompt-tokens."
+        )
+    return chosen, looping
+
+
+def distinct(tokens: list[int], n: int = 4) -> float:
+    """Distinct n-grams as a share of all: 1 where nothing repeats, near 0 in a loop."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def batches(items: list[Any], size: int) -> list[list[Any]]:
+    """Whole batches of `size`; what is left over is not run."""
+    return [items[i : i + size] for i in range(0, len(items) - size + 1, size)]
+
+
+def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: int, mode: str) -> dict[str, Any]:
+    """One round of one of our modes: times and acceptance summed over its batches."""
+    seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+    accepted: list[int] = []
+    tokens, cycles, outputs = 0, 0, []
+    for number, group in enumerate(batches(prompts, batch)):
+        rows: list[Sequence] = []
+        for i, prompt in enumerate(group):
+            sequence, warnings = engine.sequence(prompt, options.new_tokens, row=number * batch + i)
+            if warnings:
+                raise DominoError(f"--new-tokens {options.new_tokens}: {warnings[0]}")
+            rows.append(sequence)
+        engine.generate(rows, Settings(options.temperature), options.seed, speculative=mode != LEAN)
+        for phase in seconds:
+            seconds[phase] += max(s.seconds[phase] for s in rows)
+        accepted += [m for s in rows for m in s.accepted]
+        tokens += sum(len(s.tokens) - 1 for s in rows)
+        cycles += options.new_tokens - 1 if mode == LEAN else max(len(s.cycles) for s in rows)
+        outputs += [s.tokens for s in rows]
+    return {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
+
+
+def transformers_runner(folder: Path, options: Bench) -> Callable[[list[list[int]], int], dict[str, Any]] | None:
+    """A round of transformers' greedy generate on the same weights; None where torch is not installed."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return None
+    if options.temperature > 0 or not any(folder.glob("*.safetensors")):
+        return None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, options.dtype or "float32"), local_files_only=True, trust_remote_code=False
+    ).eval()
+
+    def generate(ids: Any, new: int) -> Any:
+        with torch.inference_mode():
+            return model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new
+            )
+
+    def run(prompts: list[list[int]], batch: int) -> dict[str, Any]:
+        prefill, whole, tokens = 0.0, 0.0, 0
+        for group in batches(prompts, batch):
+            ids = torch.tensor(group)
+            began = time.perf_counter()
+            generate(ids, 1)
+            prefill += time.perf_counter() - began
+            began = time.perf_counter()
+            generate(ids, options.new_tokens)
+            whole += time.perf_counter() - began
+            tokens += len(group) * (options.new_tokens - 1)
+        cycles = len(batches(prompts, batch)) * (options.new_tokens - 1)
+        return {"compile": 0.0, "prefill": prefill, "decode": whole - prefill, "tokens": tokens, "cycles": cycles}
+
+    return run
+
+
+def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict[str, float]:
+    """Milliseconds of each part of one cycle, each alone in a program that repeats it.
+
+    The parts: draft (backbone and base logits), head, target (the verification pass with its LM head),
+    verify (accept and commit), context (the drafter's keys and values of what was verified). Their sum is
+    close to a cycle but not equal to it, since one program overlaps them.
+    """
+    configs, params = loaded.configs, loaded.params
+    config, drafter = configs.draft, params.draft
+    batch = len(prompts)
+    keys = jax.random.split(jax.random.key(0), batch)
+    stop = jnp.full(1, -1, jnp.int32)
+    sampling = settings(batch, temperature)
+    limits = [1 << 20] * batch
+    state = decode.begin(params, configs, prompts, keys, limits, sampling, stop, loaded.dtype)
+    greedy = temperature == 0
+    none = jnp.zeros((batch, 0), jnp.int32)
+
+    def timed(run: Callable[[decode.Params, decode.DecodeState], Any]) -> float:
+        def body(_: int, carry: tuple[decode.Params, decode.DecodeState]) -> tuple[decode.Params, decode.DecodeState]:
+            params, state = carry
+            # The next repetition depends on this one, so that none is hoisted or dropped.
+            (state, _) = jax.lax.optimization_barrier((state, run(params, state)))
+            return params, state
+
+        # The state is donated, as in decoding: otherwise the caches are copied before they are written.
+        program = jax.jit(
+            lambda state, params: jax.lax.fori_loop(0, REPEATS, body, (params, state))[1], donate_argnums=0
+        )
+        mine = program(jax.tree.map(jnp.copy, state), params)
+        times = []
+        for _ in range(5):
+            jax.block_until_ready(mine)
+            began = time.perf_counter()
+            mine = jax.block_until_ready(program(mine, params))
+            times.append((time.perf_counter() - began) / REPEATS)
+        return statistics.median(times) * 1e3
+
+    if config is None or drafter is None:
+        return {"target_ms": timed(lambda p, s: decode.run_target(p, configs, s, none)[0])}
+    z, base, _ = decode.draft_block(params, configs, state)
+    choose = None if greedy else keys
+    drafts, q = head.propose(drafter, config, params.target.embed, z, base, state.token, sampling, choose)
+    logits, features, _ = decode.run_target(params, configs, state, drafts)
+
+    def verified(p: decode.Params, s: decode.DecodeState) -> Any:
+        if q is None:
+            count, bonus = verify.greedy(drafts, logits)
+        else:
+            count, bonus = verify.speculative(s.keys, drafts, q, probabilities(logits, s.sampling))
+        return decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
+
+    def proposed(p: decode.Params, s: decode.DecodeState) -> Any:
+        assert p.draft is not None
+        return head.propose(p.draft, config, p.target.embed, z, base, s.token, s.sampling, None if greedy else s.keys)
+
+    def remembered(p: decode.Params, s: decode.DecodeState) -> Any:
+        assert p.draft is not None and s.context is not None
+        return draft.append_context(p.draft, config, s.context, features, s.length)
+
+    return {
+        "draft_ms": timed(lambda p, s: decode.draft_block(p, configs, s)),
+        "head_ms": timed(proposed),
+        "target_ms": timed(lambda p, s: decode.run_target(p, configs, s, drafts)),
+        "verify_ms": timed(verified),
+        "context_ms": timed(remembered),
+    }
+
+
+def megabytes(loaded: Loaded, batch: int, positions: int) -> dict[str, float]:
+    """Weights and caches of one mode, from the arrays' sizes; what the device says it holds, where it does."""
+    configs = loaded.configs
+    capacity = kv.bucket(positions + configs.reach)
+    held: dict[str, float] = {"weights_mb": _mb(loaded.params)}
+    caches = [jax.eval_shape(lambda: kv.init(configs.target, batch, capacity, loaded.dtype))]
+    drafter = configs.draft
+    if drafter is not None:
+        caches.append(jax.eval_shape(lambda: kv.init(drafter, batch, capacity, loaded.dtype)))
+    held["caches_mb"] = _mb(caches)
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        held["device_peak_mb"] = stats.get("peak_bytes_in_use", 0) / 1e6
+    return held
+
+
+def _mb(tree: Any) -> float:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6
+
+
+def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """All modes at all batch sizes; one flat dict each."""
+    prompts = read_prompts(options, loaded)
+    # No stop tokens and no text: every sequence runs to its limit, and only decoding is timed.
+    loaded = dataclasses.replace(loaded, stop_ids=(), tokenizer=None)
+    engines = {LEAN: Engine(loaded)}
+    with console.status("choosing prompts"):
+        prompts, looping = choose(prompts, options, engines[LEAN])
+    if loaded.configs.draft:
+        if loaded.configs.draft.head:
+            engines[DFLASH] = Engine(head_off(loaded))
+            engines[DOMINO] = Engine(loaded)
+        else:
+            engines[DFLASH] = Engine(loaded)
+    theirs = transformers_runner(folder, options) if options.transformers else None
+    common = {
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+        "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
+        "jax": jax.__version__,
+        "model": options.model,
+        "draft": options.draft or "",
+        "dtype": jnp.dtype(loaded.dtype).name,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "num_prompts": options.num_prompts,
+        "min_distinct": options.min_distinct,
+        "looping_prompts_left_out": looping,
+        "rounds": options.rounds,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+    rows = []
+    for batch in options.batch_sizes:
+        runs: dict[str, Callable[[], dict[str, Any]]] = {
+            mode: (lambda e=engine, m=mode, b=batch: run_ours(e, prompts, options, b, m))
+            for mode, engine in engines.items()
+        }
+        if theirs:
+            runs[TRANSFORMERS] = lambda b=batch: theirs(prompts, b)
+        warm, rounds = {}, {mode: [] for mode in runs}
+        with console.status(f"batch {batch}: compiling"):
+            for mode, run in runs.items():
+                warm[mode] = run()
+        for number in range(options.rounds):
+            with console.status(f"batch {batch}: round {number + 1} of {options.rounds}"):
+                for mode, run in runs.items():
+                    rounds[mode].append(run())
+        for mode, results in rounds.items():
+            row = {**common, "batch": batch, "mode": mode, "compile_s": warm[mode]["compile"]}
+            row["tokens_per_second"] = statistics.median(r["tokens"] / r["decode"] for r in results)
+            row["ms_per_cycle"] = statistics.median(r["decode"] / r["cycles"] * 1e3 for r in results)
+            row["prefill_s"] = statistics.median(r["prefill"] for r in results) / len(batches(prompts, batch))
+            pairs = zip(results, rounds[LEAN], strict=True)
+            row["speed_over_lean"] = statistics.median(
+                (r["tokens"] / r["decode"]) / (base["tokens"] / base["decode"]) for r, base in pairs
+            )
+            if mode in engines:
+                engine = engines[mode]
+                row["tau"] = results[0]["tau"]
+                row["distinct_4"] = statistics.mean(map(distinct, results[0]["outputs"]))
+                row["drafts"] = engine.loaded.configs.draft.num_proposals if mode != LEAN else 0  # type: ignore[union-attr]
+                same = results[0]["outputs"] == rounds[LEAN][0]["outputs"]
+                row["same_tokens_as_lean"] = same if options.temperature == 0 else None
+                view = engine.loaded
+                if mode == LEAN:
+                    configs, params = decode.Configs(view.configs.target), decode.Params(view.params.target)
+                    view = dataclasses.replace(view, configs=configs, params=params)
+                with console.status(f"batch {batch}: phases of {mode}"):
+                    row |= phases(view, prompts[:batch], options.temperature)
+                row |= megabytes(view, batch, options.prompt_tokens + options.new_tokens)
+            rows.append(row)
+    return rows
+
+
+def _commit() -> str:
+    """The source's git commit, marked when files differ from it; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """The figures as a table for people."""
+    first = rows[0]
+    console.print(
+        f"{first['model']}, {first['dtype']}, {first['device']}; {first['num_prompts']} prompts of "
+        f"{first['prompt_tokens']} tokens ({first['looping_prompts_left_out']} left out for loops), "
+        f"{first['new_tokens']} new, temperature {first['temperature']:g}, "
+        f"median of {first['rounds']} rounds"
+    )
+    speeds = {
+        "τ": ("tau", "{:.2f}"),
+        "distinct-4": ("distinct_4", "{:.2f}"),
+        "tokens/s": ("tokens_per_second", "{:,.0f}"),
+        "× lean": ("speed_over_lean", "{:.2f}"),
+        "ms/cycle": ("ms_per_cycle", "{:.2f}"),
+        "prefill s": ("prefill_s", "{:.3f}"),
+        "compile s": ("compile_s", "{:.1f}"),
+    }
+    parts = {name: (f"{name}_ms", "{:.2f}") for name in ("draft", "head", "target", "verify", "context")}
+    parts |= {"weights MB": ("weights_mb", "{:.1f}"), "caches MB": ("caches_mb", "{:.1f}")}
+    for title, columns in (("Speed", speeds), ("One cycle: each phase alone, ms", parts)):
+        table = Table("batch", "mode", title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in rows:
+            cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
+            if any(cells):
+                table.add_row(str(row["batch"]), row["mode"], *cells)
+        console.print(table)
+    for row in rows:
+        if row.get("same_tokens_as_lean") is False:
+            console.print(f"batch {row['batch']}: {row['mode']} gave other tokens than the lean loop")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Bench, args=argv, prog="python -m infer.bench")
+    console = Console(stderr=True)
+    try:
+        if min(*options.batch_sizes, options.new_tokens - 1, options.rounds, options.prompt_tokens) < 1:
+            raise DominoError(
+                "--batch-sizes, --rounds and --prompt-tokens must be at least 1, --new-tokens at least 2."
+            )
+        if max(options.batch_sizes) > options.num_prompts:
+            raise DominoError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
+        target, drafter = resolve(options.model, options.draft)
+        with console.status("loading"):
+            loaded = load(target, drafter, options.dtype)
+        for warning in loaded.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        rows = measure(options, loaded, target, console)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        show(rows, Console())
+    except (DominoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""The loop around decode: prompts in, tokens out, one small transfer a dispatch."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domino_jax import cache, decode
+from domino_jax.config import DecoderConfig
+from domino_jax.decode import Configs, Params
+from domino_jax.errors import DominoError
+from domino_jax.sampling import settings
+from infer.models import Loaded
+from infer.text import TextStream
+
+# A plain step gives one token where a cycle gives several: more steps a dispatch, so that the baseline
+# pays no more for dispatching.
+STEPS_PER_CYCLE = 4
+
+PHASES: tuple[str, ...] = ("compile", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are chosen; temperature 0 is greedy, and the filters' defaults are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Cycle(NamedTuple):
+    """One draft-and-verify cycle of one sequence."""
+
+    tokens: list[int]  # what it added to the output
+    accepted: int  # drafts accepted, counted whole even where a stop or the limit cut the output
+    drafts: list[int]
+
+
+@dataclass
+class Sequence:
+    """One prompt and what is generated for it."""
+
+    row: int  # gives the random key, so that an answer does not depend on its batch neighbours
+    prompt: list[int]
+    limit: int  # tokens to generate at most
+    stream: TextStream | None = None  # None without a tokenizer
+    tokens: list[int] = field(default_factory=list)
+    cycles: list[Cycle] = field(default_factory=list)  # empty without a drafter
+    finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it runs
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # until it finished
+
+    @property
+    def text(self) -> str | None:
+        """The text so far, in whole characters and without a stop string."""
+        return self.stream.text if self.stream else None
+
+    @property
+    def accepted(self) -> list[int]:
+        """Drafts accepted in each cycle."""
+        return [cycle.accepted for cycle in self.cycles]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding alone: the first token is the prefill's. None where nothing was decoded."""
+        return tokens_per_second([self])
+
+    def take(self, tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+        """Append what a dispatch gave, up to a stop string; return what counts, and note the end."""
+        used = self.stream.feed(tokens) if self.stream else len(tokens)
+        tokens = tokens[:used]
+        self.tokens += tokens
+        if (self.stream and self.stream.stopped) or self.tokens[-1] in stop_ids:
+            self.finish("stop")
+        elif len(self.tokens) >= self.limit:
+            self.finish("length")
+        return tokens
+
+    def finish(self, reason: str) -> None:
+        """End the sequence, releasing the text that was held back."""
+        self.finish_reason = reason
+        if self.stream:
+            self.stream.finish()
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+
+
+def tau(accepted: list[int]) -> float | None:
+    """τ, the mean acceptance length (drafts and bonus) over cycles; None without any."""
+    return sum(accepted) / len(accepted) + 1 if accepted else None
+
+
+def tokens_per_second(sequences: list[Sequence]) -> float | None:
+    """The rate at which a batch was decoded, all rows together."""
+    seconds = max((s.seconds["decode"] for s in sequences), default=0.0)
+    return sum(len(s.tokens) - 1 for s in sequences if s.tokens) / seconds if seconds else None
+
+
+class Engine:
+    """Runs batches of sequences on a loaded model."""
+
+    def __init__(self, loaded: Loaded, cycles: int = 8):
+        """Args: cycles: draft-and-verify cycles a dispatch; output arrives after each dispatch."""
+        self.loaded = loaded
+        self.cycles = cycles
+        self._stop = jnp.asarray(np.array(loaded.stop_ids, np.int32))
+        self._ready: set[Any] = set()
+
+    def sequence(
+        self, prompt: list[int], max_new_tokens: int, row: int = 0, stops: tuple[str, ...] = ()
+    ) -> tuple[Sequence, list[str]]:
+        """A sequence to generate, with warnings.
+
+        Raises:
+            DominoError: the prompt is empty, has ids outside the vocabulary, or exceeds the positions.
+        """
+        config: DecoderConfig = self.loaded.configs.target
+        positions, warnings = config.max_position_embeddings, []
+        if not prompt:
+            raise DominoError("the prompt is empty; give at least one token.")
+        outside = [i for i in prompt if not 0 <= i < config.vocab_size]
+        if outside:
+            raise DominoError(f"the prompt has id {outside[0]}, outside the vocabulary of {config.vocab_size}.")
+        if len(prompt) > positions:
+            raise DominoError(
+                f"the prompt has {len(prompt)} tokens, but the model has {positions} positions: shorten it."
+            )
+        fits = positions - len(prompt) + 1  # the last token generated is never run, so it needs no position
+        if max_new_tokens > fits:
+            warnings.append(f"at most {fits} new tokens fit the model's {positions} positions after this prompt.")
+        if stops and self.loaded.tokenizer is None:
+            raise DominoError("stop strings need a tokenizer, and the model's folder has none.")
+        stream = TextStream(self.loaded.tokenizer, stops) if self.loaded.tokenizer is not None else None
+        return Sequence(row, list(prompt), min(max_new_tokens, fits), stream), warnings
+
+    def generate(
+        self,
+        sequences: list[Sequence],
+        choose: Settings | None = None,
+        seed: int = 0,
+        speculative: bool = True,
+        update: Callable[[], None] | None = None,
+        batch: int = 0,
+    ) -> None:
+        """Generate all sequences as one batch, in place.
+
+        Args:
+            choose: how tokens are chosen; greedy when None.
+            speculative: draft and verify if there is a drafter; False for the lean loop.
+            update: called when tokens have arrived.
+            batch: rows to run at least, so that a smaller batch needs no programs of its own.
+
+        Raises:
+            KeyboardInterrupt: the user cancelled; the sequences hold what was generated.
+            DominoError: the device's memory is exhausted.
+        """
+        try:
+            for _ in self._run(sequences, choose or Settings(), seed, speculative, batch):
+                if update:
+                    update()
+        except KeyboardInterrupt:
+            for s in sequences:
+                if s.finish_reason is None:
+                    s.finish("cancelled")
+            raise
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DominoError(
+                f"the device has too little memory for {max(batch, len(sequences))} sequences of this length; "
+                "run fewer at a time or shorter ones."
+            ) from None
+
+    def _run(
+        self, sequences: list[Sequence], choose: Settings, seed: int, speculative: bool, batch: int
+    ) -> Iterator[None]:
+        """The loop of `generate`; yields when tokens have arrived."""
+        loaded = self.loaded
+        configs, params = loaded.configs, loaded.params
+        speculative = speculative and configs.draft is not None
+        if not speculative:
+            configs, params = Configs(configs.target), Params(params.target)
+        seconds = dict.fromkeys(PHASES, 0.0)
+        greedy = choose.temperature == 0
+        # Rows that only fill the batch are over after their first token.
+        spare = max(0, batch - len(sequences))
+        prompts = [s.prompt for s in sequences] + [sequences[0].prompt[:1]] * spare
+        limits = [s.limit for s in sequences] + [1] * spare
+        rows = np.array([s.row for s in sequences] + [0] * spare, np.uint32)
+
+        with _timed(seconds, "prefill"):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+            sampling = settings(len(prompts), choose.temperature, choose.top_k, choose.top_p, choose.min_p)
+            arguments = (prompts, keys, limits, sampling, self._stop, loaded.dtype)
+            self._compile_first_token(params, configs, arguments)
+            state = decode.begin(params, configs, *arguments)
+            first = jax.device_get(state.token)
+        self._note(sequences, seconds)
+        for s, token in zip(sequences, first.tolist(), strict=False):
+            s.take([token], loaded.stop_ids)
+        yield
+
+        loop = decode.speculate if speculative else decode.autoregress
+        cycles = self.cycles if speculative else self.cycles * STEPS_PER_CYCLE
+        cut = False  # a stop string, which the device knows nothing of, has ended a row
+        while any(s.finish_reason is None for s in sequences):
+            needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
+            with _timed(seconds, "decode"):
+                if needed + configs.reach > state.cache.capacity:
+                    state = decode.grow(state, cache.bucket(needed + configs.reach))
+                if cut:
+                    over = [s.finish_reason is not None for s in sequences] + [True] * spare
+                    state = state._replace(done=jnp.asarray(np.array(over)))
+                state, emitted = loop(params, configs, state, self._stop, cycles, greedy)
+                emitted = jax.device_get(emitted)
+            self._note(sequences, seconds)
+            cut = False
+            for b, s in enumerate(sequences):
+                for c in range(int(emitted.cycles)):
+                    count = int(emitted.counts[c, b])
+                    if count == 0 or s.finish_reason is not None:
+                        break
+                    tokens = s.take(emitted.tokens[c, b, :count].tolist(), loaded.stop_ids)
+                    if speculative:
+                        s.cycles.append(Cycle(tokens, int(emitted.accepted[c, b]), emitted.drafts[c, b].tolist()))
+                    cut |= s.stream is not None and s.stream.stopped
+            yield
+
+    @staticmethod
+    def _note(sequences: list[Sequence], seconds: dict[str, float]) -> None:
+        """Give the batch's times so far to the sequences that are still running."""
+        for s in sequences:
+            if s.finish_reason is None:
+                s.seconds = dict(seconds)
+
+    def _compile_first_token(self, params: Params, configs: Configs, arguments: tuple) -> None:
+        """Compile `first_token` before anything runs.
+
+        `begin` would compile it while the device is busy with the prompts, and the time of the
+        prefill would vanish in that of the compilation.
+        """
+        prompts, keys, limits, sampling, stop, dtype = arguments
+
+        def begin(params: Params, keys: Any, sampling: Any, stop: Any) -> decode.DecodeState:
+            return decode.begin(params, configs, prompts, keys, limits, sampling, stop, dtype)
+
+        shape = (configs, len(prompts), cache.bucket(max(map(len, prompts)) + configs.reach))
+        if shape in self._ready:
+            return
+        self._ready.add(shape)
+        state = jax.eval_shape(begin, params, keys, sampling, stop)
+        width = (len(prompts), configs.target.hidden_size)
+        last = jax.ShapeDtypeStruct(width, params.target.embed.dtype)
+        decode.first_token.lower(params, configs, state, last, stop).compile()
+
+
+_spans: list[tuple[float, float]] = []  # disjoint times at which JAX traced, lowered or compiled
+
+
+def _listen(event: str, duration_secs: float, **_: Any) -> None:
+    if event.startswith("/jax/core/compile/"):
+        end = time.perf_counter()
+        begin = end - duration_secs
+        while _spans and _spans[-1][1] > begin:  # tracing one function traces those it calls
+            _spans.pop()
+        _spans.append((begin, end))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def compile_seconds() -> float:
+    """Time this process has spent on tracing, lowering and compiling."""
+    return sum(end - begin for begin, end in _spans)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time of the block to its phase, except what of it was compilation."""
+    began, compiled = time.perf_counter(), compile_seconds()
+    try:
+        yield
+    finally:
+        compiled = compile_seconds() - compiled
+        seconds["compile"] += compiled
+        seconds[phase] += time.perf_counter() - began - compiled

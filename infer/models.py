@@ -1,0 +1,158 @@
+"""Which model to run: names, folders and Hub repositories, and loading target, drafter and tokenizer."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from convert import hf
+from domino_jax.config import DraftConfig, TargetConfig, check_pair
+from domino_jax.decode import Configs, Params
+from domino_jax.errors import DominoError
+from infer import text
+
+DEMO = Path(__file__).parent / "demo"
+
+
+class Pair(NamedTuple):
+    """A target and the drafter trained for it: folders, or Hub repositories as "org/repo"."""
+
+    target: str
+    draft: str
+
+
+TABLE = {
+    "demo": Pair(str(DEMO / "target"), str(DEMO / "draft")),
+    "qwen3-4b": Pair("Qwen/Qwen3-4B", "Huang2020/Qwen3-4B-Domino-b16"),
+    "qwen3-8b": Pair("Qwen/Qwen3-8B", "Huang2020/Qwen3-8B-Domino-b16"),
+}
+NO_DRAFT = "none"
+
+# What a model folder needs. Pickles and code are never fetched: either could run on this machine.
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
+NEVER = ["*.bin", "*.py", "*.pt", "*.pth", "*.pkl"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run."""
+
+    configs: Configs
+    params: Params
+    tokenizer: Any  # a transformers tokenizer, or None where the folder has none
+    stop_ids: tuple[int, ...]
+    dtype: Any  # of the weights and caches
+    warnings: tuple[str, ...]
+    seconds: float  # what loading took
+
+
+def resolve(model: str, draft: str | None = None) -> tuple[Path, Path | None]:
+    """The folders of a target and its drafter, fetched from the Hub where needed.
+
+    Args:
+        model: a name of the table, a folder, or "org/repo" on the Hub.
+        draft: likewise; "none" for no drafter; None for the one that the table has for `model`.
+
+    Raises:
+        DominoError: nothing is found under one of them.
+    """
+    if draft is None:
+        # A folder of this name would be taken by its path, "./demo": the table comes first.
+        draft = TABLE[model].draft if model in TABLE else NO_DRAFT
+    target = _folder(TABLE[model].target if model in TABLE else model, model, "--model")
+    if draft == NO_DRAFT:
+        return target, None
+    return target, _folder(TABLE[draft].draft if draft in TABLE else draft, draft, "--draft")
+
+
+def _folder(place: str, asked: str, flag: str) -> Path:
+    """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote."""
+    if Path(place).is_dir():
+        return Path(place)
+    if place.startswith(str(DEMO)):
+        raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place):
+        raise DominoError(
+            f"{asked!r} is neither a name ({', '.join(TABLE)}) nor a folder here nor org/repo on the Hub; "
+            f"give a folder with {flag} DIR."
+        )
+    from huggingface_hub import snapshot_download  # slow to import, and most runs do without
+
+    try:
+        return Path(snapshot_download(place, allow_patterns=PATTERNS, ignore_patterns=NEVER))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DominoError(
+            f"{place} is no folder here and could not be fetched from the Hugging Face Hub ({reason}); "
+            f"check the name and the network, or give a folder with {flag} DIR."
+        ) from None
+
+
+def load(
+    target: Path,
+    draft: Path | None = None,
+    dtype: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Loaded:
+    """Load a target and its drafter; both configs are checked before any weight is read.
+
+    Args:
+        target, draft: folders.
+        dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
+        progress: called with "target" or "drafter", tensors done, tensors in all.
+
+    Raises:
+        DominoError: a folder is not a whole supported model, or the two do not fit.
+    """
+    began = time.perf_counter()
+    raw = hf.read_json(target / "config.json")
+    config = hf.parse_config(raw)
+    if not isinstance(config, TargetConfig):
+        raise DominoError(f"{target} holds a drafter; give its target with --model and this folder with --draft.")
+    configs, warnings = Configs(config), []
+    if draft:
+        draft_config = hf.parse_config(hf.read_json(draft / "config.json"), config.num_hidden_layers)
+        if not isinstance(draft_config, DraftConfig):
+            raise DominoError(f"{draft} is not a drafter (its config.json has no dflash_config); see --draft.")
+        warnings = check_pair(config, draft_config)
+        configs = Configs(config, draft_config)
+    kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    if kind == jnp.float32:
+        # Accelerators round float32 products by default, which would make --dtype float32 untrue.
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+    def read(folder: Path, config: Any, what: str) -> Any:
+        return _weights(folder, config, kind, partial(progress, what) if progress else None)
+
+    params = Params(read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None)
+    jax.block_until_ready(params)
+    tokenizer = text.load_tokenizer(target)
+    return Loaded(
+        configs, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began
+    )
+
+
+def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None) -> Any:
+    """The one place where a folder's weights are read, in either of their two forms."""
+    if (folder / "weights").is_dir():
+        from convert import folders  # brings in Orbax, which is slow to import
+
+        return folders.load(folder, config, dtype, progress)
+    return hf.load(folder, config, dtype, progress)
+
+
+def _stop_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that end a sequence, by generation_config.json, else by config.json `raw`."""
+    generation = folder / "generation_config.json"
+    ids = hf.read_json(generation).get("eos_token_id") if generation.exists() else None
+    ids = raw.get("eos_token_id") if ids is None else ids
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(i, int) for i in ids):
+        raise DominoError(f"{folder} has eos_token_id {ids}, expected an id or a list of ids.")
+    return tuple(ids)

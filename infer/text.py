@@ -1,0 +1,143 @@
+"""Between text and token ids: tokenizer, chat template, incremental detokenisation, stop strings."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from domino_jax.errors import DominoError
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, None if it has no tokenizer files; nothing is fetched, no code is run."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    # Without PyTorch, which only its models would need, transformers gives advice on standard error.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its errors are of many kinds, and all mean the same here
+        raise DominoError(f"the tokenizer in {folder} can't be loaded: {_first_line(error)}.") from None
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether conversations can be rendered; a base model has no template and takes raw text."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of raw text."""
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation in the model's own template, up to where the assistant answers.
+
+    Thinking is off (templates that know no `enable_thinking` ignore it): the drafters are trained so.
+    """
+    if not has_template(tokenizer):
+        raise DominoError("this model has no chat template, so it takes raw prompts and no messages.")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception as error:  # jinja's, and whatever the template itself raises
+        raise DominoError(f"the model's chat template refuses these messages: {_first_line(error)}.") from None
+    # The template has written the special tokens itself.
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of tokens, without special ones."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+class Detokenizer:
+    """Text of tokens as they come, in whole characters.
+
+    Only a window of recent tokens is decoded: `tokens[start:]`, of which `tokens[start:given]` have
+    been given out. They stay in the window because some tokenizers drop a leading space.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.start = self.given = 0
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        """The text that `tokens` add, as far as it ends with a whole character."""
+        self.tokens += tokens
+        return self._advance(hold=True)
+
+    def finish(self) -> str:
+        """What was held back: the bytes of a character that never became whole."""
+        return self._advance(hold=False)
+
+    def _advance(self, hold: bool) -> str:
+        window = decode(self.tokenizer, self.tokens[self.start :])
+        if hold and window.endswith(INCOMPLETE):
+            return ""
+        new = window[len(decode(self.tokenizer, self.tokens[self.start : self.given])) :]
+        self.start, self.given = self.given, len(self.tokens)
+        return new
+
+
+class TextStream:
+    """Growing text of one sequence, cut before its first stop string.
+
+    `text` only ever grows by what is certain: whole characters, and nothing that may still turn out to
+    be the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
+        self.detokenizer = Detokenizer(tokenizer)
+        self.stops = tuple(stops)
+        self.text = ""
+        self.held = ""
+        self.stopped = False
+
+    def feed(self, tokens: Sequence[int]) -> int:
+        """Take tokens, and return how many count: all, or those up to a stop string's last."""
+        if not self.stops:
+            self.text += self.detokenizer.feed(tokens)
+            return len(tokens)
+        for used, token in enumerate(tokens, 1):
+            self._take(self.detokenizer.feed([token]))
+            if self.stopped:
+                return used
+        return len(tokens)
+
+    def finish(self) -> None:
+        """Release what was held back: the sequence is at its end."""
+        if not self.stopped:
+            self._take(self.detokenizer.finish())
+        if not self.stopped:
+            self.text += self.held
+        self.held = ""
+
+    def _take(self, new: str) -> None:
+        self.held += new
+        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.text += self.held[: min(found)]
+            self.held, self.stopped = "", True
+            return
+        certain = len(self.held) - max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        self.text += self.held[:certain]
+        self.held = self.held[certain:]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

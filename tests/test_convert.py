@@ -1,0 +1,115 @@
+"""Hugging Face -> Orbax -> Hugging Face, and the conversion's command line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import hf, orbax
+from convert.__main__ import main
+from convert.folders import load
+from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.weights import flatten, init
+
+TARGET = TargetConfig(31, 16, 3, 4, 2, 8, 24, 1e-6, 1e6, 64, True)
+DRAFT = DraftConfig(31, 16, 2, 4, 2, 8, 24, 1e-6, 1e6, 64, 4, 30, (0, 2), 3, True, HeadConfig(8, 6, 1))
+MODELS = {
+    "tied target": TARGET,
+    "untied target": TargetConfig(31, 16, 3, 4, 2, 8, 24, 1e-6, 1e6, 64, False),
+    "domino": DRAFT,
+    "dflash": DraftConfig(31, 16, 1, 4, 2, 8, 24, 1e-6, 1e6, 64, 4, 30, (1,), 3),
+}
+
+
+def write(folder, config, dtype=jnp.float32, **extra):
+    """A Hugging Face folder of random weights."""
+    hf.save(folder, init(config, jax.random.key(0), dtype), config, {**config.to_hf(), **extra})
+    return folder
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_is_bit_equal(tmp_path, capsys, kind, dtype):
+    source = write(tmp_path / "hf", MODELS[kind], jnp.dtype(dtype), torch_dtype=dtype, anything={"kept": [1]})
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    assert main([str(source), str(tmp_path / "orbax")]) == 0
+    assert orbax.is_orbax(tmp_path / "orbax") and not list((tmp_path / "orbax").glob("*.safetensors"))
+    assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
+    assert "(Orbax)" in capsys.readouterr().out
+    before, after = (load_file(f / hf.SINGLE) for f in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == np.dtype(dtype)
+        assert tensor.tobytes() == after[name].tobytes(), name
+    for name in ("config.json", "tokenizer.json"):
+        assert (source / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+
+
+def test_a_sharded_folder_round_trips(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD_BYTES", 4000)
+    source = write(tmp_path / "hf", TARGET)
+    assert len(list(source.glob("model-*.safetensors"))) > 2 and (source / hf.INDEX).exists()
+    assert main([str(source), str(tmp_path / "orbax")]) == 0
+    one, other = flatten(load(source, TARGET)), flatten(load(tmp_path / "orbax", TARGET))
+    assert all(np.array_equal(one[path], other[path]) for path in one)
+    assert not (tmp_path / "orbax" / hf.INDEX).exists()  # it would name files that are not there
+
+
+def test_loading_converts_the_dtype_of_either_form(tmp_path):
+    source = write(tmp_path / "hf", TARGET)
+    assert main([str(source), str(tmp_path / "orbax")]) == 0
+    for folder in (source, tmp_path / "orbax"):
+        assert {leaf.dtype for leaf in flatten(load(folder, TARGET, jnp.bfloat16)).values()} == {jnp.dtype("bfloat16")}
+
+
+def test_the_head_of_older_drafters_is_found_under_its_prefix(tmp_path):
+    source = write(tmp_path / "hf", DRAFT)
+    tensors = load_file(source / hf.SINGLE)
+    nested = {f"logit_head.{k}" if k.startswith(("prefix_gru", "embed_proj")) else k: v for k, v in tensors.items()}
+    assert nested.keys() != tensors.keys()
+    save_file(nested, source / hf.SINGLE)
+    assert np.array_equal(hf.load(source, DRAFT).head.proj_out, tensors["embed_proj.2.weight"])
+
+
+def test_both_spellings_of_the_config_are_read():
+    old = TARGET.to_hf() | {"rope_theta": 5e5}
+    new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling")}
+    new |= {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "dtype": "float32"}
+    assert hf.parse_config(old) == hf.parse_config(new)
+    assert hf.parse_config(new).rope_theta == 5e5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_config_round_trips(kind):
+    assert hf.parse_config(MODELS[kind].to_hf()) == MODELS[kind]
+
+
+def test_refusals_leave_the_destination_alone(tmp_path, capsys):
+    source = write(tmp_path / "hf", TARGET)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine").write_text("mine")
+    assert main([str(source), str(taken)]) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+    assert [f.name for f in taken.iterdir()] == ["mine"]
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+    (source / hf.SINGLE).write_bytes((source / hf.SINGLE).read_bytes()[:-100])
+    assert main([str(source), str(tmp_path / "new")]) == 1
+    error = capsys.readouterr().err
+    assert "truncated" in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*partial"))
+
+
+def test_a_damaged_orbax_folder_is_refused(tmp_path, capsys):
+    source = write(tmp_path / "hf", TARGET)
+    assert main([str(source), str(tmp_path / "orbax")]) == 0
+    raw = hf.read_json(source / "config.json")
+    hf.write_json(tmp_path / "orbax" / "config.json", raw | {"intermediate_size": 25, "num_hidden_layers": 4})
+    assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 1
+    error = capsys.readouterr().err
+    assert "missing layers.3.q" in error
+    hf.write_json(tmp_path / "orbax" / "config.json", raw | {"intermediate_size": 25})
+    assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 1
+    assert "layers.0.gate has shape [16, 24], expected [16, 25]" in capsys.readouterr().err

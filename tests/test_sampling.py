@@ -1,0 +1,300 @@
+"""Sampling: the filters against transformers', verification against brute force, Domino's output against the target."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import factory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import scipy.stats
+import torch
+from factory import NO_STOP, Pair
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from domino_jax import cache as kv
+from domino_jax import decode, verify
+from domino_jax.config import HeadConfig
+from domino_jax.sampling import Sampling, draw, probabilities, settings
+
+jitted_probabilities = jax.jit(probabilities)
+
+# temperature, top-k, top-p, min-p: every filter alone, together, and at its ends.
+SETTINGS = [
+    (0.0, 0, 1.0, 0.0),
+    (0.0, 5, 0.5, 0.3),
+    (1.0, 0, 1.0, 0.0),
+    (0.6, 0, 1.0, 0.0),
+    (1.9, 0, 1.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 7, 1.0, 0.0),
+    (1.0, 1000, 1.0, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (1.0, 0, 0.5, 0.0),
+    (1.0, 0, 0.001, 0.0),
+    (1.0, 0, 1.0, 0.05),
+    (1.0, 0, 1.0, 1.0),
+    (0.7, 20, 0.8, 0.0),
+    (1.4, 12, 0.95, 0.04),
+    (1.4, 3, 0.5, 0.2),
+]
+
+
+def rows(chosen: list[tuple[float, int, float, float]]) -> Sampling:
+    temperature, top_k, top_p, min_p = zip(*chosen, strict=True)
+    return Sampling(*(jnp.asarray(np.array(x, t)) for x, t in zip(
+        (temperature, top_k, top_p, min_p), (np.float32, np.int32, np.float32, np.float32), strict=True
+    )))  # fmt: skip
+
+
+def transformers_probabilities(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float):
+    """[T, V] -> [T, V] by transformers' own warpers, in the order of its `generate`."""
+    scores: Any = torch.from_numpy(logits.copy())
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    for warper in warpers:
+        scores = warper(None, scores)  # type: ignore[arg-type]
+    return scores.softmax(-1).numpy()
+
+
+def test_filters_are_transformers_with_rows_of_all_settings_in_one_batch():
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(len(SETTINGS), 6, 50)) * 2.5).astype(np.float32)
+    ours = np.asarray(jitted_probabilities(logits, rows(SETTINGS)))
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours.sum(-1), 1, atol=1e-6)
+    kept = set()
+    for row, chosen in enumerate(SETTINGS):
+        for t in range(6):
+            again = reference.filtered_probabilities(logits[row, t], *chosen)
+            np.testing.assert_allclose(ours[row, t], again, atol=1e-6, err_msg=str(chosen))
+            np.testing.assert_array_equal(ours[row, t] > 0, again > 0)
+            kept.add(int((again > 0).sum()))
+        if chosen[0] > 0:
+            theirs = transformers_probabilities(logits[row], *chosen)
+            np.testing.assert_allclose(ours[row], theirs, atol=1e-6, err_msg=str(chosen))
+            np.testing.assert_array_equal(ours[row] > 0, theirs > 0)
+        else:
+            np.testing.assert_array_equal(ours[row], np.eye(50)[logits[row].argmax(-1)])
+    assert len(kept) > 8, "the filters should cut at many places"
+
+
+def test_filters_do_not_depend_on_what_other_rows_ask_for():
+    logits = np.random.default_rng(1).normal(size=(len(SETTINGS), 2, 50)).astype(np.float32) * 3
+    together = np.asarray(jitted_probabilities(logits, rows(SETTINGS)))
+    for row, chosen in enumerate(SETTINGS):
+        alone = np.asarray(jitted_probabilities(np.repeat(logits[row : row + 1], 16, 0), rows([chosen] * 16)))
+        np.testing.assert_array_equal(together[row], alone[3], err_msg=str(chosen))
+
+
+def test_ties():
+    """Argmax goes to the lowest id; top-k keeps what ties with the k-th, as transformers does."""
+    logits = np.array([[[1.0, 3.0, 3.0, 0.0, 1.0]]] * 2, np.float32)
+    greedy, top = np.asarray(probabilities(jnp.asarray(logits), rows([(0.0, 0, 1.0, 0.0), (1.0, 3, 1.0, 0.0)])))[:, 0]
+    assert greedy.tolist() == [0, 1, 0, 0, 0]
+    np.testing.assert_allclose(top, transformers_probabilities(logits[0], 1.0, 3, 1.0, 0.0)[0], atol=1e-6)
+    assert (top > 0).tolist() == [True, True, True, False, True]
+
+
+def test_greedy_verification_is_the_loop_written_out():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 3, (300, 5, 3)).astype(np.float32)  # ties abound: the lowest id wins
+    drafts = rng.integers(0, 3, (300, 4)).astype(np.int32)
+    drafts[:100] = logits[:100, :4].argmax(-1)
+    counts, bonus = (np.asarray(x) for x in verify.greedy(jnp.asarray(drafts), jnp.asarray(logits)))
+    assert counts.dtype == bonus.dtype == np.int32
+    for row in range(300):
+        m = 0
+        while m < 4 and drafts[row, m] == logits[row, m].argmax():
+            m += 1
+        assert (counts[row], bonus[row]) == (m, logits[row, m].argmax())
+    assert set(counts.tolist()) == {0, 1, 2, 3, 4}
+
+
+def p_value(samples: np.ndarray, exact: np.ndarray) -> float:
+    """Pearson's chi-square test of samples [n, tokens] against the exact joint distribution [V, V, ...]."""
+    expected = len(samples) * exact.ravel()
+    counts = np.bincount(np.ravel_multi_index(tuple(samples.T), exact.shape), minlength=exact.size)
+    if counts[expected == 0].any():
+        return 0.0  # something impossible came out
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    assert len(counts) > 2
+    return float(scipy.stats.chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue)
+
+
+RIGHT, WRONG = 1e-3, 1e-9  # a right sampler passes (the keys are fixed); a wrong one must miss by far
+V = 6
+
+
+def test_draw_follows_the_weights():
+    weights = np.array([0.0, 1, 2, 0, 4, 3], np.float32)
+    drawn = draw(jax.random.split(jax.random.key(0), 20000), jnp.broadcast_to(weights, (20000, 6)))
+    assert p_value(np.asarray(drawn)[:, None], weights / 10) > RIGHT
+
+
+def test_speculative_verification_is_leviathans():
+    """Two drafts from q, V = 6: acceptance rates Σ min(p, q), each output token distributed as p."""
+    rng = np.random.default_rng(5)
+    n = 20000
+    p, q = rng.dirichlet(np.ones(V), 3), rng.dirichlet(np.ones(V), 2)
+    p[1, 2] = 0  # the target can't, the drafter can
+    q[0, 4] = 0  # and the other way round
+    p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+    drafts = np.stack([rng.choice(V, n, p=q[j]) for j in range(2)], axis=1).astype(np.int32)
+    counts, bonus = (
+        np.asarray(x)
+        for x in jax.jit(verify.speculative)(
+            jax.random.split(jax.random.key(1), n),
+            drafts,
+            np.broadcast_to(q, (n, 2, V)).astype(np.float32),
+            np.broadcast_to(p, (n, 3, V)).astype(np.float32),
+        )
+    )
+    rates = np.minimum(p[:2], q).sum(-1)
+    assert (rates > 0.2).all() and (rates < 0.8).all()
+    for j in range(2):
+        reached = counts >= j
+        accepted = int((counts > j).sum())
+        assert scipy.stats.binomtest(accepted, int(reached.sum()), rates[j]).pvalue > RIGHT
+    out = np.concatenate([drafts, np.zeros((n, 1), np.int32)], axis=1)
+    out[np.arange(n), counts] = bonus
+    for j in range(3):
+        assert p_value(out[counts >= j, j : j + 1], p[j]) > RIGHT
+    # After a rejection the next token is drawn from the residual, and where nothing was left of it, from p.
+    for j in range(2):
+        assert p_value(bonus[counts == j, None], reference.residual(p[j], q[j])) > RIGHT
+    twice = np.array([[0, 0.5, 0.5]], np.float32)
+    counts, bonus = verify.speculative(
+        jax.random.split(jax.random.key(1), 500),
+        jnp.zeros((500, 1), jnp.int32),
+        jnp.broadcast_to(jnp.array([0.25, 0.5, 0.5]), (500, 1, 3)),
+        jnp.broadcast_to(jnp.asarray(np.repeat(twice, 2, 0)), (500, 2, 3)),
+    )
+    assert not np.asarray(counts).any()
+    assert set(np.asarray(bonus).tolist()) == {1, 2}
+
+
+# --- The whole of it: tokens of sampled Domino are distributed as the target's --------------------------------------
+
+PROMPT = [2, 0, 5]
+HALF = 8192  # rows of each setting; the two settings share one batch and one program
+FILTERS = [(1.0, 0, 1.0, 0.0), (0.7, 0, 0.85, 0.0)]
+TARGET = dataclasses.replace(
+    factory.TARGET,
+    vocab_size=V,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    intermediate_size=8,
+)
+DRAFTERS = {
+    "Domino": {"block_size": 3, "head": HeadConfig(5, 4, 1)},
+    "DFlash": {"block_size": 4, "shift_label": False, "head": None},
+}
+
+
+@pytest.fixture(scope="module")
+def exact() -> list[np.ndarray]:
+    """The target's own joint distribution of the first three tokens, by enumeration, for each of FILTERS."""
+    params = factory.random_weights(TARGET, 11)
+    weights, config = factory.hf_weights(params, TARGET), TARGET.to_hf()
+
+    def following(prefix: tuple[int, ...], chosen: Any) -> np.ndarray:
+        logits, _ = reference.target_forward(weights, config, [*PROMPT, *prefix], [])
+        return reference.filtered_probabilities(logits[-1], *chosen)
+
+    joints = []
+    for chosen in FILTERS:
+        joint = np.zeros((V, V, V))
+        for x, y in itertools.product(range(V), repeat=2):
+            joint[x, y] = following((), chosen)[x] * following((x,), chosen)[y] * following((x, y), chosen)
+        assert abs(joint.sum() - 1) < 1e-9
+        joints.append(joint)
+    assert (joints[0] > 0).all() and (joints[1] == 0).any(), "the filters should forbid something"
+    return joints
+
+
+def make(drafter: str) -> Pair:
+    pair = Pair.make(
+        factory.draft_config(TARGET, num_hidden_layers=1, target_layer_ids=(0,), **DRAFTERS[drafter]), TARGET
+    )
+    return pair._replace(params=pair.params._replace(target=factory.random_weights(TARGET, 11)))
+
+
+def sample(pair: Pair, loop: Any, seed: int = 0) -> tuple[list[np.ndarray], float]:
+    """Three tokens of 2 · HALF rows, each with a key of its own; and the share of drafts accepted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "SMALLEST_BUCKET", 16)  # only the memory of so many rows
+        batch = 2 * HALF
+        keys = jax.random.split(jax.random.key(seed), batch)
+        chosen = [FILTERS[0]] * HALF + [FILTERS[1]] * HALF
+        state = factory.begin(pair.params, pair.configs, [PROMPT] * batch, 4, NO_STOP, rows(chosen), keys)
+        outputs = factory.finish(state, lambda s: loop(pair.params, pair.configs, s, NO_STOP, 4, False))
+    tokens = np.array([o.tokens for o in outputs])
+    assert tokens.shape == (batch, 4)
+    accepted = [m for o in outputs for m in o.accepted]
+    return [tokens[:HALF, :3], tokens[HALF:, :3]], float(np.mean(accepted))
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_sampled_output_is_distributed_as_the_targets(exact, drafter):
+    samples, accepted = sample(make(drafter), decode.speculate)
+    assert 0.2 < accepted < 2, "drafts must be accepted and rejected for this to mean anything"
+    for chosen, tokens, joint in zip(FILTERS, samples, exact, strict=True):
+        assert p_value(tokens, joint) > RIGHT, chosen
+
+
+def test_the_lean_loops_samples_are_too(exact):
+    samples, _ = sample(make("Domino"), decode.autoregress)
+    for chosen, tokens, joint in zip(FILTERS, samples, exact, strict=True):
+        assert p_value(tokens, joint) > RIGHT, chosen
+    assert p_value(samples[0], exact[1]) < WRONG and p_value(samples[1], exact[0]) < WRONG
+
+
+def wrong_residual(keys, drafts, q, p):
+    """Draws from p after a rejection, instead of from what q left of it."""
+    count, _ = verify_speculative(keys, drafts, q, p)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    return count, draw(keys, jnp.take_along_axis(p, count[:, None, None], axis=1)[:, 0])
+
+
+def wrong_acceptance(keys, drafts, q, p):
+    """Accepts with probability p(d), without dividing by q(d)."""
+    return verify_speculative(keys, drafts, jnp.where(q > 0, jnp.maximum(q, 0.999), q), p)
+
+
+verify_speculative = verify.speculative
+
+
+def wrong_draw(keys, weights):
+    """Proposes the argmax while claiming to have drawn from q."""
+    return jnp.argmax(weights, axis=-1).astype(jnp.int32)
+
+
+BROKEN = {
+    "residual": {"verify__speculative": wrong_residual},
+    "acceptance": {"verify__speculative": wrong_acceptance},
+    "drafts not drawn from q": {"head__draw": wrong_draw},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+def test_the_test_would_catch_a_wrong_sampler(exact, broken):
+    samples, _ = sample(make("Domino"), factory.retraced(**broken))
+    for tokens, joint in zip(samples, exact, strict=True):
+        assert p_value(tokens, joint) < WRONG
+
+
+def test_settings_fill_every_row():
+    assert [x.tolist() for x in settings(2, 0.5, 3, 0.75, 0.25)] == [[0.5] * 2, [3] * 2, [0.75] * 2, [0.25] * 2]
+    assert [x.tolist() for x in settings(1)] == [[0.0], [0], [1.0], [0.0]]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 from tiny import DRAFT, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
 
@@ -34,15 +35,24 @@ class Result(NamedTuple):
 Run = Callable[..., Result]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These tests are about what surrounds the programs: half the compile time is worth slower ones."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """Folders: target, draft; bare (no tokenizer); chat (with a template); loop and loop-draft (repeating)."""
     root = tmp_path_factory.mktemp("models")
-    make_target(root / "target", eos=None)
+    make_target(root / "target")
     make_draft(root / "draft")
-    make_target(root / "bare", tokenizer=False, eos=None)
-    make_target(root / "chat", template=TEMPLATE, eos=None)
-    make_target(root / "loop", std=REPEATING, eos=[0, 9])
+    make_target(root / "bare", tokenizer=False)
+    make_target(root / "chat", template=TEMPLATE)
+    make_target(root / "loop", std=REPEATING)
     make_draft(root / "loop-draft", std=REPEATING)
     return root
 
@@ -144,8 +154,9 @@ def test_a_batch_equals_its_prompts_one_by_one(run, tmp_path, draft):
     rows = result.rows
     assert [len(row["tokens"]) for row in rows] == [15, 3, 15]
     for row in rows:
+        words = ("--max-new-tokens", str(len(row["tokens"])), "--dtype", "float32")
         alone = generated(run, "--input-ids", ",".join(map(str, row["input_ids"])), *words, draft=draft)
-        assert (alone["tokens"], alone["accepted"]) == (row["tokens"], row["accepted"] if draft != "none" else [])
+        assert (alone["tokens"], alone["accepted"]) == (row["tokens"], row["accepted"])
     assert "3/3 prompts" in result.err
 
 
@@ -156,24 +167,24 @@ def test_sampling_follows_the_seed_and_not_the_batch(run, tmp_path):
         words = ("--prompts", str(file), "--temperature", "1", "--max-new-tokens", "12", "--json")
         return [r["tokens"] for r in run(*words, "--seed", str(seed), "--batch-size", str(size)).rows]
 
-    rows = sampled(0, 3)
+    rows = sampled(0, 2)
     assert len({tuple(tokens) for tokens in rows}) == 3  # every row has a key of its own
-    assert sampled(0, 2) == rows
-    assert sampled(1, 3) != rows
+    assert sampled(0, 1) == rows
+    assert sampled(1, 2) != rows
 
 
 def test_a_stop_token_is_kept_and_ends_the_output(run, models, tmp_path):
     free = generated(run, "hello", "--max-new-tokens", "30")["tokens"]
     stop = free[4]
     ending = tmp_path / "ending"
-    make_target(ending, eos=[stop, 1])
+    make_target(ending, eos=[stop, stop])
     row = generated(run, "hello", "--max-new-tokens", "30", target=str(ending))
     assert row["tokens"] == free[: free.index(stop) + 1]
     assert row["finish_reason"] == "stop"
     # Where generation_config.json is silent, config.json counts.
     (ending / "generation_config.json").unlink()
     config = json.loads((ending / "config.json").read_text())
-    (ending / "config.json").write_text(json.dumps(config | {"eos_token_id": stop}))
+    (ending / "config.json").write_text(json.dumps(config | {"eos_token_id": [stop, stop]}))
     assert generated(run, "hello", "--max-new-tokens", "30", target=str(ending))["tokens"] == row["tokens"]
 
 

@@ -1,5 +1,6 @@
 """Tiny random models in Hugging Face folders, for tests of whatever reads a folder."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from domino_jax.weights import init
 
 END, CHAT_START, CHAT_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 SPECIALS = (END, CHAT_START, CHAT_END, MASK)  # ids 0 to 3; byte b is id 4 + b's place in the byte alphabet
-MASK_ID = 3
+END_ID, CHAT_START_ID, CHAT_END_ID, MASK_ID = range(4)
 
 TARGET = TargetConfig(
     vocab_size=260,
@@ -77,7 +78,7 @@ def make_target(
     std: float = 0.2,
     tokenizer: bool = True,
     template: str | None = None,
-    eos: int | list[int] | None = 0,
+    eos: int | Sequence[int] | None = (END_ID, CHAT_END_ID),
     **changes: Any,
 ) -> TargetConfig:
     """Write a random target; `changes` are to TARGET's fields, `eos` goes to generation_config.json."""

@@ -140,6 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk behind standard output, say
+        say(f"error: the output can't be written: {error}.")
+        return FAILED
     return DONE
 
 

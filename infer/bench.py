@@ -220,55 +220,71 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
     greedy = temperature == 0
     none = jnp.zeros((batch, 0), jnp.int32)
 
-    def timed(run: Callable[[decode.Params, decode.DecodeState], Any]) -> float:
-        def body(_: int, carry: tuple[decode.Params, decode.DecodeState]) -> tuple[decode.Params, decode.DecodeState]:
-            params, state = carry
-            # The next repetition depends on this one, so that none is hoisted or dropped.
-            (state, _) = jax.lax.optimization_barrier((state, run(params, state)))
-            return params, state
+    def timed(run: Callable[[decode.Params, decode.DecodeState], tuple[decode.DecodeState, Any]]) -> float:
+        def body(_: int, carry: tuple[decode.Params, decode.DecodeState, jax.Array]) -> Any:
+            params, state, used = carry
+            # Behind a barrier, every result is used and the next repetition depends on it: nothing is dropped,
+            # hoisted, or computed only in the part that is looked at.
+            state, out = jax.lax.optimization_barrier(run(params, state))
+            for leaf in filter(lambda x: x.size, jax.tree.leaves(out)):
+                used += leaf[(0,) * leaf.ndim].astype(jnp.float32)
+            return params, state._replace(token=state.token + (used < -1e30)), used
 
         # The state is donated, as in decoding: otherwise the caches are copied before they are written.
         program = jax.jit(
-            lambda state, params: jax.lax.fori_loop(0, REPEATS, body, (params, state))[1], donate_argnums=0
+            lambda state, params: jax.lax.fori_loop(0, REPEATS, body, (params, state, jnp.float32(0)))[1:],
+            donate_argnums=0,
         )
-        mine = program(jax.tree.map(jnp.copy, state), params)
+        mine, _ = program(jax.tree.map(jnp.copy, state), params)
         times = []
         for _ in range(5):
             jax.block_until_ready(mine)
             began = time.perf_counter()
-            mine = jax.block_until_ready(program(mine, params))
+            mine, _ = jax.block_until_ready(program(mine, params))
             times.append((time.perf_counter() - began) / REPEATS)
         return statistics.median(times) * 1e3
 
+    def verified_by(drafts: jax.Array) -> Callable[[decode.Params, decode.DecodeState], Any]:
+        def run(p: decode.Params, s: decode.DecodeState) -> Any:
+            logits, features, cache = decode.run_target(p, configs, s, drafts)
+            return s._replace(cache=cache), (logits, features)
+
+        return run
+
     if config is None or drafter is None:
-        return {"target_ms": timed(lambda p, s: decode.run_target(p, configs, s, none)[0])}
+        return {"target_ms": timed(verified_by(none))}
     z, base, _ = decode.draft_block(params, configs, state)
-    choose = None if greedy else keys
-    drafts, q = head.propose(drafter, config, params.target.embed, z, base, state.token, sampling, choose)
+    draft_keys = None if greedy else keys
+    drafts, q = head.propose(drafter, config, params.target.embed, z, base, state.token, sampling, draft_keys)
     logits, features, _ = decode.run_target(params, configs, state, drafts)
 
-    def verified(p: decode.Params, s: decode.DecodeState) -> Any:
-        if q is None:
-            count, bonus = verify.greedy(drafts, logits)
-        else:
-            count, bonus = verify.speculative(s.keys, drafts, q, probabilities(logits, s.sampling))
-        return decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
+    def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
+        """`x`, in a form that the compiler must take for another one in each repetition."""
+        return x + 0 * s.token.astype(x.dtype)[:, None, None]
+
+    def drafted(p: decode.Params, s: decode.DecodeState) -> Any:
+        z, base, context = decode.draft_block(p, configs, s)
+        return s._replace(context=context), (z, base)
 
     def proposed(p: decode.Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None
-        return head.propose(p.draft, config, p.target.embed, z, base, s.token, s.sampling, None if greedy else s.keys)
+        how = s.sampling, None if greedy else s.keys
+        return s, head.propose(p.draft, config, p.target.embed, anew(z, s), base, s.token, *how)
+
+    def verified(p: decode.Params, s: decode.DecodeState) -> Any:
+        shown = drafts + s.token[:, None]  # so that it has to be done again each time
+        if q is None:
+            count, bonus = verify.greedy(shown, logits)
+        else:
+            count, bonus = verify.speculative(s.keys, shown, q, probabilities(logits, s.sampling))
+        return s, decode.commit(s, jnp.concatenate([shown, bonus[:, None]], axis=1), count + 1, stop)[1]
 
     def remembered(p: decode.Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None and s.context is not None
-        return draft.append_context(p.draft, config, s.context, features, s.length)
+        return s._replace(context=draft.append_context(p.draft, config, s.context, anew(features, s), s.length)), ()
 
-    return {
-        "draft_ms": timed(lambda p, s: decode.draft_block(p, configs, s)),
-        "head_ms": timed(proposed),
-        "target_ms": timed(lambda p, s: decode.run_target(p, configs, s, drafts)),
-        "verify_ms": timed(verified),
-        "context_ms": timed(remembered),
-    }
+    parts = {"draft": drafted, "head": proposed, "target": verified_by(drafts), "verify": verified}
+    return {f"{name}_ms": timed(run) for name, run in (parts | {"context": remembered}).items()}
 
 
 def megabytes(loaded: Loaded, batch: int, positions: int) -> dict[str, float]:

@@ -187,8 +187,10 @@ Dispatch = Callable[[DecodeState], tuple[DecodeState, Emitted]]
 def finish(state: DecodeState, dispatch: Dispatch, reach: int = 1) -> list[Output]:
     """Dispatch until all rows are done, growing the length bucket where it is full, as an engine does."""
     rows = [Output([int(t)], []) for t in jax.device_get(state.token)]
-    done = jax.device_get(state.done)
+    done, dispatches = jax.device_get(state.done), 0
     while not done.all():
+        dispatches += 1
+        assert dispatches < 100, "rows that never end"
         if int(jax.device_get(state.length)[~done].max()) + reach > state.cache.capacity:
             state = decode.grow(state, 2 * state.cache.capacity)
         state, emitted = dispatch(state)

@@ -14,7 +14,6 @@ import math
 
 import numpy as np
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Small pieces
 # ---------------------------------------------------------------------------------------------------------------
@@ -92,7 +91,7 @@ def attention(q, k, v, visible):
 
 
 def mlp(weights, prefix, x):
-    """SwiGLU (section 2) of the layer whose names start with `prefix`: down(silu(gate(x)) * up(x)), [T, D] -> [T, D]."""
+    """SwiGLU (section 2) of the layer named by `prefix`: down(silu(gate(x)) * up(x)), [T, D] -> [T, D]."""
     if prefix + "mlp.gate_proj.weight" not in weights:
         raise NotImplementedError("reference.py knows dense MLPs only (no mlp.gate_proj.weight found)")
     gate = linear(x, weights[prefix + "mlp.gate_proj.weight"])
@@ -163,10 +162,7 @@ def target_forward(weights, config, ids, taps):
     after_layer[layers - 1] = final  # HF's last hidden_states entry is after the norm
     logits = linear(final, target_lm_head(weights, config))
     taps = list(taps)
-    if taps:
-        features = np.concatenate([after_layer[i] for i in taps], axis=-1)
-    else:
-        features = np.zeros((length, 0))
+    features = np.concatenate([after_layer[i] for i in taps], axis=-1) if taps else np.zeros((length, 0))
     return logits, features
 
 
@@ -326,7 +322,7 @@ def autoregressive_greedy(target_w, target_cfg, prompt, max_new_tokens, stop_ids
     while reason is None:
         logits, _ = target_forward(target_w, target_cfg, list(prompt) + tokens, [])
         reason = commit(tokens, [int(np.argmax(logits[-1]))], max_new_tokens, stop_ids)
-    return dict(tokens=tokens, finish_reason=reason)
+    return {"tokens": tokens, "finish_reason": reason}
 
 
 def decode_greedy(target_w, target_cfg, draft_w, draft_cfg, prompt, max_new_tokens, stop_ids):
@@ -355,8 +351,9 @@ def decode_greedy(target_w, target_cfg, draft_w, draft_cfg, prompt, max_new_toke
         while m < len(drafts) and drafts[m] == choices[m]:
             m += 1
         accepted.append(m)
-        reason = commit(tokens, drafts[:m] + [choices[m]], max_new_tokens, stop_ids)
-    return dict(tokens=tokens, accepted=accepted, acceptance_lengths=[m + 1 for m in accepted], finish_reason=reason)
+        reason = commit(tokens, [*drafts[:m], choices[m]], max_new_tokens, stop_ids)
+    lengths = [m + 1 for m in accepted]
+    return {"tokens": tokens, "accepted": accepted, "acceptance_lengths": lengths, "finish_reason": reason}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -419,7 +416,7 @@ def block_acceptance(correct, supervised):
     """Section 7's estimated acceptance length of one block: 1 + length of the correct prefix over proposals 1 ... J,
     where an unsupervised row lets the prefix pass but does not count. Two lists of J booleans -> int."""
     length = 1
-    for is_correct, is_supervised in zip(correct, supervised):
+    for is_correct, is_supervised in zip(correct, supervised, strict=False):
         if not is_supervised:
             continue
         if not is_correct:

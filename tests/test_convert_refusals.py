@@ -92,7 +92,9 @@ def test_layouts_are_hugging_faces(draft, target):
     d, t = load_file(draft / hf.SINGLE), load_file(target / hf.SINGLE)
     ours = load(target)
     np.testing.assert_array_equal(t["model.layers.1.mlp.up_proj.weight"].T, ours.layers[1].up)
-    np.testing.assert_array_equal(t["model.layers.1.self_attn.k_proj.weight"].T.reshape(32, 2, 6), ours.layers[1].k)
+    for name, heads in (("q", 4), ("k", 2), ("v", 2)):
+        stored = t[f"model.layers.1.self_attn.{name}_proj.weight"].T.reshape(32, heads, 6)
+        np.testing.assert_array_equal(stored, getattr(ours.layers[1], name))
     np.testing.assert_array_equal(t["model.layers.0.self_attn.o_proj.weight"].T.reshape(4, 6, 32), ours.layers[0].o)
     assert d["fc.weight"].shape == (32, 64)
     assert d["prefix_gru.weight_ih_l0"].shape == (42, 32)

@@ -256,18 +256,21 @@ def test_caches_hold_what_one_pass_over_the_committed_tokens_gives(pair, truth):
 
 
 def test_growing_the_bucket_in_mid_generation_changes_nothing(pair: Pair, truth, monkeypatch):
+    """A dispatch ends by itself where the bucket is full, before anything is written beyond it."""
     monkeypatch.setattr(kv, "SMALLEST_BUCKET", 32)
     state = start(pair, COUNT + 6)
-    assert state.cache.capacity == 32
-    capacities = set()
+    seen = []
 
     def dispatch(state: DecodeState) -> tuple[DecodeState, Emitted]:
-        capacities.add(state.cache.capacity)
-        return speculate(pair, state)
+        capacity = state.cache.capacity
+        state, emitted = decode.speculate(pair.params, pair.configs, state, NO_STOP, 40, True)
+        assert int(state.length.max()) <= capacity
+        seen.append((capacity, int(emitted.cycles) < 40, bool(state.done.all())))
+        return state, emitted
 
     outputs = factory.finish(state, dispatch, pair.configs.reach)
+    assert seen == [(32, True, False), (64, True, True)]
     assert [o.tokens for o in outputs] == [row[: COUNT + 6] for row in truth]
-    assert capacities == {32, 64}
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         assert output.accepted == reference.decode_greedy(*pair.reference(), prompt, COUNT + 6, [])["accepted"]
 

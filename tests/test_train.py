@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +210,9 @@ RECIPE = Recipe(
     target=TARGET,
     draft=make_draft(True, 1),
     steps=20,
+    optimizer="adamw",
     lr=1e-2,
+    muon_lr=0.02,
     warmup=0.1,
     weight_decay=0.0,
     clip=1.0,
@@ -312,21 +315,22 @@ def test_resuming_is_bit_equal(finished, tmp_path):
 
 
 def test_an_interrupted_run_saves_and_continues(folder, finished, tmp_path, monkeypatch):
-    """Ctrl-C between two steps: the state is saved, and the continued run ends like an undisturbed one."""
+    """Ctrl-C within a step: the step ends, its state is saved, and the continued run ends like an undisturbed one."""
     import train.__main__ as module
 
     real, calls = module.train_step, []
 
     def interrupted(*args):
-        if len(calls) == 7:
-            raise KeyboardInterrupt
         calls.append(1)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGINT)
         return real(*args)
 
     out = tmp_path / "run"
     with jax.numpy_dtype_promotion("standard"):
         monkeypatch.setattr(module, "train_step", interrupted)
         assert main(words(folder, out)) == 130
+        assert [f.name for f in (out / "checkpoints").iterdir()] == ["7"]
         monkeypatch.setattr(module, "train_step", real)
         assert main(["--resume", "--out", str(out)]) == 0
     ours, theirs = ((f / "drafter" / "model.safetensors").read_bytes() for f in (out, finished))

@@ -11,10 +11,13 @@ import dataclasses
 import json
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ from domino_jax.weights import flatten, init, unflatten
 from train import curves, data
 from train.checkpoint import Checkpoints
 from train.step import Metrics, Recipe, TrainState, start, train_step
+from train.warm import from_target
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Train:
     """first proposals that the head leaves alone"""
     shift_label: bool = True
     """the anchor's own row makes the first proposal"""
+    warm: bool = False
+    """begin as the target's last layers instead of at random"""
     mask_token_id: int | None = None
     """the tokenizer's mask token when not given"""
 
@@ -69,7 +75,11 @@ class Train:
     """tokens a sequence is cut to"""
     anchors: int = 256
     """A, blocks a sequence"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices, with AdamW for the rest"""
     lr: float = 6e-4
+    """of AdamW"""
+    muon_lr: float = 0.02
     warmup: float = 0.04
     """share of the steps with a rising learning rate"""
     weight_decay: float = 0.01
@@ -200,7 +210,9 @@ def run(options: Train) -> None:
         target,
         draft,
         options.steps,
+        options.optimizer,
         options.lr,
+        options.muon_lr,
         options.warmup,
         options.weight_decay,
         options.clip,
@@ -214,6 +226,8 @@ def run(options: Train) -> None:
     weights = flatten(init(draft, jax.random.key(options.seed)))
     if draft.head:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
+    if options.warm:
+        weights = from_target(weights, draft, target, frozen)
     state = start(recipe, weights, options.seed)
     checkpoints = Checkpoints(options.out / "checkpoints")
     if options.resume:
@@ -262,11 +276,10 @@ def run(options: Train) -> None:
             flush=True,
         )
 
-    terminated = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     pending: list[Metrics] = []
-    try:
+    with _stop_signals() as stopping:
         began, begun_at = time.perf_counter(), done
-        while done < options.steps:
+        while done < options.steps and not stopping.is_set():
             batch = dataset.batch(done, options.batch)
             state, metrics = train_step(recipe, state, frozen, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
             pending.append(metrics)
@@ -283,17 +296,36 @@ def run(options: Train) -> None:
             if done % options.save_every == 0:
                 save(state, last=False)
         save(state, last=True)
-    except KeyboardInterrupt:
-        # A step that was under way is finished: its state is the newest whole one.
-        save(state, last=True)
+    if done < options.steps:
         print(
-            f"interrupted at step {int(state.step)}; continue with: python -m train --resume --out {options.out}",
-            file=sys.stderr,
+            f"interrupted at step {done}; continue with: python -m train --resume --out {options.out}", file=sys.stderr
         )
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, terminated)
+        raise KeyboardInterrupt
     print(f"wrote {options.out / 'drafter'}")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Within the block, the first Ctrl-C or SIGTERM sets the event instead of breaking into a step.
+
+    A step that is broken into has given its donated state away and not returned the next: nothing
+    would be left to save. A second signal acts as usual.
+    """
+    event = threading.Event()
+    previous = {}
+
+    def note(number: int, _: Any) -> None:
+        event.set()
+        signal.signal(number, previous[number])
+        print("stopping after this step, and saving; once more to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -12,21 +12,21 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from optax.contrib import MuonDimensionNumbers, muon
 
 from convert.hf import save, write_json
 from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.weights import axes, flatten, init, unflatten
+from domino_jax.weights import flatten, init, unflatten
 from train.corpus import read_texts
+from train.muon import muon
 
 END, CHAT_START, CHAT_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 
@@ -100,15 +100,7 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def optimizer(config: TargetConfig, options: Pretrain) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, AdamW for the rest, over the flat dict of weights."""
-
-    def dimensions(letters: str) -> MuonDimensionNumbers | None:
-        names = letters.split()
-        if len(names) == 1 or "V" in names:
-            return None
-        split = names.index("D")  # the model width is the input, or the output if it comes last
-        inputs = tuple(range(len(names) - 1)) if split else (0,)
-        return MuonDimensionNumbers(inputs, tuple(i for i in range(len(names)) if i not in inputs))
+    """Muon for the layers' matrices, AdamW for the rest; the rates rise, stay, and fall."""
 
     def schedule(peak: float) -> optax.Schedule:
         rise, fall = round(options.steps * options.warmup), round(options.steps * options.decay)
@@ -121,17 +113,8 @@ def optimizer(config: TargetConfig, options: Pretrain) -> optax.GradientTransfor
             [rise, options.steps - fall],
         )
 
-    matrices = {path: dimensions(letters) for path, letters in flatten(axes(config)).items()}
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        muon(
-            schedule(options.muon_lr),
-            adam_learning_rate=schedule(options.adam_lr),
-            weight_decay=options.weight_decay,
-            adam_weight_decay=options.weight_decay,
-            muon_weight_dimension_numbers=cast(Any, matrices),
-        ),
-    )
+    rule = muon(config, schedule(options.muon_lr), schedule(options.adam_lr), options.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), rule)
 
 
 def loss(weights: dict[str, Any], config: TargetConfig, tokens: jax.Array) -> jax.Array:
@@ -222,7 +205,7 @@ def main() -> int:
     options = tyro.cli(Pretrain, prog="python -m train.pretrain")
     try:
         run(options)
-    except DominoError as error:
+    except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,6 +12,7 @@ from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.weights import Target, unflatten
 from train import anchors
 from train.loss import Report, curriculum
+from train.muon import muon
 
 
 class Recipe(NamedTuple):
@@ -20,7 +21,9 @@ class Recipe(NamedTuple):
     target: TargetConfig
     draft: DraftConfig
     steps: int
-    lr: float
+    optimizer: str  # "adamw", or "muon" for the matrices and AdamW for the rest
+    lr: float  # of AdamW
+    muon_lr: float
     warmup: float  # share of the steps
     weight_decay: float
     clip: float  # largest global gradient norm
@@ -51,10 +54,10 @@ class Metrics(NamedTuple):
     finite: Array  # [] bool; if False the update was not applied
 
 
-def schedule(recipe: Recipe) -> optax.Schedule:
-    """Linear warm-up, then cosine to zero."""
+def schedule(recipe: Recipe, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then cosine to zero."""
     rise = max(1, round(recipe.warmup * recipe.steps))
-    return optax.warmup_cosine_decay_schedule(0.0, recipe.lr, rise, max(recipe.steps, rise + 1))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(recipe.steps, rise + 1))
 
 
 def lambda_base(recipe: Recipe, step: Array) -> Array:
@@ -64,20 +67,20 @@ def lambda_base(recipe: Recipe, step: Array) -> Array:
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with clipping by global norm; norm weights do not decay."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(
-            schedule(recipe),
-            weight_decay=recipe.weight_decay,
-            mask=lambda weights: jax.tree.map(lambda w: w.ndim > 1, weights),
-        ),
-    )
+    """Clipping by global norm, then AdamW or Muon; norm weights do not decay."""
+    lr = schedule(recipe, recipe.lr)
+    if recipe.optimizer == "muon":
+        rule = muon(recipe.draft, schedule(recipe, recipe.muon_lr), lr, recipe.weight_decay)
+    else:
+        rule = optax.adamw(
+            lr, weight_decay=recipe.weight_decay, mask=lambda weights: jax.tree.map(lambda w: w.ndim > 1, weights)
+        )
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), rule)
 
 
 def start(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
-    """The state before the first step; `weights` become float32 masters."""
-    weights = {path: w.astype(jnp.float32) for path, w in weights.items()}
+    """The state before the first step; copies of `weights` become float32 masters, which steps may consume."""
+    weights = {path: jnp.array(w, jnp.float32, copy=True) for path, w in weights.items()}
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), weights, optimizer(recipe).init(weights), key)
 
@@ -116,4 +119,4 @@ def train_step(
         optimizer=jax.tree.map(keep, moments, state.optimizer),
         key=state.key,
     )
-    return updated, Metrics(report, lam, jnp.asarray(schedule(recipe)(state.step)), norm, finite)
+    return updated, Metrics(report, lam, jnp.asarray(schedule(recipe, recipe.lr)(state.step)), norm, finite)

@@ -1,0 +1,45 @@
+"""A drafter that begins as a piece of its target instead of at random."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.errors import DominoError
+from domino_jax.weights import Target, flatten
+
+
+def from_target(
+    weights: dict[str, Array], draft: DraftConfig, config: TargetConfig, target: Target
+) -> dict[str, Array]:
+    """The drafter's weights with its layers and last norm copied from the target's last layers.
+
+    The context becomes what the target's last layer reads: of the tapped features, fc passes on the
+    stream before that layer (the deepest tap below it) and adds its small random mixture of all of them.
+    At the start the drafter is then the target with its first layers left out.
+
+    Args:
+        weights: the drafter's random weights, by path.
+
+    Raises:
+        DominoError: the layers differ in shape, there are too few, or no tap lies below the last layer.
+    """
+    depth, layers = config.num_hidden_layers, draft.num_hidden_layers
+    taps = [i for i in draft.target_layer_ids if i < depth - 1]
+    if layers > depth or draft.intermediate_size != config.intermediate_size or not taps:
+        raise DominoError(
+            "a drafter can begin as the target's last layers only if it has no more of them, the same "
+            "intermediate size, and taps a layer below the last."
+        )
+    made = dict(weights)
+    theirs = flatten(target)
+    for i in range(layers):
+        made |= {
+            path: theirs[path.replace(f"layers.{i}.", f"layers.{depth - layers + i}.", 1)]
+            for path in weights
+            if path.startswith(f"layers.{i}.")
+        }
+    made["norm"] = theirs["norm"]
+    made["context_norm"] = theirs[f"layers.{depth - 1}.input_norm"]
+    width, place = config.hidden_size, draft.target_layer_ids.index(max(taps))
+    made["fc"] = weights["fc"].at[place * width : (place + 1) * width].add(jnp.eye(width, dtype=weights["fc"].dtype))
+    return made

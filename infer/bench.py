@@ -269,15 +269,15 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
     def proposed(p: decode.Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None
         how = s.sampling, None if greedy else s.keys
-        return s, head.propose(p.draft, config, p.target.embed, anew(z, s), base, s.token, *how)
+        return s, head.propose(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
 
     def verified(p: decode.Params, s: decode.DecodeState) -> Any:
-        shown = drafts + s.token[:, None]  # so that it has to be done again each time
+        seen = anew(logits, s)
         if q is None:
-            count, bonus = verify.greedy(shown, logits)
+            count, bonus = verify.greedy(drafts, seen)
         else:
-            count, bonus = verify.speculative(s.keys, shown, q, probabilities(logits, s.sampling))
-        return s, decode.commit(s, jnp.concatenate([shown, bonus[:, None]], axis=1), count + 1, stop)[1]
+            count, bonus = verify.speculative(s.keys, drafts, q, probabilities(seen, s.sampling))
+        return s, decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
 
     def remembered(p: decode.Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None and s.context is not None

@@ -1,8 +1,10 @@
-"""Settings of the whole suite: strict dtype promotion, and one thread for torch, which shares the cores with XLA."""
+"""Settings of the whole suite: strict dtype promotion, and programs compiled quickly rather than well."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is stated in float32 as a CPU computes it
+# Nearly all of the suite's time is LLVM optimising programs that run once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax

@@ -441,7 +441,7 @@ SUM_KEYS = (
 def combine_training(parts, lam):
     """Section 7: join the sums of several `training_loss` results (or of none) into the loss and report over all of
     them: CE = sum of weighted ce / sum of weights, 0 if empty; loss = (1 - lam) CE(final) + lam CE(base)."""
-    out = {key: sum(part[key] for part in parts) for key in SUM_KEYS}
+    out: dict[str, float] = {key: sum(part[key] for part in parts) for key in SUM_KEYS}
 
     def ratio(numerator, denominator):
         return out[numerator] / out[denominator] if out[denominator] > 0 else 0.0
@@ -467,7 +467,7 @@ def training_loss(target_w, target_cfg, draft_w, draft_cfg, ids, loss_mask, anch
     embed, lm_head = target_embedding(target_w), target_lm_head(target_w, target_cfg)
     _, features = target_forward(target_w, target_cfg, ids, target_layer_ids(draft_cfg))
     rows = proposal_rows(draft_cfg)
-    sums = dict.fromkeys(SUM_KEYS, 0)
+    sums = dict.fromkeys(SUM_KEYS, 0.0)
     for a in anchors:
         a = int(a)
         z = draft_block(draft_w, draft_cfg, embed, features[:a], ids[a], a)[rows]  # [J, D]

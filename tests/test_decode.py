@@ -77,7 +77,6 @@ PAIRS = {
     },
     "M=16": {"block_size": 16},
     "DFlash, M=3": {"block_size": 3, "shift_label": False, "head": None},
-    "DFlash, shifted": {"block_size": 4, "head": None},
 }
 
 

@@ -97,7 +97,7 @@ def test_rows_of_different_lengths_do_not_feel_their_padding(model):
         np.testing.assert_allclose(np.asarray(logits(params, padded))[row, :length], alone, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("pieces", [[13], [4, 9], [12, 1], [5, 5, 3], [1] * 13], ids=str)
+@pytest.mark.parametrize("pieces", [[13], [4, 9], [5, 5, 3], [1] * 13], ids=str)
 def test_chunks_through_the_cache_are_one_piece(model, pieces):
     config, params = model
     tokens, taps = ids(2, 13), (0, 2)

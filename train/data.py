@@ -35,10 +35,9 @@ class Dataset:
 
     def batch(self, step: int, size: int) -> Batch:
         """The batch of a step (from 0): sequences step·size onward of an endless run of shuffled epochs."""
-        places = np.arange(step * size, (step + 1) * size)
-        orders = {
-            e: np.random.default_rng([self.seed, e]).permutation(len(self)) for e in set((places // len(self)).tolist())
-        }
+        places = range(step * size, (step + 1) * size)
+        epochs = {place // len(self) for place in places}
+        orders = {e: np.random.default_rng([self.seed, e]).permutation(len(self)) for e in epochs}
         rows = [orders[place // len(self)][place % len(self)] for place in places]
         return Batch(self.ids[rows], self.mask[rows])
 

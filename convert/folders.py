@@ -47,8 +47,7 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
-    depth = raw.get("num_target_layers")
-    config = hf.parse_config(raw, depth)
+    config = hf.parse_config(raw)
     to_hf = orbax.is_orbax(source)
     module = load(source, config, progress=progress, device=False)
     partial = destination.with_name(f".{destination.name}.partial")

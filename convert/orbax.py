@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
-from domino_jax.weights import axes, flatten, shapes, unflatten
+from domino_jax.weights import flatten, shapes, unflatten
 
 WEIGHTS = "weights"
 
@@ -34,14 +34,6 @@ def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    """The inverse of `_nested`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
 
 
 def save(folder: Path, module: Any) -> None:
@@ -71,7 +63,7 @@ def load(folder: Path, config: DecoderConfig, dtype: Any = None, device: bool = 
     wanted = flatten(shapes(config))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found = _flat(checkpointer.metadata(path).item_metadata.tree)  # type: ignore[union-attr]
+            found = flatten(checkpointer.metadata(path).item_metadata.tree)  # type: ignore[union-attr]
             problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
             problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
             problems += [
@@ -85,7 +77,7 @@ def load(folder: Path, config: DecoderConfig, dtype: Any = None, device: bool = 
                 name: jax.ShapeDtypeStruct(spec.shape, found[name].dtype, sharding=_default_sharding())
                 for name, spec in wanted.items()
             }
-            leaves = _flat(checkpointer.restore(path, _nested(form)))
+            leaves = flatten(checkpointer.restore(path, _nested(form)))
     except DominoError:
         raise
     except Exception as error:
@@ -93,7 +85,7 @@ def load(folder: Path, config: DecoderConfig, dtype: Any = None, device: bool = 
     if dtype is not None:
         leaves = {name: leaf.astype(dtype) for name, leaf in leaves.items()}
     place = jnp.asarray if device else np.asarray
-    return unflatten(config, {name: place(leaves[name]) for name in flatten(axes(config))})
+    return unflatten(config, {name: place(leaf) for name, leaf in leaves.items()})
 
 
 def _default_sharding() -> jax.sharding.Sharding:

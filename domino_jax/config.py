@@ -43,6 +43,10 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise DominoError(f"head_dim must be even for RoPE, found {self.head_dim}.")
 
+    def geometry(self, **changes: Any) -> dict[str, Any]:
+        """The fields that a target and its drafter share, by name; `changes` replace some."""
+        return {name: getattr(self, name) for name in DecoderConfig.__dataclass_fields__} | changes
+
     @property
     def sizes(self) -> dict[str, int]:
         """Size of every axis letter of the legend that this model has."""
@@ -297,12 +301,11 @@ def _windows(raw: Mapping[str, Any], layers: int, what: str) -> tuple[int | None
 
 
 def _hf_fields(config: DecoderConfig) -> dict[str, Any]:
-    names = DecoderConfig.__dataclass_fields__
     return {
         "model_type": "qwen3",
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "rope_scaling": None,
-        **{name: getattr(config, name) for name in names},
+        **config.geometry(),
     }

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from convert import hf
+from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
-from infer import text
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -132,7 +132,7 @@ def load(
 
     params = Params(read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None)
     jax.block_until_ready(params)
-    tokenizer = text.load_tokenizer(target)
+    tokenizer = load_tokenizer(target)
     return Loaded(
         configs, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began
     )

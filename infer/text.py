@@ -1,30 +1,14 @@
-"""Between text and token ids: tokenizer, chat template, incremental detokenisation, stop strings."""
+"""Between text and token ids: chat template, incremental detokenisation, stop strings."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from convert.tokenizer import first_line
 from domino_jax.errors import DominoError
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, None if it has no tokenizer files; nothing is fetched, no code is run."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    # Without PyTorch, which only its models would need, transformers gives advice on standard error.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # its errors are of many kinds, and all mean the same here
-        raise DominoError(f"the tokenizer in {folder} can't be loaded: {_first_line(error)}.") from None
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -49,7 +33,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
             list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
     except Exception as error:  # jinja's, and whatever the template itself raises
-        raise DominoError(f"the model's chat template refuses these messages: {_first_line(error)}.") from None
+        raise DominoError(f"the model's chat template refuses these messages: {first_line(error)}.") from None
     # The template has written the special tokens itself.
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
@@ -57,10 +41,6 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of tokens, without special ones."""
     return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class Detokenizer:

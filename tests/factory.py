@@ -37,7 +37,7 @@ TARGET = TargetConfig(
 
 def draft_config(target: TargetConfig = TARGET, **changes: Any) -> DraftConfig:
     """A two-layer Domino drafter for `target`, M = 5 and `shift_label`; `changes` replace any field."""
-    fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(DecoderConfig)}
+    fields = target.geometry()
     fields |= {
         "num_hidden_layers": 2,
         "num_attention_heads": 3,

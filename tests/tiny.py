@@ -29,16 +29,7 @@ TARGET = TargetConfig(
     tie_word_embeddings=True,
 )
 DRAFT = DraftConfig(
-    vocab_size=260,
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    max_position_embeddings=256,
+    **TARGET.geometry(num_hidden_layers=1),
     block_size=4,
     mask_token_id=MASK_ID,
     target_layer_ids=(0, 1),

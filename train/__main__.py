@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import tyro
 
 from convert import hf
+from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, check_pair, default_taps
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init, unflatten
@@ -102,16 +103,10 @@ class Train:
 def draft_config(options: Train, target: TargetConfig, mask_token_id: int) -> DraftConfig:
     """The drafter's config: its layers have the target's geometry."""
     return DraftConfig(
-        vocab_size=target.vocab_size,
-        hidden_size=target.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=target.num_attention_heads,
-        num_key_value_heads=target.num_key_value_heads,
-        head_dim=target.head_dim,
-        intermediate_size=options.intermediate_size or target.intermediate_size,
-        rms_norm_eps=target.rms_norm_eps,
-        rope_theta=target.rope_theta,
-        max_position_embeddings=target.max_position_embeddings,
+        **target.geometry(
+            num_hidden_layers=options.layers,
+            intermediate_size=options.intermediate_size or target.intermediate_size,
+        ),
         block_size=options.block_size,
         mask_token_id=mask_token_id,
         target_layer_ids=options.taps or default_taps(target.num_hidden_layers, options.layers),
@@ -190,7 +185,7 @@ def run(options: Train) -> None:
         raise DominoError(
             f"--length {options.length} is beyond the target's {target.max_position_embeddings} positions."
         )
-    tokenizer = _tokenizer(options.target)
+    tokenizer = load_tokenizer(options.target)
     mask_token_id = options.mask_token_id
     if mask_token_id is None:
         mask_token_id = getattr(tokenizer, "mask_token_id", None)
@@ -326,15 +321,6 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The target's tokenizer, None where its folder has none."""
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _clock(seconds: float) -> str:

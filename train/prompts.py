@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
 from train.corpus import read_texts
 
@@ -55,13 +56,13 @@ def cut(texts: list[str], tokenizer, count: int, tokens: int, seed: int) -> list
 
 def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Prompts, args=argv, prog="python -m train.prompts")
-    from transformers import AutoTokenizer
-
     try:
         if not options.tokenizer.is_dir():
             raise DominoError(f"{options.tokenizer} is not a folder; --tokenizer takes a model's folder.")
         train, held_out = read_texts(options.text, options.suffix)
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
+        tokenizer = load_tokenizer(options.tokenizer)
+        if tokenizer is None:
+            raise DominoError(f"{options.tokenizer} has no tokenizer.")
         prompts = cut(held_out if options.held_out else train, tokenizer, options.count, options.tokens, options.seed)
         options.out.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
     except (DominoError, OSError) as error:

@@ -280,6 +280,8 @@ def _decoder_fields(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
         kind = spelling.get("rope_type", spelling.get("type", "default"))
         if kind != "default":
             raise DominoError(f"{what} has rope type {kind!r}; only 'default' is supported.")
+    if any(spelling.get("partial_rotary_factor", 1) != 1 for spelling in (rope, raw)):
+        raise DominoError(f"{what} rotates only a part of each head (partial_rotary_factor), which is not supported.")
     whole = [key for key, kind in DecoderConfig.__annotations__.items() if kind is int]
     fields: dict[str, Any] = {key: int(_get(raw, key, what)) for key in whole}
     if any(value < 1 for value in fields.values()):
@@ -291,7 +293,11 @@ def _decoder_fields(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def _windows(raw: Mapping[str, Any], layers: int, what: str) -> tuple[int | None, ...]:
-    kinds = raw.get("layer_types") or ["full_attention"] * layers
+    kinds = raw.get("layer_types")
+    if not kinds:
+        # As transformers fills in a list that is not there.
+        first = int(_get(raw, "max_window_layers", what, default=28)) if raw.get("use_sliding_window") else layers
+        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(layers - first, 0)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
         raise DominoError(

@@ -160,7 +160,7 @@ def begin(
     sampling: Sampling | None = None,
     keys: Array | None = None,
 ) -> DecodeState:
-    """`decode.begin` with what most tests want: greedy, one limit, float32."""
+    """`decode.begin` with what most tests want: greedy, one limit, caches of the weights' dtype."""
     batch = len(prompts)
     return decode.begin(
         params,
@@ -170,7 +170,7 @@ def begin(
         [limits] * batch if isinstance(limits, int) else list(limits),
         settings(batch) if sampling is None else sampling,
         stop,
-        jnp.dtype(jnp.float32),
+        params.target.embed.dtype,
     )
 
 

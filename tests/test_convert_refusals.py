@@ -12,6 +12,7 @@ import factory
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from convert import hf
@@ -244,6 +245,8 @@ BOTH = {
     "rope_scaling, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
     "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | YARN}, "rope type 'yarn'"),
     "unknown rope": ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "spiral"}}, "rope type 'spiral'"),
+    "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "part of a head, nested": ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary"),
     "attention_bias": ({"attention_bias": True}, "attention_bias True"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
@@ -311,6 +314,17 @@ def test_a_drafter_that_makes_no_sense_is_refused(case):
     change, *words = case
     with refused(*words):
         hf.parse_config(edited(DRAFT.to_hf(), change))
+
+
+@pytest.mark.parametrize(("given", "windows"), [({}, (None, None)), ({"max_window_layers": 1}, (None, 64))])
+def test_sliding_windows_without_layer_types_are_those_of_transformers(given, windows):
+    raw: dict[str, Any] = factory.draft_config().to_hf() | {"use_sliding_window": True, "sliding_window": 64} | given
+    del raw["layer_types"]
+    config = hf.parse_config(raw)
+    assert isinstance(config, DraftConfig)
+    assert config.windows == windows
+    theirs = transformers.Qwen3Config(**{k: v for k, v in raw.items() if k != "architectures"})
+    assert theirs.layer_types == ["sliding_attention" if w else "full_attention" for w in windows]
 
 
 def test_absent_fields_have_the_specs_defaults():

@@ -129,7 +129,7 @@ def oracle(pair):
     """Runs greedy Domino with proposals read from a table of absolute positions."""
     loop = factory.oracle_loop()
 
-    def go(table: np.ndarray, limits: Any, stop: int) -> list[Output]:
+    def go(table: np.ndarray, limits: Any, stop: int, pair: Pair = pair) -> list[Output]:
         stops = jnp.array([stop], jnp.int32)
         state = start(pair, limits, stops)
         assert state.cache.capacity >= table.shape[1]
@@ -249,6 +249,30 @@ def test_caches_hold_what_one_pass_over_the_committed_tokens_gives(pair, truth):
             for row, length in enumerate(state.length.tolist()):
                 assert length > len(PROMPTS[row]) + 7
                 np.testing.assert_allclose(a[row, :, :length], b[row, :, :length], atol=1e-4, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_the_output_does_not_depend_on_the_drafts(oracle, pair, dtype):
+    """Whatever is proposed, right, wrong or mixed, the same program gives the same tokens, in bfloat16 too."""
+    exact = Pair(jax.tree.map(lambda w: w.astype(dtype), pair.params), pair.configs)
+    nothing = np.full((4, COUNT + 20), -1)  # no id of the vocabulary: what none would propose
+
+    def go(proposed: np.ndarray) -> list[Output]:
+        table = np.zeros((len(PROMPTS), 64), np.int32)
+        for row, prompt in enumerate(PROMPTS):
+            table[row, len(prompt) : len(prompt) + proposed.shape[1]] = proposed[row]
+        return oracle(table, COUNT, -1, exact)
+
+    alone = go(nothing)
+    assert all(o.accepted == [0] * (COUNT - 1) for o in alone)
+    tokens = np.array([o.tokens for o in alone])
+    right = go(np.pad(tokens, ((0, 0), (0, 20))))
+    rng = np.random.default_rng(0)
+    mixed = [go(np.pad(np.where(rng.random(tokens.shape) < 0.6, tokens, 7), ((0, 0), (0, 20)))) for _ in range(5)]
+    assert all(o.accepted[:-1] == [5] * (len(o.accepted) - 1) for o in right)
+    assert {m for outputs in mixed for o in outputs for m in o.accepted} >= {0, 1, 2, 3}
+    for outputs in (right, *mixed, run(exact)):
+        assert [o.tokens for o in outputs] == tokens.tolist()
 
 
 # --- Buckets, neighbours, programs --------------------------------------------------------------------------------

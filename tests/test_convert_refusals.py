@@ -246,7 +246,7 @@ BOTH = {
     "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | YARN}, "rope type 'yarn'"),
     "unknown rope": ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "spiral"}}, "rope type 'spiral'"),
     "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "part of a head, nested": ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    "part of a head, nested": ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "a part"),
     "attention_bias": ({"attention_bias": True}, "attention_bias True"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),

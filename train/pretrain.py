@@ -38,16 +38,16 @@ class Pretrain:
     out: Path
     """folder to write the model to"""
     text: Path | None = None
-    """folder of text files; the Python standard library's sources when not given"""
-    suffix: str = ".py"
-    """which files of the folder to read"""
+    """folder of text files; transformers' own model code when not given"""
+    files: str = "modeling_*.py"
+    """pattern for the names of the files to read in it"""
     vocab_size: int = 2048
     hidden_size: int = 512
-    layers: int = 4
+    layers: int = 5
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 64
-    intermediate_size: int = 1408
+    intermediate_size: int = 1280
     steps: int = 700
     batch: int = 8
     """sequences a step"""
@@ -130,8 +130,22 @@ def windows(ids: np.ndarray, count: int, length: int, rng: np.random.Generator) 
     return np.stack([ids[s : s + length + 1] for s in starts])
 
 
+def check(options: Pretrain) -> None:
+    """Refuse what cannot be trained, and a folder that already holds a model."""
+    least = dict.fromkeys(("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size"), 1)
+    least |= dict.fromkeys(("steps", "batch", "length"), 1) | {"vocab_size": 256 + 4}  # bytes and special tokens
+    for name, low in least.items():
+        if getattr(options, name) < low:
+            raise DominoError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(options, name)}.")
+    if min(options.warmup, options.decay) < 0 or options.warmup + options.decay > 1:
+        raise DominoError("--warmup and --decay are shares of the steps, of at most 1 together.")
+    if (options.out / "config.json").exists():
+        raise DominoError(f"{options.out} already holds a model; give another --out.")
+
+
 def run(options: Pretrain) -> None:
-    texts, held_out = read_texts(options.text, options.suffix)
+    check(options)
+    texts, held_out = read_texts(options.text, options.files)
     tokenizer = train_tokenizer(texts, options.vocab_size)
     ids, held_ids = encode(tokenizer, texts), encode(tokenizer, held_out)
     config = TargetConfig(
@@ -164,6 +178,8 @@ def run(options: Pretrain) -> None:
         return optax.apply_updates(weights, updates), state, value
 
     evaluate = jax.jit(partial(loss, config=config))
+    if min(len(ids), len(held_ids)) < options.length + 2:
+        raise DominoError(f"the text has fewer than --length {options.length} tokens to train on or to hold out.")
     rng = np.random.default_rng(options.seed)
     held = windows(held_ids, 4 * options.batch, options.length, np.random.default_rng(1))
 

@@ -26,9 +26,9 @@ class Prompts:
     out: Path
     """JSONL file to write, one {"input_ids": [...]} a line"""
     text: Path | None = None
-    """folder of text files; the Python standard library's sources when not given"""
-    suffix: str = ".py"
-    """which files of the folder to read"""
+    """folder of text files; transformers' own model code when not given"""
+    files: str = "modeling_*.py"
+    """pattern for the names of the files to read in it"""
     count: int = 100
     tokens: int = 48
     """tokens of each prompt"""
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not options.tokenizer.is_dir():
             raise DominoError(f"{options.tokenizer} is not a folder; --tokenizer takes a model's folder.")
-        train, held_out = read_texts(options.text, options.suffix)
+        train, held_out = read_texts(options.text, options.files)
         tokenizer = load_tokenizer(options.tokenizer)
         if tokenizer is None:
             raise DominoError(f"{options.tokenizer} has no tokenizer.")

@@ -18,6 +18,7 @@ from domino_jax import cache as kv
 from domino_jax import draft, head, target, verify
 from domino_jax.cache import KVCache
 from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling, draw, probabilities
 from domino_jax.weights import Draft, Target
 
@@ -27,15 +28,33 @@ SMALLEST_CHUNK = 16
 
 @dataclass(frozen=True)
 class Configs:
-    """What is being run, static to every program: the target, and the drafter or None."""
+    """What is being run, static to every program: the target, and the drafter or None.
+
+    `drafts` verifies only the first so many of a block's proposals, where fewer pay better: a cycle then costs
+    less, and the output is the same.
+
+    Raises:
+        DominoError: `drafts` is not from 1 to the drafter's proposals.
+    """
 
     target: TargetConfig
     draft: DraftConfig | None = None
+    drafts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.drafts is not None and not 1 <= self.drafts <= (self.draft.num_proposals if self.draft else 0):
+            most = f"a block of this drafter has {self.draft.num_proposals}" if self.draft else "there is no drafter"
+            raise DominoError(f"{self.drafts} drafts a cycle can't be had: {most}, and the least is 1.")
+
+    @property
+    def proposals(self) -> int:
+        """J, drafts of a cycle; 0 without a drafter."""
+        return self.drafts or (self.draft.num_proposals if self.draft else 0)
 
     @property
     def reach(self) -> int:
         """Positions from a row's anchor on that one cycle may write: the block, or anchor and drafts."""
-        return max(self.draft.block_size, self.draft.num_proposals + 1) if self.draft else 1
+        return max(self.draft.block_size if self.draft else 0, self.proposals + 1)
 
 
 class Params(NamedTuple):
@@ -186,7 +205,7 @@ def speculate(
         state, counts = commit(state, sequence, accepted + 1, stop)
         return state, sequence, counts, accepted, drafts
 
-    return _loop(cycle, state, cycles, config.num_proposals, configs.reach)
+    return _loop(cycle, state, cycles, configs.proposals, configs.reach)
 
 
 def propose(
@@ -213,7 +232,7 @@ def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[A
     with jax.named_scope("draft"):
         x = draft.block_inputs(params.target.embed, config, state.token)
         z, context = draft.block(drafter, config, x, state.length, state.context)
-        z = draft.proposing(config, z)
+        z = draft.proposing(config, z)[:, : configs.proposals]
         return z, target.logits(params.target, z), context
 
 

@@ -62,7 +62,7 @@ def propose(
     sampling: Sampling,
     keys: Array | None,
 ) -> tuple[Array, Array | None]:
-    """Choose the J proposals of a block, each corrected by those before it.
+    """Choose the proposals of a block, or its first J, each corrected by those before it.
 
     A proposal whose logits know the tokens before it (the first, and every corrected one) is drawn
     from its distribution. The others (plain DFlash, and the head's uncorrected prefix after its first)
@@ -78,7 +78,7 @@ def propose(
     Returns:
         drafts [B, J] int32; the distributions they were drawn from [B, J, V], None if greedy.
     """
-    head, proposals = params.head, config.num_proposals
+    head, proposals = params.head, z.shape[1]
     prefix = config.head.pure_draft_prefix_len if config.head else proposals
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.split(key, proposals))(keys)

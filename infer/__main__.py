@@ -39,6 +39,8 @@ class Generate:
     """target: demo, qwen3-4b, qwen3-8b, a folder, or org/repo on the Hub"""
     draft: str | None = None
     """drafter: likewise, or none for plain decoding; by default the one that belongs to the model's name"""
+    drafts: int | None = None
+    """proposals that a cycle verifies, from 1 to all of a block; all when not given"""
     max_new_tokens: int = 256
     """tokens to generate at most"""
     temperature: float = 0.0
@@ -102,6 +104,7 @@ def contradictions(options: Generate, chat: bool) -> str | None:
         (o.system is not None and o.input_ids is not None, "--system does nothing to --input-ids"),
         (o.json and o.show_drafts, "--show-drafts colours text, and --json prints none"),
         (o.draft == "none" and o.compare, "--compare compares with and without a drafter, and --draft none has none"),
+        (o.draft == "none" and o.drafts is not None, "--drafts needs a drafter, and --draft none has none"),
         (o.draft == "none" and o.show_drafts, "--show-drafts needs a drafter, and --draft none has none"),
         (chat and o.json, "--json needs a prompt"),
         (chat and o.compare, "--compare needs a prompt"),
@@ -252,10 +255,10 @@ class Session:
         target, draft = models.resolve(o.model, o.draft)
         if draft is None and o.draft is None:
             say("no drafter: decoding plainly; give one with --draft DIR.")
-            if o.compare or o.show_drafts:
-                raise DominoError("--compare and --show-drafts need a drafter: give one with --draft DIR.")
+            if o.compare or o.show_drafts or o.drafts is not None:
+                raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         with progress_bars(self.notes) as progress:
-            self.loaded = models.load(target, draft, o.dtype, progress)
+            self.loaded = models.load(target, draft, o.dtype, progress, o.drafts)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded)
 
@@ -425,8 +428,7 @@ class Session:
         accepted = [n for s in sequences for n in s.accepted]
         if accepted:
             show(f"τ = [bold]{tau(accepted):.2f}[/] tokens a cycle, over {len(accepted)} cycles; drafts accepted:")
-            draft = self.loaded.configs.draft
-            for line in histogram(accepted, draft.num_proposals if draft else 0):
+            for line in histogram(accepted, self.loaded.configs.proposals):
                 show(line)
         if self.comparison:
             self._summarise_comparison()

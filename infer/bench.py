@@ -47,6 +47,8 @@ class Bench:
     draft: str | None = None
     """name, folder or org/repo of the drafter; by default the one that belongs to --model's name"""
     batch_sizes: tuple[int, ...] = (1,)
+    drafts: tuple[int, ...] = ()
+    """proposals that a cycle verifies, each a mode of its own; all that the drafter makes when not given"""
     new_tokens: int = 64
     """tokens to generate for each prompt"""
     prompts: Path | None = None
@@ -69,6 +71,11 @@ class Bench:
     """file for the figures: a list of flat objects, one for each batch size and mode"""
 
 
+def with_drafts(loaded: Loaded, drafts: int | None) -> Loaded:
+    """The same model with `drafts` proposals a cycle."""
+    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=drafts))
+
+
 def head_off(loaded: Loaded) -> Loaded:
     """The same drafter as plain DFlash: its causal head is left out, its proposals are the base logits'."""
     config, params = loaded.configs.draft, loaded.params.draft
@@ -77,7 +84,7 @@ def head_off(loaded: Loaded) -> Loaded:
     drafter: Draft = unflatten(plain, {k: v for k, v in flatten(params).items() if not k.startswith("head.")})
     return dataclasses.replace(
         loaded,
-        configs=decode.Configs(loaded.configs.target, plain),
+        configs=dataclasses.replace(loaded.configs, draft=plain),
         params=decode.Params(loaded.params.target, drafter),
     )
 
@@ -228,7 +235,7 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
             state, out = jax.lax.optimization_barrier(run(params, state))
             for leaf in filter(lambda x: x.size, jax.tree.leaves(out)):
                 used += leaf[(0,) * leaf.ndim].astype(jnp.float32)
-            return params, state._replace(token=state.token + (used < -1e30)), used
+            return params, state._replace(token=state.token + (used < -1e30).astype(jnp.int32)), used
 
         # The state is donated, as in decoding: otherwise the caches are copied before they are written.
         program = jax.jit(
@@ -312,15 +319,15 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
     prompts = read_prompts(options, loaded)
     # No stop tokens and no text: every sequence runs to its limit, and only decoding is timed.
     loaded = dataclasses.replace(loaded, stop_ids=(), tokenizer=None)
-    engines = {LEAN: Engine(loaded)}
+    engines = {(LEAN, 0): Engine(loaded)}
     with console.status("choosing prompts"):
-        prompts, looping = choose(prompts, options, engines[LEAN])
+        prompts, looping = choose(prompts, options, engines[LEAN, 0])
     if loaded.configs.draft:
+        views = {DFLASH: loaded}
         if loaded.configs.draft.head:
-            engines[DFLASH] = Engine(head_off(loaded))
-            engines[DOMINO] = Engine(loaded)
-        else:
-            engines[DFLASH] = Engine(loaded)
+            views = {DFLASH: head_off(loaded), DOMINO: loaded}
+        for drafts in options.drafts or (loaded.configs.proposals,):
+            engines |= {(mode, drafts): Engine(with_drafts(view, drafts)) for mode, view in views.items()}
     theirs = transformers_runner(folder, options) if options.transformers else None
     common = {
         "commit": _commit(),
@@ -341,37 +348,37 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
     }
     rows = []
     for batch in options.batch_sizes:
-        runs: dict[str, Callable[[], dict[str, Any]]] = {
-            mode: (lambda e=engine, m=mode, b=batch: run_ours(e, prompts, options, b, m))
-            for mode, engine in engines.items()
+        runs: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
+            key: (lambda e=engine, m=key[0], b=batch: run_ours(e, prompts, options, b, m))
+            for key, engine in engines.items()
         }
         if theirs:
-            runs[TRANSFORMERS] = lambda b=batch: theirs(prompts, b)
-        warm, rounds = {}, {mode: [] for mode in runs}
+            runs[TRANSFORMERS, 0] = lambda b=batch: theirs(prompts, b)
+        warm, rounds = {}, {key: [] for key in runs}
         with console.status(f"batch {batch}: compiling"):
-            for mode, run in runs.items():
-                warm[mode] = run()
+            for key, run in runs.items():
+                warm[key] = run()
         for number in range(options.rounds):
             with console.status(f"batch {batch}: round {number + 1} of {options.rounds}"):
-                for mode, run in runs.items():
-                    rounds[mode].append(run())
-        for mode, results in rounds.items():
-            row = {**common, "batch": batch, "mode": mode, "compile_s": warm[mode]["compile"]}
+                for key, run in runs.items():
+                    rounds[key].append(run())
+        lean = rounds[LEAN, 0]
+        for key, results in rounds.items():
+            mode, drafts = key
+            row = {**common, "batch": batch, "mode": mode, "drafts": drafts, "compile_s": warm[key]["compile"]}
             row["tokens_per_second"] = statistics.median(r["tokens"] / r["decode"] for r in results)
             row["ms_per_cycle"] = statistics.median(r["decode"] / r["cycles"] * 1e3 for r in results)
             row["prefill_s"] = statistics.median(r["prefill"] for r in results) / len(batches(prompts, batch))
-            pairs = zip(results, rounds[LEAN], strict=True)
+            pairs = zip(results, lean, strict=True)
             row["speed_over_lean"] = statistics.median(
                 (r["tokens"] / r["decode"]) / (base["tokens"] / base["decode"]) for r, base in pairs
             )
-            if mode in engines:
-                engine = engines[mode]
+            if key in engines:
+                view = engines[key].loaded
                 row["tau"] = results[0]["tau"]
                 row["distinct_4"] = statistics.mean(map(distinct, results[0]["outputs"]))
-                row["drafts"] = engine.loaded.configs.draft.num_proposals if mode != LEAN else 0  # type: ignore[union-attr]
-                same = results[0]["outputs"] == rounds[LEAN][0]["outputs"]
+                same = results[0]["outputs"] == lean[0]["outputs"]
                 row["same_tokens_as_lean"] = same if options.temperature == 0 else None
-                view = engine.loaded
                 if mode == LEAN:
                     configs, params = decode.Configs(view.configs.target), decode.Params(view.params.target)
                     view = dataclasses.replace(view, configs=configs, params=params)
@@ -412,13 +419,13 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     parts = {name: (f"{name}_ms", "{:.2f}") for name in ("draft", "head", "target", "verify", "context")}
     parts |= {"weights MB": ("weights_mb", "{:.1f}"), "caches MB": ("caches_mb", "{:.1f}")}
     for title, columns in (("Speed", speeds), ("One cycle: each phase alone, ms", parts)):
-        table = Table("batch", "mode", title=title, title_justify="left")
+        table = Table("batch", "mode", "J", title=title, title_justify="left")
         for column in columns:
             table.add_column(column, justify="right")
         for row in rows:
             cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
             if any(cells):
-                table.add_row(str(row["batch"]), row["mode"], *cells)
+                table.add_row(str(row["batch"]), row["mode"], str(row["drafts"] or ""), *cells)
         console.print(table)
     for row in rows:
         if row.get("same_tokens_as_lean") is False:

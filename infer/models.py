@@ -99,6 +99,7 @@ def load(
     draft: Path | None = None,
     dtype: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    drafts: int | None = None,
 ) -> Loaded:
     """Load a target and its drafter; both configs are checked before any weight is read.
 
@@ -106,6 +107,7 @@ def load(
         target, draft: folders.
         dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
         progress: called with "target" or "drafter", tensors done, tensors in all.
+        drafts: proposals a cycle verifies; all that the drafter makes when None.
 
     Raises:
         DominoError: a folder is not a whole supported model, or the two do not fit.
@@ -121,7 +123,7 @@ def load(
         if not isinstance(draft_config, DraftConfig):
             raise DominoError(f"{draft} is not a drafter (its config.json has no dflash_config); see --draft.")
         warnings = check_pair(config, draft_config)
-        configs = Configs(config, draft_config)
+        configs = Configs(config, draft_config, drafts)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     if kind == jnp.float32:
         # Accelerators round float32 products by default, which would make --dtype float32 untrue.

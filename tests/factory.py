@@ -251,7 +251,7 @@ def oracle_loop() -> Callable[..., tuple[DecodeState, Emitted]]:
     ) -> tuple[DecodeState, Emitted]:
         def propose(params: Params, configs: Configs, state: DecodeState, keys: Array | None):
             assert configs.draft is not None and keys is None
-            places = state.length[:, None] + 1 + jnp.arange(configs.draft.num_proposals, dtype=jnp.int32)
+            places = state.length[:, None] + 1 + jnp.arange(configs.proposals, dtype=jnp.int32)
             return jnp.take_along_axis(table, places, axis=1), None, state.context
 
         with pytest.MonkeyPatch.context() as patch:

@@ -99,6 +99,17 @@ def test_domino_is_transformers_greedy_token_for_token(truth, changes):
         assert any(changes["mask_token_id"] in o.tokens[1:-1] for o in outputs)
 
 
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_fewer_drafts_a_cycle(pair, truth, drafts):
+    """The same tokens; from the same place, what is accepted is what a whole block's first drafts give."""
+    fewer = Pair(pair.params, dataclasses.replace(pair.configs, drafts=drafts))
+    outputs = run(fewer)
+    assert [o.tokens for o in outputs] == [row[:COUNT] for row in truth]
+    assert max(m for o in outputs for m in o.accepted) == drafts
+    for output, whole in zip(outputs, run(pair), strict=True):
+        assert output.accepted[0] == min(whole.accepted[0], drafts)
+
+
 def test_a_random_drafter_changes_nothing():
     """Also on a target that is no bigram model, and with a sliding window in the drafter."""
     pair = Pair.make(factory.draft_config(block_size=6, shift_label=False, windows=(3, None)), seed=21)

@@ -119,6 +119,13 @@ def test_accepted_drafts_are_counted_whole(run):
     assert (one["tokens"], one["accepted"], one["tau"]) == ([70] * 9, [1] * 4, 2.0)
 
 
+def test_fewer_drafts_a_cycle_give_the_same_tokens(run):
+    words = ("--input-ids", f"5,{MASK_ID}", "--max-new-tokens", "9", "--drafts", "2")
+    row = generated(run, *words, target="loop", draft="loop-draft")
+    assert (row["tokens"], row["accepted"]) == ([MASK_ID] * 9, [2] * 3)  # 1 + 3 + 3 + 3: the limit cuts the last
+    assert run(*words, target="loop", draft="loop-draft").err.count("█") > 0
+
+
 def test_growing_past_a_bucket_changes_nothing(run):
     # 120 positions of prompt leave 8 of the first bucket of 128.
     words = ("x" * 120, "--max-new-tokens", "60")
@@ -330,6 +337,9 @@ def test_a_limit_beyond_the_positions_is_clamped_with_a_warning(run):
         (("hi", "--input-ids", "1"), 2, "one of PROMPT, --prompts and --input-ids"),
         (("--input-ids", "1,x"), 2, "whole numbers"),
         (("hi", "--draft", "none", "--compare"), 2, "--compare"),
+        (("hi", "--draft", "none", "--drafts", "2"), 2, "--drafts"),
+        (("hi", "--drafts", "0"), 1, "0 drafts a cycle can't be had: a block of this drafter has 4"),
+        (("hi", "--drafts", "5"), 1, "5 drafts a cycle can't be had"),
         (("hi", "--json", "--show-drafts"), 2, "--show-drafts"),
         (("hi", "--raw", "--system", "x"), 2, "--system"),
         (("hi", "--temperature", "-1"), 2, "--temperature"),

@@ -33,8 +33,9 @@ def load(
 def convert(source: Path, destination: Path, progress: hf.Progress | None = None) -> tuple[str, str]:
     """Write the model of `source` in the other form: Hugging Face to Orbax, Orbax to Hugging Face.
 
-    Every tensor keeps its values and dtype, config.json and the tokenizer's files their bytes. The
-    destination appears when it is whole.
+    Every tensor of the model keeps its values and dtype, config.json and the tokenizer's files their bytes.
+    (A tied target's second copy of its embeddings is not kept, and tensors that older drafters name otherwise
+    come back under today's names.) The destination appears when it is whole.
 
     Returns:
         The names of the two forms, from and to.
@@ -42,12 +43,13 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     Raises:
         DominoError: the source is no whole model, or the destination is in the way or can't be written.
     """
+    destination = destination.absolute()
     if not source.is_dir():
         raise DominoError(f"{source} is not a folder.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
-    config = hf.parse_config(raw)
+    config = hf.parse_config(raw, _depth(raw))
     to_hf = orbax.is_orbax(source)
     module = load(source, config, progress=progress, device=False)
     partial = destination.with_name(f".{destination.name}.partial")
@@ -69,3 +71,9 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return ("Orbax", "Hugging Face") if to_hf else ("Hugging Face", "Orbax")
+
+
+def _depth(raw: Mapping[str, Any]) -> int | None:
+    """A depth of the target that fits a drafter's taps: its files need not state the true one, nor its weights it."""
+    taps = (raw.get("dflash_config") or {}).get("target_layer_ids")
+    return max(taps) + 1 if taps else None

@@ -5,7 +5,7 @@ Only safetensors are read. A pickle can run code when it is opened, so it is ref
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_config(raw: Mapping[str, Any], num_target_layers: int | None = None) -> TargetConfig | DraftConfig:
     """The config of a target, or of a drafter if it has a `dflash_config`."""
-    if "dflash_config" in raw:
-        return DraftConfig.from_hf(raw, num_target_layers)
-    return TargetConfig.from_hf(raw)
+    try:
+        if "dflash_config" in raw:
+            return DraftConfig.from_hf(raw, num_target_layers)
+        return TargetConfig.from_hf(raw)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DominoError(f"config.json has a value of the wrong kind: {error}.") from None
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -63,7 +66,7 @@ def tensor_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise DominoError(f"{folder / INDEX} has no weight_map.")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
     elif (folder / SINGLE).exists():
         files = [folder / SINGLE]
     else:
@@ -112,7 +115,10 @@ def load(
         leaves = {}
         for done, entry in enumerate(table, 1):
             handle, name = where[entry.hf_name]
-            tensor = entry.to_ours(handle.get_tensor(name))
+            try:
+                tensor = entry.to_ours(handle.get_tensor(name))
+            except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+                raise DominoError(f"{name} in {folder} can't be read: {error}.") from None
             if dtype is not None:
                 tensor = tensor.astype(dtype)
             leaves[entry.path] = jnp.asarray(tensor) if device else np.ascontiguousarray(tensor)
@@ -165,8 +171,10 @@ def save(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
+    written = [*names, INDEX, "config.json"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)  # of an earlier model: it would be read instead of a single file
         for name, shard in zip(names, shards, strict=True):
             temporary = folder / f".{name}.tmp"
             save_file(shard, temporary, metadata={"format": "pt"})
@@ -180,8 +188,8 @@ def save(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any
     except (OSError, SafetensorError) as error:
         raise DominoError(f"{folder} can't be written: {error}.") from None
     finally:
-        for left in folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        for name in written:
+            (folder / f".{name}.tmp").unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -191,9 +199,9 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def copy_companions(source: Path, destination: Path, skip: Iterable[str] = ()) -> None:
+def copy_companions(source: Path, destination: Path) -> None:
     """Copy what belongs to a model beside its weights: tokenizer, templates, generation config, card."""
-    skip = {INDEX, "config.json", *skip}
+    skip = {INDEX, "config.json"}
     for file in sorted(source.iterdir()):
         text = file.suffix in {".json", ".jinja", ".txt", ".md", ".model"} or file.name == "LICENSE"
         if file.is_file() and text and file.name not in skip:

@@ -128,6 +128,8 @@ class DraftConfig(DecoderConfig):
                 f"the drafter's layer_types names {len(self.windows)} layers, "
                 f"its num_hidden_layers is {self.num_hidden_layers}."
             )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise DominoError(f"the drafter's sliding_window must be at least 1, found {self.windows}.")
         if self.num_proposals < 1:
             raise DominoError(
                 f"block_size {self.block_size} with shift_label {self.shift_label} proposes nothing; "
@@ -177,7 +179,7 @@ class DraftConfig(DecoderConfig):
             raise DominoError(f"{what} has no dflash_config; this is not a DFlash or Domino drafter.")
         fields = _decoder_fields(raw, what)
         layers = fields["num_hidden_layers"]
-        depth = raw.get("num_target_layers", num_target_layers)
+        depth = raw.get("num_target_layers") or num_target_layers
         if depth is None:
             raise DominoError(f"{what} has no num_target_layers and no target was given to take it from.")
         taps = draft.get("target_layer_ids")

@@ -19,7 +19,8 @@ def gru_cell(head: Head, inputs: Array, state: Array) -> Array:
     r = σ(W_ir x + W_hr h);  u = σ(W_iz x + W_hz h);  n = tanh(W_in x + r ∘ W_hn h);  h' = (1 - u) ∘ n + u ∘ h
     """
     reset_x, update_x, new_x = jnp.split(inputs, 3, axis=-1)
-    reset_h, update_h, new_h = jnp.split(state @ head.gru_state, 3, axis=-1)
+    # Training keeps this matrix in float32, so that its gradient is summed over the steps in float32.
+    reset_h, update_h, new_h = jnp.split(state @ head.gru_state.astype(state.dtype), 3, axis=-1)
     update = jax.nn.sigmoid(update_x + update_h)
     new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
     return (1 - update) * new + update * state

@@ -29,6 +29,8 @@ def settings(batch: int, temperature: float = 0.0, top_k: int = 0, top_p: float 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
     """The distribution after all filters, in transformers' order: temperature, top-k, top-p, min-p.
 
+    Tokens that tie with the last one kept are kept too (transformers keeps some of them, by index).
+
     Args:
         logits: [B, T, V].
         sampling: one setting a row. A row of temperature 0 becomes one-hot at its argmax.

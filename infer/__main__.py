@@ -141,17 +141,38 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return CANCELLED
     except BrokenPipeError:  # whoever read the output has seen enough
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
     except OSError as error:  # a full disk behind standard output, say
+        drop_output()
         say(f"error: the output can't be written: {error}.")
         return FAILED
     return DONE
 
 
+def drop_output() -> None:
+    """Let what standard output still holds go nowhere: Python would fail on it once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(line: str) -> None:
-    """One line on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """One line on standard error, if anybody reads it."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class Output(Console):
+    """Standard output: a broken pipe is an error like any other (rich would exit)."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class Notes(Console):
+    """Standard error: nothing depends on anybody reading it."""
+
+    def on_broken_pipe(self) -> None:
+        pass
 
 
 def warn(warnings: Iterable[str], most: int = 3) -> None:
@@ -170,7 +191,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         DominoError: it can't be read, or a row is not of the form that --prompts takes.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise DominoError(f"{path} can't be read: {error}.") from None
     prompts = [_parse_row(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
@@ -208,8 +229,8 @@ class Session:
 
     def __init__(self, options: Generate):
         self.options = options
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Output(highlight=False, soft_wrap=True, emoji=False)
+        self.notes = Notes(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.finished: list[list[Sequence]] = []  # batch after batch, for the summary
         self.comparison: list[dict[str, Any]] = []
 
@@ -261,6 +282,8 @@ class Session:
             self.loaded = models.load(target, draft, o.dtype, progress, o.drafts)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded)
+        if o.system is not None and not self._is_chat():
+            raise DominoError("this model has no chat template, so --system has no place to go.")
 
     def _is_chat(self) -> bool:
         """Whether prompts go through the model's chat template."""
@@ -281,8 +304,6 @@ class Session:
             if not prompt.text:
                 raise DominoError("the prompt is empty.")
             if not self._is_chat():
-                if self.options.system is not None:
-                    raise DominoError("this model has no chat template, so --system has no place to go.")
                 return text.encode(self.loaded.tokenizer, prompt.text)
             messages = [{"role": "user", "content": prompt.text}]
         elif self.options.raw:
@@ -313,7 +334,7 @@ class Session:
         o = self.options
         single = total == 1
         stream = single and not o.json and not o.show_drafts and self.loaded.tokenizer is not None
-        if stream and not self._is_chat() and o.prompt and self.console.is_terminal:
+        if stream and not self._is_chat() and o.prompt not in (None, "-") and self.console.is_terminal:
             self.console.print(o.prompt, style="dim", end="", markup=False)
         printed = Printer(sequences[0])
         self.finished.append(sequences)
@@ -470,6 +491,9 @@ class Session:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
+            except UnicodeDecodeError as error:
+                say(f"error: that line is not text: {error}.")
+                continue
             if not line:
                 continue
             self.finished, self.comparison = [], []

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,8 @@ class Bench:
     rounds: int = 3
     temperature: float = 0.0
     seed: int = 0
-    dtype: str | None = None
-    """float32 or bfloat16"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     transformers: bool = True
     """also run transformers' generate (greedy) on the same weights, where torch is installed"""
     json: Path | None = None
@@ -104,8 +104,10 @@ def read_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
         return rng.integers(0, loaded.configs.target.vocab_size, shape).tolist()
     found: list[list[int]] = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
             row = json.loads(line)
+            if "input_ids" not in row and loaded.tokenizer is None:
+                raise DominoError(f"{path} holds text, and the model's folder has no tokenizer.")
             ids = row["input_ids"] if "input_ids" in row else loaded.tokenizer(row["prompt"])["input_ids"]
             if len(ids) >= options.prompt_tokens:
                 found.append([int(i) for i in ids[: options.prompt_tokens]])
@@ -173,8 +175,13 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
     return {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
 
 
-def transformers_runner(folder: Path, options: Bench) -> Callable[[list[list[int]], int], dict[str, Any]] | None:
-    """A round of transformers' greedy generate on the same weights; None where torch is not installed."""
+def transformers_runner(
+    folder: Path, options: Bench, dtype: str
+) -> Callable[[list[list[int]], int], dict[str, Any]] | None:
+    """A round of transformers' greedy generate on the same weights and kind of device, in the same dtype.
+
+    None where that is not to be had: no torch, none for this device, a sampled run, or Orbax weights.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -182,20 +189,25 @@ def transformers_runner(folder: Path, options: Bench) -> Callable[[list[list[int
         return None
     if options.temperature > 0 or not any(folder.glob("*.safetensors")):
         return None
+    place = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    if place is None or (place == "cuda" and not torch.cuda.is_available()):
+        return None
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, options.dtype or "float32"), local_files_only=True, trust_remote_code=False
-    ).eval()
+        folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+    )
+    model = model.to(place).eval()
 
     def generate(ids: Any, new: int) -> Any:
         with torch.inference_mode():
-            return model.generate(
+            out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new
             )
+            return out.cpu()  # waits for the device
 
     def run(prompts: list[list[int]], batch: int) -> dict[str, Any]:
         prefill, whole, tokens = 0.0, 0.0, 0
         for group in batches(prompts, batch):
-            ids = torch.tensor(group)
+            ids = torch.tensor(group, device=place)
             began = time.perf_counter()
             generate(ids, 1)
             prefill += time.perf_counter() - began
@@ -328,7 +340,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
             views = {DFLASH: head_off(loaded), DOMINO: loaded}
         for drafts in options.drafts or (loaded.configs.proposals,):
             engines |= {(mode, drafts): Engine(with_drafts(view, drafts)) for mode, view in views.items()}
-    theirs = transformers_runner(folder, options) if options.transformers else None
+    theirs = transformers_runner(folder, options, loaded.dtype.name) if options.transformers else None
     common = {
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
@@ -442,15 +454,21 @@ def main(argv: list[str] | None = None) -> int:
             )
         if max(options.batch_sizes) > options.num_prompts:
             raise DominoError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
+        if not 0 <= options.temperature < float("inf") or options.seed < 0:
+            raise DominoError("--temperature and --seed must be 0 or more.")
+        if options.json and not options.json.absolute().parent.is_dir():
+            raise DominoError(f"{options.json.absolute().parent} is not a folder; --json is to be written there.")
         target, drafter = resolve(options.model, options.draft)
         with console.status("loading"):
             loaded = load(target, drafter, options.dtype)
+        if options.drafts and loaded.configs.draft is None:
+            raise DominoError("--drafts needs a drafter: give one with --draft DIR.")
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         rows = measure(options, loaded, target, console)
+        show(rows, Console())
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
-        show(rows, Console())
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -208,7 +208,8 @@ class Engine:
 
         loop = decode.speculate if speculative else decode.autoregress
         cycles = self.cycles if speculative else self.cycles * STEPS_PER_CYCLE
-        cut = False  # a stop string, which the device knows nothing of, has ended a row
+        # A stop string, which the device knows nothing of, has ended a row.
+        cut = any(s.stream is not None and s.stream.stopped for s in sequences)
         while any(s.finish_reason is None for s in sequences):
             needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
             with _timed(seconds, "decode"):

@@ -73,8 +73,11 @@ def resolve(model: str, draft: str | None = None) -> tuple[Path, Path | None]:
 
 def _folder(place: str, asked: str, flag: str) -> Path:
     """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote."""
-    if Path(place).is_dir():
-        return Path(place)
+    try:
+        if Path(place).is_dir():
+            return Path(place)
+    except OSError as error:
+        raise DominoError(f"{place} can't be read: {error}.") from None
     if place.startswith(str(DEMO)):
         raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place):
@@ -86,7 +89,7 @@ def _folder(place: str, asked: str, flag: str) -> Path:
 
     try:
         return Path(snapshot_download(place, allow_patterns=PATTERNS, ignore_patterns=NEVER))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the Hub's own, and whatever its HTTP library raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DominoError(
             f"{place} is no folder here and could not be fetched from the Hugging Face Hub ({reason}); "
@@ -132,8 +135,13 @@ def load(
     def read(folder: Path, config: Any, what: str) -> Any:
         return _weights(folder, config, kind, partial(progress, what) if progress else None)
 
-    params = Params(read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None)
-    jax.block_until_ready(params)
+    try:
+        whole = read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None
+        params = jax.block_until_ready(Params(*whole))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DominoError(f"the device has too little memory for the weights in {kind.name}.") from None
     tokenizer = load_tokenizer(target)
     return Loaded(
         configs, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began

@@ -17,8 +17,20 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of raw text."""
-    return list(tokenizer(prompt)["input_ids"])
+    """The ids of raw text.
+
+    Raises:
+        DominoError: it is not text (a lone half of a UTF-16 pair, from JSON or a badly encoded command line).
+    """
+    return list(tokenizer(_whole(prompt))["input_ids"])
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DominoError(f"the prompt is not valid Unicode: {error}.") from None
+    return text
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -35,7 +47,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     except Exception as error:  # jinja's, and whatever the template itself raises
         raise DominoError(f"the model's chat template refuses these messages: {first_line(error)}.") from None
     # The template has written the special tokens itself.
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(_whole(rendered), add_special_tokens=False)["input_ids"])
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -56,7 +68,7 @@ class Detokenizer:
         self.start = self.given = 0
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """The text that `tokens` add, as far as it ends with a whole character."""
+        """The text that `tokens` add, nothing yet where it ends within a character."""
         self.tokens += tokens
         return self._advance(hold=True)
 
@@ -76,12 +88,16 @@ class Detokenizer:
 class TextStream:
     """Growing text of one sequence, cut before its first stop string.
 
+    A stop string that is a special token is no text: it stops where the token comes.
+
     `text` only ever grows by what is certain: whole characters, and nothing that may still turn out to
     be the beginning of a stop string.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self.detokenizer = Detokenizer(tokenizer)
+        special = [stop for stop in stops if stop in tokenizer.all_special_tokens]
+        self.stop_ids = set(tokenizer.convert_tokens_to_ids(special))
         self.stops = tuple(stops)
         self.text = ""
         self.held = ""
@@ -93,6 +109,10 @@ class TextStream:
             self.text += self.detokenizer.feed(tokens)
             return len(tokens)
         for used, token in enumerate(tokens, 1):
+            if token in self.stop_ids:
+                self.finish()
+                self.stopped = True
+                return used
             self._take(self.detokenizer.feed([token]))
             if self.stopped:
                 return used

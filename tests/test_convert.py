@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hf, orbax
 from convert.__main__ import main
-from convert.folders import load
+from convert.folders import convert, load
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.weights import flatten, init
 
@@ -113,3 +113,25 @@ def test_a_damaged_orbax_folder_is_refused(tmp_path, capsys):
     hf.write_json(tmp_path / "orbax" / "config.json", raw | {"intermediate_size": 25})
     assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 1
     assert "layers.0.gate has shape [16, 24], expected [16, 25]" in capsys.readouterr().err
+
+
+def test_a_drafter_that_does_not_state_its_targets_depth_is_converted_and_comes_back(tmp_path):
+    config = DRAFT
+    raw = config.to_hf()
+    del raw["num_target_layers"]
+    hf.save(tmp_path / "hf", init(config, jax.random.key(0)), config, raw)
+    assert convert(tmp_path / "hf", tmp_path / "orbax") == ("Hugging Face", "Orbax")
+    assert convert(tmp_path / "orbax", tmp_path / "back") == ("Orbax", "Hugging Face")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+def test_a_single_file_replaces_an_earlier_sharded_model(tmp_path, monkeypatch):
+    config = DRAFT
+    monkeypatch.setattr(hf, "SHARD_BYTES", 2000)
+    hf.save(tmp_path, init(config, jax.random.key(0)), config, config.to_hf())
+    assert (tmp_path / hf.INDEX).exists()
+    monkeypatch.undo()
+    new = init(config, jax.random.key(1))
+    hf.save(tmp_path, new, config, config.to_hf())
+    assert np.array_equal(hf.load(tmp_path, config).fc, new.fc)

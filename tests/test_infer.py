@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
-from tiny import DRAFT, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
+from tiny import DRAFT, MASK, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
 
 from infer import text
 from infer.__main__ import histogram, main
@@ -216,6 +216,64 @@ def test_a_stopped_row_leaves_its_neighbours_alone(run, tmp_path):
     assert (second["tokens"], second["finish_reason"]) == ([71] * 90, "length")
 
 
+def test_a_long_row_that_stops_at_its_first_token_does_not_hold_up_a_short_one(run, tmp_path):
+    """The device knows nothing of stop strings: unless told, it would wait for room in the row that is over."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [[5] * 119 + [70], [5, 71]]
+    file.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows))
+    letter = text.decode(make_tokenizer(), [70])
+    words = ("--prompts", str(file), "--max-new-tokens", "60", "--stop", letter, "--json")
+    first, second = run(*words, target="loop", draft="loop-draft").rows
+    assert (first["tokens"], second["tokens"]) == ([70], [71] * 60)
+
+
+def test_a_special_token_can_be_a_stop_string(run):
+    row = generated(
+        run, "--input-ids", f"5,{MASK_ID}", "--max-new-tokens", "9", "--stop", MASK, target="loop", draft="loop-draft"
+    )
+    assert (row["tokens"], row["text"], row["finish_reason"]) == ([MASK_ID], "", "stop")
+
+
+def command(models: Path, *words: str) -> list[str]:
+    folders = ["--model", str(models / "loop"), "--draft", str(models / "loop-draft")]
+    return [sys.executable, "-m", "infer", "--input-ids", "5,70", "--max-new-tokens", "30", *folders, *words]
+
+
+def buffered() -> dict[str, str]:
+    """The environment, with Python's standard output buffered as it usually is."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence_and_exit_code_1(models):
+    root = Path(__file__).parents[1]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(models, "--json"),
+            env=buffered(),
+            cwd=root,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the output can't be written") and "No space left" in last
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(models):
+    root = Path(__file__).parents[1]
+    pipe = subprocess.Popen(
+        command(models, "--show-drafts"), env=buffered(), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert pipe.stdout is not None and pipe.stderr is not None
+    pipe.stdout.close()
+    error = pipe.stderr.read().decode()
+    assert pipe.wait() == 0, error
+    assert "Traceback" not in error
+
+
 def test_the_chat_template_is_applied_unless_raw(run, tmp_path):
     tokenizer = make_tokenizer()
 
@@ -402,6 +460,7 @@ def test_swapped_folders_are_told_apart(run):
         '{"prompt": 1}',
         '{"prompt": "a", "input_ids": [1]}',
         '{"prompt": "a", "max_new_tokens": 0}',
+        '{"prompt": "half a pair: \\ud800"}',
     ],
 )
 def test_a_bad_row_is_refused_by_its_line(run, tmp_path, line):
@@ -410,6 +469,14 @@ def test_a_bad_row_is_refused_by_its_line(run, tmp_path, line):
     result = run("--prompts", str(file), "--json")
     assert (result.status, result.out) == (1, "")
     assert f"{file}, line 2" in result.err
+
+
+def test_a_row_may_hold_any_character(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    prompt = "a\u2028b\x85c"
+    file.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n\n")
+    (row,) = run("--prompts", str(file), "--json", "--max-new-tokens", "1").rows
+    assert make_tokenizer().decode(row["input_ids"]) == prompt
 
 
 def test_without_network_the_error_says_what_was_looked_for(tmp_path):

@@ -16,8 +16,8 @@ from domino_jax.weights import flatten, init, unflatten
 from tests import reference
 from train import anchors, curves, data
 from train.__main__ import Train, main
-from train.loss import curriculum
-from train.step import Recipe, lambda_base, start, train_step
+from train.loss import _cross_entropies, curriculum
+from train.step import LOOPED, Recipe, lambda_base, start, train_step
 
 TARGET = TargetConfig(23, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, 64, True)
 LENGTH = 19
@@ -351,7 +351,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(folder, t
     with jax.numpy_dtype_promotion("standard"):
         assert main(words(folder, tmp_path / "run")) == 1
     error = capsys.readouterr().err
-    assert "not finite at step 13" in error and "last good checkpoint is of step 10" in error
+    assert "not finite at step 13" in error and "good checkpoint of step 10" in error
     assert (tmp_path / "run" / "checkpoints" / "10").is_dir()
 
 
@@ -371,7 +371,11 @@ REFUSED = [
     pytest.param(["--mask-token-id", "40"], "outside the vocabulary", id="mask token"),
     pytest.param(["--taps", "0", "3"], "must name layers 0 to 2", id="taps"),
     pytest.param(["--pure-draft-prefix-len", "4"], "pure_draft_prefix_len", id="prefix"),
-    pytest.param(["--batch", "0"], "--batch must be at least 1", id="batch"),
+    pytest.param(["--batch", "0"], "--batch can't be 0", id="batch"),
+    pytest.param(["--gamma", "0"], "--gamma can't be 0", id="gamma"),
+    pytest.param(["--clip", "nan"], "--clip can't be nan", id="clip"),
+    pytest.param(["--lambda-base-start", "2"], "--lambda-base-start can't be 2", id="lambda"),
+    pytest.param(["--intermediate-size", "0"], "--intermediate-size can't be 0", id="width"),
     pytest.param(["--dtype", "float16"], "float32 or bfloat16", id="dtype"),
 ]
 
@@ -404,8 +408,63 @@ def test_refused_data(folder, tmp_path, capsys, line, message):
 def test_a_run_is_not_overwritten_and_its_settings_stay(folder, finished, capsys):
     assert main(words(folder, finished)) == 1
     assert "--resume" in capsys.readouterr().err
-    assert main(["--resume", "--out", str(finished), "--lr", "1.0"]) == 1
-    assert "leave out --lr" in capsys.readouterr().err
+    assert main(["--resume", "--out", str(finished), "--gamma", "1.0"]) == 1
+    assert "leave out --gamma" in capsys.readouterr().err
+
+
+def test_a_run_that_broke_off_before_its_first_checkpoint_resumes_from_the_beginning(folder, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "drafter")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "lo')  # the disk was full
+    with jax.numpy_dtype_promotion("standard"):
+        assert main(["--resume", "--out", str(out)]) == 0
+    ours, theirs = ((f / "drafter" / "model.safetensors").read_bytes() for f in (out, finished))
+    assert ours == theirs
+    assert [r["step"] for r in curves.read(out / "metrics.jsonl")] == [5, 10, 15, 20]
+
+
+def test_a_resumed_run_may_go_on_more_gently_but_not_on_other_data(folder, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "20")
+    with jax.numpy_dtype_promotion("standard"):
+        assert main(["--resume", "--out", str(out), "--lr", "1e-3"]) == 0
+    before, after = (curves.read(f / "metrics.jsonl")[2]["lr"] for f in (finished, out))
+    assert after == pytest.approx(before / 10)
+    settings = hf.read_json(out / "settings.json")
+    other = tmp_path / "other.jsonl"
+    other.write_text((folder / "data.jsonl").read_text() + '{"input_ids": [1, 2], "tokens": [3, 4]}\n')
+    hf.write_json(out / "settings.json", settings | {"data": str(other)})
+    assert main(["--resume", "--out", str(out)]) == 1
+    assert "is not what this run began with" in capsys.readouterr().err
+
+
+def test_the_chunks_gradients_are_summed_in_float32():
+    """Computing in bfloat16, many small chunks must not lose the gradient of the head's projection."""
+    config = make_draft(True, 0)
+    rows, rng = 600, np.random.default_rng(0)
+    z, rank = (jnp.asarray(rng.normal(size=(rows, n)).astype(np.float32)) for n in (16, 5))
+    labels = jnp.asarray(rng.integers(0, 23, rows).astype(np.int32))
+    leaves = flatten(init(config, jax.random.key(0), std=0.3))
+    output = init(TARGET, jax.random.key(1), std=0.3).embed
+
+    def gradient(dtype, kept: bool) -> np.ndarray:
+        def loss(proj_out):
+            given = leaves | {"head.proj_out": proj_out if kept else proj_out.astype(dtype)}
+            (final, _), _ = _cross_entropies(unflatten(config, given), output.astype(dtype), *cast, 1)
+            return final.sum()
+
+        cast = z.astype(dtype), rank.astype(dtype), labels
+        return np.asarray(jax.jit(jax.grad(loss))(leaves["head.proj_out"]))
+
+    exact = gradient(jnp.float32, True)
+    error, rounded = (np.linalg.norm(gradient(jnp.bfloat16, kept) - exact) for kept in (True, False))
+    assert error < 0.01 * np.linalg.norm(exact)
+    assert rounded > 3 * error, "the case does not tell"
+    assert set(LOOPED) <= set(leaves)
 
 
 def test_the_weights_tree_round_trips():

@@ -8,13 +8,12 @@ interrupted, the drafter as a Hugging Face folder, drafter/.
 """
 
 import dataclasses
+import hashlib
 import json
-import signal
+import math
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from domino_jax.weights import flatten, init, unflatten
 from train import curves, data
 from train.checkpoint import Checkpoints
 from train.step import Metrics, Recipe, TrainState, start, train_step
+from train.stopping import stop_signals
 from train.warm import from_target
 
 
@@ -118,11 +118,16 @@ def draft_config(options: Train, target: TargetConfig, mask_token_id: int) -> Dr
     )
 
 
+# What a resumed run may change: a run that diverged goes on from its last good checkpoint with gentler ones.
+CHANGEABLE = ("lr", "muon_lr", "clip", "log_every", "save_every")
+
+
 def settle(options: Train) -> Train:
-    """The options to run with: a resumed run's own, after refusing any that were changed.
+    """The options to run with: a resumed run's own, with those of CHANGEABLE that were given anew.
 
     Raises:
-        DominoError: there is nothing to resume, a setting differs, or what is needed was not given.
+        DominoError: there is nothing to resume, another setting differs, the data changed, a value makes no sense,
+            or what is needed was not given.
     """
     path = options.out / "settings.json"
     if options.resume:
@@ -130,22 +135,48 @@ def settle(options: Train) -> Train:
         given = _plain(options)
         defaults = _plain(Train())
         changed = [k for k in given if k not in ("out", "resume") and given[k] not in (defaults[k], saved.get(k))]
-        if changed:
-            raise DominoError(
-                f"a resumed run keeps its settings; leave out --{', --'.join(changed).replace('_', '-')}."
-            )
+        kept = [k for k in changed if k not in CHANGEABLE]
+        if kept:
+            raise DominoError(f"a resumed run keeps its settings; leave out --{', --'.join(kept).replace('_', '-')}.")
         fields: dict[str, Any] = {f.name: saved[f.name] for f in dataclasses.fields(Train) if f.name in saved}
+        fields |= {k: given[k] for k in changed}
         fields |= {"taps": tuple(fields["taps"]), "out": options.out, "resume": True}
         fields |= {key: Path(fields[key]) for key in ("target", "data")}
-        return Train(**fields)
+        if _sha256(fields["data"]) != saved.get("data_sha256"):
+            raise DominoError(f"{fields['data']} is not what this run began with: a resumed run needs the same data.")
+        return check(Train(**fields))
     if options.target is None or options.data is None:
         raise DominoError("give --target (a model's folder) and --data (a JSONL file), or --resume with --out.")
     if path.exists():
         raise DominoError(f"{options.out} already holds a run; continue it with --resume, or give another --out.")
-    for name in ("steps", "batch", "length", "anchors", "chunk", "log_every", "save_every", "layers"):
-        if getattr(options, name) < 1:
-            raise DominoError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(options, name)}.")
+    return check(options)
+
+
+def check(options: Train) -> Train:
+    """The options, if their values make sense.
+
+    Raises:
+        DominoError: one does not.
+    """
+    rules: dict[str, Callable[[Any], bool]] = dict.fromkeys(
+        ("steps", "batch", "length", "anchors", "chunk", "log_every", "save_every", "layers"), lambda x: x >= 1
+    )
+    rules |= dict.fromkeys(("lr", "muon_lr", "clip", "gamma"), lambda x: 0 < x < math.inf)
+    rules |= dict.fromkeys(("warmup", "lambda_base_start"), lambda x: 0 <= x <= 1)
+    rules |= dict.fromkeys(("weight_decay", "lambda_base_decay_ratio"), lambda x: 0 <= x < math.inf)
+    rules |= {"intermediate_size": lambda x: x is None or x >= 1}
+    for name, holds in rules.items():
+        if not holds(getattr(options, name)):
+            raise DominoError(f"--{name.replace('_', '-')} can't be {getattr(options, name)}.")
     return options
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DominoError(f"the training data {path} can't be read: {error}.") from None
 
 
 def _plain(options: Train) -> dict[str, Any]:
@@ -154,8 +185,8 @@ def _plain(options: Train) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def row(metrics: Metrics, step: int, speed: float) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
+def row(metrics: Metrics, step: int, speed: float | None) -> dict[str, Any]:
+    """One line of metrics.jsonl; `speed` in tokens/s with padding, None before a second step was timed."""
     report = metrics.report
     return {
         "step": step,
@@ -200,24 +231,13 @@ def run(options: Train) -> None:
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise DominoError(f"--dtype is float32 or bfloat16, found {dtype!r}.")
+    if dtype == "float32":
+        # Accelerators round float32 products by default, which would make --dtype float32 untrue.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    options = dataclasses.replace(options, dtype=dtype, mask_token_id=mask_token_id)  # a resumed run has the same
     frozen = hf.load(options.target, target, jnp.dtype(dtype))
-    recipe = Recipe(
-        target,
-        draft,
-        options.steps,
-        options.optimizer,
-        options.lr,
-        options.muon_lr,
-        options.warmup,
-        options.weight_decay,
-        options.clip,
-        options.gamma,
-        options.anchors,
-        options.lambda_base_start,
-        options.lambda_base_decay_ratio,
-        options.chunk,
-        dtype,
-    )
+    own = {name: getattr(options, name) for name in Recipe._fields if name not in ("target", "draft")}
+    recipe = Recipe(target, draft, **own)
     weights = flatten(init(draft, jax.random.key(options.seed)))
     if draft.head:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
@@ -225,10 +245,9 @@ def run(options: Train) -> None:
         weights = from_target(weights, draft, target, frozen)
     state = start(recipe, weights, options.seed)
     checkpoints = Checkpoints(options.out / "checkpoints")
-    if options.resume:
+    if options.resume and checkpoints.latest() is not None:
         state = checkpoints.restore(state)
-    else:
-        hf.write_json(options.out / "settings.json", _plain(options))
+    hf.write_json(options.out / "settings.json", _plain(options) | {"data_sha256": _sha256(options.data)})
     done = int(state.step)
     count = sum(w.size for w in state.weights.values())
     epochs = options.steps * options.batch / len(dataset)
@@ -239,7 +258,7 @@ def run(options: Train) -> None:
     )
     metrics_path = options.out / "metrics.jsonl"
     rows = [r for r in curves.read(metrics_path) if r["step"] <= done]
-    metrics_path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    curves.write(rows, metrics_path)
 
     def save(state: TrainState, last: bool) -> None:
         checkpoints.save(state)
@@ -249,30 +268,42 @@ def run(options: Train) -> None:
             checkpoints.finish()
             hf.save(options.out / "drafter", unflatten(draft, state.weights), draft, draft.to_hf(), jnp.bfloat16)
 
-    def log(pending: list[Metrics], speed: float, left: float) -> None:
-        """Fetch what the last steps reported; stop at the first that was not finite."""
-        for number, metrics in enumerate(jax.device_get(pending), done - len(pending) + 1):
+    def finite(pending: list[Metrics]) -> list[Metrics]:
+        """What the last steps reported, fetched; stops at the first that was not finite."""
+        pending = jax.device_get(pending)
+        for number, metrics in enumerate(pending, done - len(pending) + 1):
             if not metrics.finite:
                 checkpoints.finish()
+                good = checkpoints.latest()
                 raise DominoError(
                     f"the loss or its gradient is not finite at step {number} (loss {float(metrics.report.loss)}, "
-                    f"gradient norm {float(metrics.gradient_norm)}); the last good checkpoint is of step "
-                    f"{checkpoints.latest()}: lower --lr or --clip, or look at the data."
+                    f"gradient norm {float(metrics.gradient_norm)}); --resume from "
+                    + ("the beginning" if good is None else f"the good checkpoint of step {good}")
+                    + " with a lower --lr, --muon-lr or --clip."
                 )
-        rows.append(row(jax.device_get(pending[-1]), done, speed))
+        return pending
+
+    def log(metrics: Metrics, per_step: float | None, batch_tokens: int) -> None:
+        """One line of metrics.jsonl, and one for people."""
+        rows.append(row(metrics, done, batch_tokens / per_step if per_step else None))
         with metrics_path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         r = rows[-1]
+        rate = (
+            f"{r['tokens_per_second']:,.0f} tokens/s  {_clock(per_step * (options.steps - done))} left"
+            if per_step
+            else ""
+        )
         print(
             f"step {done}/{options.steps}  loss {r['loss']:.3f}  "
             f"final {r['final_loss']:.3f}  base {r['base_loss']:.3f}  "
             f"acceptance {r['final_acceptance']:.2f} (base {r['base_acceptance']:.2f})  λ {r['lambda']:.2f}  "
-            f"lr {r['lr']:.1e}  {speed:,.0f} tokens/s  {_clock(left)} left",
+            f"lr {r['lr']:.1e}  {rate}",
             flush=True,
         )
 
     pending: list[Metrics] = []
-    with _stop_signals() as stopping:
+    with stop_signals() as stopping:
         began, begun_at = time.perf_counter(), done
         while done < options.steps and not stopping.is_set():
             batch = dataset.batch(done, options.batch)
@@ -282,14 +313,18 @@ def run(options: Train) -> None:
             if done - begun_at == 1:  # compiling is not part of the speed
                 jax.block_until_ready(state)
                 began = time.perf_counter()
-            if done % options.log_every == 0 or done == options.steps:
+            logs = done % options.log_every == 0 or done == options.steps
+            saves = done % options.save_every == 0 or done == options.steps or stopping.is_set()
+            if logs or saves:
                 jax.block_until_ready(state)
-                elapsed = time.perf_counter() - began
-                per_step = elapsed / max(done - begun_at - 1, 1)
-                log(pending, batch.ids.size / per_step, per_step * (options.steps - done))
-                pending = []
-            if done % options.save_every == 0:
+                steps_timed = done - begun_at - 1
+                per_step = (time.perf_counter() - began) / steps_timed if steps_timed else None
+                fetched, pending = finite(pending), []
+            if logs:
+                log(fetched[-1], per_step, batch.ids.size)
+            if saves:
                 save(state, last=False)
+        finite(pending)
         save(state, last=True)
     if done < options.steps:
         print(
@@ -297,30 +332,6 @@ def run(options: Train) -> None:
         )
         raise KeyboardInterrupt
     print(f"wrote {options.out / 'drafter'}")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Within the block, the first Ctrl-C or SIGTERM sets the event instead of breaking into a step.
-
-    A step that is broken into has given its donated state away and not returned the next: nothing
-    would be left to save. A second signal acts as usual.
-    """
-    event = threading.Event()
-    previous = {}
-
-    def note(number: int, _: Any) -> None:
-        event.set()
-        signal.signal(number, previous[number])
-        print("stopping after this step, and saving; once more to stop at once", file=sys.stderr)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _clock(seconds: float) -> str:

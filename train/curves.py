@@ -1,19 +1,31 @@
 """Curves of a run, drawn from its metrics.jsonl."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; an empty list where there is none."""
+    """The rows of a metrics file, without a line that was cut off; an empty list where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for line in path.read_text().split("\n"):
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the rows as a metrics file, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    temporary.replace(path)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses, estimated acceptance lengths, λ with the learning rate, and the gradient norm, as one PNG."""
+    """Losses, estimated acceptance lengths, accuracies, and the gradient norm with λ, as one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

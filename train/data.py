@@ -53,7 +53,7 @@ def read(path: Path, length: int, vocab_size: int, tokenizer: Any, seed: int) ->
             vocabulary, or no sequence is left.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise DominoError(f"the training data {path} can't be read: {error}.") from None
     ids, masks, skipped = [], [], 0

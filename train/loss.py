@@ -127,7 +127,9 @@ def _cross_entropies(
         base = jnp.einsum("TD,VD->TV", z, output, preferred_element_type=jnp.float32)
         final = base
         if rank is not None and drafter.head is not None:
-            final = base + jnp.einsum("TR,VR->TV", rank, drafter.head.proj_out, preferred_element_type=jnp.float32)
+            # Cast in here: the chunks' gradients are then summed in the dtype that was given, float32.
+            proj_out = drafter.head.proj_out.astype(rank.dtype)
+            final = base + jnp.einsum("TR,VR->TV", rank, proj_out, preferred_element_type=jnp.float32)
 
         def score(logits: Array) -> tuple[Array, Array]:
             ours = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]

@@ -27,6 +27,7 @@ from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init, unflatten
 from train.corpus import read_texts
 from train.muon import muon
+from train.stopping import stop_signals
 
 END, CHAT_START, CHAT_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 
@@ -190,10 +191,11 @@ def run(options: Pretrain) -> None:
     history = []
     begun = time.perf_counter()
     done = 0
-    try:
-        for done in range(1, options.steps + 1):
+    with stop_signals() as stopping:
+        while done < options.steps and not stopping.is_set():
             tokens = windows(ids, options.batch, options.length, rng)
             weights, state, value = step(weights, state, jnp.asarray(tokens))
+            done += 1
             if done % 20 == 0 or done == options.steps:
                 train_loss = float(value)
                 if not math.isfinite(train_loss):
@@ -206,8 +208,6 @@ def run(options: Pretrain) -> None:
                 left = elapsed / done * (options.steps - done)
                 shown = "  ".join(f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
                 print(f"{shown}  {left / 60:.1f} min left", flush=True)
-    except KeyboardInterrupt:
-        print(f"interrupted after {done} steps; saving what there is", file=sys.stderr)
     raw = config.to_hf() | {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
     options.out.mkdir(parents=True, exist_ok=True)
     save(options.out, unflatten(config, weights), config, raw, jnp.bfloat16)
@@ -215,6 +215,9 @@ def run(options: Pretrain) -> None:
     write_json(options.out / "generation_config.json", {"eos_token_id": tokenizer.eos_token_id, "do_sample": False})
     (options.out / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     print(f"wrote {options.out}")
+    if done < options.steps:
+        print(f"interrupted after {done} steps: the model is what they made of it", file=sys.stderr)
+        raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -224,6 +227,8 @@ def main() -> int:
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -43,14 +43,14 @@ def cut(texts: list[str], tokenizer, count: int, tokens: int, seed: int) -> list
     sizes = np.array([len(t) for t in texts], float)
     prompts: list[list[int]] = []
     for _ in range(100 * count):
-        if len(prompts) == count:
-            return prompts
         text = texts[rng.choice(len(texts), p=sizes / sizes.sum())]
         start = text.find("\n", rng.integers(0, len(text) + 1)) + 1
         # A token is a dozen characters at most on average; anything longer than needed is cut.
         ids = tokenizer(text[start : start + 12 * tokens], add_special_tokens=False)["input_ids"][:tokens]
         if len(ids) == tokens:
             prompts.append(ids)
+        if len(prompts) == count:
+            return prompts
     raise DominoError(f"the text is too short for {count} prompts of {tokens} tokens.")
 
 

@@ -14,6 +14,9 @@ from train import anchors
 from train.loss import Report, curriculum
 from train.muon import muon
 
+# Weights that a loop of the loss reads. It casts them itself, so that the gradients of its turns are summed in float32.
+LOOPED = ("head.proj_out", "head.gru_state")
+
 
 class Recipe(NamedTuple):
     """What shapes a run and is static to the compiled step (SPEC section 7 names the symbols)."""
@@ -99,7 +102,9 @@ def train_step(
     lam = lambda_base(recipe, state.step)
 
     def loss(weights: dict[str, Array]) -> tuple[Array, Report]:
-        drafter = unflatten(recipe.draft, {path: w.astype(recipe.dtype) for path, w in weights.items()})
+        drafter = unflatten(
+            recipe.draft, {path: w if path in LOOPED else w.astype(recipe.dtype) for path, w in weights.items()}
+        )
         configs = (recipe.target, recipe.draft)
         return curriculum(
             drafter, frozen, configs, ids, mask, chosen, valid, lam=lam, gamma=recipe.gamma, chunk=recipe.chunk

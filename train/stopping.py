@@ -1,0 +1,35 @@
+"""Stopping a training run between its steps."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Within the block, the first Ctrl-C or SIGTERM sets the event instead of breaking into a step.
+
+    A step that is broken into has given its donated state away and not returned the next: nothing
+    would be left to save. A second signal, of either kind, acts as usual.
+    """
+    event = threading.Event()
+    previous = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: Any) -> None:
+        event.set()
+        restore()
+        print("stopping after this step, and saving; once more to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield event
+    finally:
+        restore()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.config import DecoderConfig
+from domino_jax.sharding import constrain, zeros
 
 SMALLEST_BUCKET = 128
 
@@ -37,7 +38,7 @@ def init(config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> KVCach
     """An empty cache for `batch` rows of `capacity` positions."""
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
     layers = range(config.num_hidden_layers)
-    return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in "kv"))
+    return KVCache(*(tuple(zeros(shape, dtype, "B K S H") for _ in layers) for _ in "kv"))
 
 
 def write(buffer: Array, new: Array, start: Array) -> Array:
@@ -59,7 +60,8 @@ def append(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> KVCa
     """The cache with `k` and `v` [B, T, K, H] of one layer written from start [B] on."""
 
     def put(buffers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return (*buffers[:layer], write(buffers[layer], new, start), *buffers[layer + 1 :])
+        written = constrain(write(buffers[layer], new, start), "B K S H")
+        return (*buffers[:layer], written, *buffers[layer + 1 :])
 
     return KVCache(put(cache.k, k), put(cache.v, v))
 

@@ -20,6 +20,7 @@ from domino_jax.cache import KVCache
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling, draw, probabilities
+from domino_jax.sharding import put, zeros
 from domino_jax.weights import Draft, Target
 
 LARGEST_CHUNK = 512  # prompt tokens a prefill program runs at once; bounds its memory
@@ -116,19 +117,19 @@ def begin(
     lengths = np.array([len(p) for p in prompts], np.int32)
     capacity = kv.bucket(max(padded, longest + configs.reach))
     state = DecodeState(
-        token=jnp.zeros(batch, jnp.int32),
-        length=jnp.asarray(lengths),
-        emitted=jnp.zeros(batch, jnp.int32),
-        limit=jnp.asarray(np.array(limits, np.int32)),
-        done=jnp.zeros(batch, bool),
-        keys=jnp.copy(keys),  # the state is donated; what the caller gave stays the caller's
-        sampling=jax.tree.map(jnp.copy, sampling),
+        token=zeros((batch,), jnp.int32, "B"),
+        length=put(lengths, "B"),
+        emitted=zeros((batch,), jnp.int32, "B"),
+        limit=put(np.array(limits, np.int32), "B"),
+        done=zeros((batch,), bool, "B"),
+        keys=put(jnp.copy(keys), "B"),  # the state is donated; what the caller gave stays the caller's
+        sampling=jax.tree.map(lambda x: put(jnp.copy(x), "B"), sampling),
         cache=kv.init(configs.target, batch, capacity, dtype),
         context=kv.init(configs.draft, batch, capacity, dtype) if configs.draft else None,
     )
-    last = jnp.zeros((batch, configs.target.hidden_size), params.target.embed.dtype)
+    last = zeros((batch, configs.target.hidden_size), params.target.embed.dtype, "B D")
     for offset in range(0, padded, chunk):
-        piece = jnp.asarray(tokens[:, offset : offset + chunk])
+        piece = put(tokens[:, offset : offset + chunk], "B T")
         state, last = prefill(params, configs, state, piece, jnp.asarray(np.int32(offset)), last)
     return first_token(params, configs, state, last, stop)
 
@@ -165,7 +166,7 @@ def prefill(
 def first_token(params: Params, configs: Configs, state: DecodeState, last: Array, stop: Array) -> DecodeState:
     """Commit the target's next token after the prompt: the first generated one, and the first anchor."""
     keys, use = _split(state.keys, 2)
-    logits = target.logits(params.target, last[:, None])
+    logits = target.logits(params.target, configs.target, last[:, None])
     token = draw(use, probabilities(logits, state.sampling)[:, 0])
     token = jnp.where(state.sampling.temperature > 0, token, jnp.argmax(logits[:, 0], axis=-1)).astype(jnp.int32)
     emitted = state.emitted + 1
@@ -233,7 +234,7 @@ def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[A
         x = draft.block_inputs(params.target.embed, config, state.token)
         z, context = draft.block(drafter, config, x, state.length, state.context)
         z = draft.proposing(config, z)[:, : configs.proposals]
-        return z, target.logits(params.target, z), context
+        return z, target.logits(params.target, configs.target, z), context
 
 
 def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Array) -> tuple[Array, Array, KVCache]:
@@ -243,7 +244,7 @@ def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Arr
     with jax.named_scope("target"):
         hidden, features, cache = target.forward(params.target, configs.target, tokens, state.length, state.cache, taps)
         assert cache is not None
-        return target.logits(params.target, hidden), features, cache
+        return target.logits(params.target, configs.target, hidden), features, cache
 
 
 @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)

@@ -11,6 +11,7 @@ from jax import Array
 from domino_jax import layers
 from domino_jax.cache import KVCache, append
 from domino_jax.config import DraftConfig
+from domino_jax.sharding import constrain
 from domino_jax.weights import Draft
 
 
@@ -64,6 +65,7 @@ def block(params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVC
         cache = append(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
         mask = whole & in_window(positions[:, :, None] - seen, config.windows[i])
         x = layers.residual(layer, x, layers.attention(q, cache.k[i], cache.v[i], mask), config.rms_norm_eps)
+        x = constrain(x, "B M D")
     return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
 
 

@@ -10,6 +10,7 @@ from jax import Array
 
 from domino_jax.config import DraftConfig
 from domino_jax.sampling import Sampling, draw, probabilities
+from domino_jax.sharding import constrain
 from domino_jax.weights import Draft, Head
 
 
@@ -93,6 +94,7 @@ def propose(
             if j >= prefix:
                 rank = projected(head, z[:, j], state)
                 logits += jnp.einsum("BR,VR->BV", rank, head.proj_out, preferred_element_type=jnp.float32)
+                logits = constrain(logits, "B V")
         if keys is None:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         elif j == 0 or j >= prefix:

@@ -69,3 +69,8 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
 def draw(keys: Array, weights: Array) -> Array:
     """One index a row with probability proportional to weights [B, V]; keys [B]. Returns [B] int32."""
     return jax.vmap(lambda key, w: jax.random.categorical(key, jnp.log(w)))(keys, weights).astype(jnp.int32)
+
+
+def pick(x: Array, index: Array) -> Array:
+    """x[..., index]: x [..., V], index [...] -> [...]. A masked sum: it needs no gather where V is sharded."""
+    return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == index[..., None], x, 0), axis=-1)

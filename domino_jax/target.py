@@ -6,6 +6,7 @@ from jax import Array
 from domino_jax import layers
 from domino_jax.cache import KVCache, append
 from domino_jax.config import TargetConfig
+from domino_jax.sharding import constrain
 from domino_jax.weights import Target, lm_head
 
 
@@ -35,7 +36,7 @@ def forward(
     angles = layers.rotary(positions, config.rope_theta, config.head_dim)
     seen = jnp.arange(cache.capacity if cache else tokens.shape[1], dtype=jnp.int32)
     mask = seen <= positions[:, :, None]  # [B or 1, T, S]
-    x = params.embed[tokens]
+    x = constrain(params.embed[tokens], "B T D")
     tapped = {}
     for i, layer in enumerate(params.layers):
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
@@ -47,13 +48,16 @@ def forward(
             assert start is not None, "a cache needs the rows' start positions"
             cache = append(cache, i, k, v, start)
             k, v = cache.k[i], cache.v[i]
-        x = layers.residual(layer, x, layers.attention(q, k, v, mask), config.rms_norm_eps)
+        x = constrain(layers.residual(layer, x, layers.attention(q, k, v, mask), config.rms_norm_eps), "B T D")
         tapped[i] = x
     x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)
     features = jnp.concatenate([x[..., :0], *(tapped[i] for i in taps)], axis=-1)
     return x, features, cache
 
 
-def logits(params: Target, hidden: Array) -> Array:
-    """LM head: [..., D] -> [..., V], float32."""
-    return jnp.einsum("...D,VD->...V", hidden, lm_head(params), preferred_element_type=jnp.float32)
+def logits(params: Target, config: TargetConfig, hidden: Array) -> Array:
+    """LM head: [B, T, D] -> [B, T, V], float32; entries that only pad the vocabulary are -inf."""
+    scores = jnp.einsum("BTD,VD->BTV", hidden, lm_head(params), preferred_element_type=jnp.float32)
+    if scores.shape[-1] > config.vocab_size:
+        scores = jnp.where(jnp.arange(scores.shape[-1]) < config.vocab_size, scores, -jnp.inf)
+    return constrain(scores, "B T V")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.sampling import draw
+from domino_jax.sampling import draw, pick
 
 
 def _prefix_length(accepted: Array) -> Array:
@@ -42,9 +42,7 @@ def speculative(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, 
         accepted count m [B] and next token [B], int32.
     """
     keys = jax.vmap(jax.random.split)(keys)  # [B, 2]
-    p_draft, q_draft = (
-        jnp.take_along_axis(x[:, : drafts.shape[1]], drafts[..., None], axis=-1)[..., 0] for x in (p, q)
-    )
+    p_draft, q_draft = (pick(x[:, : drafts.shape[1]], drafts) for x in (p, q))
     uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(keys[:, 0])
     count = _prefix_length(uniform * q_draft < p_draft)
     # Nothing was proposed after the last draft: with q = 0 there, the residual is p itself.

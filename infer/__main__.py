@@ -61,6 +61,8 @@ class Generate:
     """system message"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    mesh: str | None = None
+    """devices to spread over, "data=2,model=4": rows over data, weights over model; by default those found (one CPU)"""
     prompts: Path | None = None
     """a batch: JSON lines, each with "prompt", "messages" or "input_ids", and "max_new_tokens" if wanted"""
     batch_size: int = 8
@@ -115,7 +117,19 @@ def contradictions(options: Generate, chat: bool) -> str | None:
             parse_ids(o.input_ids)
         except ValueError:
             wrong = f"--input-ids takes whole numbers with commas between them, found {o.input_ids!r}"
+    if wrong is None and o.mesh is not None:
+        try:
+            parse_mesh(o.mesh)
+        except DominoError as error:
+            wrong = str(error).rstrip(".")
     return wrong
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """ "data=2,model=4" as (2, 4); raises DominoError."""
+    from domino_jax import sharding
+
+    return sharding.parse(text)
 
 
 def parse_ids(text: str) -> list[int]:
@@ -279,7 +293,8 @@ class Session:
             if o.compare or o.show_drafts or o.drafts is not None:
                 raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         with progress_bars(self.notes) as progress:
-            self.loaded = models.load(target, draft, o.dtype, progress, o.drafts)
+            mesh = parse_mesh(o.mesh) if o.mesh is not None else None
+            self.loaded = models.load(target, draft, o.dtype, progress, o.drafts, mesh)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded)
         if o.system is not None and not self._is_chat():

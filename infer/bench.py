@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from domino_jax import cache as kv
-from domino_jax import decode, draft, head, verify
+from domino_jax import decode, draft, head, sharding, verify
 from domino_jax.errors import DominoError
 from domino_jax.sampling import probabilities, settings
 from domino_jax.weights import Draft, flatten, unflatten
@@ -65,6 +65,8 @@ class Bench:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    mesh: str | None = None
+    """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
     transformers: bool = True
     """also run transformers' generate (greedy) on the same weights, where torch is installed"""
     json: Path | None = None
@@ -344,6 +346,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
     common = {
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
+        "mesh": options.mesh or "",
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,
         "model": options.model,
@@ -460,12 +463,16 @@ def main(argv: list[str] | None = None) -> int:
             raise DominoError(f"{options.json.absolute().parent} is not a folder; --json is to be written there.")
         target, drafter = resolve(options.model, options.draft)
         with console.status("loading"):
-            loaded = load(target, drafter, options.dtype)
+            mesh = sharding.parse(options.mesh) if options.mesh else None
+            loaded = load(target, drafter, options.dtype, mesh=mesh)
+        if loaded.mesh and any(batch % loaded.mesh.shape[sharding.DATA] for batch in options.batch_sizes):
+            raise DominoError("--batch-sizes must be multiples of the mesh's data axis.")
         if options.drafts and loaded.configs.draft is None:
             raise DominoError("--drafts needs a drafter: give one with --draft DIR.")
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        rows = measure(options, loaded, target, console)
+        with loaded.context():
+            rows = measure(options, loaded, target, console)
         show(rows, Console())
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")

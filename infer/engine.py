@@ -15,6 +15,7 @@ from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
+from domino_jax.sharding import DATA, put
 from infer.models import Loaded
 from infer.text import TextStream
 
@@ -160,10 +161,14 @@ class Engine:
             KeyboardInterrupt: the user cancelled; the sequences hold what was generated.
             DominoError: the device's memory is exhausted.
         """
+        mesh = self.loaded.mesh
+        if mesh:  # every device of the data axis has the same number of rows
+            batch = -(-max(batch, len(sequences)) // mesh.shape[DATA]) * mesh.shape[DATA]
         try:
-            for _ in self._run(sequences, choose or Settings(), seed, speculative, batch):
-                if update:
-                    update()
+            with self.loaded.context():
+                for _ in self._run(sequences, choose or Settings(), seed, speculative, batch):
+                    if update:
+                        update()
         except KeyboardInterrupt:
             for s in sequences:
                 if s.finish_reason is None:
@@ -198,7 +203,8 @@ class Engine:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
             sampling = settings(len(prompts), choose.temperature, choose.top_k, choose.top_p, choose.min_p)
             arguments = (prompts, keys, limits, sampling, self._stop, loaded.dtype)
-            self._compile_first_token(params, configs, arguments)
+            if loaded.mesh is None:
+                self._compile_first_token(params, configs, arguments)
             state = decode.begin(params, configs, *arguments)
             first = jax.device_get(state.token)
         self._note(sequences, seconds)
@@ -217,7 +223,7 @@ class Engine:
                     state = decode.grow(state, cache.bucket(needed + configs.reach))
                 if cut:
                     over = [s.finish_reason is not None for s in sequences] + [True] * spare
-                    state = state._replace(done=jnp.asarray(np.array(over)))
+                    state = state._replace(done=put(np.array(over), "B"))
                 state, emitted = loop(params, configs, state, self._stop, cycles, greedy)
                 emitted = jax.device_get(emitted)
             self._note(sequences, seconds)

@@ -1,8 +1,10 @@
 """Which model to run: names, folders and Hub repositories, and loading target, drafter and tokenizer."""
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from convert import hf
 from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
+from domino_jax.sharding import default_sizes, fit, make_mesh, place
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -50,6 +54,11 @@ class Loaded:
     dtype: Any  # of the weights and caches
     warnings: tuple[str, ...]
     seconds: float  # what loading took
+    mesh: Mesh | None = None  # where weights and caches are spread; None for one device
+
+    def context(self) -> AbstractContextManager[Any]:
+        """What programs of this model are run in."""
+        return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
 
 def resolve(model: str, draft: str | None = None) -> tuple[Path, Path | None]:
@@ -103,6 +112,7 @@ def load(
     dtype: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     drafts: int | None = None,
+    mesh: tuple[int, int] | None = None,
 ) -> Loaded:
     """Load a target and its drafter; both configs are checked before any weight is read.
 
@@ -111,6 +121,7 @@ def load(
         dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
         progress: called with "target" or "drafter", tensors done, tensors in all.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
+        mesh: sizes of its axes data and model; for the devices found when None.
 
     Raises:
         DominoError: a folder is not a whole supported model, or the two do not fit.
@@ -132,8 +143,17 @@ def load(
         # Accelerators round float32 products by default, which would make --dtype float32 untrue.
         jax.config.update("jax_default_matmul_precision", "highest")
 
+    models = [c for c in (configs.target, configs.draft) if c]
+    sizes = mesh or default_sizes(models)
+    spread = make_mesh(*sizes) if sizes != (1, 1) else None
+    for model in models:
+        fit(model, sizes[1])  # refuses before anything is read
+
     def read(folder: Path, config: Any, what: str) -> Any:
-        return _weights(folder, config, kind, partial(progress, what) if progress else None)
+        bar = partial(progress, what) if progress else None
+        if spread is None:
+            return _weights(folder, config, kind, bar)
+        return place(_weights(folder, config, kind, bar, device=False), config, spread)
 
     try:
         whole = read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None
@@ -143,18 +163,23 @@ def load(
             raise
         raise DominoError(f"the device has too little memory for the weights in {kind.name}.") from None
     tokenizer = load_tokenizer(target)
+    configs = dataclasses.replace(
+        configs,
+        target=fit(configs.target, sizes[1]),
+        draft=fit(configs.draft, sizes[1]) if configs.draft else None,
+    )
     return Loaded(
-        configs, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began
+        configs, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began, spread
     )
 
 
-def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None) -> Any:
+def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, device: bool = True) -> Any:
     """The one place where a folder's weights are read, in either of their two forms."""
     if (folder / "weights").is_dir():
         from convert import folders  # brings in Orbax, which is slow to import
 
-        return folders.load(folder, config, dtype, progress)
-    return hf.load(folder, config, dtype, progress)
+        return folders.load(folder, config, dtype, progress, device)
+    return hf.load(folder, config, dtype, progress, device)
 
 
 def _stop_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

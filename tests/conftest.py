@@ -10,3 +10,4 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others run on the first

@@ -60,7 +60,7 @@ def test_transformers_loads_it_and_agrees():
     assert isinstance(config, TargetConfig)
     params = folders.load(DEMO / "target", config, jnp.float32)
     hidden, _, _ = target.forward(params, config, jnp.asarray([ids]))
-    np.testing.assert_allclose(np.asarray(target.logits(params, hidden)), theirs, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(target.logits(params, config, hidden)), theirs, atol=1e-4)
 
 
 def test_drafts_change_nothing_and_are_accepted(drafted, lean):

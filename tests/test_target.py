@@ -56,7 +56,7 @@ def test_logits_and_features_are_transformers(changes):
     theirs, states = hf_outputs(factory.torch_model(params, config), tokens)
     taps = tuple(reversed(range(config.num_hidden_layers)))  # every layer, the last one first
     hidden, features, _ = forward(params, config, tokens, None, None, taps)
-    ours, features = jax.device_get((logits(params, hidden), features))
+    ours, features = jax.device_get((logits(params, config, hidden), features))
     assert ours.dtype == np.float32
     assert theirs.std() > 0.3, "flat logits would agree with anything"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
@@ -94,7 +94,9 @@ def test_rows_of_different_lengths_do_not_feel_their_padding(model):
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(np.asarray(padded)[row, :length], batch[row, :length])
         alone, _ = reference.target_forward(named, config.to_hf(), tokens[row, :length], [])
-        np.testing.assert_allclose(np.asarray(logits(params, padded))[row, :length], alone, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            np.asarray(logits(params, config, padded))[row, :length], alone, atol=TOLERANCE, rtol=0
+        )
 
 
 @pytest.mark.parametrize("pieces", [[13], [4, 9], [5, 5, 3], [1] * 13], ids=str)
@@ -157,7 +159,7 @@ def test_a_prompt_may_end_anywhere_in_a_chunk(monkeypatch):
     row = ids(1, 17)[0]
     prompts = [row[:n].tolist() for n in range(1, 18)]
     hidden, _, _ = forward(params.target, configs.target, row[None])
-    expected = np.argmax(logits(params.target, hidden), axis=-1)[0]
+    expected = np.argmax(logits(params.target, configs.target, hidden), axis=-1)[0]
     assert len(set(expected.tolist())) > 5
     monkeypatch.setattr(decode, "LARGEST_CHUNK", 8)
     monkeypatch.setattr(decode, "SMALLEST_CHUNK", 8)

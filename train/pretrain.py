@@ -122,7 +122,7 @@ def loss(weights: dict[str, Any], config: TargetConfig, tokens: jax.Array) -> ja
     """Mean next-token cross-entropy of tokens [B, T + 1], in nats."""
     params = unflatten(config, weights)
     hidden, _, _ = target.forward(params, config, tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(target.logits(params, hidden), tokens[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(target.logits(params, config, hidden), tokens[:, 1:]).mean()
 
 
 def windows(ids: np.ndarray, count: int, length: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,133 @@
+"""Which device holds what: a mesh of two axes, and one rule for each letter of the axis legend.
+
+Weights, caches and activations are laid out by the same table: the batch over `data`; heads, MLP width and
+vocabulary over `model`. Without a mesh in context (`jax.set_mesh`) nothing here does anything.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from domino_jax.config import DecoderConfig
+from domino_jax.errors import DominoError
+from domino_jax.weights import axes, flatten, unflatten
+
+DATA, MODEL = "data", "model"
+
+# Letters that are not here are whole on every device. The head's GRU and its inner projection are small, and a cycle
+# runs them J times one after another: sharding them would cost a collective each time.
+RULES = {"B": DATA, "N": MODEL, "K": MODEL, "F": MODEL, "V": MODEL}
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+    """A mesh of data x model devices, the first of those there are.
+
+    Raises:
+        DominoError: there are fewer devices.
+    """
+    devices = jax.devices()
+    if min(data, model) < 1 or data * model > len(devices):
+        raise DominoError(f"a mesh of data={data}, model={model} needs {data * model} devices; found {len(devices)}.")
+    return jax.make_mesh((data, model), (DATA, MODEL), (AxisType.Auto, AxisType.Auto), devices=devices[: data * model])
+
+
+def spec(letters: str) -> PartitionSpec:
+    """The partition of an array by its axis letters ("D N H"); "-" is an axis without one."""
+    return PartitionSpec(*(RULES.get(letter) for letter in letters.split()))
+
+
+def constrain(x: Array, letters: str) -> Array:
+    """`x` in a program, laid out by its axis letters where a mesh is in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+def put(x: Any, letters: str) -> Array:
+    """`x` from the host or a device, laid out by its axis letters where a mesh is in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.asarray(x)
+    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(letters)))
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, letters: str) -> Array:
+    """Zeros, made where they belong: on each device its part."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.zeros(shape, dtype)
+    return jnp.zeros(shape, dtype, device=NamedSharding(jax.sharding.get_mesh(), spec(letters)))
+
+
+def parse(text: str) -> tuple[int, int]:
+    """The sizes (data, model) of "data=2,model=4"; one that is not named is 1.
+
+    Raises:
+        DominoError: it is not of this form.
+    """
+    sizes = {DATA: 1, MODEL: 1}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in sizes or not size.isdecimal() or int(size) < 1:
+            raise DominoError(f"a mesh is given as data=2,model=4, found {text!r}.")
+        sizes[name] = int(size)
+    return sizes[DATA], sizes[MODEL]
+
+
+def default_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
+    """The mesh (data, model) for the devices found: as many as these models can be divided over, for the least latency.
+
+    One on a CPU, whose devices are one and the same.
+    """
+
+    def fits(model: int) -> bool:
+        try:
+            return all(fit(config, model) for config in configs)
+        except DominoError:
+            return False
+
+    most = 1 if jax.default_backend() == "cpu" else len(jax.devices())
+    return 1, max(filter(fits, range(1, most + 1)))
+
+
+Config = TypeVar("Config", bound=DecoderConfig)
+
+
+def fit(config: Config, model: int) -> Config:
+    """The config of the weights that `place` makes for `model` devices: more KV heads where there are too few.
+
+    Raises:
+        DominoError: heads or MLP width can't be divided.
+    """
+    heads = config.num_key_value_heads
+    copies = 1 if heads % model == 0 else model // heads if model % heads == 0 else 0
+    for name in ("num_attention_heads", "intermediate_size"):
+        if getattr(config, name) % model:
+            raise DominoError(f"mesh axis model={model} does not divide {name} {getattr(config, name)}.")
+    if not copies:
+        raise DominoError(f"mesh axis model={model} neither divides num_key_value_heads {heads} nor is divided by it.")
+    return dataclasses.replace(config, num_key_value_heads=heads * copies)
+
+
+def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
+    """A module's weights on a mesh.
+
+    KV heads are repeated until there is one for each device of `model` (groups of devices then hold the same), and the
+    vocabulary is padded with zeros to a multiple of it.
+    """
+    model = mesh.shape[MODEL]
+    copies = fit(config, model).num_key_value_heads // config.num_key_value_heads
+    letters, placed = flatten(axes(config)), {}
+    for path, leaf in flatten(module).items():
+        names, array = letters[path].split(), np.asarray(leaf)
+        if copies > 1 and "K" in names:
+            array = np.repeat(array, copies, axis=names.index("K"))
+        array = np.pad(
+            array, [(0, -size % model if name == "V" else 0) for name, size in zip(names, array.shape, strict=True)]
+        )
+        placed[path] = jax.device_put(array, NamedSharding(mesh, spec(letters[path])))
+    return unflatten(config, placed)

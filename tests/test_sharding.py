@@ -1,0 +1,141 @@
+"""Meshes: the same tokens as on one device, and no more traffic between devices than the algorithm needs."""
+
+import dataclasses
+import json
+import re
+
+import factory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factory import NO_STOP, Output, Pair
+from tiny import make_draft, make_target
+
+from domino_jax import decode, sharding
+from domino_jax.decode import Configs, DecodeState, Params
+from domino_jax.errors import DominoError
+from domino_jax.sampling import Sampling
+from infer.__main__ import main
+
+# An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
+TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2, num_attention_heads=8)
+PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
+COUNT = 20
+MESHES = [(data, model) for data in (1, 2) for model in (1, 2, 4, 8) if 1 < data * model <= 8]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return factory.good_pair(
+        TARGET, 1, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, intermediate_size=40
+    )
+
+
+def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:
+    """The pair on a mesh."""
+    target, draft = pair.configs.target, pair.configs.draft
+    assert draft is not None
+    model = mesh.shape["model"]
+    params = Params(sharding.place(pair.params.target, target, mesh), sharding.place(pair.params.draft, draft, mesh))
+    return Pair(params, Configs(sharding.fit(target, model), sharding.fit(draft, model)))
+
+
+def start(pair: Pair, sampling: Sampling | None = None) -> DecodeState:
+    return factory.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=sampling)
+
+
+def run(pair: Pair, sampling: Sampling | None = None) -> list[Output]:
+    return factory.speculate(pair.params, pair.configs, start(pair, sampling), greedy=sampling is None)
+
+
+@pytest.fixture(scope="module")
+def alone(pair) -> list[Output]:
+    outputs = run(pair)
+    assert {m for o in outputs for m in o.accepted} >= {0, 1, 5}
+    return outputs
+
+
+@pytest.mark.parametrize(("data", "model"), MESHES, ids=lambda n: str(n))
+def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
+    """In float32, with what was accepted; weights, caches and vocabulary lie where the table says."""
+    mesh = sharding.make_mesh(data, model)
+    with jax.set_mesh(mesh):
+        ours = spread(pair, mesh)
+        assert run(ours) == alone
+        state, _ = decode.speculate(ours.params, ours.configs, start(ours), NO_STOP, 2, True)
+    part = state.cache.k[0].sharding.shard_shape(state.cache.k[0].shape)
+    assert part[:2] == (4 // data, max(1, 2 // model))
+    embed = ours.params.target.embed
+    assert embed.shape[0] == -(-89 // model) * model
+    assert embed.sharding.shard_shape(embed.shape)[0] == embed.shape[0] // model
+    assert ours.params.target.layers[0].q.sharding.shard_shape((32, 8, 6)) == (32, 8 // model, 6)
+
+
+def test_samples_on_a_mesh_are_those_of_one_device():
+    """With a vocabulary that needs no padding the random numbers are the same, and so are the draws."""
+    target = dataclasses.replace(TARGET, vocab_size=88)
+    pair = factory.good_pair(
+        target, 1, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, intermediate_size=40
+    )
+    sampling = Sampling(
+        temperature=jnp.array([1.0, 0.7, 0.0, 1.3], jnp.float32),
+        top_k=jnp.array([0, 20, 0, 0], jnp.int32),
+        top_p=jnp.array([1.0, 0.9, 1.0, 1.0], jnp.float32),
+        min_p=jnp.array([0.0, 0.0, 0.0, 0.02], jnp.float32),
+    )
+    expected = run(pair, sampling)
+    mesh = sharding.make_mesh(2, 2)
+    with jax.set_mesh(mesh):
+        assert run(spread(pair, mesh), sampling) == expected
+
+
+COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
+
+
+def test_nothing_large_crosses_between_devices(pair):
+    """A cycle moves hidden states and, for each argmax, one candidate a device: no weight and no whole logits."""
+    mesh = sharding.make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        ours = spread(pair, mesh)
+        text = decode.speculate.lower(ours.params, ours.configs, start(ours), NO_STOP, 8, True).compile().as_text()
+    moved: dict[str, list[int]] = {}
+    for shapes, kind, _ in COLLECTIVE.findall(text):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
+            moved.setdefault(kind, []).append(int(np.prod([int(n) for n in shape.split(",") if n])))
+    rows, positions = len(PROMPTS) // 2, 6  # J + 1
+    assert set(moved) <= {"all-gather", "all-reduce"}
+    assert max(moved["all-gather"]) <= rows * positions * 4  # one candidate of each of 4 devices
+    assert max(moved["all-reduce"]) <= rows * positions * TARGET.hidden_size
+    assert len(moved["all-reduce"]) >= 2 * 2 + 2, "two a layer of the target, at least"
+
+
+def test_a_mesh_that_does_not_fit_is_refused(pair):
+    with pytest.raises(DominoError, match=r"model=3 does not divide num_attention_heads 8"):
+        sharding.fit(TARGET, 3)
+    with pytest.raises(DominoError, match=r"neither divides num_key_value_heads 3"):
+        sharding.fit(dataclasses.replace(TARGET, num_attention_heads=12, num_key_value_heads=3), 2)
+    with pytest.raises(DominoError, match="needs 32 devices; found 8"):
+        sharding.make_mesh(4, 8)
+    assert sharding.parse("model=4,data=2") == (2, 4)
+    for text in ("", "model", "model=0", "rows=2", "data=2;model=4"):
+        with pytest.raises(DominoError, match="data=2,model=4"):
+            sharding.parse(text)
+
+
+def test_the_command_line_takes_a_mesh(tmp_path, capsys):
+    """Also where the last batch does not fill the mesh's data axis."""
+    make_target(tmp_path / "target")
+    make_draft(tmp_path / "draft")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two", "three")))
+    words = ["--prompts", str(tmp_path / "prompts.jsonl"), "--json", "--max-new-tokens", "9", "--batch-size", "2"]
+    words += ["--model", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
+
+    def tokens(*more: str) -> list[list[int]]:
+        assert main([*words, *more]) == 0
+        return [json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()]
+
+    assert tokens("--mesh", "data=2,model=2") == tokens()
+    assert main([*words, "--mesh", "data=2,model=3"]) == 1
+    assert "model=3 does not divide num_attention_heads 4" in capsys.readouterr().err
+    assert main([*words, "--mesh", "everything"]) == 2

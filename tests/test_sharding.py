@@ -100,7 +100,7 @@ def test_nothing_large_crosses_between_devices(pair):
         ours = spread(pair, mesh)
         text = decode.speculate.lower(ours.params, ours.configs, start(ours), NO_STOP, 8, True).compile().as_text()
     moved: dict[str, list[int]] = {}
-    for shapes, kind, _ in COLLECTIVE.findall(text):
+    for shapes, kind, _ in COLLECTIVE.findall(text or ""):
         for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
             moved.setdefault(kind, []).append(int(np.prod([int(n) for n in shape.split(",") if n])))
     rows, positions = len(PROMPTS) // 2, 6  # J + 1

@@ -234,8 +234,9 @@ def run(options: Train) -> None:
     if dtype == "float32":
         # Accelerators round float32 products by default, which would make --dtype float32 untrue.
         jax.config.update("jax_default_matmul_precision", "highest")
-    options = dataclasses.replace(options, dtype=dtype, mask_token_id=mask_token_id)  # a resumed run has the same
     frozen = hf.load(options.target, target, jnp.dtype(dtype))
+    fingerprint = _sha256(options.data)
+    options = dataclasses.replace(options, dtype=dtype, mask_token_id=mask_token_id)  # a resumed run has the same
     own = {name: getattr(options, name) for name in Recipe._fields if name not in ("target", "draft")}
     recipe = Recipe(target, draft, **own)
     weights = flatten(init(draft, jax.random.key(options.seed)))
@@ -247,7 +248,7 @@ def run(options: Train) -> None:
     checkpoints = Checkpoints(options.out / "checkpoints")
     if options.resume and checkpoints.latest() is not None:
         state = checkpoints.restore(state)
-    hf.write_json(options.out / "settings.json", _plain(options) | {"data_sha256": _sha256(options.data)})
+    hf.write_json(options.out / "settings.json", _plain(options) | {"data_sha256": fingerprint})
     done = int(state.step)
     count = sum(w.size for w in state.weights.values())
     epochs = options.steps * options.batch / len(dataset)

@@ -473,9 +473,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"warning: {warning}", file=sys.stderr)
         with loaded.context():
             rows = measure(options, loaded, target, console)
-        show(rows, Console())
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        try:
+            show(rows, Console())
+        finally:  # neither a full disk nor a closed pipe loses both
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

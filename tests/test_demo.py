@@ -66,7 +66,7 @@ def test_transformers_loads_it_and_agrees():
 def test_drafts_change_nothing_and_are_accepted(drafted, lean):
     assert len(drafted) == 160
     assert [row["tokens"] for row in drafted] == [row["tokens"] for row in lean]
-    assert tau(drafted) > 1.5
+    assert tau(drafted) > 3
 
 
 def test_the_head_helps(drafted, lean, tmp_path):
@@ -79,4 +79,4 @@ def test_the_head_helps(drafted, lean, tmp_path):
     hf.save(tmp_path, unflatten(plain, leaves), plain, raw)
     off = generate("--draft", str(tmp_path))
     assert [row["tokens"] for row in off] == [row["tokens"] for row in lean]
-    assert tau(drafted) > 1.1 * tau(off)
+    assert tau(drafted) > 1.2 * tau(off)

@@ -6,7 +6,7 @@ Only safetensors are read. A pickle can run code when it is opened, so it is ref
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ def save(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any
         raise DominoError(f"{folder} can't be written: {error}.") from None
     finally:
         for name in written:
-            (folder / f".{name}.tmp").unlink(missing_ok=True)
+            with suppress(OSError):
+                (folder / f".{name}.tmp").unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

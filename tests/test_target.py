@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 CLOSE = 2e-5  # between two orders of the same float32 sums
 
 forward = jax.jit(target.forward, static_argnums=(1, 5))
-logits = jax.jit(target.logits)
+logits = jax.jit(target.logits, static_argnums=1)
 
 SHAPES = {
     "grouped": {},

@@ -22,12 +22,16 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> TargetCon
 
 
 def load(
-    folder: Path, config: DecoderConfig, dtype: Any = None, progress: hf.Progress | None = None, device: bool = True
+    folder: Path,
+    config: DecoderConfig,
+    dtype: Any = None,
+    progress: hf.Progress | None = None,
+    put: hf.Put = hf.on_device,
 ) -> Any:
     """The weights of a Hugging Face or Orbax folder as a module; see `hf.load` and `orbax.load`."""
     if orbax.is_orbax(folder):
-        return orbax.load(folder, config, dtype, device)
-    return hf.load(folder, config, dtype, progress, device)
+        return orbax.load(folder, config, dtype, put)
+    return hf.load(folder, config, dtype, progress, put)
 
 
 def convert(source: Path, destination: Path, progress: hf.Progress | None = None) -> tuple[str, str]:
@@ -51,7 +55,7 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
     config = hf.parse_config(raw, _depth(raw))
     to_hf = orbax.is_orbax(source)
-    module = load(source, config, progress=progress, device=False)
+    module = load(source, config, progress=progress, put=hf.on_host)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         if partial.exists():

@@ -27,6 +27,17 @@ SHARD_BYTES = 5 * 10**9
 OLD_HEAD_PREFIX = "logit_head."  # some older drafters nest the causal head
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
+Put = Callable[[str, np.ndarray], Any]  # a weight's path and its value -> where it is to be
+
+
+def on_device(path: str, value: np.ndarray) -> jax.Array:
+    """Puts a weight on the default device."""
+    return jnp.asarray(value)
+
+
+def on_host(path: str, value: np.ndarray) -> np.ndarray:
+    """Leaves a weight in the host's memory."""
+    return np.ascontiguousarray(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,7 +97,7 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 def load(
-    folder: Path, config: DecoderConfig, dtype: Any = None, progress: Progress | None = None, device: bool = True
+    folder: Path, config: DecoderConfig, dtype: Any = None, progress: Progress | None = None, put: Put = on_device
 ) -> Any:
     """Read the weights of a Hugging Face folder into a module (Target or Draft).
 
@@ -95,7 +106,7 @@ def load(
         config: what the folder's config.json says.
         dtype: to convert to; as stored when None.
         progress: called after each tensor.
-        device: put arrays on the default device; NumPy arrays when False.
+        put: where each weight goes as soon as it is read, so that the host never holds more than one.
 
     Raises:
         DominoError: tensors are missing, unexpected or misshapen (all are named), or a file is damaged.
@@ -121,7 +132,7 @@ def load(
                 raise DominoError(f"{name} in {folder} can't be read: {error}.") from None
             if dtype is not None:
                 tensor = tensor.astype(dtype)
-            leaves[entry.path] = jnp.asarray(tensor) if device else np.ascontiguousarray(tensor)
+            leaves[entry.path] = put(entry.path, tensor)
             if progress:
                 progress(done, len(table))
     return unflatten(config, leaves)

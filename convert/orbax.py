@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from convert.hf import Put, on_device
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, shapes, unflatten
@@ -49,12 +49,12 @@ def save(folder: Path, module: Any) -> None:
         raise DominoError(f"{folder / WEIGHTS} can't be written: {error}") from error
 
 
-def load(folder: Path, config: DecoderConfig, dtype: Any = None, device: bool = True) -> Any:
+def load(folder: Path, config: DecoderConfig, dtype: Any = None, put: Put = on_device) -> Any:
     """Read `folder`/weights into a module (Target or Draft).
 
     Args:
         dtype: to convert to; as stored when None.
-        device: keep arrays on the default device; NumPy arrays when False.
+        put: where each weight goes once all are read.
 
     Raises:
         DominoError: weights are missing, unexpected or misshapen (all are named), or damaged.
@@ -84,8 +84,7 @@ def load(folder: Path, config: DecoderConfig, dtype: Any = None, device: bool = 
         raise DominoError(f"{path} is not a whole Orbax checkpoint: {error}") from error
     if dtype is not None:
         leaves = {name: leaf.astype(dtype) for name, leaf in leaves.items()}
-    place = jnp.asarray if device else np.asarray
-    return unflatten(config, {name: place(leaf) for name, leaf in leaves.items()})
+    return unflatten(config, {name: put(name, np.asarray(leaf)) for name, leaf in leaves.items()})
 
 
 def _default_sharding() -> jax.sharding.Sharding:

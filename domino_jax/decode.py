@@ -122,15 +122,15 @@ def begin(
         emitted=zeros((batch,), jnp.int32, "B"),
         limit=put(np.array(limits, np.int32), "B"),
         done=zeros((batch,), bool, "B"),
-        keys=put(jnp.copy(keys), "B"),  # the state is donated; what the caller gave stays the caller's
-        sampling=jax.tree.map(lambda x: put(jnp.copy(x), "B"), sampling),
+        keys=put(keys, "B"),  # a copy: the state is donated, and what the caller gave stays the caller's
+        sampling=jax.tree.map(lambda x: put(x, "B"), sampling),
         cache=kv.init(configs.target, batch, capacity, dtype),
         context=kv.init(configs.draft, batch, capacity, dtype) if configs.draft else None,
     )
     last = zeros((batch, configs.target.hidden_size), params.target.embed.dtype, "B D")
     for offset in range(0, padded, chunk):
         piece = put(tokens[:, offset : offset + chunk], "B T")
-        state, last = prefill(params, configs, state, piece, jnp.asarray(np.int32(offset)), last)
+        state, last = prefill(params, configs, state, piece, np.int32(offset), last)
     return first_token(params, configs, state, last, stop)
 
 

@@ -5,7 +5,7 @@ vocabulary over `model`. Without a mesh in context (`jax.set_mesh`) nothing here
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -34,6 +34,11 @@ def make_mesh(data: int, model: int) -> Mesh:
     devices = jax.devices()
     if min(data, model) < 1 or data * model > len(devices):
         raise DominoError(f"a mesh of data={data}, model={model} needs {data * model} devices; found {len(devices)}.")
+    if jax.process_count() > 1 and data * model != len(devices):
+        raise DominoError(
+            f"a mesh of several processes has all their {len(devices)} devices; data={data}, model={model} has "
+            f"{data * model}: give another with --mesh."
+        )
     return jax.make_mesh((data, model), (DATA, MODEL), (AxisType.Auto, AxisType.Auto), devices=devices[: data * model])
 
 
@@ -50,10 +55,30 @@ def constrain(x: Array, letters: str) -> Array:
 
 
 def put(x: Any, letters: str) -> Array:
-    """`x` from the host or a device, laid out by its axis letters where a mesh is in context."""
+    """A copy of `x`, laid out by its axis letters where a mesh is in context; each process must have the same `x`."""
     if jax.sharding.get_abstract_mesh().empty:
-        return jnp.asarray(x)
-    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(letters)))
+        return jnp.array(x, copy=True)
+    if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), f"{letters} -"))
+    return _spread(np.asarray(x), NamedSharding(jax.sharding.get_mesh(), spec(letters)))
+
+
+def fetch(tree: Any) -> Any:
+    """The tree's arrays on the host of every process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and not all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        tree = _everywhere(tree)
+    return jax.device_get(tree)
+
+
+@jax.jit
+def _everywhere(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+def _spread(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """Each process gives its own devices their parts, and tells the others nothing."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, letters: str) -> Array:
@@ -81,7 +106,7 @@ def parse(text: str) -> tuple[int, int]:
 def default_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
     """The mesh (data, model) for the devices found: as many as these models can be divided over, for the least latency.
 
-    One on a CPU, whose devices are one and the same.
+    One on a single CPU, whose devices are one and the same.
     """
 
     def fits(model: int) -> bool:
@@ -90,7 +115,7 @@ def default_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
         except DominoError:
             return False
 
-    most = 1 if jax.default_backend() == "cpu" else len(jax.devices())
+    most = 1 if jax.default_backend() == "cpu" and jax.process_count() == 1 else len(jax.devices())
     return 1, max(filter(fits, range(1, most + 1)))
 
 
@@ -98,7 +123,7 @@ Config = TypeVar("Config", bound=DecoderConfig)
 
 
 def fit(config: Config, model: int) -> Config:
-    """The config of the weights that `place` makes for `model` devices: more KV heads where there are too few.
+    """The config of the weights that `placer` makes for `model` devices: more KV heads where there are too few.
 
     Raises:
         DominoError: heads or MLP width can't be divided.
@@ -113,21 +138,29 @@ def fit(config: Config, model: int) -> Config:
     return dataclasses.replace(config, num_key_value_heads=heads * copies)
 
 
-def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
-    """A module's weights on a mesh.
+def placer(config: DecoderConfig, mesh: Mesh) -> Callable[[str, np.ndarray], Array]:
+    """A function from a weight's path and value to that weight on a mesh.
 
     KV heads are repeated until there is one for each device of `model` (groups of devices then hold the same), and the
     vocabulary is padded with zeros to a multiple of it.
     """
     model = mesh.shape[MODEL]
     copies = fit(config, model).num_key_value_heads // config.num_key_value_heads
-    letters, placed = flatten(axes(config)), {}
-    for path, leaf in flatten(module).items():
-        names, array = letters[path].split(), np.asarray(leaf)
+    letters = flatten(axes(config))
+
+    def place(path: str, value: np.ndarray) -> Array:
+        names = letters[path].split()
         if copies > 1 and "K" in names:
-            array = np.repeat(array, copies, axis=names.index("K"))
-        array = np.pad(
-            array, [(0, -size % model if name == "V" else 0) for name, size in zip(names, array.shape, strict=True)]
-        )
-        placed[path] = jax.device_put(array, NamedSharding(mesh, spec(letters[path])))
-    return unflatten(config, placed)
+            value = np.repeat(value, copies, axis=names.index("K"))
+        if "V" in names:
+            sizes = zip(names, value.shape, strict=True)
+            value = np.pad(value, [(0, -size % model if name == "V" else 0) for name, size in sizes])
+        return _spread(value, NamedSharding(mesh, spec(letters[path])))
+
+    return place
+
+
+def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
+    """A module's weights on a mesh, see `placer`."""
+    put = placer(config, mesh)
+    return unflatten(config, {path: put(path, np.asarray(leaf)) for path, leaf in flatten(module).items()})

@@ -19,6 +19,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from domino_jax.errors import DominoError
+from infer.hosts import join, settle
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
     from infer.engine import Engine, Sequence
@@ -63,6 +64,12 @@ class Generate:
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4": rows over data, weights over model; by default those found (one CPU)"""
+    coordinator: str | None = None
+    """host:port of process 0, where several processes run one model; on a TPU pod they find each other"""
+    num_processes: int | None = None
+    """how many they are"""
+    process_id: int | None = None
+    """which this is, from 0"""
     prompts: Path | None = None
     """a batch: JSON lines, each with "prompt", "messages" or "input_ids", and "max_new_tokens" if wanted"""
     batch_size: int = 8
@@ -122,6 +129,14 @@ def contradictions(options: Generate, chat: bool) -> str | None:
             parse_mesh(o.mesh)
         except DominoError as error:
             wrong = str(error).rstrip(".")
+    if wrong is None:
+        try:
+            several = settle(o.coordinator, o.num_processes, o.process_id) is not None
+        except DominoError as error:
+            wrong = str(error).rstrip(".")
+        else:
+            if several and (o.prompt == "-" or not any(sources)):
+                wrong = "every process needs the same prompt: give it as PROMPT, --prompts or --input-ids"
     return wrong
 
 
@@ -169,10 +184,14 @@ def drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_first = True  # of several processes; the others keep silent
+
+
 def say(line: str) -> None:
-    """One line on standard error, if anybody reads it."""
+    """One line on standard error, if anybody reads it; of several processes the first speaks, but all name errors."""
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        if _first or line.startswith("error"):
+            print(line, file=sys.stderr, flush=True)
 
 
 class Output(Console):
@@ -242,9 +261,13 @@ class Session:
     loaded: "Loaded"
 
     def __init__(self, options: Generate):
-        self.options = options
+        global _first
+        self.options = o = options
+        _first = join(settle(o.coordinator, o.num_processes, o.process_id))
+        if not _first:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for the rest of this process)
         self.console = Output(highlight=False, soft_wrap=True, emoji=False)
-        self.notes = Notes(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        self.notes = Notes(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not _first)
         self.finished: list[list[Sequence]] = []  # batch after batch, for the summary
         self.comparison: list[dict[str, Any]] = []
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from domino_jax import cache, decode
@@ -15,7 +14,7 @@ from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
-from domino_jax.sharding import DATA, put
+from domino_jax.sharding import DATA, fetch, put
 from infer.models import Loaded
 from infer.text import TextStream
 
@@ -110,7 +109,8 @@ class Engine:
         """Args: cycles: draft-and-verify cycles a dispatch; output arrives after each dispatch."""
         self.loaded = loaded
         self.cycles = cycles
-        self._stop = jnp.asarray(np.array(loaded.stop_ids, np.int32))
+        with loaded.context():
+            self._stop = put(np.array(loaded.stop_ids, np.int32), "-")
         self._ready: set[Any] = set()
 
     def sequence(
@@ -206,7 +206,7 @@ class Engine:
             if loaded.mesh is None:
                 self._compile_first_token(params, configs, arguments)
             state = decode.begin(params, configs, *arguments)
-            first = jax.device_get(state.token)
+            first = fetch(state.token)
         self._note(sequences, seconds)
         for s, token in zip(sequences, first.tolist(), strict=False):
             s.take([token], loaded.stop_ids)
@@ -225,7 +225,7 @@ class Engine:
                     over = [s.finish_reason is not None for s in sequences] + [True] * spare
                     state = state._replace(done=put(np.array(over), "B"))
                 state, emitted = loop(params, configs, state, self._stop, cycles, greedy)
-                emitted = jax.device_get(emitted)
+                emitted = fetch(emitted)
             self._note(sequences, seconds)
             cut = False
             for b, s in enumerate(sequences):

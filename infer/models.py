@@ -19,7 +19,7 @@ from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
-from domino_jax.sharding import default_sizes, fit, make_mesh, place
+from domino_jax.sharding import default_sizes, fit, make_mesh, placer
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -151,9 +151,7 @@ def load(
 
     def read(folder: Path, config: Any, what: str) -> Any:
         bar = partial(progress, what) if progress else None
-        if spread is None:
-            return _weights(folder, config, kind, bar)
-        return place(_weights(folder, config, kind, bar, device=False), config, spread)
+        return _weights(folder, config, kind, bar, placer(config, spread) if spread else hf.on_device)
 
     try:
         whole = read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None
@@ -173,13 +171,13 @@ def load(
     )
 
 
-def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, device: bool = True) -> Any:
+def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, put: hf.Put) -> Any:
     """The one place where a folder's weights are read, in either of their two forms."""
     if (folder / "weights").is_dir():
         from convert import folders  # brings in Orbax, which is slow to import
 
-        return folders.load(folder, config, dtype, progress, device)
-    return hf.load(folder, config, dtype, progress, device)
+        return folders.load(folder, config, dtype, progress, put)
+    return hf.load(folder, config, dtype, progress, put)
 
 
 def _stop_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

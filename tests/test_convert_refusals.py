@@ -58,7 +58,7 @@ def change(folder: Path, **tensors: np.ndarray | None) -> None:
 
 def load(folder: Path) -> Any:
     config = hf.parse_config(hf.read_json(folder / "config.json"))
-    return hf.load(folder, config, device=False)
+    return hf.load(folder, config, put=hf.on_host)
 
 
 # --- Good folders, bit for bit ----------------------------------------------------------------------------------

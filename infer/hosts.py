@@ -1,0 +1,73 @@
+"""Several processes that run one model: `jax.distributed`, told by flags, by the environment, or by a TPU pod."""
+
+import os
+import sys
+from dataclasses import dataclass
+
+from domino_jax.errors import DominoError
+
+VARIABLES = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """This process's place among the others."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+
+def settle(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Hosts | None:
+    """What the flags say, and the environment where they are silent; None for a process on its own.
+
+    Raises:
+        DominoError: only a part is given, or it makes no sense.
+    """
+    flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    given = {name: os.environ.get(VARIABLES[name]) if flag is None else str(flag) for name, flag in flags.items()}
+    missing = [name for name, value in given.items() if not value]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        words = " and ".join(f"--{name.replace('_', '-')} (or {VARIABLES[name]})" for name in missing)
+        raise DominoError(f"several processes need {words} too.")
+    try:
+        hosts = Hosts(str(given["coordinator"]), int(str(given["num_processes"])), int(str(given["process_id"])))
+    except ValueError as error:
+        raise DominoError(f"--num-processes and --process-id are whole numbers: {error}.") from None
+    if not 0 <= hosts.process_id < hosts.num_processes:
+        raise DominoError(
+            f"--process-id must be from 0 to {hosts.num_processes - 1} (of --num-processes), found {hosts.process_id}."
+        )
+    return hosts
+
+
+def join(hosts: Hosts | None) -> bool:
+    """Meet the other processes, before JAX looks for devices; returns whether this is the first, which prints.
+
+    Raises:
+        DominoError: the coordinator can't be reached.
+    """
+    pod = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
+    if hosts is None and not pod:
+        return True
+    # The libraries beneath write to file descriptor 1, where --json promises nothing but JSON: from here on that is
+    # standard error's, and Python keeps the real one for itself.
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import jax
+
+    try:
+        if hosts is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(hosts.coordinator, hosts.num_processes, hosts.process_id)
+    except (RuntimeError, ValueError) as error:
+        raise DominoError(f"the other processes can't be reached: {error}.") from None
+    return jax.process_index() == 0

@@ -1,0 +1,93 @@
+"""Several processes on loopback that run one model: the answers of one process, printed by the first."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_draft, make_target
+
+from domino_jax.errors import DominoError
+from infer import hosts
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    root = tmp_path_factory.mktemp("hosts")
+    make_target(root / "target")
+    make_draft(root / "draft")
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two", "three")))
+    words = ["--model", str(root / "target"), "--draft", str(root / "draft"), "--prompts", str(root / "prompts.jsonl")]
+    return [*words, "--json", "--max-new-tokens", "20"]
+
+
+def launch(words: list[str], count: int) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and standard error of each process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    port = free_port()
+    running = []
+    for i in range(count):
+        place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(i)]
+        command = [sys.executable, "-m", "infer", *words, *(place if count > 1 else [])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
+    done = []
+    for process in running:
+        out, err = process.communicate(timeout=240)
+        done.append((process.returncode, out, err))
+    return done
+
+
+@pytest.fixture(scope="module")
+def alone(words) -> list[list[int]]:
+    ((status, out, err),) = launch(words, 1)
+    assert status == 0, err
+    return [json.loads(line)["tokens"] for line in out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("count", "mesh"), [(2, "data=2"), (2, "model=2"), (4, "data=2,model=2")], ids=["2, rows", "2, weights", "4, both"]
+)
+def test_processes_together_give_the_tokens_of_one(words, alone, count, mesh):
+    first, *others = launch([*words, "--mesh", mesh], count)
+    assert first[0] == 0, first[2]
+    assert [json.loads(line)["tokens"] for line in first[1].splitlines()] == alone
+    for status, out, err in others:
+        assert (status, out) == (0, ""), err
+        assert "tokens" not in err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("here:1", None, None), "--num-processes (or JAX_NUM_PROCESSES) and --process-id"),
+        (("here:1", 2, 2), "from 0 to 1"),
+    ],
+)
+def test_half_of_a_place_is_refused(given, says, monkeypatch):
+    for name in hosts.VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DominoError) as error:
+        hosts.settle(*given)
+    assert says in str(error.value)
+
+
+def test_the_environment_counts_where_flags_are_silent(monkeypatch):
+    for name, value in zip(hosts.VARIABLES.values(), ("there:9", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert hosts.settle(None, None, None) == hosts.Hosts("there:9", 4, 3)
+    assert hosts.settle(None, None, 1) == hosts.Hosts("there:9", 4, 1)
+    monkeypatch.setenv("JAX_PROCESS_ID", "three")
+    with pytest.raises(DominoError, match="whole numbers"):
+        hosts.settle(None, None, None)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_draft, make_target
@@ -40,7 +41,7 @@ def launch(words: list[str], count: int) -> list[tuple[int, str, str]]:
     for i in range(count):
         place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(i)]
         command = [sys.executable, "-m", "infer", *words, *(place if count > 1 else [])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
     done = []
     for process in running:

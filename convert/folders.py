@@ -79,5 +79,8 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
 
 def _depth(raw: Mapping[str, Any]) -> int | None:
     """A depth of the target that fits a drafter's taps: its files need not state the true one, nor its weights it."""
-    taps = (raw.get("dflash_config") or {}).get("target_layer_ids")
-    return max(taps) + 1 if taps else None
+    draft = raw.get("dflash_config")
+    taps = draft.get("target_layer_ids") if isinstance(draft, Mapping) else None
+    if not isinstance(taps, list) or not taps or not all(isinstance(i, int) for i in taps):
+        return None
+    return max(taps) + 1

@@ -106,7 +106,7 @@ def load(
         config: what the folder's config.json says.
         dtype: to convert to; as stored when None.
         progress: called after each tensor.
-        put: where each weight goes as soon as it is read, so that the host never holds more than one.
+        put: where each weight goes as soon as it is read (`on_device` or `on_host`, or onto a mesh).
 
     Raises:
         DominoError: tensors are missing, unexpected or misshapen (all are named), or a file is damaged.

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
-from domino_jax.weights import axes, flatten, unflatten
+from domino_jax.weights import axes, flatten
 
 DATA, MODEL = "data", "model"
 
@@ -158,9 +158,3 @@ def placer(config: DecoderConfig, mesh: Mesh) -> Callable[[str, np.ndarray], Arr
         return _spread(value, NamedSharding(mesh, spec(letters[path])))
 
     return place
-
-
-def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
-    """A module's weights on a mesh, see `placer`."""
-    put = placer(config, mesh)
-    return unflatten(config, {path: put(path, np.asarray(leaf)) for path, leaf in flatten(module).items()})

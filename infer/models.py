@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from convert import hf
-from convert.tokenizer import load_tokenizer
+from convert.tokenizer import first_line, load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
@@ -99,9 +99,8 @@ def _folder(place: str, asked: str, flag: str) -> Path:
     try:
         return Path(snapshot_download(place, allow_patterns=PATTERNS, ignore_patterns=NEVER))
     except Exception as error:  # the Hub's own, and whatever its HTTP library raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DominoError(
-            f"{place} is no folder here and could not be fetched from the Hugging Face Hub ({reason}); "
+            f"{place} is no folder here and could not be fetched from the Hugging Face Hub ({first_line(error)}); "
             f"check the name and the network, or give a folder with {flag} DIR."
         ) from None
 
@@ -146,8 +145,11 @@ def load(
     models = [c for c in (configs.target, configs.draft) if c]
     sizes = mesh or default_sizes(models)
     spread = make_mesh(*sizes) if sizes != (1, 1) else None
-    for model in models:
-        fit(model, sizes[1])  # refuses before anything is read
+    fitted = dataclasses.replace(  # refuses before anything is read
+        configs,
+        target=fit(configs.target, sizes[1]),
+        draft=fit(configs.draft, sizes[1]) if configs.draft else None,
+    )
 
     def read(folder: Path, config: Any, what: str) -> Any:
         bar = partial(progress, what) if progress else None
@@ -161,13 +163,8 @@ def load(
             raise
         raise DominoError(f"the device has too little memory for the weights in {kind.name}.") from None
     tokenizer = load_tokenizer(target)
-    configs = dataclasses.replace(
-        configs,
-        target=fit(configs.target, sizes[1]),
-        draft=fit(configs.draft, sizes[1]) if configs.draft else None,
-    )
     return Loaded(
-        configs, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began, spread
+        fitted, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began, spread
     )
 
 

@@ -2,22 +2,13 @@
 
 import json
 
-import jax
 import pytest
 from tiny import REPEATING, TARGET, make_draft, make_target
 
 from infer.bench import distinct, main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODES = [("lean", 0), ("dflash", 2), ("domino", 2), ("dflash", 4), ("domino", 4), ("transformers", 0)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests are about what is reported: half the compile time is worth slower programs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

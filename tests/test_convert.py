@@ -135,3 +135,12 @@ def test_a_single_file_replaces_an_earlier_sharded_model(tmp_path, monkeypatch):
     new = init(config, jax.random.key(1))
     hf.save(tmp_path, new, config, config.to_hf())
     assert np.array_equal(hf.load(tmp_path, config).fc, new.fc)
+
+
+@pytest.mark.parametrize("draft", [3, {"target_layer_ids": 3}, {"target_layer_ids": ["a"]}])
+def test_a_drafters_config_of_the_wrong_kind_is_one_sentence(tmp_path, capsys, draft):
+    source = write(tmp_path / "hf", DRAFT, num_target_layers=None, dflash_config=draft)
+    assert main([str(source), str(tmp_path / "orbax")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "orbax").exists()

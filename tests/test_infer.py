@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import pytest
 from tiny import DRAFT, MASK, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
 
 from infer import text
 from infer.__main__ import histogram, main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{% if not enable_thinking %}!{% endif %}"
 
 
@@ -33,15 +33,6 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests are about what surrounds the programs: half the compile time is worth slower ones."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import factory
 import jax
@@ -13,9 +14,11 @@ from factory import NO_STOP, Output, Pair
 from tiny import make_draft, make_target
 
 from domino_jax import decode, sharding
+from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, DecodeState, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
+from domino_jax.weights import flatten, unflatten
 from infer.__main__ import main
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
@@ -32,12 +35,17 @@ def pair() -> Pair:
     )
 
 
+def place(module: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
+    put = sharding.placer(config, mesh)
+    return unflatten(config, {path: put(path, np.asarray(leaf)) for path, leaf in flatten(module).items()})
+
+
 def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:
     """The pair on a mesh."""
     target, draft = pair.configs.target, pair.configs.draft
     assert draft is not None
     model = mesh.shape["model"]
-    params = Params(sharding.place(pair.params.target, target, mesh), sharding.place(pair.params.draft, draft, mesh))
+    params = Params(place(pair.params.target, target, mesh), place(pair.params.draft, draft, mesh))
     return Pair(params, Configs(sharding.fit(target, model), sharding.fit(draft, model)))
 
 

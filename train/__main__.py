@@ -126,8 +126,8 @@ def settle(options: Train) -> Train:
     """The options to run with: a resumed run's own, with those of CHANGEABLE that were given anew.
 
     Raises:
-        DominoError: there is nothing to resume, another setting differs, the data changed, a value makes no sense,
-            or what is needed was not given.
+        DominoError: there is nothing to resume, another setting differs, a value makes no sense, or what is
+            needed was not given.
     """
     path = options.out / "settings.json"
     if options.resume:
@@ -142,8 +142,6 @@ def settle(options: Train) -> Train:
         fields |= {k: given[k] for k in changed}
         fields |= {"taps": tuple(fields["taps"]), "out": options.out, "resume": True}
         fields |= {key: Path(fields[key]) for key in ("target", "data")}
-        if _sha256(fields["data"]) != saved.get("data_sha256"):
-            raise DominoError(f"{fields['data']} is not what this run began with: a resumed run needs the same data.")
         return check(Train(**fields))
     if options.target is None or options.data is None:
         raise DominoError("give --target (a model's folder) and --data (a JSONL file), or --resume with --out.")
@@ -236,6 +234,8 @@ def run(options: Train) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
     frozen = hf.load(options.target, target, jnp.dtype(dtype))
     fingerprint = _sha256(options.data)
+    if options.resume and fingerprint != hf.read_json(options.out / "settings.json").get("data_sha256"):
+        raise DominoError(f"{options.data} is not what this run began with: a resumed run needs the same data.")
     options = dataclasses.replace(options, dtype=dtype, mask_token_id=mask_token_id)  # a resumed run has the same
     own = {name: getattr(options, name) for name in Recipe._fields if name not in ("target", "draft")}
     recipe = Recipe(target, draft, **own)
@@ -315,7 +315,7 @@ def run(options: Train) -> None:
                 jax.block_until_ready(state)
                 began = time.perf_counter()
             logs = done % options.log_every == 0 or done == options.steps
-            saves = done % options.save_every == 0 or done == options.steps or stopping.is_set()
+            saves = done % options.save_every == 0
             if logs or saves:
                 jax.block_until_ready(state)
                 steps_timed = done - begun_at - 1

@@ -5,7 +5,6 @@
 The result is a standard Hugging Face folder. Matrices train with Muon, embeddings and norms with AdamW.
 """
 
-import json
 import math
 import sys
 import time
@@ -25,6 +24,7 @@ from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init, unflatten
+from train import curves
 from train.corpus import read_texts
 from train.muon import muon
 from train.stopping import stop_signals
@@ -213,7 +213,7 @@ def run(options: Pretrain) -> None:
     save(options.out, unflatten(config, weights), config, raw, jnp.bfloat16)
     tokenizer.save_pretrained(options.out)
     write_json(options.out / "generation_config.json", {"eos_token_id": tokenizer.eos_token_id, "do_sample": False})
-    (options.out / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    curves.write(history, options.out / "pretrain.jsonl")
     print(f"wrote {options.out}")
     if done < options.steps:
         print(f"interrupted after {done} steps: the model is what they made of it", file=sys.stderr)

@@ -189,11 +189,11 @@ def speculate(
     assert drafter is not None and config is not None, "speculate needs a drafter; autoregress does without"
 
     def cycle(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
-        keys, draft_keys, verify_keys = _split(state.keys, 3)
-        drafts, q, context = propose(params, configs, state, None if greedy else draft_keys)
+        keys, draft_keys, verify_keys = (state.keys, None, None) if greedy else _split(state.keys, 3)
+        drafts, q, context = propose(params, configs, state, draft_keys)
         logits, features, cache = run_target(params, configs, state, drafts)
         with jax.named_scope("verify"):
-            if q is None:
+            if q is None or verify_keys is None:
                 accepted, bonus = verify.greedy(drafts, logits)
             else:
                 accepted, bonus = verify.speculative(verify_keys, drafts, q, probabilities(logits, state.sampling))

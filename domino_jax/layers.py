@@ -53,16 +53,20 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
         [B, T, N, H].
     """
     batch, tokens, heads, width = q.shape
-    groups = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], width)
-    scores = jnp.einsum("BTKGH,BKSH->BKTGS", groups, k, preferred_element_type=jnp.float32) * width**-0.5
+    shape = (batch, tokens, k.shape[1], heads // k.shape[1], width)
+    # A KV head's queries side by side, as plain matrix products: any other order of axes and XLA transposes the cache.
+    rows = q.reshape(shape).transpose(0, 2, 1, 3, 4).reshape(batch, k.shape[1], -1, width)  # [B, K, TG, H]
+    scores = jnp.einsum("BKXH,BKSH->BKXS", rows, k, preferred_element_type=jnp.float32) * width**-0.5
     # Finite, so that a query that sees nothing (a padded row) gives a mean and not NaN.
-    scores = jnp.where(mask[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKTGS,BKSH->BTKGH", weights, v).reshape(q.shape)
+    seen = jnp.repeat(mask, shape[3], axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+    attended = jnp.einsum("BKXS,BKSH->BKXH", weights, v).reshape(batch, k.shape[1], tokens, shape[3], width)
+    return attended.transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
 def residual(layer: Layer, x: Array, attended: Array, eps: float) -> Array:
     """The rest of a layer after attention: x + o(attended), then x + SwiGLU(norm(x))."""
-    x = x + jnp.einsum("...NH,NHD->...D", attended, layer.o)
+    # Heads flattened by hand: XLA may contract two axes in the order that transposes the weight.
+    x = x + attended.reshape(*x.shape[:-1], -1) @ layer.o.reshape(-1, x.shape[-1])
     y = rms_norm(x, layer.mlp_norm, eps)
     return x + (jax.nn.silu(y @ layer.gate) * (y @ layer.up)) @ layer.down

@@ -21,7 +21,7 @@ from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling, draw, probabilities
 from domino_jax.sharding import put, zeros
-from domino_jax.weights import Draft, Target
+from domino_jax.weights import Draft, Quantized, Target
 
 LARGEST_CHUNK = 512  # prompt tokens a prefill program runs at once; bounds its memory
 SMALLEST_CHUNK = 16
@@ -31,18 +31,24 @@ SMALLEST_CHUNK = 16
 class Configs:
     """What is being run, static to every program: the target, and the drafter or None.
 
-    `drafts` verifies only the first so many of a block's proposals, where fewer pay better: a cycle then costs
-    less, and the output is the same.
+    Two settings make a cycle cheaper and leave the output as it is. `drafts` verifies only the first so many of
+    a block's proposals. `candidates` lets the causal head score only so many tokens, those with the highest base
+    logits, instead of the vocabulary.
 
     Raises:
-        DominoError: `drafts` is not from 1 to the drafter's proposals.
+        DominoError: `drafts` is not from 1 to the drafter's proposals, or `candidates` below 1 or without a head.
     """
 
     target: TargetConfig
     draft: DraftConfig | None = None
     drafts: int | None = None
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
+        if self.candidates is not None and not (self.draft and self.draft.head):
+            raise DominoError("head candidates need a drafter with a causal head, and there is none.")
+        if self.candidates is not None and self.candidates < 1:
+            raise DominoError(f"head candidates must be at least 1, found {self.candidates}.")
         if self.drafts is not None and not 1 <= self.drafts <= (self.draft.num_proposals if self.draft else 0):
             most = f"a block of this drafter has {self.draft.num_proposals}" if self.draft else "there is no drafter"
             raise DominoError(f"{self.drafts} drafts a cycle can't be had: {most}, and the least is 1.")
@@ -63,6 +69,7 @@ class Params(NamedTuple):
 
     target: Target
     draft: Draft | None = None
+    output: Quantized | None = None  # an 8-bit copy of the LM head, for drafting alone
 
 
 class DecodeState(NamedTuple):
@@ -222,7 +229,7 @@ def propose(
     z, base, context = draft_block(params, configs, state)
     with jax.named_scope("head"):
         embed = params.target.embed
-        drafts, q = head.propose(drafter, config, embed, z, base, state.token, state.sampling, keys)
+        drafts, q = head.propose(drafter, config, embed, z, base, state.token, state.sampling, keys, configs.candidates)
     return drafts, q, context
 
 
@@ -234,7 +241,7 @@ def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[A
         x = draft.block_inputs(params.target.embed, config, state.token)
         z, context = draft.block(drafter, config, x, state.length, state.context)
         z = draft.proposing(config, z)[:, : configs.proposals]
-        return z, target.logits(params.target, configs.target, z), context
+        return z, target.logits(params.target, configs.target, z, params.output), context
 
 
 def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Array) -> tuple[Array, Array, KVCache]:

@@ -17,7 +17,7 @@ from domino_jax.weights import Draft
 
 def context(params: Draft, config: DraftConfig, features: Array) -> Array:
     """c = hidden_norm(fc(features)): [..., LD] -> [..., D]."""
-    return layers.rms_norm(features @ params.fc, params.context_norm, config.rms_norm_eps)
+    return layers.rms_norm(layers.linear(features, params.fc), params.context_norm, config.rms_norm_eps)
 
 
 def block_inputs(embed: Array, config: DraftConfig, anchor: Array) -> Array:

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.config import DraftConfig
+from domino_jax.layers import scores
 from domino_jax.sampling import Sampling, draw, probabilities
-from domino_jax.sharding import constrain
-from domino_jax.weights import Draft, Head
+from domino_jax.sharding import constrain, model_devices
+from domino_jax.weights import Draft, Head, Quantized
+
+SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
 
 
 def gru_cell(head: Head, inputs: Array, state: Array) -> Array:
@@ -29,8 +32,16 @@ def gru_cell(head: Head, inputs: Array, state: Array) -> Array:
 
 def projected(head: Head, z: Array, state: Array) -> Array:
     """SiLU(embed_proj.0([z ; h])): z [..., D], state [..., U] -> [..., R]."""
-    width = z.shape[-1]
-    return jax.nn.silu(z @ head.proj_in[:width] + state @ head.proj_in[width:])
+    return _activated(head, block_part(head, z), state)
+
+
+def block_part(head: Head, z: Array) -> Array:
+    """What z [..., D] adds inside the SiLU [..., R]: no token changes it, so a block needs it once."""
+    return z @ head.proj_in[: z.shape[-1]]
+
+
+def _activated(head: Head, part: Array, state: Array) -> Array:
+    return jax.nn.silu(part + state @ head.proj_in[-state.shape[-1] :])
 
 
 def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
@@ -63,6 +74,7 @@ def propose(
     anchor: Array,
     sampling: Sampling,
     keys: Array | None,
+    candidates: int | None = None,
 ) -> tuple[Array, Array | None]:
     """Choose the proposals of a block, or its first J, each corrected by those before it.
 
@@ -76,6 +88,7 @@ def propose(
         z: [B, J, D] block states of the proposing rows; base: [B, J, V] their logits.
         anchor: [B].
         keys: [B] random keys, or None for greedy proposals.
+        candidates: C, tokens that the head scores and one of which is proposed; the whole vocabulary when None.
 
     Returns:
         drafts [B, J] int32; the distributions they were drawn from [B, J, V], None if greedy.
@@ -85,24 +98,77 @@ def propose(
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.split(key, proposals))(keys)
     token, drafts, distributions = anchor, [], []
-    state = jnp.zeros((anchor.shape[0], head.gru_state.shape[0] if head else 0), z.dtype)
+    state, part, few = z, z, None
+    if head:
+        state = jnp.zeros((anchor.shape[0], head.gru_state.shape[0]), z.dtype)
+        part = block_part(head, z)
+    if head and candidates is not None and candidates < base.shape[-1]:
+        best, ids = likeliest(base, candidates)  # [B, J, C]
+        few = best, ids, read_rows(head.proj_out, ids)  # the last [B, J, C, R]
     # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
     for j in range(proposals):
-        logits = base[:, j]
+        logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
         if head:
             state = gru_cell(head, embed[token] @ head.gru_in, state)
             if j >= prefix:
-                rank = projected(head, z[:, j], state)
-                logits += jnp.einsum("BR,VR->BV", rank, head.proj_out, preferred_element_type=jnp.float32)
-                logits = constrain(logits, "B V")
-        if keys is None:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        elif j == 0 or j >= prefix:
+                rank = _activated(head, part[:, j], state)
+                if few:
+                    logits, names, rows = (x[:, j] for x in few)
+                    logits += jnp.einsum("BR,BCR->BC", rank, rows, preferred_element_type=jnp.float32)
+                else:
+                    logits = constrain(logits + scores(rank, head.proj_out), "B V")
+        distribution = None
+        if keys is not None and (j == 0 or j >= prefix):
             distribution = probabilities(logits[:, None], sampling)[:, 0]
             token = draw(keys[:, j], distribution)
-            distributions.append(distribution)
         else:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            distributions.append(jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32))
+            if keys is not None:
+                distribution = jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32)
+        if names is not None:
+            token = jnp.take_along_axis(names, token[:, None], axis=1)[:, 0]
+        if distribution is not None:
+            distributions.append(_spread(distribution, names, base.shape[-1]))
         drafts.append(token)
     return jnp.stack(drafts, axis=1), jnp.stack(distributions, axis=1) if keys is not None else None
+
+
+def likeliest(logits: Array, count: int) -> tuple[Array, Array]:
+    """The `count` highest of logits [B, J, V], or nearly: values and ids, each [B, J, count], highest first.
+
+    A large vocabulary is first divided into many more buckets than are wanted, and the best of each bucket kept (the
+    partial reduction of Chern et al. 2022, "TPU-KNN"): sorting all of it would cost more than the head saves. The
+    highest of all is always there, and a bucket seldom holds two of the others. Devices that share the vocabulary
+    send each other the buckets' best alone.
+    """
+    batch, rows, vocab = logits.shape
+    shards = model_devices()
+    part = vocab // shards
+    depth = max(1, vocab // (SPARE * count))  # tokens of a bucket
+    width = -(-part // depth)  # buckets of a device
+    cells = logits.reshape(batch, rows, shards, part)
+    cells = jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, depth * width - part)), constant_values=-jnp.inf)
+    cells = cells.reshape(batch, rows, shards, depth, width)
+    places = jnp.argmax(cells, axis=3).astype(jnp.int32) * width + jnp.arange(width, dtype=jnp.int32)
+    ids = jnp.arange(shards, dtype=jnp.int32)[:, None] * part + jnp.minimum(places, part - 1)
+    best = jnp.max(cells, axis=3)
+    best, ids = (constrain(x.reshape(batch, rows, -1), "B J -") for x in (best, ids))
+    # Sorted, since jax.lax.top_k would gather the rows of the other devices' batches first.
+    lowest, ids = jax.lax.sort((-best, ids), num_keys=1)
+    return -lowest[..., :count], ids[..., :count]
+
+
+def read_rows(weight: Array | Quantized, ids: Array) -> Array:
+    """weight [V, R] at ids [...]: [..., R]."""
+    if isinstance(weight, Quantized):
+        return weight.values[ids].astype(weight.scale.dtype) * weight.scale[ids][..., None]
+    return weight[ids]
+
+
+def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:
+    """A distribution over the tokens `names` [B, C], or over all, as one over the vocabulary: [B, V]."""
+    if names is None:
+        return distribution
+    # A masked sum: it needs no scatter where the vocabulary is sharded.
+    here = jnp.arange(vocab) == names[..., None]
+    return constrain(jnp.sum(jnp.where(here, distribution[..., None], 0), axis=1), "B V")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.weights import Layer
+from domino_jax.weights import FusedLayer, Layer, Quantized
 
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
 
@@ -30,15 +30,32 @@ def rotate(x: Array, angles: Rotary) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def queries(layer: Layer, x: Array, angles: Rotary, eps: float) -> Array:
+def linear(x: Array, weight: Array | Quantized) -> Array:
+    """x [..., in] times weight [in, out...]: [..., out...]."""
+    if isinstance(weight, Quantized):
+        return jnp.tensordot(x, weight.values.astype(x.dtype), 1) * weight.scale
+    return jnp.tensordot(x, weight, 1)
+
+
+def scores(x: Array, weight: Array | Quantized) -> Array:
+    """x [..., in] times a vocabulary's projection [V, in]: [..., V], float32."""
+    values = weight.values.astype(x.dtype) if isinstance(weight, Quantized) else weight
+    out = jnp.einsum("...D,VD->...V", x, values, preferred_element_type=jnp.float32)
+    return out * weight.scale.astype(jnp.float32) if isinstance(weight, Quantized) else out
+
+
+def queries(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float) -> Array:
     """[..., T, D] -> [..., T, N, H]: projected, normed per head, rotated."""
-    return rotate(rms_norm(jnp.einsum("...D,DNH->...NH", x, layer.q), layer.q_norm, eps), angles)
+    return rotate(rms_norm(linear(x, layer.q), layer.q_norm, eps), angles)
 
 
-def keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array]:
+def keys_values(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array]:
     """[..., T, D] -> two [..., T, K, H]: keys normed per head and rotated, values as projected."""
-    k = rotate(rms_norm(jnp.einsum("...D,DKH->...KH", x, layer.k), layer.k_norm, eps), angles)
-    return k, jnp.einsum("...D,DKH->...KH", x, layer.v)
+    if isinstance(layer, FusedLayer):
+        k, v = jnp.moveaxis(linear(x, layer.kv), -3, 0)
+    else:
+        k, v = linear(x, layer.k), linear(x, layer.v)
+    return rotate(rms_norm(k, layer.k_norm, eps), angles), v
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -64,9 +81,20 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return attended.transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
-def residual(layer: Layer, x: Array, attended: Array, eps: float) -> Array:
+def residual(layer: Layer | FusedLayer, x: Array, attended: Array, eps: float) -> Array:
     """The rest of a layer after attention: x + o(attended), then x + SwiGLU(norm(x))."""
     # Heads flattened by hand: XLA may contract two axes in the order that transposes the weight.
-    x = x + attended.reshape(*x.shape[:-1], -1) @ layer.o.reshape(-1, x.shape[-1])
+    x = x + linear(attended.reshape(*x.shape[:-1], -1), flat_heads(layer.o))
     y = rms_norm(x, layer.mlp_norm, eps)
-    return x + (jax.nn.silu(y @ layer.gate) * (y @ layer.up)) @ layer.down
+    if isinstance(layer, FusedLayer):
+        gate, up = jnp.moveaxis(linear(y, layer.gate_up), -2, 0)
+    else:
+        gate, up = linear(y, layer.gate), linear(y, layer.up)
+    return x + linear(jax.nn.silu(gate) * up, layer.down)
+
+
+def flat_heads(o: Array | Quantized) -> Array | Quantized:
+    """[N, H, D] -> [NH, D]."""
+    if isinstance(o, Quantized):
+        return o._replace(values=o.values.reshape(-1, o.values.shape[-1]))
+    return o.reshape(-1, o.shape[-1])

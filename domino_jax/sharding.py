@@ -54,6 +54,12 @@ def constrain(x: Array, letters: str) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
+def model_devices() -> int:
+    """Devices that share the vocabulary, and each layer: the size of the mesh axis `model` in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[MODEL]
+
+
 def put(x: Any, letters: str) -> Array:
     """A copy of `x`, laid out by its axis letters where a mesh is in context; each process must have the same `x`."""
     if jax.sharding.get_abstract_mesh().empty:

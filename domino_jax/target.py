@@ -7,7 +7,7 @@ from domino_jax import layers
 from domino_jax.cache import KVCache, append
 from domino_jax.config import TargetConfig
 from domino_jax.sharding import constrain
-from domino_jax.weights import Target, lm_head
+from domino_jax.weights import Quantized, Target, lm_head
 
 
 def forward(
@@ -55,9 +55,12 @@ def forward(
     return x, features, cache
 
 
-def logits(params: Target, config: TargetConfig, hidden: Array) -> Array:
-    """LM head: [B, T, D] -> [B, T, V], float32; entries that only pad the vocabulary are -inf."""
-    scores = jnp.einsum("BTD,VD->BTV", hidden, lm_head(params), preferred_element_type=jnp.float32)
+def logits(params: Target, config: TargetConfig, hidden: Array, output: Quantized | None = None) -> Array:
+    """LM head: [B, T, D] -> [B, T, V], float32; entries that only pad the vocabulary are -inf.
+
+    `output` is a copy of the LM head to use in its place, for drafting.
+    """
+    scores = layers.scores(hidden, lm_head(params) if output is None else output)
     if scores.shape[-1] > config.vocab_size:
         scores = jnp.where(jnp.arange(scores.shape[-1]) < config.vocab_size, scores, -jnp.inf)
     return constrain(scores, "B T V")

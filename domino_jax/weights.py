@@ -7,7 +7,7 @@ they are read by row as well.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,13 @@ from jax import Array
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 
 Leaf = Callable[[str], Any]  # axis letters, separated by spaces -> what to put there
+
+
+class Quantized(NamedTuple):
+    """An 8-bit matrix in the place of a weight: values times scale, one scale for each output (see `quantize`)."""
+
+    values: Array  # int8 or float8, of the weight's shape
+    scale: Array  # of the output axes' shape, in the weight's dtype
 
 
 class Layer(nnx.Module):
@@ -34,6 +41,22 @@ class Layer(nnx.Module):
         self.gate: Array = leaf("D F")
         self.up: Array = leaf("D F")
         self.down: Array = leaf("F D")
+
+
+class FusedLayer(nnx.Module):
+    """A Layer whose products of one input are one product each: K with V, gate with up (see `prepare.fuse`)."""
+
+    def __init__(self, layer: Layer, kv: Any, gate_up: Any):
+        """Args: kv: [D, 2, K, H]; gate_up: [D, 2, F]."""
+        self.input_norm: Array = nnx.data(layer.input_norm)
+        self.q: Array = nnx.data(layer.q)
+        self.kv: Array = nnx.data(kv)
+        self.q_norm: Array = nnx.data(layer.q_norm)
+        self.k_norm: Array = nnx.data(layer.k_norm)
+        self.o: Array = nnx.data(layer.o)
+        self.mlp_norm: Array = nnx.data(layer.mlp_norm)
+        self.gate_up: Array = nnx.data(gate_up)
+        self.down: Array = nnx.data(layer.down)
 
 
 class Target(nnx.Module):

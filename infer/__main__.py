@@ -42,6 +42,12 @@ class Generate:
     """drafter: likewise, or none for plain decoding; by default the one that belongs to the model's name"""
     drafts: int | None = None
     """proposals that a cycle verifies, from 1 to all of a block; all when not given"""
+    head_candidates: int | Literal["all"] = "all"
+    """tokens that the causal head scores: so many of the highest base logits, or all of the vocabulary"""
+    draft_dtype: Literal["int8", "float8"] | None = None
+    """8 bits for the drafter's matrices, which can't change the output; --dtype when not given"""
+    fuse: FlagCreatePairsOff[bool] = False
+    """one matrix product for keys and values, and one for the MLP's gate and up"""
     max_new_tokens: int = 256
     """tokens to generate at most"""
     temperature: float = 0.0
@@ -99,6 +105,14 @@ def contradictions(options: Generate, chat: bool) -> str | None:
     """What is wrong with the words of the command line, None if nothing is."""
     o = options
     sources = [o.prompt is not None, o.prompts is not None, o.input_ids is not None]
+    few = o.head_candidates
+    drafting = {
+        "--drafts": o.drafts is not None,
+        "--head-candidates": o.head_candidates != "all",
+        "--draft-dtype": o.draft_dtype is not None,
+        "--show-drafts": o.show_drafts,
+    }
+    without = o.draft == "none"
     rules = (
         (sum(sources) > 1, "give one of PROMPT, --prompts and --input-ids, not several"),
         (o.max_new_tokens < 1, f"--max-new-tokens must be at least 1, found {o.max_new_tokens}"),
@@ -113,8 +127,8 @@ def contradictions(options: Generate, chat: bool) -> str | None:
         (o.system is not None and o.input_ids is not None, "--system does nothing to --input-ids"),
         (o.json and o.show_drafts, "--show-drafts colours text, and --json prints none"),
         (o.draft == "none" and o.compare, "--compare compares with and without a drafter, and --draft none has none"),
-        (o.draft == "none" and o.drafts is not None, "--drafts needs a drafter, and --draft none has none"),
-        (o.draft == "none" and o.show_drafts, "--show-drafts needs a drafter, and --draft none has none"),
+        (few != "all" and few < 1, f"--head-candidates must be at least 1, found {few}"),
+        *((without and used, f"{flag} needs a drafter, and --draft none has none") for flag, used in drafting.items()),
         (chat and o.json, "--json needs a prompt"),
         (chat and o.compare, "--compare needs a prompt"),
     )
@@ -306,9 +320,11 @@ class Session:
         return [Prompt(text=text)]
 
     def _load(self) -> None:
+        from convert.programs import keep_programs
         from infer import models
         from infer.engine import Engine
 
+        keep_programs()
         o = self.options
         target, draft = models.resolve(o.model, o.draft)
         if draft is None and o.draft is None:
@@ -317,7 +333,8 @@ class Session:
                 raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         with progress_bars(self.notes) as progress:
             mesh = parse_mesh(o.mesh) if o.mesh is not None else None
-            self.loaded = models.load(target, draft, o.dtype, progress, o.drafts, mesh)
+            few = None if o.head_candidates == "all" else o.head_candidates
+            self.loaded = models.load(target, draft, o.dtype, progress, o.drafts, mesh, few, o.draft_dtype, o.fuse)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded)
         if o.system is not None and not self._is_chat():

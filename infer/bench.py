@@ -23,14 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import FlagCreatePairsOff
 
+from convert.programs import keep_programs
 from domino_jax import cache as kv
 from domino_jax import decode, draft, head, sharding, verify
 from domino_jax.errors import DominoError
 from domino_jax.sampling import probabilities, settings
-from domino_jax.weights import Draft, flatten, unflatten
+from domino_jax.weights import Draft
 from infer.engine import Engine, Sequence, Settings, tau
 from infer.models import DEMO, Loaded, load, resolve
 
@@ -65,6 +68,12 @@ class Bench:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    head_candidates: int | Literal["all"] = "all"
+    """tokens that the causal head scores: so many of the highest base logits, or all of the vocabulary"""
+    draft_dtype: Literal["int8", "float8"] | None = None
+    """8 bits for the drafter's matrices, which can't change the output; --dtype when not given"""
+    fuse: FlagCreatePairsOff[bool] = False
+    """one matrix product for keys and values, and one for the MLP's gate and up"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
     transformers: bool = True
@@ -83,11 +92,12 @@ def head_off(loaded: Loaded) -> Loaded:
     config, params = loaded.configs.draft, loaded.params.draft
     assert config is not None and params is not None
     plain = dataclasses.replace(config, head=None)
-    drafter: Draft = unflatten(plain, {k: v for k, v in flatten(params).items() if not k.startswith("head.")})
+    drafter: Draft = jax.tree.map(lambda x: x, params)  # another module with the same arrays
+    drafter.head = nnx.data(None)
     return dataclasses.replace(
         loaded,
-        configs=dataclasses.replace(loaded.configs, draft=plain),
-        params=decode.Params(loaded.params.target, drafter),
+        configs=dataclasses.replace(loaded.configs, draft=plain, candidates=None),
+        params=loaded.params._replace(draft=drafter),
     )
 
 
@@ -276,7 +286,9 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
         return {"target_ms": timed(verified_by(none))}
     z, base, _ = decode.draft_block(params, configs, state)
     draft_keys = None if greedy else keys
-    drafts, q = head.propose(drafter, config, params.target.embed, z, base, state.token, sampling, draft_keys)
+    drafts, q = head.propose(
+        drafter, config, params.target.embed, z, base, state.token, sampling, draft_keys, configs.candidates
+    )
     logits, features, _ = decode.run_target(params, configs, state, drafts)
 
     def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
@@ -347,6 +359,9 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
         "mesh": options.mesh or "",
+        "head_candidates": str(options.head_candidates),
+        "draft_dtype": options.draft_dtype or "",
+        "fused": options.fuse,
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,
         "model": options.model,
@@ -461,10 +476,19 @@ def main(argv: list[str] | None = None) -> int:
             raise DominoError("--temperature and --seed must be 0 or more.")
         if options.json and not options.json.absolute().parent.is_dir():
             raise DominoError(f"{options.json.absolute().parent} is not a folder; --json is to be written there.")
+        keep_programs()
         target, drafter = resolve(options.model, options.draft)
         with console.status("loading"):
             mesh = sharding.parse(options.mesh) if options.mesh else None
-            loaded = load(target, drafter, options.dtype, mesh=mesh)
+            loaded = load(
+                target,
+                drafter,
+                options.dtype,
+                mesh=mesh,
+                candidates=None if options.head_candidates == "all" else options.head_candidates,
+                draft_dtype=options.draft_dtype,
+                fuse=options.fuse,
+            )
         if loaded.mesh and any(batch % loaded.mesh.shape[sharding.DATA] for batch in options.batch_sizes):
             raise DominoError("--batch-sizes must be multiples of the mesh's data axis.")
         if options.drafts and loaded.configs.draft is None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from convert import hf
 from convert.tokenizer import first_line, load_tokenizer
+from domino_jax import prepare
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
@@ -112,6 +113,9 @@ def load(
     progress: Callable[[str, int, int], None] | None = None,
     drafts: int | None = None,
     mesh: tuple[int, int] | None = None,
+    candidates: int | None = None,
+    draft_dtype: str | None = None,
+    fuse: bool = False,
 ) -> Loaded:
     """Load a target and its drafter; both configs are checked before any weight is read.
 
@@ -121,6 +125,9 @@ def load(
         progress: called with "target" or "drafter", tensors done, tensors in all.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
         mesh: sizes of its axes data and model; for the devices found when None.
+        candidates: tokens that the causal head scores; the whole vocabulary when None.
+        draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
+        fuse: one product where several have the same input (see `prepare.fuse`).
 
     Raises:
         DominoError: a folder is not a whole supported model, or the two do not fit.
@@ -136,7 +143,9 @@ def load(
         if not isinstance(draft_config, DraftConfig):
             raise DominoError(f"{draft} is not a drafter (its config.json has no dflash_config); see --draft.")
         warnings = check_pair(config, draft_config)
-        configs = Configs(config, draft_config, drafts)
+        configs = Configs(config, draft_config, drafts, candidates)
+    elif candidates is not None or draft_dtype is not None:
+        raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     if kind == jnp.float32:
         # Accelerators round float32 products by default, which would make --dtype float32 untrue.
@@ -157,7 +166,15 @@ def load(
 
     try:
         whole = read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None
-        params = jax.block_until_ready(Params(*whole))
+        params = Params(*whole)
+        del whole  # what is made ready below is then held once
+        with jax.set_mesh(spread) if spread else nullcontext():
+            if draft_dtype is not None and fitted.draft:
+                params = prepare.quantize(params, fitted.draft, draft_dtype)
+            if fuse:
+                for module in filter(None, params[:2]):
+                    prepare.fuse(module)
+        jax.block_until_ready(params)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

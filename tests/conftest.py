@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is stated in float32 as 
 # Nearly all of the suite's time is LLVM optimising programs that run once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # every run tests what it compiled itself
 
 import jax
 import pytest

@@ -13,7 +13,7 @@ import pytest
 from factory import NO_STOP, Output, Pair
 from tiny import make_draft, make_target
 
-from domino_jax import decode, sharding
+from domino_jax import decode, prepare, sharding
 from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, DecodeState, Params
 from domino_jax.errors import DominoError
@@ -64,6 +64,36 @@ def alone(pair) -> list[Output]:
     return outputs
 
 
+def cheap(pair: Pair) -> Pair:
+    """The other form of the head, which scores candidates, an 8-bit drafter and fused products."""
+    assert pair.configs.draft is not None
+    small = prepare.quantize(pair.params, pair.configs.draft, "int8")
+    small = small._replace(target=jax.tree.map(lambda w: w, small.target))  # fusing is in place
+    for module in small[:2]:
+        prepare.fuse(module)
+    return Pair(small, dataclasses.replace(pair.configs, candidates=5))
+
+
+@pytest.fixture(scope="module")
+def alone_cheaply(pair, alone) -> list[Output]:
+    outputs = run(cheap(pair))
+    assert [o.tokens for o in outputs] == [o.tokens for o in alone]
+    assert outputs != alone, "other drafts were to be expected"
+    return outputs
+
+
+@pytest.mark.parametrize(("data", "model"), MESHES, ids=lambda n: str(n))
+def test_a_mesh_gives_the_tokens_of_one_device_with_candidates_too(pair, alone_cheaply, data, model):
+    mesh = sharding.make_mesh(data, model)
+    with jax.set_mesh(mesh):
+        ours = cheap(spread(pair, mesh))
+        assert run(ours) == alone_cheaply
+    parts = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in flatten(ours.params).items()}
+    assert parts["draft.layers.0.kv.values"][2] == max(4, model) // model
+    assert parts["draft.layers.0.gate_up.scale"] == (2, 40 // model)
+    assert parts["output.values"][0] == -(-89 // model)
+
+
 @pytest.mark.parametrize(("data", "model"), MESHES, ids=lambda n: str(n))
 def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     """In float32, with what was accepted; weights, caches and vocabulary lie where the table says."""
@@ -101,11 +131,16 @@ def test_samples_on_a_mesh_are_those_of_one_device():
 COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
 
 
-def test_nothing_large_crosses_between_devices(pair):
-    """A cycle moves hidden states and, for each argmax, one candidate a device: no weight and no whole logits."""
+@pytest.mark.parametrize("candidates", [None, 1], ids=["whole head", "candidates"])
+def test_nothing_large_crosses_between_devices(pair, candidates):
+    """A cycle moves hidden states and, for each argmax, one candidate a device: no weight and no whole logits.
+
+    A head over candidates moves those as well, and their rows of its projection.
+    """
     mesh = sharding.make_mesh(2, 4)
     with jax.set_mesh(mesh):
         ours = spread(pair, mesh)
+        ours = Pair(ours.params, dataclasses.replace(ours.configs, candidates=candidates))
         text = decode.speculate.lower(ours.params, ours.configs, start(ours), NO_STOP, 8, True).compile().as_text()
     moved: dict[str, list[int]] = {}
     for shapes, kind, _ in COLLECTIVE.findall(text or ""):
@@ -113,7 +148,8 @@ def test_nothing_large_crosses_between_devices(pair):
             moved.setdefault(kind, []).append(int(np.prod([int(n) for n in shape.split(",") if n])))
     rows, positions = len(PROMPTS) // 2, 6  # J + 1
     assert set(moved) <= {"all-gather", "all-reduce"}
-    assert max(moved["all-gather"]) <= rows * positions * 4  # one candidate of each of 4 devices
+    # One candidate of each of 4 devices for an argmax; for candidates the best of each of 20 buckets.
+    assert max(moved["all-gather"]) <= rows * positions * (4 if candidates is None else 20)
     assert max(moved["all-reduce"]) <= rows * positions * TARGET.hidden_size
     assert len(moved["all-reduce"]) >= 2 * 2 + 2, "two a layer of the target, at least"
 

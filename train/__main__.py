@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import tyro
 
 from convert import hf
+from convert.programs import keep_programs
 from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, check_pair, default_taps
 from domino_jax.errors import DominoError
@@ -204,6 +205,7 @@ def row(metrics: Metrics, step: int, speed: float | None) -> dict[str, Any]:
 
 def run(options: Train) -> None:
     """Train to the end, or to an interruption, which saves first."""
+    keep_programs()
     options = settle(options)
     assert options.target is not None and options.data is not None
     raw = hf.read_json(options.target / "config.json")

@@ -20,6 +20,7 @@ import optax
 import tyro
 
 from convert.hf import save, write_json
+from convert.programs import keep_programs
 from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
@@ -146,6 +147,7 @@ def check(options: Pretrain) -> None:
 
 def run(options: Pretrain) -> None:
     check(options)
+    keep_programs()
     texts, held_out = read_texts(options.text, options.files)
     tokenizer = train_tokenizer(texts, options.vocab_size)
     ids, held_ids = encode(tokenizer, texts), encode(tokenizer, held_out)

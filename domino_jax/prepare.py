@@ -1,0 +1,85 @@
+"""Weights made ready for decoding: products of one input fused, the drafter's matrices in 8 bits.
+
+Neither changes what is computed by the target, so neither can change the output: a fused product is the same
+sums, and an 8-bit drafter only proposes other tokens (SPEC section 8).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from domino_jax.config import DraftConfig
+from domino_jax.decode import Params
+from domino_jax.sharding import constrain
+from domino_jax.weights import FusedLayer, Quantized, axes, flatten, lm_head
+
+KINDS = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
+
+# The recurrent part stays as it is: it is small, and its error would be carried from proposal to proposal.
+WHOLE = ("head.gru_in", "head.gru_state", "head.proj_in")
+# Axes that a product with the weight sums over; the others are outputs, which have a scale each.
+SUMMED = {"D N H": 1, "D K H": 1, "N H D": 2, "D F": 1, "F D": 1, "LD D": 1, "V R": -1, "V D": -1}
+
+
+def fuse(module: Any) -> None:
+    """Replace the layers of a Target or Draft by FusedLayers, one after another, so that nothing is held twice.
+
+    After `quantize` where both are wanted. Q stays by itself: a drafter's context has keys and values alone.
+    """
+    layers: list[Any] = [None] * len(module.layers)
+    for i in range(len(layers)):
+        layer, module.layers[i] = module.layers[i], nnx.data(None)
+        layers[i] = FusedLayer(layer, _together(layer.k, layer.v, "D - K H"), _together(layer.gate, layer.up, "D - F"))
+        del layer
+    module.layers = nnx.List(layers)
+
+
+@partial(jax.jit, static_argnums=2)
+def _together(first: Any, second: Any, letters: str) -> Any:
+    """Two weights [in, out...] as one [in, 2, out...], laid out by its axis letters."""
+    if isinstance(first, Quantized):
+        values, scale = jnp.stack([first.values, second.values], axis=1), jnp.stack([first.scale, second.scale])
+        return Quantized(constrain(values, letters), constrain(scale, letters.removeprefix("D ")))
+    return constrain(jnp.stack([first, second], axis=1), letters)
+
+
+def quantize(params: Params, config: DraftConfig, kind: str) -> Params:
+    """The params with the drafter's matrices in 8 bits, and an 8-bit copy of the LM head for drafting.
+
+    Args:
+        kind: one of KINDS.
+    """
+    assert params.draft is not None, "there is no drafter to quantize"
+    letters = flatten(axes(config))
+    leaves, form = jax.tree.flatten(params.draft)
+    named = zip(flatten(params.draft), leaves, strict=True)
+    done = [
+        leaf if path in WHOLE or len(letters[path].split()) == 1 else to_8_bits(leaf, letters[path], kind)
+        for path, leaf in named
+    ]
+    return Params(params.target, jax.tree.unflatten(form, done), to_8_bits(lm_head(params.target), "V D", kind))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def to_8_bits(weight: Array, letters: str, kind: str) -> Quantized:
+    """The weight as values times scale, the largest of each output's column at the end of the range.
+
+    Args:
+        letters: its axes, "D N H".
+        kind: one of KINDS.
+    """
+    dtype, summed = KINDS[kind], SUMMED[letters]
+    axis = tuple(range(summed)) if summed > 0 else (summed,)
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    most = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
+    w = weight.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=axis, keepdims=True), jnp.finfo(jnp.float32).tiny) / most
+    values = w / scale
+    values = constrain((jnp.round(values) if whole else values).astype(dtype), letters)
+    names = letters.split()
+    outputs = " ".join(names[summed:] if summed > 0 else names[:summed])
+    return Quantized(values, constrain(jnp.squeeze(scale, axis).astype(weight.dtype), outputs))

@@ -1,0 +1,215 @@
+"""What makes a cycle cheaper and must not change the output: fused products, 8-bit drafters, head candidates."""
+
+import dataclasses
+from functools import partial
+
+import factory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factory import Output, Pair
+
+from domino_jax import decode, head, layers, prepare
+from domino_jax.config import DecoderConfig
+from domino_jax.decode import Configs, Params
+from domino_jax.errors import DominoError
+from domino_jax.sampling import settings
+from domino_jax.weights import Quantized, build, flatten
+
+TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
+PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
+COUNT = 24
+good = partial(factory.good_pair, TARGET, 1, num_hidden_layers=1)
+
+
+def in_dtype(pair: Pair, dtype) -> Pair:
+    return Pair(jax.tree.map(lambda w: w.astype(dtype), pair.params), pair.configs)
+
+
+def run(pair: Pair, **more) -> list[Output]:
+    return factory.speculate(
+        pair.params, pair.configs, factory.begin(pair.params, pair.configs, PROMPTS, COUNT), **more
+    )
+
+
+def tau(outputs: list[Output]) -> float:
+    accepted = [m for o in outputs for m in o.accepted]
+    return sum(accepted) / len(accepted) + 1
+
+
+def eight_bits(pair: Pair, kind: str) -> Pair:
+    assert pair.configs.draft is not None
+    return Pair(prepare.quantize(pair.params, pair.configs.draft, kind), pair.configs)
+
+
+# --- 8-bit drafters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.5 / 127), ("float8", 2**-4)])
+@pytest.mark.parametrize("config", [TARGET, good().configs.draft], ids=["target", "drafter"])
+def test_every_matrix_comes_back_to_within_its_columns_step(config: DecoderConfig, kind, bound):
+    """Each kind of weight there is: the error of a value is at most `bound` of the largest of its output's column."""
+    sizes = config.sizes
+    seen = set()
+
+    def check(letters: str) -> None:
+        names = letters.split()
+        if len(names) == 1 or letters in seen or letters not in prepare.SUMMED:
+            return
+        seen.add(letters)
+        weight = jax.random.normal(jax.random.key(len(seen)), tuple(sizes[a] for a in names))
+        small = prepare.to_8_bits(weight, letters, kind)
+        assert small.values.dtype == prepare.KINDS[kind] and small.values.shape == weight.shape
+        if names[0] == "V":  # in the einsum and in the gather
+            whole = small.values.astype(jnp.float32) * small.scale[:, None]
+            np.testing.assert_array_equal(head.read_rows(small, jnp.arange(sizes["V"])), whole)
+            x = jax.random.normal(jax.random.key(0), (3, weight.shape[1]))
+            np.testing.assert_allclose(layers.scores(x, small), x @ whole.T, atol=1e-4)
+            column = jnp.abs(weight).max(axis=1, keepdims=True)
+        else:
+            if names[0] == "N":
+                weight, small = weight.reshape(-1, sizes["D"]), layers.flat_heads(small)
+            whole = layers.linear(jnp.eye(weight.shape[0]), small)
+            column = jnp.abs(weight).max(axis=0)
+        assert (jnp.abs(whole - weight) <= bound * column * 1.01).all()
+        assert (jnp.abs(whole - weight) > bound * column / 10).any(), "nothing was rounded"
+
+    build(config, check)
+    assert len(seen) >= 5
+
+
+def test_the_recurrent_part_and_the_norms_stay_as_they_are():
+    pair = good()
+    small = eight_bits(pair, "int8")
+    before, after = flatten(pair.params.draft), flatten(small.params.draft)
+    for path, weight in before.items():
+        stays = weight.ndim == 1 or path in prepare.WHOLE
+        assert (path in after) == stays
+        assert not stays or after[path] is weight
+    assert isinstance(small.params.output, Quantized)
+    assert small.params.target is pair.params.target
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", prepare.KINDS)
+def test_an_8_bit_drafter_changes_no_token(kind, dtype):
+    pair = in_dtype(good(), dtype)
+    whole, small = run(pair), run(eight_bits(pair, kind))
+    assert [o.tokens for o in small] == [o.tokens for o in whole]
+    assert tau(small) > 0.8 * tau(whole) > 1.4, "an 8-bit drafter should propose nearly as well"
+
+
+# --- Fused products -----------------------------------------------------------------------------------------------
+
+
+def test_fused_products_are_the_same_sums():
+    pair, fused = good(), good()
+    prepare.fuse(fused.params.target)
+    prepare.fuse(fused.params.draft)
+    names = set(flatten(fused.params.target)) | set(flatten(fused.params.draft))
+    assert "layers.0.kv" in names and not {"layers.0.k", "layers.0.v", "layers.0.gate", "layers.1.up"} & names
+
+    @partial(jax.jit, static_argnums=1)
+    def step(params: Params, configs: Configs, state):
+        drafts, _, _ = decode.propose(params, configs, state, None)
+        return drafts, *decode.run_target(params, configs, state, drafts)[:2]
+
+    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    for a, b in zip(step(pair.params, pair.configs, state), step(fused.params, fused.configs, state), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+    assert run(fused) == run(pair)
+
+
+def test_fused_and_8_bit_together():
+    pair = good()
+    expected = run(pair)
+    small = eight_bits(pair, "int8")
+    alone = run(small)
+    prepare.fuse(small.params.target)
+    prepare.fuse(small.params.draft)
+    assert run(small) == alone
+    assert [o.tokens for o in run(small)] == [o.tokens for o in expected]
+
+
+# --- Head candidates ----------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_the_highest_logits():
+    """Exactly where the vocabulary is small; nearly, and always with the highest of all, where it is in buckets."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 96)).astype(np.float32)
+    values, ids = jax.jit(head.likeliest, static_argnums=1)(logits, 10)
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[..., :10])
+    np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[..., :10])
+
+    logits = rng.normal(size=(2, 3, 4096)).astype(np.float32)
+    values, ids = jax.jit(head.likeliest, static_argnums=1)(logits, 16)
+    np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(ids), axis=-1), values)
+    np.testing.assert_array_equal(ids[..., 0], logits.argmax(axis=-1))
+    best = np.argsort(-logits, axis=-1)[..., :16]
+    kept = [len(set(a) & set(b)) for a, b in zip(best.reshape(-1, 16), np.asarray(ids).reshape(-1, 16), strict=True)]
+    assert np.mean(kept) > 14.5 and min(kept) < 16, "buckets lose one now and then"
+
+
+@pytest.mark.parametrize("candidates", [1, 7, 88, 89, 500])
+def test_the_head_scores_its_candidates_alone(candidates):
+    """Proposal for proposal what a walk over the masked logits gives; the tokens do not change."""
+    pair = good()
+    config = pair.configs.draft
+    few = Pair(pair.params, dataclasses.replace(pair.configs, candidates=candidates))
+    assert config is not None and pair.params.draft is not None
+    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+
+    @jax.jit
+    def both(params: Params, state):
+        _, base, _ = decode.draft_block(params, pair.configs, state)
+        return base, decode.propose(params, few.configs, state, None)[0]
+
+    base, drafts = jax.device_get(both(pair.params, state))
+    # All but the candidates' base logits at -inf: the head over the whole vocabulary then does the same.
+    lowest = -np.sort(-base, axis=-1)[..., min(candidates, 89) - 1 :][..., :1]
+    masked = np.where(base >= lowest, base, -np.inf)
+    z = jax.jit(lambda p, s: decode.draft_block(p, pair.configs, s)[0])(pair.params, state)
+    embed = pair.params.target.embed
+    plain = jax.jit(partial(head.propose, config=config, keys=None))
+    masked[:, 0] = base[:, 0]  # P = 1
+    expected, _ = plain(pair.params.draft, embed=embed, z=z, base=masked, anchor=state.token, sampling=state.sampling)
+    np.testing.assert_array_equal(drafts, expected)
+    outputs, whole = run(few), run(pair)
+    assert [o.tokens for o in outputs] == [o.tokens for o in whole]
+    assert tau(outputs) <= tau(whole) and (candidates < 89 or outputs == whole)
+
+
+def test_a_draw_from_candidates_says_what_it_was_drawn_from():
+    """q is what the head over the whole vocabulary gives with all but the candidates at minus infinity."""
+    pair = good()
+    configs = dataclasses.replace(pair.configs, candidates=6)
+    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=settings(4, temperature=8.0))
+    keys = jax.random.split(jax.random.key(5), 4)
+
+    @jax.jit
+    def both(params: Params, state):
+        assert params.draft is not None and configs.draft is not None
+        z, base, _ = decode.draft_block(params, pair.configs, state)
+        kept = base >= -jnp.sort(-base, axis=-1)[..., 5:6]
+        masked = jnp.where(kept | (jnp.arange(5) == 0)[:, None], base, -jnp.inf)  # P = 1
+        how = params.target.embed, z, masked, state.token, state.sampling, keys
+        return kept, head.propose(params.draft, configs.draft, *how), decode.propose(params, configs, state, keys)
+
+    kept, (whole, expected), (drafts, q, _) = jax.device_get(both(pair.params, state))
+    np.testing.assert_array_equal(drafts[:, 0], whole[:, 0])
+    np.testing.assert_allclose(q[:, :2], expected[:, :2], atol=1e-5)  # what follows depends on what was drawn
+    np.testing.assert_allclose(q.sum(axis=-1), 1, atol=1e-5)
+    assert ((q > 0) == kept)[:, 1:].all()
+    assert np.take_along_axis(kept, drafts[..., None], axis=-1)[:, 1:].all()
+    assert len(set(drafts[:, 1:].ravel().tolist())) > 3
+
+
+def test_what_candidates_need():
+    configs = good().configs
+    with pytest.raises(DominoError, match="at least 1, found 0"):
+        dataclasses.replace(configs, candidates=0)
+    plain = good(head=None, shift_label=False).configs
+    with pytest.raises(DominoError, match="need a drafter with a causal head"):
+        dataclasses.replace(plain, candidates=4)

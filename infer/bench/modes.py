@@ -1,0 +1,27 @@
+"""The ways of decoding that are compared, as views of one loaded model."""
+
+import dataclasses
+
+from domino_jax import decode
+from domino_jax.weights import Draft, flatten, unflatten
+from infer.models import Loaded
+
+LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
+
+
+def with_drafts(loaded: Loaded, drafts: int | None) -> Loaded:
+    """The same model with `drafts` proposals a cycle."""
+    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=drafts))
+
+
+def head_off(loaded: Loaded) -> Loaded:
+    """The same drafter as plain DFlash: its causal head is left out, its proposals are the base logits'."""
+    config, params = loaded.configs.draft, loaded.params.draft
+    assert config is not None and params is not None
+    plain = dataclasses.replace(config, head=None)
+    drafter: Draft = unflatten(plain, {k: v for k, v in flatten(params).items() if not k.startswith("head.")})
+    return dataclasses.replace(
+        loaded,
+        configs=dataclasses.replace(loaded.configs, draft=plain),
+        params=decode.Params(loaded.params.target, drafter),
+    )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from convert import hf
 from convert.tokenizer import first_line, load_tokenizer
-from domino_jax.config import DraftConfig, TargetConfig, check_pair
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh, placer
@@ -112,6 +112,7 @@ def load(
     progress: Callable[[str, int, int], None] | None = None,
     drafts: int | None = None,
     mesh: tuple[int, int] | None = None,
+    weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
 ) -> Loaded:
     """Load a target and its drafter; both configs are checked before any weight is read.
 
@@ -121,6 +122,7 @@ def load(
         progress: called with "target" or "drafter", tensors done, tensors in all.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
         mesh: sizes of its axes data and model; for the devices found when None.
+        weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
 
     Raises:
         DominoError: a folder is not a whole supported model, or the two do not fit.
@@ -152,6 +154,8 @@ def load(
     )
 
     def read(folder: Path, config: Any, what: str) -> Any:
+        if weights:
+            return weights(config, kind, spread)
         bar = partial(progress, what) if progress else None
         return _weights(folder, config, kind, bar, placer(config, spread) if spread else hf.on_device)
 

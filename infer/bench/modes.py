@@ -25,3 +25,12 @@ def head_off(loaded: Loaded) -> Loaded:
         configs=dataclasses.replace(loaded.configs, draft=plain),
         params=decode.Params(loaded.params.target, drafter),
     )
+
+
+def simulated(loaded: Loaded, tau: float | None) -> Loaded:
+    """The same model with a stated mean acceptance length instead of its own; None leaves it its own.
+
+    Raises:
+        DominoError: its cycles can't have that acceptance length.
+    """
+    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, simulated_tau=tau))

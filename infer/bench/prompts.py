@@ -1,6 +1,8 @@
 """The prompts that are run, and which of them the target answers well enough to say something."""
 
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +11,48 @@ from infer.bench.options import Bench
 from infer.engine import Engine, Settings
 from infer.models import DEMO, Loaded
 
+RANDOM_IDS = "random ids"
+
+
+class Prompts(NamedTuple):
+    """What is run, and how it was found."""
+
+    prompts: list[list[int]]  # num_prompts lists of prompt_tokens ids
+    looping: int  # passed over because the target's answer loops
+    source: str  # a file's name, or that they are random ids
+
+
+def gather(options: Bench, loaded: Loaded, engine: Engine) -> Prompts:
+    """The prompts of one context length.
+
+    Where --contexts asks for longer prompts than the file has, they are random ids, and the rows say so.
+
+    Args:
+        engine: the target's, without stop tokens.
+
+    Raises:
+        DominoError: there are too few, or the file is missing or malformed.
+    """
+    found, path = read_prompts(options, loaded), prompts_file(options)
+    source = path.name if path else RANDOM_IDS
+    if options.contexts and len(found) < options.num_prompts:
+        found, source = random_prompts(options, loaded), RANDOM_IDS
+    prompts, looping = choose(found, options, engine)
+    return Prompts(prompts, looping, source)
+
+
+def prompts_file(options: Bench) -> Path | None:
+    """The file that prompts are read from; None for random ids."""
+    if options.prompts is None and options.model == "demo" and options.shapes is None:
+        return DEMO / "prompts.jsonl"
+    return options.prompts
+
+
+def random_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
+    """`num_prompts` lists of `prompt_tokens` random ids."""
+    rng = np.random.default_rng(options.seed)
+    return rng.integers(0, loaded.configs.target.vocab_size, (options.num_prompts, options.prompt_tokens)).tolist()
+
 
 def read_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
     """Prompts of exactly `prompt_tokens` ids: all that the file has, or `num_prompts` random ones.
@@ -16,13 +60,9 @@ def read_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
     Raises:
         DominoError: the file is missing or malformed.
     """
-    path = options.prompts
-    if path is None and options.model == "demo":
-        path = DEMO / "prompts.jsonl"
+    path = prompts_file(options)
     if path is None:
-        rng = np.random.default_rng(options.seed)
-        shape = (options.num_prompts, options.prompt_tokens)
-        return rng.integers(0, loaded.configs.target.vocab_size, shape).tolist()
+        return random_prompts(options, loaded)
     found: list[list[int]] = []
     try:
         for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):

@@ -15,6 +15,8 @@ from infer.bench.shapes import load_random
 from infer.bench.sweep import measure
 from infer.models import load, resolve
 
+PIPE_WIDTH = 160
+
 
 def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Bench, args=argv, prog="python -m infer.bench")
@@ -40,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         with loaded.context():
             rows = measure(options, loaded, target, console)
         try:
-            show(rows, Console())
+            # Rows of many figures: a file or a pipe gets them whole.
+            show(rows, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
             for path in draw(rows, options.plot) if options.plot else ():
                 print(f"plot: {path}")
         finally:  # neither a full disk nor a closed pipe loses both

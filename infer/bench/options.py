@@ -17,7 +17,7 @@ class Bench:
     draft: str | None = None
     """name, folder or org/repo of the drafter; by default the one that belongs to --model's name"""
     shapes: str | None = None
-    """instead of --model: a public shape, such as qwen3-8b, with a drafter like the public ones; needs --random-weights"""
+    """instead of --model, a public shape such as qwen3-8b, with a drafter as the public ones: with --random-weights"""
     random_weights: bool = False
     """with --shapes: weights are random, so the figures are of speed only, and every row says so"""
     simulate_tau: float | None = None

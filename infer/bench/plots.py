@@ -50,7 +50,7 @@ def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, places = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), constrained_layout=True)
+    figure, places = plt.subplots(1, len(panels), figsize=(6 * len(panels) + 2, 4.5), constrained_layout=True)
     for place, (field, name) in zip(places.flat, panels.items(), strict=True):
         for words, points in curves(rows, axis).items():
             place.plot([p[axis] for p in points], [p[field] for p in points], "o-", label=words, linewidth=1.2)
@@ -63,7 +63,7 @@ def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> P
         place.set_ylabel(name)
         place.set_ylim(bottom=0)
         place.grid(alpha=0.3)
-    places.flat[0].legend(loc="best", fontsize="small")
+    figure.legend(*places.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(title(rows[0]), fontsize="small")
     temporary = path.with_suffix(".tmp.png")
     _save(lambda: figure.savefig(temporary, dpi=110), path)

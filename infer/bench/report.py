@@ -64,12 +64,15 @@ def show(rows: list[Row], console: Console) -> None:
     for row in rows:
         if row.get("profile"):
             named = row["profile_scopes"] or "no phase of a cycle by name"
-            console.print(f"trace of {label(row)}: {row['profile']} ({named})", soft_wrap=True)
+            words = f"trace of {row['mode']} {row['drafts'] or ''}".rstrip()
+            console.print(f"{words}: {row['profile']} ({named})", soft_wrap=True, markup=False)
 
 
 def _table(name: str, columns: dict[str, tuple[str, str]], rows: list[Row], console: Console) -> None:
     """One table; rows that have none of the columns are left out."""
-    table = Table("context", "batch", "mode", "J", title=name, title_justify="left")
+    table = Table("context", "batch", title=name, title_justify="left")
+    table.add_column("mode", no_wrap=True)
+    table.add_column("J")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:

@@ -156,7 +156,7 @@ def _sum(*parts: Work) -> Work:
     return Work(*map(sum, zip(*parts, strict=True)))
 
 
-def rows_fields(
+def fields(
     loaded: Loaded, batch: int, context: int, sampled: bool, machine: Machine, row: dict[str, Any]
 ) -> dict[str, float]:
     """Flat fields for a row: each phase's GB, GFLOP, floor in ms and share of it reached; the same of its cycle.
@@ -165,13 +165,13 @@ def rows_fields(
         row: has the measured `<phase>_ms` and `ms_per_cycle`.
     """
     mesh = (loaded.mesh.shape[DATA], loaded.mesh.shape[MODEL]) if loaded.mesh else (1, 1)
-    fields, whole = {}, 0.0
+    found, whole = {}, 0.0
     for name, needed in work(loaded.configs, loaded.params, batch, context, mesh, sampled).items():
         floor = machine.milliseconds(needed)
-        fields |= {f"{name}_gb": needed.bytes / 1e9, f"{name}_gflop": needed.flops / 1e9}
-        fields |= {f"{name}_floor_ms": floor, f"{name}_floor_share": floor / row[f"{name}_ms"]}
+        found |= {f"{name}_gb": needed.bytes / 1e9, f"{name}_gflop": needed.flops / 1e9}
+        found |= {f"{name}_floor_ms": floor, f"{name}_floor_share": floor / row[f"{name}_ms"]}
         whole += floor
-    return fields | {"cycle_floor_ms": whole, "cycle_floor_share": whole / row["ms_per_cycle"]}
+    return found | {"cycle_floor_ms": whole, "cycle_floor_share": whole / row["ms_per_cycle"]}
 
 
 def over_lean(rows: list[dict[str, Any]]) -> None:

@@ -27,6 +27,8 @@ from infer.models import Loaded
 Key = tuple[str, int]  # a mode, and the drafts of its cycles
 Row = dict[str, Any]
 
+TRACED_TOKENS = 33  # of each sequence: enough to see cycles, and no more to wait for
+
 
 def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Console) -> list[Row]:
     """All modes at all contexts and batch sizes; one flat dict each.
@@ -68,7 +70,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
                     row |= phases(view, found.prompts[:batch], options.temperature)
                 row |= megabytes(view, batch, context + options.new_tokens)
                 if machine:
-                    row |= roofline.rows_fields(view, batch, context, options.temperature > 0, machine, row)
+                    row |= roofline.fields(view, batch, context, options.temperature > 0, machine, row)
                 if options.profile and not rows:
                     with console.status(f"tracing {key[0]}"):
                         row |= trace(options.profile, engines[key], found.prompts[:batch], here, key)
@@ -179,7 +181,9 @@ def lean_view(loaded: Loaded) -> Loaded:
 def trace(folder: Path, engine: Engine, prompts: list[list[int]], options: Bench, key: Key) -> Row:
     """One more round of one batch under the profiler: where the trace lies, and the scopes that it names."""
     name = f"{key[0]}-{key[1]}" if key[1] else key[0]
-    scopes = traced(folder / name, lambda: run_ours(engine, prompts, options, len(prompts), key[0]))
+    short = dataclasses.replace(options, new_tokens=min(options.new_tokens, TRACED_TOKENS))
+    program = "autoregress" if key[0] == LEAN else "speculate"
+    scopes = traced(folder / name, lambda: run_ours(engine, prompts, short, len(prompts), key[0]), program)
     return {"profile": str(folder / name), "profile_scopes": " ".join(scopes)}
 
 

@@ -35,14 +35,20 @@ class Configs:
     a block's proposals. `candidates` lets the causal head score only so many tokens, those with the highest base
     logits, instead of the vocabulary.
 
+    `simulated_tau` is for measuring speed alone: a cycle does all its work, then as many drafts are committed as give
+    this mean acceptance length (bonus included), whatever the target says. The output is worthless; nothing that
+    generates text for a user sets it.
+
     Raises:
-        DominoError: `drafts` is not from 1 to the drafter's proposals, or `candidates` below 1 or without a head.
+        DominoError: `drafts` is not from 1 to the drafter's proposals, `simulated_tau` not from 1 to one more,
+            `candidates` below 1 or without a head.
     """
 
     target: TargetConfig
     draft: DraftConfig | None = None
     drafts: int | None = None
     candidates: int | None = None
+    simulated_tau: float | None = None
 
     def __post_init__(self) -> None:
         if self.candidates is not None and not (self.draft and self.draft.head):
@@ -52,6 +58,11 @@ class Configs:
         if self.drafts is not None and not 1 <= self.drafts <= (self.draft.num_proposals if self.draft else 0):
             most = f"a block of this drafter has {self.draft.num_proposals}" if self.draft else "there is no drafter"
             raise DominoError(f"{self.drafts} drafts a cycle can't be had: {most}, and the least is 1.")
+        if self.simulated_tau is not None and not 1 <= self.simulated_tau <= self.proposals + 1:
+            raise DominoError(
+                f"an acceptance length of {self.simulated_tau:g} can't be simulated: {self.proposals} drafts a cycle "
+                f"allow 1 to {self.proposals + 1}."
+            )
 
     @property
     def proposals(self) -> int:
@@ -204,6 +215,10 @@ def speculate(
                 accepted, bonus = verify.greedy(drafts, logits)
             else:
                 accepted, bonus = verify.speculative(verify_keys, drafts, q, probabilities(logits, state.sampling))
+            if configs.simulated_tau is not None:
+                stated = verify.simulated(configs.simulated_tau, state.emitted)
+                # The real count is never negative, but the compiler does not know: none of the work is left out.
+                accepted = jnp.where(accepted < 0, accepted, stated)
         with jax.named_scope("context"):
             # Rejected positions are written too; they lie beyond the new length and are never seen.
             context = draft.append_context(drafter, config, context, features, state.length)

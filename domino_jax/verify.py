@@ -1,5 +1,7 @@
 """The verification scan: how many drafts stand, and the target's own next token (SPEC section 6)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -51,3 +53,24 @@ def speculative(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, 
     residual = jnp.maximum(p - q, 0.0)
     empty = jnp.sum(residual, axis=-1, keepdims=True) == 0  # only by rounding
     return count, draw(keys[:, 1], jnp.where(empty, p, residual))
+
+
+def simulated(tau: float, emitted: Array) -> Array:
+    """Counts of accepted drafts with a stated mean, for measuring speed: nothing is verified.
+
+    After n cycles a row has added floor(n·τ + φ) tokens: each cycle floor(τ) or ceil(τ) of them, the two evenly mixed.
+    φ differs between rows, so that they do not step together.
+
+    Args:
+        tau: mean acceptance length, at least 1: a cycle's drafts that are accepted, and its bonus.
+        emitted: [B] tokens so far, the prefill's included.
+
+    Returns:
+        [B] int32, from floor(τ) - 1 to ceil(τ) - 1.
+    """
+    rows = emitted.shape[0]
+    phase = jnp.arange(rows, dtype=jnp.float32) / rows
+    added = (emitted - 1).astype(jnp.float32)
+    cycles = jnp.ceil((added - phase) / tau - 1e-3)  # n, from floor(n·τ + φ) = added; the margin is for rounding
+    count = jnp.floor((cycles + 1) * tau + phase) - added
+    return jnp.clip(count, math.floor(tau), math.ceil(tau)).astype(jnp.int32) - 1

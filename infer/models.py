@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from convert import hf
 from convert.tokenizer import first_line, load_tokenizer
 from domino_jax import prepare
-from domino_jax.config import DraftConfig, TargetConfig, check_pair
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh, placer
@@ -116,6 +116,7 @@ def load(
     candidates: int | None = None,
     draft_dtype: str | None = None,
     fuse: bool = False,
+    weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
 ) -> Loaded:
     """Load a target and its drafter; both configs are checked before any weight is read.
 
@@ -128,6 +129,7 @@ def load(
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
         fuse: one product where several have the same input (see `prepare.fuse`).
+        weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
 
     Raises:
         DominoError: a folder is not a whole supported model, or the two do not fit.
@@ -161,6 +163,8 @@ def load(
     )
 
     def read(folder: Path, config: Any, what: str) -> Any:
+        if weights:
+            return weights(config, kind, spread)
         bar = partial(progress, what) if progress else None
         return _weights(folder, config, kind, bar, placer(config, spread) if spread else hf.on_device)
 

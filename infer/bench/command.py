@@ -1,0 +1,67 @@
+"""The command line: words to options, figures to tables and files."""
+
+import json
+import sys
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from convert.programs import keep_programs
+from domino_jax import sharding
+from domino_jax.errors import DominoError
+from infer.bench.options import Bench, check
+from infer.bench.plots import draw
+from infer.bench.report import show
+from infer.bench.shapes import load_random
+from infer.bench.sweep import measure
+from infer.models import load, resolve
+
+PIPE_WIDTH = 160
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Bench, args=argv, prog="python -m infer.bench")
+    console = Console(stderr=True)
+    try:
+        check(options)
+        keep_programs()
+        how: dict[str, Any] = {
+            "dtype": options.dtype,
+            "mesh": sharding.parse(options.mesh) if options.mesh else None,
+            "candidates": None if options.head_candidates == "all" else options.head_candidates,
+            "draft_dtype": options.draft_dtype,
+            "fuse": options.fuse,
+        }
+        if options.shapes:
+            target = None
+            with console.status("making weights"):
+                loaded = load_random(options.shapes, options.draft, **how)
+        else:
+            target, drafter = resolve(options.model, options.draft)
+            with console.status("loading"):
+                loaded = load(target, drafter, **how)
+        if loaded.mesh and any(batch % loaded.mesh.shape[sharding.DATA] for batch in options.batch_sizes):
+            raise DominoError("--batch-sizes must be multiples of the mesh's data axis.")
+        for flag, given in (("--drafts", options.drafts), ("--simulate-tau", options.simulate_tau)):
+            if given and loaded.configs.draft is None:
+                raise DominoError(f"{flag} needs a drafter: give one with --draft DIR.")
+        for warning in loaded.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        with loaded.context():
+            rows = measure(options, loaded, target, console)
+        try:
+            # Rows of many figures: a file or a pipe gets them whole.
+            show(rows, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+            for path in draw(rows, options.plot) if options.plot else ():
+                print(f"plot: {path}")
+        finally:  # neither a full disk nor a closed pipe loses both
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    except (DominoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,28 @@
+"""What a mode holds in memory."""
+
+from typing import Any
+
+import jax
+
+from domino_jax import cache as kv
+from infer.models import Loaded
+
+
+def megabytes(loaded: Loaded, batch: int, positions: int) -> dict[str, float]:
+    """Weights and caches of one mode, from the arrays' sizes; what the device says it holds, where it does."""
+    configs = loaded.configs
+    capacity = kv.bucket(positions + configs.reach)
+    held: dict[str, float] = {"weights_mb": _mb(loaded.params)}
+    caches = [jax.eval_shape(lambda: kv.init(configs.target, batch, capacity, loaded.dtype))]
+    drafter = configs.draft
+    if drafter is not None:
+        caches.append(jax.eval_shape(lambda: kv.init(drafter, batch, capacity, loaded.dtype)))
+    held["caches_mb"] = _mb(caches)
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        held["device_peak_mb"] = stats.get("peak_bytes_in_use", 0) / 1e6
+    return held
+
+
+def _mb(tree: Any) -> float:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6

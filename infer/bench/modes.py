@@ -1,0 +1,39 @@
+"""The ways of decoding that are compared, as views of one loaded model."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from domino_jax.weights import Draft
+from infer.models import Loaded
+
+LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
+
+
+def with_drafts(loaded: Loaded, drafts: int | None) -> Loaded:
+    """The same model with `drafts` proposals a cycle."""
+    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=drafts))
+
+
+def head_off(loaded: Loaded) -> Loaded:
+    """The same drafter as plain DFlash: its causal head is left out, its proposals are the base logits'."""
+    config, params = loaded.configs.draft, loaded.params.draft
+    assert config is not None and params is not None
+    plain = dataclasses.replace(config, head=None)
+    drafter: Draft = jax.tree.map(lambda x: x, params)  # another module of the same arrays
+    drafter.head = nnx.data(None)
+    return dataclasses.replace(
+        loaded,
+        configs=dataclasses.replace(loaded.configs, draft=plain, candidates=None),
+        params=loaded.params._replace(draft=drafter),
+    )
+
+
+def simulated(loaded: Loaded, tau: float | None) -> Loaded:
+    """The same model with a stated mean acceptance length instead of its own; None leaves it its own.
+
+    Raises:
+        DominoError: its cycles can't have that acceptance length.
+    """
+    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, simulated_tau=tau))

@@ -1,0 +1,95 @@
+"""What the benchmark can be asked for, and what of it makes no sense."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import FlagCreatePairsOff
+
+from domino_jax.errors import DominoError
+from infer.bench.tracing import writable
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure decoding with and without speculation, in one alternating run."""
+
+    model: str = "demo"
+    """name, folder or org/repo of the target"""
+    draft: str | None = None
+    """name, folder or org/repo of the drafter; by default the one that belongs to --model's name"""
+    shapes: str | None = None
+    """instead of --model, a public shape such as qwen3-8b, with a drafter as the public ones: with --random-weights"""
+    random_weights: bool = False
+    """with --shapes: weights are random, so the figures are of speed only, and every row says so"""
+    simulate_tau: float | None = None
+    """commit as many drafts as give this mean acceptance length (bonus included), whatever the target says: for the
+    speed of real cycles with weights that accept nothing; every row says so"""
+    batch_sizes: tuple[int, ...] = (1,)
+    drafts: tuple[int, ...] = ()
+    """proposals that a cycle verifies, each a mode of its own; all that the drafter makes when not given"""
+    new_tokens: int = 64
+    """tokens to generate for each prompt"""
+    prompts: Path | None = None
+    """JSONL of prompts ("input_ids" or "prompt"); the demo's held-out ones, or random ids, when not given"""
+    prompt_tokens: int = 48
+    """tokens of each prompt: longer ones are cut, shorter ones refused"""
+    contexts: tuple[int, ...] = ()
+    """prompt lengths to sweep over instead of --prompt-tokens; random ids where the prompts are shorter"""
+    num_prompts: int = 8
+    """prompts a round runs, batch after batch"""
+    min_distinct: float = 0.0
+    """leave out prompts that the target answers (greedily) with a smaller share of distinct 4-grams: small models fall
+    into loops, which are easy to draft and would flatter the acceptance"""
+    rounds: int = 3
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    head_candidates: int | Literal["all"] = "all"
+    """tokens that the causal head scores: so many of the highest base logits, or all of the vocabulary"""
+    draft_dtype: Literal["int8", "float8"] | None = None
+    """8 bits for the drafter's matrices, which can't change the output; --dtype when not given"""
+    fuse: FlagCreatePairsOff[bool] = False
+    """one matrix product for keys and values, and one for the MLP's gate and up"""
+    mesh: str | None = None
+    """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
+    transformers: bool = True
+    """also run transformers' generate (greedy) on the same weights, where torch is installed"""
+    json: Path | None = None
+    """file for the figures: a list of flat objects, one for each context, batch size and mode"""
+    plot: Path | None = None
+    """folder for curves over what is swept: contexts, batch sizes, drafts"""
+    roofline: bool = False
+    """measure the device's memory bandwidth and product rate, and hold each phase against its floor"""
+    profile: Path | None = None
+    """folder for a profiler's trace of one more short round of each mode"""
+
+
+def check(options: Bench) -> None:
+    """Refuse what makes no sense, before anything is loaded.
+
+    Raises:
+        DominoError: with the flag to change.
+    """
+    if not options.batch_sizes:
+        raise DominoError("--batch-sizes needs at least one size.")
+    least = min(*options.batch_sizes, *options.contexts, options.new_tokens - 1, options.rounds, options.prompt_tokens)
+    if least < 1:
+        raise DominoError(
+            "--batch-sizes, --contexts, --rounds and --prompt-tokens must be at least 1, --new-tokens at least 2."
+        )
+    if max(options.batch_sizes) > options.num_prompts:
+        raise DominoError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
+    if not 0 <= options.temperature < float("inf") or options.seed < 0:
+        raise DominoError("--temperature and --seed must be 0 or more.")
+    if options.shapes and not options.random_weights:
+        raise DominoError("--shapes has no weights to load: add --random-weights, for figures of speed only.")
+    if options.random_weights and not options.shapes:
+        raise DominoError("--random-weights needs a shape, such as --shapes qwen3-8b; --model loads real weights.")
+    if options.shapes and options.model != "demo":
+        raise DominoError("--shapes and --model name two models: leave one of them out.")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise DominoError(f"{options.json.absolute().parent} is not a folder; --json is to be written there.")
+    for folder in filter(None, (options.plot, options.profile)):
+        writable(folder)

@@ -1,0 +1,101 @@
+"""The parts of one cycle, each timed alone."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax import decode, draft, head, verify
+from domino_jax.sampling import probabilities, settings
+from infer.models import Loaded
+
+REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
+
+
+def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict[str, float]:
+    """Milliseconds of each part of one cycle, each alone in a program that repeats it.
+
+    The parts: draft (backbone and base logits), head, target (the verification pass with its LM head),
+    verify (accept and commit), context (the drafter's keys and values of what was verified). Their sum is
+    close to a cycle but not equal to it, since one program overlaps them.
+    """
+    configs, params = loaded.configs, loaded.params
+    config, drafter = configs.draft, params.draft
+    batch = len(prompts)
+    keys = jax.random.split(jax.random.key(0), batch)
+    stop = jnp.full(1, -1, jnp.int32)
+    sampling = settings(batch, temperature)
+    limits = [1 << 20] * batch
+    state = decode.begin(params, configs, prompts, keys, limits, sampling, stop, loaded.dtype)
+    greedy = temperature == 0
+    none = jnp.zeros((batch, 0), jnp.int32)
+
+    def timed(run: Callable[[decode.Params, decode.DecodeState], tuple[decode.DecodeState, Any]]) -> float:
+        def body(_: int, carry: tuple[decode.Params, decode.DecodeState, jax.Array]) -> Any:
+            params, state, used = carry
+            # Behind a barrier, every result is used and the next repetition depends on it: nothing is dropped,
+            # hoisted, or computed only in the part that is looked at.
+            state, out = jax.lax.optimization_barrier(run(params, state))
+            for leaf in filter(lambda x: x.size, jax.tree.leaves(out)):
+                used += leaf[(0,) * leaf.ndim].astype(jnp.float32)
+            return params, state._replace(token=state.token + (used < -1e30).astype(jnp.int32)), used
+
+        # The state is donated, as in decoding: otherwise the caches are copied before they are written.
+        program = jax.jit(
+            lambda state, params: jax.lax.fori_loop(0, REPEATS, body, (params, state, jnp.float32(0)))[1:],
+            donate_argnums=0,
+        )
+        mine, _ = program(jax.tree.map(jnp.copy, state), params)
+        times = []
+        for _ in range(5):
+            jax.block_until_ready(mine)
+            began = time.perf_counter()
+            mine, _ = jax.block_until_ready(program(mine, params))
+            times.append((time.perf_counter() - began) / REPEATS)
+        return statistics.median(times) * 1e3
+
+    def verified_by(drafts: jax.Array) -> Callable[[decode.Params, decode.DecodeState], Any]:
+        def run(p: decode.Params, s: decode.DecodeState) -> Any:
+            logits, features, cache = decode.run_target(p, configs, s, drafts)
+            return s._replace(cache=cache), (logits, features)
+
+        return run
+
+    if config is None or drafter is None:
+        return {"target_ms": timed(verified_by(none))}
+    z, base, _ = decode.draft_block(params, configs, state)
+    draft_keys = None if greedy else keys
+    embed, few = params.target.embed, configs.candidates
+    drafts, q = head.propose(drafter, config, embed, z, base, state.token, sampling, draft_keys, few)
+    logits, features, _ = decode.run_target(params, configs, state, drafts)
+
+    def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
+        """`x`, in a form that the compiler must take for another one in each repetition."""
+        return x + 0 * s.token.astype(x.dtype)[:, None, None]
+
+    def drafted(p: decode.Params, s: decode.DecodeState) -> Any:
+        z, base, context = decode.draft_block(p, configs, s)
+        return s._replace(context=context), (z, base)
+
+    def proposed(p: decode.Params, s: decode.DecodeState) -> Any:
+        assert p.draft is not None
+        how = s.sampling, None if greedy else s.keys, configs.candidates
+        return s, head.propose(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
+
+    def verified(p: decode.Params, s: decode.DecodeState) -> Any:
+        seen = anew(logits, s)
+        if q is None:
+            count, bonus = verify.greedy(drafts, seen)
+        else:
+            count, bonus = verify.speculative(s.keys, drafts, q, probabilities(seen, s.sampling))
+        return s, decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
+
+    def remembered(p: decode.Params, s: decode.DecodeState) -> Any:
+        assert p.draft is not None and s.context is not None
+        return s._replace(context=draft.append_context(p.draft, config, s.context, anew(features, s), s.length)), ()
+
+    parts = {"draft": drafted, "head": proposed, "target": verified_by(drafts), "verify": verified}
+    return {f"{name}_ms": timed(run) for name, run in (parts | {"context": remembered}).items()}

@@ -1,0 +1,79 @@
+"""Curves of a sweep as PNGs: over context, batch size and drafts, each where there is more than one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from domino_jax.errors import DominoError
+from infer.bench.modes import LEAN, TRANSFORMERS
+from infer.bench.report import label, title
+
+Row = dict[str, Any]
+AXES = {"context": "context, tokens", "batch": "batch size", "drafts": "drafts a cycle"}
+# What is drawn over each axis: a field and its label, one panel each.
+PANELS = {
+    "context": {"ms_per_cycle": "ms per cycle (lean: per step)", "speed_over_lean": "speed over the lean loop"},
+    "batch": {"tokens_per_second": "tokens/s", "speed_over_lean": "speed over the lean loop"},
+    "drafts": {"ms_per_cycle": "ms per cycle", "speed_over_lean": "speed over the lean loop"},
+}
+
+
+def draw(rows: list[Row], folder: Path) -> list[Path]:
+    """Write <axis>.png for each axis that the rows have several values of; returns the files.
+
+    Raises:
+        DominoError: the folder can't be written.
+    """
+    written = []
+    for axis, panels in PANELS.items():
+        # A lean step has no drafts: it is the 1 of the ratio there.
+        shown = [row for row in rows if axis != "drafts" or row["mode"] not in (LEAN, TRANSFORMERS)]
+        if len({row[axis] for row in shown}) > 1:
+            written.append(_figure(shown, axis, panels, folder / f"{axis}.png"))
+    return written
+
+
+def curves(rows: list[Row], axis: str) -> dict[str, list[Row]]:
+    """The rows of each curve over `axis`, by a label that names what else differs between the curves."""
+    others = [name for name in AXES if name != axis and len({row[name] for row in rows if row[name]}) > 1]
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row[axis]):
+        words = [label(row), *(f"{name} {row[name]}" for name in others if row[name])]
+        found.setdefault(", ".join(words), []).append(row)
+    return found
+
+
+def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> Path:
+    """One PNG with a panel for each field."""
+    import matplotlib  # slow to import, and most runs do without
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, places = plt.subplots(1, len(panels), figsize=(6 * len(panels) + 2, 4.5), constrained_layout=True)
+    for place, (field, name) in zip(places.flat, panels.items(), strict=True):
+        for words, points in curves(rows, axis).items():
+            place.plot([p[axis] for p in points], [p[field] for p in points], "o-", label=words, linewidth=1.2)
+        ticks = sorted({row[axis] for row in rows})
+        if axis != "drafts":
+            place.set_xscale("log", base=2)
+        place.set_xticks(ticks, [str(tick) for tick in ticks])
+        place.minorticks_off()
+        place.set_xlabel(AXES[axis])
+        place.set_ylabel(name)
+        place.set_ylim(bottom=0)
+        place.grid(alpha=0.3)
+    figure.legend(*places.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.suptitle(title(rows[0]), fontsize="small")
+    temporary = path.with_suffix(".tmp.png")
+    _save(lambda: figure.savefig(temporary, dpi=110), path)
+    plt.close(figure)
+    temporary.replace(path)
+    return path
+
+
+def _save(save: Callable[[], None], path: Path) -> None:
+    try:
+        save()
+    except OSError as error:
+        raise DominoError(f"{path} can't be written: {error}.") from None

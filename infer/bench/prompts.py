@@ -1,0 +1,109 @@
+"""The prompts that are run, and which of them the target answers well enough to say something."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from domino_jax.errors import DominoError
+from infer.bench.options import Bench
+from infer.engine import Engine, Settings
+from infer.models import DEMO, Loaded
+
+RANDOM_IDS = "random ids"
+
+
+class Prompts(NamedTuple):
+    """What is run, and how it was found."""
+
+    prompts: list[list[int]]  # num_prompts lists of prompt_tokens ids
+    looping: int  # passed over because the target's answer loops
+    source: str  # a file's name, or that they are random ids
+
+
+def gather(options: Bench, loaded: Loaded, engine: Engine) -> Prompts:
+    """The prompts of one context length.
+
+    Where --contexts asks for longer prompts than the file has, they are random ids, and the rows say so.
+
+    Args:
+        engine: the target's, without stop tokens.
+
+    Raises:
+        DominoError: there are too few, or the file is missing or malformed.
+    """
+    found, path = read_prompts(options, loaded), prompts_file(options)
+    source = path.name if path else RANDOM_IDS
+    if options.contexts and len(found) < options.num_prompts:
+        found, source = random_prompts(options, loaded), RANDOM_IDS
+    prompts, looping = choose(found, options, engine)
+    return Prompts(prompts, looping, source)
+
+
+def prompts_file(options: Bench) -> Path | None:
+    """The file that prompts are read from; None for random ids."""
+    if options.prompts is None and options.model == "demo" and options.shapes is None:
+        return DEMO / "prompts.jsonl"
+    return options.prompts
+
+
+def random_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
+    """`num_prompts` lists of `prompt_tokens` random ids."""
+    rng = np.random.default_rng(options.seed)
+    return rng.integers(0, loaded.configs.target.vocab_size, (options.num_prompts, options.prompt_tokens)).tolist()
+
+
+def read_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
+    """Prompts of exactly `prompt_tokens` ids: all that the file has, or `num_prompts` random ones.
+
+    Raises:
+        DominoError: the file is missing or malformed.
+    """
+    path = prompts_file(options)
+    if path is None:
+        return random_prompts(options, loaded)
+    found: list[list[int]] = []
+    try:
+        for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
+            row = json.loads(line)
+            if "input_ids" not in row and loaded.tokenizer is None:
+                raise DominoError(f"{path} holds text, and the model's folder has no tokenizer.")
+            ids = row["input_ids"] if "input_ids" in row else loaded.tokenizer(row["prompt"])["input_ids"]
+            if len(ids) >= options.prompt_tokens:
+                found.append([int(i) for i in ids[: options.prompt_tokens]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DominoError(f"{path} is not a JSONL file of prompts: {error!r}.") from None
+    return found
+
+
+def choose(prompts: list[list[int]], options: Bench, engine: Engine) -> tuple[list[list[int]], int]:
+    """The first `num_prompts` whose greedy answers are varied enough, and how many were passed over for loops.
+
+    Raises:
+        DominoError: there are too few.
+    """
+    chosen: list[list[int]] = []
+    looping = 0
+    for prompt in prompts:
+        if len(chosen) == options.num_prompts:
+            break
+        if options.min_distinct > 0:
+            sequence, _ = engine.sequence(prompt, options.new_tokens)
+            engine.generate([sequence], Settings(), speculative=False)
+            if distinct(sequence.tokens) < options.min_distinct:
+                looping += 1
+                continue
+        chosen.append(prompt)
+    if len(chosen) < options.num_prompts:
+        raise DominoError(
+            f"only {len(chosen)} prompts have {options.prompt_tokens} tokens and an answer that varied "
+            f"({looping} loop), {options.num_prompts} are wanted: lower --num-prompts or --prompt-tokens."
+        )
+    return chosen, looping
+
+
+def distinct(tokens: list[int], n: int = 4) -> float:
+    """Distinct n-grams as a share of all: 1 where nothing repeats, near 0 in a loop."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0

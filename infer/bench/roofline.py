@@ -1,0 +1,184 @@
+"""What a cycle must at least cost on this device: bytes to read, products to compute, and the rates of both.
+
+Decoding at small batch is bound by reading weights (SPEC section 8). A phase's floor is the longer of two times: its
+weights and live cache at the memory's measured bandwidth, and its operations at the measured rate of a large product.
+Activations inside a phase are not counted; logits between phases are, since batches of them leave the chip's caches.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax.decode import Configs, Params
+from domino_jax.sharding import DATA, MODEL
+from domino_jax.weights import FusedLayer, Layer, lm_head
+from infer.bench.modes import LEAN
+from infer.models import Loaded
+
+LOGIT_BYTES = 4  # logits are float32
+CALLS, TRIES = 8, 5  # calls in a row, so that dispatching is not what is measured; the best try counts
+
+
+class Work(NamedTuple):
+    """What one phase needs, on one device."""
+
+    bytes: float  # read from memory
+    flops: float
+
+
+class Machine(NamedTuple):
+    """What one device gives."""
+
+    bandwidth: float  # bytes/s
+    flops: float  # operations/s of a large matrix product in the run's dtype
+
+    def milliseconds(self, work: Work) -> float:
+        """The floor of a phase's time."""
+        return max(work.bytes / self.bandwidth, work.flops / self.flops) * 1e3
+
+
+def probe_sizes() -> tuple[int, int]:
+    """Bytes to read and the side of the square product: beyond every cache, and within seconds."""
+    return (256 << 20, 1536) if jax.default_backend() == "cpu" else (2 << 30, 8192)
+
+
+def measure_device(dtype: Any) -> Machine:
+    """Measure the first device: the best of several ways to go through memory, and one large product."""
+    size, side = probe_sizes()
+    width = 4096
+    x = jnp.ones((size // (width * jnp.dtype(dtype).itemsize), width), dtype)
+    vector, square = jnp.ones((width,), dtype), jnp.ones((side, side), dtype)
+    ways = (
+        (1, jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32)), (x,)),
+        (1, jax.jit(jnp.dot), (x, vector)),  # as decoding reads its weights
+        (2, jax.jit(lambda x: x + 1), (x,)),  # reads and writes
+    )
+    bandwidth = max(times * x.nbytes / _best(run, arguments) for times, run, arguments in ways)
+    return Machine(bandwidth, 2 * side**3 / _best(jax.jit(jnp.dot), (square, square)))
+
+
+def _best(run: Callable[..., Array], arguments: tuple[Array, ...]) -> float:
+    """Seconds of a call, the least of several tries."""
+    jax.block_until_ready(run(*arguments))
+    tries = []
+    for _ in range(TRIES):
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            last = run(*arguments)
+        jax.block_until_ready(last)
+        tries.append((time.perf_counter() - began) / CALLS)
+    return min(tries)
+
+
+def work(
+    configs: Configs, params: Params, batch: int, context: int, mesh: tuple[int, int] = (1, 1), sampled: bool = False
+) -> dict[str, Work]:
+    """What each phase of one cycle needs at least; the target alone (the lean step) without a drafter.
+
+    Args:
+        params: arrays, or jax.ShapeDtypeStructs of them.
+        batch: B of all devices.
+        context: live positions of each row.
+        mesh: sizes of its axes data and model; what counts is one device's part.
+        sampled: the drafter's distributions are read in verifying too.
+    """
+    target, rows = configs.target, batch / mesh[0]
+    itemsize = params.target.embed.dtype.itemsize  # the caches are of the weights' dtype
+    proposals, tokens = configs.proposals, configs.proposals + 1
+    output = lm_head(params.target)
+    vocabulary = _shape(output)[0]
+
+    def attending(config: Any, queries: int, positions: int) -> Work:
+        """All layers' attention of `queries` over `positions`, without its projections."""
+        heads = config.num_attention_heads / mesh[1] * config.head_dim
+        kv = config.num_key_value_heads / mesh[1] * config.head_dim
+        layers = config.num_hidden_layers
+        return Work(2 * kv * positions * rows * layers * itemsize, 4 * heads * queries * positions * rows * layers)
+
+    def products(weights: Iterable[Any], queries: int) -> Work:
+        """Every weight read once, and multiplied by `queries` vectors a row."""
+        leaves = jax.tree.leaves(list(weights))
+        flops = sum(2 * _size(x) * queries * rows for x in leaves if len(x.shape) > 1)
+        return Work(sum(_size(x) * x.dtype.itemsize for x in leaves), flops)
+
+    logits = rows * vocabulary
+    own = [*_leaves(params.target.layers), params.target.norm, output]
+    phases = {"target": _sum(products(own, tokens), attending(target, tokens, context + tokens))}
+    config, drafter = configs.draft, params.draft
+    if config is None or drafter is None:
+        return phases
+    block = config.block_size
+    phases["draft"] = _sum(
+        products([*_leaves(drafter.layers), drafter.norm], block),
+        products([output if params.output is None else params.output], proposals),
+        attending(config, block, context + block),
+    )
+    base = proposals * logits
+    phases["head"] = Work(base * LOGIT_BYTES, base)
+    if config.head and drafter.head:
+        scored = min(1.0, (configs.candidates or math.inf) / vocabulary)
+        head, corrected = drafter.head, max(0, proposals - config.head.pure_draft_prefix_len)
+        phases["head"] = _sum(
+            phases["head"],
+            products([head.gru_in, head.gru_state], proposals),  # small: read once, then they stay in the cache
+            products([head.proj_in], corrected),
+            # Each proposal scores the vocabulary or its candidates, and needs the token before it to do so.
+            *[Work(*(scored * x for x in products([head.proj_out], 1)))] * corrected,
+        )
+    read = tokens * logits * (2 if sampled else 1)
+    phases["verify"] = Work(read * LOGIT_BYTES, read)
+    keys_values = [layer.kv if isinstance(layer, FusedLayer) else (layer.k, layer.v) for layer in drafter.layers]
+    phases["context"] = products([drafter.fc, drafter.context_norm, *keys_values], tokens)
+    return phases
+
+
+def _leaves(layers: Iterable[Layer]) -> list[Any]:
+    return [leaf for layer in layers for leaf in jax.tree.leaves(layer)]
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of one device's part."""
+    sharding = getattr(x, "sharding", None)
+    return sharding.shard_shape(x.shape) if sharding else x.shape
+
+
+def _size(x: Any) -> int:
+    size = 1
+    for length in _shape(x):
+        size *= length
+    return size
+
+
+def _sum(*parts: Work) -> Work:
+    return Work(*map(sum, zip(*parts, strict=True)))
+
+
+def fields(
+    loaded: Loaded, batch: int, context: int, sampled: bool, machine: Machine, row: dict[str, Any]
+) -> dict[str, float]:
+    """Flat fields for a row: each phase's GB, GFLOP, floor in ms and share of it reached; the same of its cycle.
+
+    Args:
+        row: has the measured `<phase>_ms` and `ms_per_cycle`.
+    """
+    mesh = (loaded.mesh.shape[DATA], loaded.mesh.shape[MODEL]) if loaded.mesh else (1, 1)
+    found, whole = {}, 0.0
+    for name, needed in work(loaded.configs, loaded.params, batch, context, mesh, sampled).items():
+        floor = machine.milliseconds(needed)
+        found |= {f"{name}_gb": needed.bytes / 1e9, f"{name}_gflop": needed.flops / 1e9}
+        found |= {f"{name}_floor_ms": floor, f"{name}_floor_share": floor / row[f"{name}_ms"]}
+        whole += floor
+    return found | {"cycle_floor_ms": whole, "cycle_floor_share": whole / row["ms_per_cycle"]}
+
+
+def over_lean(rows: list[dict[str, Any]]) -> None:
+    """Add to each of the rows (of one batch and context) the floor of `cycle_over_step`, the lean step being one."""
+    lean = next(row for row in rows if row["mode"] == LEAN)["cycle_floor_ms"]
+    for row in rows:
+        if "cycle_floor_ms" in row:
+            row["cycle_over_step_floor"] = row["cycle_floor_ms"] / lean

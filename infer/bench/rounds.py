@@ -1,0 +1,86 @@
+"""One round of one mode: all prompts, batch after batch, with its times."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from domino_jax.errors import DominoError
+from infer.bench.modes import LEAN
+from infer.bench.options import Bench
+from infer.engine import Engine, Sequence, Settings, tau
+
+
+def batches(items: list[Any], size: int) -> list[list[Any]]:
+    """Whole batches of `size`; what is left over is not run."""
+    return [items[i : i + size] for i in range(0, len(items) - size + 1, size)]
+
+
+def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: int, mode: str) -> dict[str, Any]:
+    """One round of one of our modes: times and acceptance summed over its batches."""
+    seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+    accepted: list[int] = []
+    tokens, cycles, outputs = 0, 0, []
+    for number, group in enumerate(batches(prompts, batch)):
+        rows: list[Sequence] = []
+        for i, prompt in enumerate(group):
+            sequence, warnings = engine.sequence(prompt, options.new_tokens, row=number * batch + i)
+            if warnings:
+                raise DominoError(f"--new-tokens {options.new_tokens}: {warnings[0]}")
+            rows.append(sequence)
+        engine.generate(rows, Settings(options.temperature), options.seed, speculative=mode != LEAN)
+        for phase in seconds:
+            seconds[phase] += max(s.seconds[phase] for s in rows)
+        accepted += [m for s in rows for m in s.accepted]
+        tokens += sum(len(s.tokens) - 1 for s in rows)
+        cycles += options.new_tokens - 1 if mode == LEAN else max(len(s.cycles) for s in rows)
+        outputs += [s.tokens for s in rows]
+    return {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
+
+
+def transformers_runner(
+    folder: Path, options: Bench, dtype: str
+) -> Callable[[list[list[int]], int], dict[str, Any]] | None:
+    """A round of transformers' greedy generate on the same weights and kind of device, in the same dtype.
+
+    None where that is not to be had: no torch, none for this device, a sampled run, or Orbax weights.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return None
+    if options.temperature > 0 or not any(folder.glob("*.safetensors")):
+        return None
+    place = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    if place is None or (place == "cuda" and not torch.cuda.is_available()):
+        return None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+    )
+    model = model.to(place).eval()
+
+    def generate(ids: Any, new: int) -> Any:
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new
+            )
+            return out.cpu()  # waits for the device
+
+    def run(prompts: list[list[int]], batch: int) -> dict[str, Any]:
+        prefill, whole, tokens = 0.0, 0.0, 0
+        for group in batches(prompts, batch):
+            ids = torch.tensor(group, device=place)
+            began = time.perf_counter()
+            generate(ids, 1)
+            prefill += time.perf_counter() - began
+            began = time.perf_counter()
+            generate(ids, options.new_tokens)
+            whole += time.perf_counter() - began
+            tokens += len(group) * (options.new_tokens - 1)
+        cycles = len(batches(prompts, batch)) * (options.new_tokens - 1)
+        return {"compile": 0.0, "prefill": prefill, "decode": whole - prefill, "tokens": tokens, "cycles": cycles}
+
+    return run

@@ -1,0 +1,199 @@
+"""Every mode at every context and batch size, in turn: one flat row of figures each."""
+
+import dataclasses
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from domino_jax import decode
+from infer.bench import roofline
+from infer.bench.memory import megabytes
+from infer.bench.modes import DFLASH, DOMINO, LEAN, TRANSFORMERS, head_off, simulated, with_drafts
+from infer.bench.options import Bench
+from infer.bench.parts import phases
+from infer.bench.prompts import distinct, gather
+from infer.bench.rounds import batches, run_ours, transformers_runner
+from infer.bench.tracing import traced
+from infer.engine import Engine
+from infer.models import Loaded
+
+Key = tuple[str, int]  # a mode, and the drafts of its cycles
+Row = dict[str, Any]
+
+TRACED_TOKENS = 33  # of each sequence: enough to see cycles, and no more to wait for
+
+
+def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Console) -> list[Row]:
+    """All modes at all contexts and batch sizes; one flat dict each.
+
+    Args:
+        folder: the target's, for transformers; None where there is none.
+    """
+    # No stop tokens and no text: every sequence runs to its limit, and only decoding is timed.
+    engines = build(options, dataclasses.replace(loaded, stop_ids=(), tokenizer=None))
+    theirs = None
+    if options.transformers and folder:
+        theirs = transformers_runner(folder, options, loaded.dtype.name)
+    common = circumstances(options, loaded)
+    machine = None
+    if options.roofline:
+        with console.status("measuring the device"):
+            machine = roofline.measure_device(loaded.dtype)
+        common |= {"bandwidth_gb_s": machine.bandwidth / 1e9, "peak_tflop_s": machine.flops / 1e12}
+    rows: list[Row] = []
+    for context in options.contexts or (options.prompt_tokens,):
+        here = dataclasses.replace(options, prompt_tokens=context)
+        with console.status(f"context {context}: choosing prompts"):
+            found = gather(here, loaded, engines[LEAN, 0])
+        fields = {"context": context, "prompt_tokens": context, "looping_prompts_left_out": found.looping}
+        fields = common | fields | {"prompts": found.source}
+        for batch in options.batch_sizes:
+            results, warm = alternate(here, engines, theirs, found.prompts, batch, console)
+            new = [
+                {**fields, "batch": batch, "mode": key[0], "drafts": key[1], "compile_s": warm[key]["compile"]}
+                | speed(results[key], results[LEAN, 0], len(batches(found.prompts, batch)))
+                for key in results
+            ]
+            for row, (key, rounds) in zip(new, results.items(), strict=True):
+                if key not in engines:
+                    continue
+                row |= acceptance(rounds[0], results[LEAN, 0][0], options)
+                view = lean_view(engines[key].loaded) if key[0] == LEAN else engines[key].loaded
+                with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
+                    row |= phases(view, found.prompts[:batch], options.temperature)
+                row |= megabytes(view, batch, context + options.new_tokens)
+                if machine:
+                    row |= roofline.fields(view, batch, context, options.temperature > 0, machine, row)
+                if options.profile and not rows:
+                    with console.status(f"tracing {key[0]}"):
+                        row |= trace(options.profile, engines[key], found.prompts[:batch], here, key)
+            if machine:
+                roofline.over_lean(new)
+            rows += new
+    return rows
+
+
+def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:
+    """An engine for each of our modes: the lean loop, and each kind of drafting at each number of drafts."""
+    engines = {(LEAN, 0): Engine(loaded)}
+    if loaded.configs.draft:
+        views = {DFLASH: loaded}
+        if loaded.configs.draft.head:
+            views = {DFLASH: head_off(loaded), DOMINO: loaded}
+        for drafts in options.drafts or (loaded.configs.proposals,):
+            for mode, view in views.items():
+                engines[mode, drafts] = Engine(simulated(with_drafts(view, drafts), options.simulate_tau))
+    return engines
+
+
+def circumstances(options: Bench, loaded: Loaded) -> Row:
+    """What every row says of the run."""
+    return {
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+        "mesh": options.mesh or "",
+        "head_candidates": str(options.head_candidates),
+        "draft_dtype": options.draft_dtype or "",
+        "fused": options.fuse,
+        "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
+        "jax": jax.__version__,
+        "model": options.shapes or options.model,
+        "draft": options.draft or "",
+        "weights": "random" if options.random_weights else "loaded",
+        "simulated_tau": options.simulate_tau,
+        "dtype": jnp.dtype(loaded.dtype).name,
+        "new_tokens": options.new_tokens,
+        "num_prompts": options.num_prompts,
+        "min_distinct": options.min_distinct,
+        "rounds": options.rounds,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+
+
+def alternate(
+    options: Bench,
+    engines: dict[Key, Engine],
+    theirs: Callable[[list[list[int]], int], Row] | None,
+    prompts: list[list[int]],
+    batch: int,
+    console: Console,
+) -> tuple[dict[Key, list[Row]], dict[Key, Row]]:
+    """Every mode's rounds, the modes in turn; and each mode's first run, which compiled."""
+    runs: dict[Key, Callable[[], Row]] = {
+        key: (lambda e=engine, m=key[0]: run_ours(e, prompts, options, batch, m)) for key, engine in engines.items()
+    }
+    if theirs:
+        runs[TRANSFORMERS, 0] = lambda: theirs(prompts, batch)
+    warm, rounds = {}, {key: [] for key in runs}
+    where = f"context {options.prompt_tokens}, batch {batch}"
+    with console.status(f"{where}: compiling"):
+        for key, run in runs.items():
+            warm[key] = run()
+    for number in range(options.rounds):
+        with console.status(f"{where}: round {number + 1} of {options.rounds}"):
+            for key, run in runs.items():
+                rounds[key].append(run())
+    return rounds, warm
+
+
+def speed(results: list[Row], lean: list[Row], groups: int) -> Row:
+    """Medians over the rounds of one mode, and of its ratios to the lean loop of the same round.
+
+    Args:
+        groups: batches of a round.
+    """
+    pairs = list(zip(results, lean, strict=True))
+    return {
+        "tokens_per_second": statistics.median(r["tokens"] / r["decode"] for r in results),
+        "ms_per_cycle": statistics.median(r["decode"] / r["cycles"] * 1e3 for r in results),
+        "prefill_s": statistics.median(r["prefill"] for r in results) / groups,
+        "speed_over_lean": statistics.median(
+            (r["tokens"] / r["decode"]) / (base["tokens"] / base["decode"]) for r, base in pairs
+        ),
+        "cycle_over_step": statistics.median(
+            (r["decode"] / r["cycles"]) / (base["decode"] / base["cycles"]) for r, base in pairs
+        ),
+    }
+
+
+def acceptance(result: Row, lean: Row, options: Bench) -> Row:
+    """What was accepted and written; a simulated acceptance has neither a τ of its own nor an output worth a look."""
+    if options.simulate_tau is not None:
+        return {"tau": None, "distinct_4": None, "same_tokens_as_lean": None}
+    return {
+        "tau": result["tau"],
+        "distinct_4": statistics.mean(map(distinct, result["outputs"])),
+        "same_tokens_as_lean": result["outputs"] == lean["outputs"] if options.temperature == 0 else None,
+    }
+
+
+def lean_view(loaded: Loaded) -> Loaded:
+    """The target alone."""
+    configs, params = decode.Configs(loaded.configs.target), decode.Params(loaded.params.target)
+    return dataclasses.replace(loaded, configs=configs, params=params)
+
+
+def trace(folder: Path, engine: Engine, prompts: list[list[int]], options: Bench, key: Key) -> Row:
+    """One more round of one batch under the profiler: where the trace lies, and the scopes that it names."""
+    name = f"{key[0]}-{key[1]}" if key[1] else key[0]
+    short = dataclasses.replace(options, new_tokens=min(options.new_tokens, TRACED_TOKENS))
+    program = "autoregress" if key[0] == LEAN else "speculate"
+    scopes = traced(folder / name, lambda: run_ours(engine, prompts, short, len(prompts), key[0]), program)
+    return {"profile": str(folder / name), "profile_scopes": " ".join(scopes)}
+
+
+def _commit() -> str:
+    """The source's git commit, marked when files differ from it; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from domino_jax import decode, draft, head, sharding, verify
 from domino_jax.errors import DominoError
 from domino_jax.sampling import probabilities, settings
 from domino_jax.weights import Draft, flatten, unflatten
+from infer import quality
 from infer.engine import Engine, Sequence, Settings, tau
 from infer.models import DEMO, Loaded, load, resolve
 
@@ -71,6 +72,7 @@ class Bench:
     """also run transformers' generate (greedy) on the same weights, where torch is installed"""
     json: Path | None = None
     """file for the figures: a list of flat objects, one for each batch size and mode"""
+    sweep: Annotated[quality.Sweep, tyro.conf.arg(name="")] = dataclasses.field(default_factory=quality.Sweep)
 
 
 def with_drafts(loaded: Loaded, drafts: int | None) -> Loaded:
@@ -89,6 +91,16 @@ def head_off(loaded: Loaded) -> Loaded:
         configs=dataclasses.replace(loaded.configs, draft=plain),
         params=decode.Params(loaded.params.target, drafter),
     )
+
+
+def drafting(options: Bench, loaded: Loaded) -> dict[tuple[str, int], Loaded]:
+    """The model for each way of drafting: head off and on, by the number of proposals; empty without a drafter."""
+    config = loaded.configs.draft
+    if config is None:
+        return {}
+    views = {DFLASH: head_off(loaded), DOMINO: loaded} if config.head else {DFLASH: loaded}
+    counts = options.drafts or (loaded.configs.proposals,)
+    return {(mode, drafts): with_drafts(view, drafts) for drafts in counts for mode, view in views.items()}
 
 
 def read_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
@@ -336,30 +348,15 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
     engines = {(LEAN, 0): Engine(loaded)}
     with console.status("choosing prompts"):
         prompts, looping = choose(prompts, options, engines[LEAN, 0])
-    if loaded.configs.draft:
-        views = {DFLASH: loaded}
-        if loaded.configs.draft.head:
-            views = {DFLASH: head_off(loaded), DOMINO: loaded}
-        for drafts in options.drafts or (loaded.configs.proposals,):
-            engines |= {(mode, drafts): Engine(with_drafts(view, drafts)) for mode, view in views.items()}
+    engines |= {key: Engine(view) for key, view in drafting(options, loaded).items()}
     theirs = transformers_runner(folder, options, loaded.dtype.name) if options.transformers else None
     common = {
-        "commit": _commit(),
-        "device": jax.devices()[0].device_kind,
-        "mesh": options.mesh or "",
-        "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
-        "jax": jax.__version__,
-        "model": options.model,
-        "draft": options.draft or "",
-        "dtype": jnp.dtype(loaded.dtype).name,
+        **about(options, loaded),
         "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
         "num_prompts": options.num_prompts,
         "min_distinct": options.min_distinct,
         "looping_prompts_left_out": looping,
         "rounds": options.rounds,
-        "temperature": options.temperature,
-        "seed": options.seed,
     }
     rows = []
     for batch in options.batch_sizes:
@@ -402,6 +399,23 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
                 row |= megabytes(view, batch, options.prompt_tokens + options.new_tokens)
             rows.append(row)
     return rows
+
+
+def about(options: Bench, loaded: Loaded) -> dict[str, Any]:
+    """What every row of figures says: the source, the device, the model, and the settings all measurements share."""
+    return {
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+        "mesh": options.mesh or "",
+        "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
+        "jax": jax.__version__,
+        "model": options.model,
+        "draft": options.draft or "",
+        "dtype": jnp.dtype(loaded.dtype).name,
+        "new_tokens": options.new_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
 
 
 def _commit() -> str:
@@ -455,7 +469,8 @@ def main(argv: list[str] | None = None) -> int:
             raise DominoError(
                 "--batch-sizes, --rounds and --prompt-tokens must be at least 1, --new-tokens at least 2."
             )
-        if max(options.batch_sizes) > options.num_prompts:
+        sets = quality.read(options)  # before loading, which takes longer
+        if not sets and max(options.batch_sizes) > options.num_prompts:
             raise DominoError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
         if not 0 <= options.temperature < float("inf") or options.seed < 0:
             raise DominoError("--temperature and --seed must be 0 or more.")
@@ -471,6 +486,8 @@ def main(argv: list[str] | None = None) -> int:
             raise DominoError("--drafts needs a drafter: give one with --draft DIR.")
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+        if sets:
+            return quality.run(options, sets, loaded, drafting(options, loaded), about(options, loaded))
         with loaded.context():
             rows = measure(options, loaded, target, console)
         try:

@@ -300,12 +300,12 @@ def bars() -> Progress:
 
 def warn(one: Measured) -> None:
     """Say what of a set could not be asked, or not answered at length."""
-    if one.too_long:
-        print(
-            f"warning: {one.set.name}: {one.too_long} questions have a prompt too long for the model.", file=sys.stderr
-        )
-    if one.short:
-        print(f"warning: {one.set.name}: {one.short} answers have less room than --new-tokens.", file=sys.stderr)
+    for what, count in (
+        ("questions with a prompt too long for the model, left out", one.too_long),
+        ("answers with less room than --new-tokens", one.short),
+    ):
+        if count:
+            print(f"warning: {one.set.name}: {what}: {count}.", file=sys.stderr)
 
 
 def figures(one: Measured, options: "Bench", whole: Mode, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -438,7 +438,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("τ, tokens a cycle (mean of answers)")
     axis.set_title(f"{rows[0]['model']}, temperature {rows[0]['temperature']:g}")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(bars), fontsize=8)
     figure.savefig(folder / "tau.png", dpi=120)
     plt.close(figure)
 

@@ -113,8 +113,16 @@ def test_published_figures_belong_to_the_checkpoint_as_it_is(sweep, models, monk
     assert [(row["published_tau_per_answer"], row["difference"]) for row in rows] == [(3.25, 0.25), (None, None)]
     shown = capsys.readouterr().out
     assert "+0.25" in shown and "Domino-Tree" in shown
-    _, rows = sweep(ROWS, "--temperature", "0.5", "--no-head-off")
-    assert [(row["mode"], row["published_tau_per_answer"]) for row in rows] == [("domino", None)]
+    _, rows = sweep(ROWS, "--drafts", "2", "4", "--no-head-off", "--limit-prompts", "2", "--batch-sizes", "2")
+    assert [(row["drafts"], row["published_tau_per_answer"]) for row in rows] == [(2, None), (4, None)]
+    assert [row["tau"] for row in rows] == pytest.approx([(4 * 2 + 3 * 3) / 7, 3])
+    assert "length_4" not in rows[0] and rows[0]["prompts"] == 2
+
+
+def test_sampled_answers_have_no_published_figure(sweep, models, monkeypatch):
+    monkeypatch.setitem(quality.PUBLISHED, (str(models / "target"), str(models / "draft")), (3.25, *[0.0] * 7))
+    _, rows = sweep(ROWS[:1], "--temperature", "0.5", "--no-head-off")
+    assert [(row["mode"], row["tokens"], row["published_tau_per_answer"]) for row in rows] == [("domino", 9, None)]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +191,7 @@ def test_prompts_that_are_too_long_are_counted_and_limits_warned_of(sweep, capsy
     assert [(r["questions"], r["prompts"], r["too_long"], r["answers"]) for r in figures] == [(3, 2, 2, 2)]
     assert figures[0]["tokens"] == 4 + 9
     errors = capsys.readouterr().err
-    assert "2 questions have a prompt too long" in errors and "1 answers have less room" in errors
+    assert "too long for the model, left out: 2." in errors and "less room than --new-tokens: 1." in errors
 
 
 def test_ctrl_c_leaves_the_batches_before(sweep, tmp_path, monkeypatch, capsys):

@@ -34,8 +34,9 @@ from domino_jax.weights import Draft, flatten, unflatten
 from infer import quality
 from infer.engine import Engine, Sequence, Settings, tau
 from infer.models import DEMO, Loaded, load, resolve
+from infer.quality import DFLASH, DOMINO, LEAN
 
-LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
+TRANSFORMERS = "transformers"
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
 
 

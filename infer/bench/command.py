@@ -10,11 +10,13 @@ from rich.console import Console
 from convert.programs import keep_programs
 from domino_jax import sharding
 from domino_jax.errors import DominoError
+from infer.bench import quality
+from infer.bench.modes import drafting
 from infer.bench.options import Bench, check
 from infer.bench.plots import draw
 from infer.bench.report import show
 from infer.bench.shapes import load_random
-from infer.bench.sweep import measure
+from infer.bench.sweep import circumstances, measure
 from infer.models import load, resolve
 
 PIPE_WIDTH = 160
@@ -25,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         check(options)
+        sets = quality.read(options)  # before loading, which takes longer
         keep_programs()
         how: dict[str, Any] = {
             "dtype": options.dtype,
@@ -48,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise DominoError(f"{flag} needs a drafter: give one with --draft DIR.")
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+        if sets:
+            views = drafting(loaded, options.drafts)
+            return quality.run(options, sets, loaded, views, circumstances(options, loaded))
         with loaded.context():
             rows = measure(options, loaded, target, console)
         try:

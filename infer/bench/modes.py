@@ -30,6 +30,23 @@ def head_off(loaded: Loaded) -> Loaded:
     )
 
 
+def drafting(loaded: Loaded, counts: tuple[int, ...] = ()) -> dict[tuple[str, int], Loaded]:
+    """The model for each way of drafting: head off and on, by the proposals of a cycle; empty without a drafter.
+
+    Args:
+        counts: proposals; all that the drafter makes when empty.
+    """
+    config = loaded.configs.draft
+    if config is None:
+        return {}
+    views = {DFLASH: head_off(loaded), DOMINO: loaded} if config.head else {DFLASH: loaded}
+    return {
+        (mode, drafts): with_drafts(view, drafts)
+        for drafts in counts or (loaded.configs.proposals,)
+        for mode, view in views.items()
+    }
+
+
 def simulated(loaded: Loaded, tau: float | None) -> Loaded:
     """The same model with a stated mean acceptance length instead of its own; None leaves it its own.
 

@@ -1,12 +1,14 @@
 """What the benchmark can be asked for, and what of it makes no sense."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from domino_jax.errors import DominoError
+from infer.bench.quality import Sweep
 from infer.bench.tracing import writable
 
 
@@ -59,11 +61,12 @@ class Bench:
     json: Path | None = None
     """file for the figures: a list of flat objects, one for each context, batch size and mode"""
     plot: Path | None = None
-    """folder for curves over what is swept: contexts, batch sizes, drafts"""
+    """folder for curves over what is swept: contexts, batch sizes, drafts; with --quality for bars and histograms"""
     roofline: bool = False
     """measure the device's memory bandwidth and product rate, and hold each phase against its floor"""
     profile: Path | None = None
     """folder for a profiler's trace of one more short round of each mode"""
+    sweep: Annotated[Sweep, tyro.conf.arg(name="")] = field(default_factory=Sweep)
 
 
 def check(options: Bench) -> None:
@@ -79,7 +82,7 @@ def check(options: Bench) -> None:
         raise DominoError(
             "--batch-sizes, --contexts, --rounds and --prompt-tokens must be at least 1, --new-tokens at least 2."
         )
-    if max(options.batch_sizes) > options.num_prompts:
+    if not options.sweep.quality and max(options.batch_sizes) > options.num_prompts:
         raise DominoError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
     if not 0 <= options.temperature < float("inf") or options.seed < 0:
         raise DominoError("--temperature and --seed must be 0 or more.")

@@ -15,7 +15,7 @@ from rich.console import Console
 from domino_jax import decode
 from infer.bench import roofline
 from infer.bench.memory import megabytes
-from infer.bench.modes import DFLASH, DOMINO, LEAN, TRANSFORMERS, head_off, simulated, with_drafts
+from infer.bench.modes import LEAN, TRANSFORMERS, drafting, simulated
 from infer.bench.options import Bench
 from infer.bench.parts import phases
 from infer.bench.prompts import distinct, gather
@@ -41,7 +41,11 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
     theirs = None
     if options.transformers and folder:
         theirs = transformers_runner(folder, options, loaded.dtype.name)
-    common = circumstances(options, loaded)
+    common = circumstances(options, loaded) | {
+        "num_prompts": options.num_prompts,
+        "min_distinct": options.min_distinct,
+        "rounds": options.rounds,
+    }
     machine = None
     if options.roofline:
         with console.status("measuring the device"):
@@ -83,18 +87,13 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
 def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:
     """An engine for each of our modes: the lean loop, and each kind of drafting at each number of drafts."""
     engines = {(LEAN, 0): Engine(loaded)}
-    if loaded.configs.draft:
-        views = {DFLASH: loaded}
-        if loaded.configs.draft.head:
-            views = {DFLASH: head_off(loaded), DOMINO: loaded}
-        for drafts in options.drafts or (loaded.configs.proposals,):
-            for mode, view in views.items():
-                engines[mode, drafts] = Engine(simulated(with_drafts(view, drafts), options.simulate_tau))
+    for key, view in drafting(loaded, options.drafts).items():
+        engines[key] = Engine(simulated(view, options.simulate_tau))
     return engines
 
 
 def circumstances(options: Bench, loaded: Loaded) -> Row:
-    """What every row says of the run."""
+    """What every row says of the run, whatever it measures."""
     return {
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
@@ -110,9 +109,6 @@ def circumstances(options: Bench, loaded: Loaded) -> Row:
         "simulated_tau": options.simulate_tau,
         "dtype": jnp.dtype(loaded.dtype).name,
         "new_tokens": options.new_tokens,
-        "num_prompts": options.num_prompts,
-        "min_distinct": options.min_distinct,
-        "rounds": options.rounds,
         "temperature": options.temperature,
         "seed": options.seed,
     }

@@ -16,6 +16,7 @@ from jax import Array
 
 from domino_jax import cache as kv
 from domino_jax import draft, head, target, verify
+from domino_jax.attention import Form
 from domino_jax.cache import KVCache
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
@@ -32,7 +33,7 @@ class Configs:
     """What is being run, static to every program: the target, and the drafter or None.
 
     `drafts` verifies only the first so many of a block's proposals, where fewer pay better: a cycle then costs
-    less, and the output is the same.
+    less, and the output is the same. `attention` is its form on this device (`attention.choose`).
 
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals.
@@ -41,11 +42,17 @@ class Configs:
     target: TargetConfig
     draft: DraftConfig | None = None
     drafts: int | None = None
+    attention: Form = "xla"
 
     def __post_init__(self) -> None:
         if self.drafts is not None and not 1 <= self.drafts <= (self.draft.num_proposals if self.draft else 0):
             most = f"a block of this drafter has {self.draft.num_proposals}" if self.draft else "there is no drafter"
             raise DominoError(f"{self.drafts} drafts a cycle can't be had: {most}, and the least is 1.")
+
+    @property
+    def lean(self) -> "Configs":
+        """The same without the drafter."""
+        return Configs(self.target, attention=self.attention)
 
     @property
     def proposals(self) -> int:
@@ -150,7 +157,9 @@ def prefill(
     """
     start = jnp.broadcast_to(offset, state.length.shape)
     taps = configs.draft.target_layer_ids if configs.draft else ()
-    hidden, features, cache = target.forward(params.target, configs.target, tokens, start, state.cache, taps)
+    hidden, features, cache = target.forward(
+        params.target, configs.target, tokens, start, state.cache, taps, configs.attention
+    )
     assert cache is not None
     context = state.context
     if configs.draft:
@@ -232,7 +241,7 @@ def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[A
     assert drafter is not None and config is not None and state.context is not None
     with jax.named_scope("draft"):
         x = draft.block_inputs(params.target.embed, config, state.token)
-        z, context = draft.block(drafter, config, x, state.length, state.context)
+        z, context = draft.block(drafter, config, x, state.length, state.context, configs.attention)
         z = draft.proposing(config, z)[:, : configs.proposals]
         return z, target.logits(params.target, configs.target, z), context
 
@@ -242,7 +251,9 @@ def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Arr
     taps = configs.draft.target_layer_ids if configs.draft else ()
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     with jax.named_scope("target"):
-        hidden, features, cache = target.forward(params.target, configs.target, tokens, state.length, state.cache, taps)
+        hidden, features, cache = target.forward(
+            params.target, configs.target, tokens, state.length, state.cache, taps, configs.attention
+        )
         assert cache is not None
         return target.logits(params.target, configs.target, hidden), features, cache
 
@@ -252,7 +263,7 @@ def autoregress(
     params: Params, configs: Configs, state: DecodeState, stop: Array, cycles: int, greedy: bool
 ) -> tuple[DecodeState, Emitted]:
     """Up to `cycles` plain one-token steps: the lean baseline, and how a target runs without a drafter."""
-    configs = Configs(configs.target)
+    configs = configs.lean
 
     def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
         none = jnp.zeros((state.token.shape[0], 0), jnp.int32)

@@ -65,6 +65,8 @@ class Bench:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
+    """its form, as for `python -m infer`"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
     transformers: bool = True
@@ -347,6 +349,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
         "mesh": options.mesh or "",
+        "attention": loaded.configs.attention,
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,
         "model": options.model,
@@ -395,7 +398,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
                 same = results[0]["outputs"] == lean[0]["outputs"]
                 row["same_tokens_as_lean"] = same if options.temperature == 0 else None
                 if mode == LEAN:
-                    configs, params = decode.Configs(view.configs.target), decode.Params(view.params.target)
+                    configs, params = view.configs.lean, decode.Params(view.params.target)
                     view = dataclasses.replace(view, configs=configs, params=params)
                 with console.status(f"batch {batch}: phases of {mode}"):
                     row |= phases(view, prompts[:batch], options.temperature)
@@ -464,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         target, drafter = resolve(options.model, options.draft)
         with console.status("loading"):
             mesh = sharding.parse(options.mesh) if options.mesh else None
-            loaded = load(target, drafter, options.dtype, mesh=mesh)
+            loaded = load(target, drafter, options.dtype, mesh=mesh, attention=options.attention)
         if loaded.mesh and any(batch % loaded.mesh.shape[sharding.DATA] for batch in options.batch_sizes):
             raise DominoError("--batch-sizes must be multiples of the mesh's data axis.")
         if options.drafts and loaded.configs.draft is None:

@@ -16,6 +16,7 @@ from jax import Array
 
 from domino_jax import cache as kv
 from domino_jax import draft, head, target, verify
+from domino_jax.attention import Form
 from domino_jax.cache import KVCache
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
@@ -39,6 +40,8 @@ class Configs:
     this mean acceptance length (bonus included), whatever the target says. The output is worthless; nothing that
     generates text for a user sets it.
 
+    `attention` is its form on this device (`attention.choose`).
+
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals, `simulated_tau` not from 1 to one more,
             `candidates` below 1 or without a head.
@@ -49,6 +52,7 @@ class Configs:
     drafts: int | None = None
     candidates: int | None = None
     simulated_tau: float | None = None
+    attention: Form = "xla"
 
     def __post_init__(self) -> None:
         if self.candidates is not None and not (self.draft and self.draft.head):
@@ -63,6 +67,11 @@ class Configs:
                 f"an acceptance length of {self.simulated_tau:g} can't be simulated: {self.proposals} drafts a cycle "
                 f"allow 1 to {self.proposals + 1}."
             )
+
+    @property
+    def lean(self) -> "Configs":
+        """The same without the drafter."""
+        return Configs(self.target, attention=self.attention)
 
     @property
     def proposals(self) -> int:
@@ -168,7 +177,9 @@ def prefill(
     """
     start = jnp.broadcast_to(offset, state.length.shape)
     taps = configs.draft.target_layer_ids if configs.draft else ()
-    hidden, features, cache = target.forward(params.target, configs.target, tokens, start, state.cache, taps)
+    hidden, features, cache = target.forward(
+        params.target, configs.target, tokens, start, state.cache, taps, configs.attention
+    )
     assert cache is not None
     context = state.context
     if configs.draft:
@@ -254,7 +265,7 @@ def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[A
     assert drafter is not None and config is not None and state.context is not None
     with jax.named_scope("draft"):
         x = draft.block_inputs(params.target.embed, config, state.token)
-        z, context = draft.block(drafter, config, x, state.length, state.context)
+        z, context = draft.block(drafter, config, x, state.length, state.context, configs.attention)
         z = draft.proposing(config, z)[:, : configs.proposals]
         return z, target.logits(params.target, configs.target, z, params.output), context
 
@@ -264,7 +275,9 @@ def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Arr
     taps = configs.draft.target_layer_ids if configs.draft else ()
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     with jax.named_scope("target"):
-        hidden, features, cache = target.forward(params.target, configs.target, tokens, state.length, state.cache, taps)
+        hidden, features, cache = target.forward(
+            params.target, configs.target, tokens, state.length, state.cache, taps, configs.attention
+        )
         assert cache is not None
         return target.logits(params.target, configs.target, hidden), features, cache
 
@@ -274,7 +287,7 @@ def autoregress(
     params: Params, configs: Configs, state: DecodeState, stop: Array, cycles: int, greedy: bool
 ) -> tuple[DecodeState, Emitted]:
     """Up to `cycles` plain one-token steps: the lean baseline, and how a target runs without a drafter."""
-    configs = Configs(configs.target)
+    configs = configs.lean
 
     def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
         none = jnp.zeros((state.token.shape[0], 0), jnp.int32)

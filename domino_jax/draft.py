@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import layers
+from domino_jax.attention import Form, attend, in_window
 from domino_jax.cache import KVCache, append
 from domino_jax.config import DraftConfig
 from domino_jax.sharding import constrain
@@ -41,7 +42,9 @@ def append_context(params: Draft, config: DraftConfig, cache: KVCache, features:
     return cache
 
 
-def block(params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVCache) -> tuple[Array, KVCache]:
+def block(
+    params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVCache, attention: Form = "xla"
+) -> tuple[Array, KVCache]:
     """Run one block a row in decoding.
 
     The block's own keys and values are written behind the context (positions from `start` on), where
@@ -50,30 +53,21 @@ def block(params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVC
     Args:
         x: block inputs [B, M, D].
         start: [B] anchor positions a; the cache holds the context of positions 0 to a - 1.
+        attention: its form.
 
     Returns:
         z = norm(block states) [B, M, D], and the cache.
     """
     positions = start[:, None] + jnp.arange(config.block_size, dtype=jnp.int32)
     angles = layers.rotary(positions, config.rope_theta, config.head_dim)
-    seen = jnp.arange(cache.capacity, dtype=jnp.int32)
-    # Every block position sees the whole context and the whole block: no causal mask.
-    whole = jnp.broadcast_to((seen < start[:, None] + config.block_size)[:, None], (*positions.shape, seen.size))
-    for i, layer in enumerate(params.layers):
+    for i, (layer, window) in enumerate(zip(params.layers, config.windows, strict=True)):
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
         cache = append(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
-        mask = whole & in_window(positions[:, :, None] - seen, config.windows[i])
-        x = layers.residual(layer, x, layers.attention(q, cache.k[i], cache.v[i], mask), config.rms_norm_eps)
-        x = constrain(x, "B M D")
+        # Every block position sees the whole context and the whole block: no causal mask.
+        attended = attend(q, cache.k[i], cache.v[i], start, causal=False, window=window, form=attention)
+        x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B M D")
     return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
-
-
-def in_window(distance: Array, window: int | None) -> Array:
-    """Whether a key `distance` positions before the query is visible: 0 ≤ distance < window, or always."""
-    if window is None:
-        return jnp.ones(distance.shape, bool)
-    return (distance >= 0) & (distance < window)
 
 
 def training_blocks(params: Draft, config: DraftConfig, x: Array, anchors: Array, features: Array) -> Array:

@@ -58,29 +58,6 @@ def keys_values(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float)
     return rotate(rms_norm(k, layer.k_norm, eps), angles), v
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Grouped-query attention: softmax(q·k / √H) · v, the softmax in float32.
-
-    Args:
-        q: [B, T, N, H].
-        k, v: [B, K, S, H], as the cache holds them.
-        mask: [B or 1, T, S] bool, True where the query sees the position.
-
-    Returns:
-        [B, T, N, H].
-    """
-    batch, tokens, heads, width = q.shape
-    shape = (batch, tokens, k.shape[1], heads // k.shape[1], width)
-    # A KV head's queries side by side, as plain matrix products: any other order of axes and XLA transposes the cache.
-    rows = q.reshape(shape).transpose(0, 2, 1, 3, 4).reshape(batch, k.shape[1], -1, width)  # [B, K, TG, H]
-    scores = jnp.einsum("BKXH,BKSH->BKXS", rows, k, preferred_element_type=jnp.float32) * width**-0.5
-    # Finite, so that a query that sees nothing (a padded row) gives a mean and not NaN.
-    seen = jnp.repeat(mask, shape[3], axis=1)[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
-    attended = jnp.einsum("BKXS,BKSH->BKXH", weights, v).reshape(batch, k.shape[1], tokens, shape[3], width)
-    return attended.transpose(0, 2, 1, 3, 4).reshape(q.shape)
-
-
 def residual(layer: Layer | FusedLayer, x: Array, attended: Array, eps: float) -> Array:
     """The rest of a layer after attention: x + o(attended), then x + SwiGLU(norm(x))."""
     # Heads flattened by hand: XLA may contract two axes in the order that transposes the weight.

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import layers
+from domino_jax.attention import Form, attend
 from domino_jax.cache import KVCache, append
 from domino_jax.config import TargetConfig
 from domino_jax.sharding import constrain
@@ -17,6 +18,7 @@ def forward(
     start: Array | None = None,
     cache: KVCache | None = None,
     taps: tuple[int, ...] = (),
+    attention: Form = "xla",
 ) -> tuple[Array, Array, KVCache | None]:
     """Run T tokens per row, after what the cache already holds.
 
@@ -25,17 +27,16 @@ def forward(
         start: [B] int32, each row's first position; zeros when None.
         cache: earlier keys and values, or None to attend among `tokens` alone (training).
         taps: decoder layers whose output is wanted, in this order.
+        attention: its form, where there is a cache; without one it is xla's, which can be differentiated.
 
     Returns:
         Hidden states after the final norm [B, T, D]; features [B, T, LD], the residual stream after
         each tapped layer (for the very last layer after the final norm, as in Hugging Face's
         `hidden_states`); the cache with T positions written from `start`.
     """
-    tokens_range = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = tokens_range[None] if start is None else start[:, None] + tokens_range  # [B or 1, T]
+    begin = jnp.zeros(1, jnp.int32) if start is None else start
+    positions = begin[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [B or 1, T]
     angles = layers.rotary(positions, config.rope_theta, config.head_dim)
-    seen = jnp.arange(cache.capacity if cache else tokens.shape[1], dtype=jnp.int32)
-    mask = seen <= positions[:, :, None]  # [B or 1, T, S]
     x = constrain(params.embed[tokens], "B T D")
     tapped = {}
     for i, layer in enumerate(params.layers):
@@ -48,7 +49,8 @@ def forward(
             assert start is not None, "a cache needs the rows' start positions"
             cache = append(cache, i, k, v, start)
             k, v = cache.k[i], cache.v[i]
-        x = constrain(layers.residual(layer, x, layers.attention(q, k, v, mask), config.rms_norm_eps), "B T D")
+        attended = attend(q, k, v, begin, form=attention if cache else "xla")
+        x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B T D")
         tapped[i] = x
     x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)
     features = jnp.concatenate([x[..., :0], *(tapped[i] for i in taps)], axis=-1)

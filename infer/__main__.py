@@ -68,6 +68,8 @@ class Generate:
     """system message"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
+    """its form: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto is the best one measured"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4": rows over data, weights over model; by default those found (one CPU)"""
     coordinator: str | None = None
@@ -333,8 +335,18 @@ class Session:
                 raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         with progress_bars(self.notes) as progress:
             mesh = parse_mesh(o.mesh) if o.mesh is not None else None
-            few = None if o.head_candidates == "all" else o.head_candidates
-            self.loaded = models.load(target, draft, o.dtype, progress, o.drafts, mesh, few, o.draft_dtype, o.fuse)
+            self.loaded = models.load(
+                target,
+                draft,
+                o.dtype,
+                progress,
+                drafts=o.drafts,
+                mesh=mesh,
+                attention=o.attention,
+                candidates=None if o.head_candidates == "all" else o.head_candidates,
+                draft_dtype=o.draft_dtype,
+                fuse=o.fuse,
+            )
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded)
         if o.system is not None and not self._is_chat():

@@ -190,7 +190,7 @@ class Engine:
         configs, params = loaded.configs, loaded.params
         speculative = speculative and configs.draft is not None
         if not speculative:
-            configs, params = Configs(configs.target), Params(params.target)
+            configs, params = configs.lean, Params(params.target)
         seconds = dict.fromkeys(PHASES, 0.0)
         greedy = choose.temperature == 0
         # Rows that only fill the batch are over after their first token.

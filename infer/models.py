@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from convert import hf
 from convert.tokenizer import first_line, load_tokenizer
 from domino_jax import prepare
+from domino_jax.attention import Choice, choose
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
@@ -111,8 +112,10 @@ def load(
     draft: Path | None = None,
     dtype: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    *,
     drafts: int | None = None,
     mesh: tuple[int, int] | None = None,
+    attention: Choice = "auto",
     candidates: int | None = None,
     draft_dtype: str | None = None,
     fuse: bool = False,
@@ -126,13 +129,14 @@ def load(
         progress: called with "target" or "drafter", tensors done, tensors in all.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
         mesh: sizes of its axes data and model; for the devices found when None.
+        attention: its form, or "auto" for the one this device is best served by.
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
         fuse: one product where several have the same input (see `prepare.fuse`).
         weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
 
     Raises:
-        DominoError: a folder is not a whole supported model, or the two do not fit.
+        DominoError: a folder is not a whole supported model, the two do not fit, or `attention` can't run here.
     """
     began = time.perf_counter()
     raw = hf.read_json(target / "config.json")
@@ -160,6 +164,7 @@ def load(
         configs,
         target=fit(configs.target, sizes[1]),
         draft=fit(configs.draft, sizes[1]) if configs.draft else None,
+        attention=choose(attention, [c.head_dim for c in models], kind),
     )
 
     def read(folder: Path, config: Any, what: str) -> Any:

@@ -405,3 +405,22 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
     text = program.lower(pair.params, pair.configs, start(pair), NO_STOP, 8, True).as_text()
     assert "while" in text
     assert not [word for word in ("callback", "infeed", "outfeed", "send", "recv") if word in text]
+
+
+# --- Other forms of attention ---------------------------------------------------------------------------------
+
+
+def test_the_pallas_kernel_gives_the_same_tokens(pair, truth):
+    """In float32, interpreted: token for token what transformers gives, by cycles and by single steps."""
+    other = Pair(pair.params, dataclasses.replace(pair.configs, attention="pallas"))
+    assert [o.tokens for o in run(other)] == [row[:COUNT] for row in truth]
+    lean = factory.autoregress(other.params, other.configs, start(other))
+    assert [o.tokens for o in lean] == [row[:COUNT] for row in truth]
+
+
+def test_the_pallas_kernel_knows_a_drafters_window():
+    drafter = factory.draft_config(block_size=6, shift_label=False, windows=(3, None))
+    pair = Pair.make(drafter, seed=21)
+    other = Pair(pair.params, dataclasses.replace(pair.configs, attention="pallas"))
+    prompts = [[3, 1, 4, 1, 5], [9] * 11]
+    assert run(other, COUNT, prompts=prompts) == run(pair, COUNT, prompts=prompts)

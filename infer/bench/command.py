@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         how: dict[str, Any] = {
             "dtype": options.dtype,
             "mesh": sharding.parse(options.mesh) if options.mesh else None,
+            "attention": options.attention,
             "candidates": None if options.head_candidates == "all" else options.head_candidates,
             "draft_dtype": options.draft_dtype,
             "fuse": options.fuse,

@@ -48,6 +48,8 @@ class Bench:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
+    attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
+    """its form, as for `python -m infer`"""
     head_candidates: int | Literal["all"] = "all"
     """tokens that the causal head scores: so many of the highest base logits, or all of the vocabulary"""
     draft_dtype: Literal["int8", "float8"] | None = None

@@ -98,6 +98,7 @@ def circumstances(options: Bench, loaded: Loaded) -> Row:
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
         "mesh": options.mesh or "",
+        "attention": loaded.configs.attention,
         "head_candidates": str(options.head_candidates),
         "draft_dtype": options.draft_dtype or "",
         "fused": options.fuse,
@@ -173,7 +174,7 @@ def acceptance(result: Row, lean: Row, options: Bench) -> Row:
 
 def lean_view(loaded: Loaded) -> Loaded:
     """The target alone."""
-    configs, params = decode.Configs(loaded.configs.target), decode.Params(loaded.params.target)
+    configs, params = loaded.configs.lean, decode.Params(loaded.params.target)
     return dataclasses.replace(loaded, configs=configs, params=params)
 
 

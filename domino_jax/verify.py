@@ -59,7 +59,7 @@ def simulated(tau: float, emitted: Array) -> Array:
     """Counts of accepted drafts with a stated mean, for measuring speed: nothing is verified.
 
     After n cycles a row has added floor(n·τ + φ) tokens: each cycle floor(τ) or ceil(τ) of them, the two evenly mixed.
-    φ differs between rows, so that they do not step together.
+    φ is (row + ½) / rows, so that they do not step together.
 
     Args:
         tau: mean acceptance length, at least 1: a cycle's drafts that are accepted, and its bonus.
@@ -69,7 +69,7 @@ def simulated(tau: float, emitted: Array) -> Array:
         [B] int32, from floor(τ) - 1 to ceil(τ) - 1.
     """
     rows = emitted.shape[0]
-    phase = jnp.arange(rows, dtype=jnp.float32) / rows
+    phase = (jnp.arange(rows, dtype=jnp.float32) + 0.5) / rows
     added = (emitted - 1).astype(jnp.float32)
     cycles = jnp.ceil((added - phase) / tau - 1e-3)  # n, from floor(n·τ + φ) = added; the margin is for rounding
     count = jnp.floor((cycles + 1) * tau + phase) - added

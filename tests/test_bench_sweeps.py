@@ -19,7 +19,7 @@ from infer.bench import main as bench
 from infer.bench import plots, roofline, shapes, sweep
 from infer.bench.report import PHASES
 from infer.bench.shapes import SHAPES, Shape, load_random
-from infer.engine import Engine
+from infer.engine import Engine, Settings
 from infer.models import Loaded
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -132,9 +132,10 @@ def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     """20 tokens in 8 cycles of 2.5; and no matrix product of the real cycle is missing from the program."""
     loaded = load_random("tiny")
     told = dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, simulated_tau=2.5))
-    sequence, _ = Engine(told).sequence([1, 2, 3], 21)
-    Engine(told).generate([sequence])
-    assert len(sequence.tokens) == 21 and sequence.accepted == [1, 2] * 4
+    for temperature in (0.0, 1.0):
+        sequence, _ = Engine(told).sequence([1, 2, 3], 21)
+        Engine(told).generate([sequence], Settings(temperature))
+        assert len(sequence.tokens) == 21 and sequence.accepted == [2, 1] * 4
 
     stop = jnp.zeros(0, jnp.int32)
     counts = []
@@ -231,7 +232,9 @@ SHAPED = ["--shapes", "tiny", "--random-weights"]
         ([*SHAPED, "--simulate-tau", "nan"], "4 drafts a cycle allow 1 to 5"),
         ([*SHAPED, "--simulate-tau", "4", "--drafts", "4", "2"], "2 drafts a cycle allow 1 to 3"),
         ([*SHAPED, "--simulate-tau", "2", "--draft", "none"], "--simulate-tau needs a drafter"),
+        ([*SHAPED, "--simulate-tau", "0", "--draft", "none"], "--simulate-tau needs a drafter"),
         ([*SHAPED, "--contexts", "0"], "at least 1"),
+        ([*SHAPED, "--batch-sizes"], "at least one size"),
         ([*SHAPED, "--contexts", "300"], "has 256 positions"),
         ([*SHAPED, "--profile", "FILE/x"], "can't be written"),
         ([*SHAPED, "--plot", "FILE/x"], "can't be written"),

@@ -13,6 +13,7 @@ from domino_jax.sampling import probabilities, settings
 from infer.models import Loaded
 
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
+TRIES, ENOUGH_SECONDS = 5, 3.0  # timed runs of such a program: fewer where they take long
 
 
 def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict[str, float]:
@@ -50,7 +51,7 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
         )
         mine, _ = program(jax.tree.map(jnp.copy, state), params)
         times = []
-        for _ in range(5):
+        while len(times) < TRIES and sum(times) * REPEATS < ENOUGH_SECONDS:
             jax.block_until_ready(mine)
             began = time.perf_counter()
             mine, _ = jax.block_until_ready(program(mine, params))

@@ -37,9 +37,6 @@ from domino_jax.sharding import spec
 Form = Literal["xla", "cudnn", "pallas"]
 Choice = Literal["auto", "xla", "cudnn", "pallas"]
 
-# What "auto" is by platform: only what has been measured there to be right and faster belongs here.
-AUTO: dict[str, Form] = {}
-
 WIDEST_CUDNN_HEAD = 128  # 256 from Hopper on; every model of the table has 128
 LARGEST_QUERY_BLOCK = 512  # rows of queries (T · G) that the Pallas kernel holds at once
 LARGEST_KEY_BLOCK = 512  # cache positions likewise
@@ -51,29 +48,36 @@ def choose(asked: Choice, head_dims: Iterable[int], dtype: Any) -> Form:
     """The form to run on this process's devices.
 
     Args:
-        asked: a form, or "auto": xla everywhere until another has been measured on a device, which `AUTO` then says.
+        asked: a form, or "auto": what has been measured to be right and no slower than the others. Today that is xla
+            everywhere, since the others have run on no device.
         head_dims: H of each model that will run.
         dtype: of queries and caches.
 
     Raises:
         DominoError: what was asked for can't run here; it is never replaced by another form.
     """
-    device = jax.devices()[0]
     if asked == "auto":
-        return AUTO.get(device.platform, "xla")
+        return "xla"
+    device = jax.devices()[0]
     if asked == "cudnn":
         if "cuda" not in device.client.platform_version.lower():
-            raise DominoError(f"cuDNN's attention needs an NVIDIA GPU, found {device.device_kind}: use auto or xla.")
+            raise DominoError(
+                f"cuDNN's attention needs an NVIDIA GPU, found {device.device_kind}: give --attention auto or xla."
+            )
         if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-            raise DominoError(f"cuDNN's attention takes bfloat16, found {jnp.dtype(dtype).name}: use auto or xla.")
+            raise DominoError(
+                f"cuDNN's attention takes bfloat16, found {jnp.dtype(dtype).name}: give --attention auto or xla."
+            )
         wrong = [width for width in head_dims if width % 8 or width > WIDEST_CUDNN_HEAD]
         if wrong:
             raise DominoError(
                 f"cuDNN's attention takes heads of a multiple of 8 up to {WIDEST_CUDNN_HEAD}, found head_dim "
-                f"{wrong[0]}: use auto or xla."
+                f"{wrong[0]}: give --attention auto or xla."
             )
     if asked == "pallas" and device.platform != "tpu":
-        raise DominoError(f"the Pallas attention kernel needs a TPU, found {device.device_kind}: use auto or xla.")
+        raise DominoError(
+            f"the Pallas attention kernel needs a TPU, found {device.device_kind}: give --attention auto or xla."
+        )
     return asked
 
 

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ class Bench:
     draft: str | None = None
     """name, folder or org/repo of the drafter; by default the one that belongs to --model's name"""
     batch_sizes: tuple[int, ...] = (1,)
-    drafts: tuple[int, ...] = ()
-    """proposals that a cycle verifies, each a mode of its own; all that the drafter makes when not given"""
+    drafts: tuple[int | Literal["auto"], ...] = ()
+    """proposals that a cycle verifies, each a mode of its own, or "auto"; all that the drafter makes when not given"""
     new_tokens: int = 64
     """tokens to generate for each prompt"""
     prompts: Path | None = None
@@ -73,9 +74,10 @@ class Bench:
     """file for the figures: a list of flat objects, one for each batch size and mode"""
 
 
-def with_drafts(loaded: Loaded, drafts: int | None) -> Loaded:
-    """The same model with `drafts` proposals a cycle."""
-    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=drafts))
+def with_drafts(loaded: Loaded, drafts: int | Literal["auto"]) -> Loaded:
+    """The same model with `drafts` proposals a cycle; all where the engine chooses."""
+    fixed = None if drafts == "auto" else drafts
+    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=fixed))
 
 
 def head_off(loaded: Loaded) -> Loaded:
@@ -159,7 +161,7 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
     """One round of one of our modes: times and acceptance summed over its batches."""
     seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
     accepted: list[int] = []
-    tokens, cycles, outputs = 0, 0, []
+    tokens, cycles, outputs, used = 0, 0, [], Counter()
     for number, group in enumerate(batches(prompts, batch)):
         rows: list[Sequence] = []
         for i, prompt in enumerate(group):
@@ -172,9 +174,11 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
             seconds[phase] += max(s.seconds[phase] for s in rows)
         accepted += [m for s in rows for m in s.accepted]
         tokens += sum(len(s.tokens) - 1 for s in rows)
-        cycles += options.new_tokens - 1 if mode == LEAN else max(len(s.cycles) for s in rows)
+        cycles += max(len(s.cycles) + s.steps for s in rows)
+        used += sum((Counter({0: s.steps}) + Counter(len(c.drafts) for c in s.cycles) for s in rows), Counter())
         outputs += [s.tokens for s in rows]
-    return {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
+    figures = {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
+    return {**figures, "used": used}
 
 
 def transformers_runner(
@@ -333,7 +337,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
     prompts = read_prompts(options, loaded)
     # No stop tokens and no text: every sequence runs to its limit, and only decoding is timed.
     loaded = dataclasses.replace(loaded, stop_ids=(), tokenizer=None)
-    engines = {(LEAN, 0): Engine(loaded)}
+    engines: dict[tuple[str, int | Literal["auto"]], Engine] = {(LEAN, 0): Engine(loaded)}
     with console.status("choosing prompts"):
         prompts, looping = choose(prompts, options, engines[LEAN, 0])
     if loaded.configs.draft:
@@ -341,7 +345,9 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
         if loaded.configs.draft.head:
             views = {DFLASH: head_off(loaded), DOMINO: loaded}
         for drafts in options.drafts or (loaded.configs.proposals,):
-            engines |= {(mode, drafts): Engine(with_drafts(view, drafts)) for mode, view in views.items()}
+            for mode, view in views.items():
+                if drafts != "auto" or view is loaded:
+                    engines[mode, drafts] = Engine(with_drafts(view, drafts), auto=drafts == "auto")
     theirs = transformers_runner(folder, options, loaded.dtype.name) if options.transformers else None
     common = {
         "commit": _commit(),
@@ -363,7 +369,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
     }
     rows = []
     for batch in options.batch_sizes:
-        runs: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
+        runs: dict[tuple[str, int | Literal["auto"]], Callable[[], dict[str, Any]]] = {
             key: (lambda e=engine, m=key[0], b=batch: run_ours(e, prompts, options, b, m))
             for key, engine in engines.items()
         }
@@ -394,7 +400,11 @@ def measure(options: Bench, loaded: Loaded, folder: Path, console: Console) -> l
                 row["distinct_4"] = statistics.mean(map(distinct, results[0]["outputs"]))
                 same = results[0]["outputs"] == lean[0]["outputs"]
                 row["same_tokens_as_lean"] = same if options.temperature == 0 else None
-                if mode == LEAN:
+                choice = drafts
+                if drafts == "auto":  # what most cycles had; 0 for plain steps
+                    choice = row["auto_choice"] = sum((r["used"] for r in results), Counter()).most_common(1)[0][0]
+                    view = with_drafts(view, choice or "auto")
+                if choice == 0:
                     configs, params = decode.Configs(view.configs.target), decode.Params(view.params.target)
                     view = dataclasses.replace(view, configs=configs, params=params)
                 with console.status(f"batch {batch}: phases of {mode}"):
@@ -440,7 +450,8 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         for row in rows:
             cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
             if any(cells):
-                table.add_row(str(row["batch"]), row["mode"], str(row["drafts"] or ""), *cells)
+                drafts = f"auto ({row['auto_choice'] or 'plain'})" if "auto_choice" in row else row["drafts"] or ""
+                table.add_row(str(row["batch"]), row["mode"], str(drafts), *cells)
         console.print(table)
     for row in rows:
         if row.get("same_tokens_as_lean") is False:

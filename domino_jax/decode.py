@@ -205,7 +205,13 @@ def first_token(params: Params, configs: Configs, state: DecodeState, last: Arra
 
 @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
 def speculate(
-    params: Params, configs: Configs, state: DecodeState, stop: Array, cycles: int, greedy: bool
+    params: Params,
+    configs: Configs,
+    state: DecodeState,
+    stop: Array,
+    cycles: int,
+    greedy: bool,
+    most: Array | np.integer | None = None,
 ) -> tuple[DecodeState, Emitted]:
     """Up to `cycles` Domino cycles in one program.
 
@@ -213,6 +219,7 @@ def speculate(
         stop: [E] int32, ids that end a sequence.
         cycles: C; the loop ends before that when all rows are done or one has no room left.
         greedy: every row has temperature 0, so no distribution needs to be formed.
+        most: [] int32, ends it sooner without another program; C when None.
     """
     drafter, config = params.draft, configs.draft
     assert drafter is not None and config is not None, "speculate needs a drafter; autoregress does without"
@@ -239,7 +246,7 @@ def speculate(
         state, counts = commit(state, sequence, accepted + 1, stop)
         return state, sequence, counts, accepted, drafts
 
-    return _loop(cycle, state, cycles, configs.proposals, configs.reach)
+    return _loop(cycle, state, cycles, most, configs.proposals, configs.reach)
 
 
 def propose(
@@ -284,9 +291,18 @@ def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Arr
 
 @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
 def autoregress(
-    params: Params, configs: Configs, state: DecodeState, stop: Array, cycles: int, greedy: bool
+    params: Params,
+    configs: Configs,
+    state: DecodeState,
+    stop: Array,
+    cycles: int,
+    greedy: bool,
+    most: Array | np.integer | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """Up to `cycles` plain one-token steps: the lean baseline, and how a target runs without a drafter."""
+    """Up to `cycles` plain one-token steps: the lean baseline, and how a target runs without a drafter.
+
+    Nothing is appended to the drafter's context: a state that has taken plain steps can't go on with drafts.
+    """
     configs = configs.lean
 
     def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
@@ -302,7 +318,7 @@ def autoregress(
         state, counts = commit(state, token[:, None], jnp.ones_like(token), stop)
         return state, token[:, None], counts, jnp.zeros_like(token), none
 
-    return _loop(step, state, cycles, 0, configs.reach)
+    return _loop(step, state, cycles, most, 0, configs.reach)
 
 
 def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tuple[DecodeState, Array]:
@@ -346,9 +362,12 @@ def _split(keys: Array, parts: int) -> tuple[Array, ...]:
     return tuple(jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, parts))(keys), 1, 0))
 
 
-def _loop(cycle, state: DecodeState, cycles: int, proposals: int, reach: int) -> tuple[DecodeState, Emitted]:
+def _loop(
+    cycle, state: DecodeState, cycles: int, most: Array | np.integer | None, proposals: int, reach: int
+) -> tuple[DecodeState, Emitted]:
     """Run `cycle` while there is work and room, collecting what it emits."""
     batch = state.token.shape[0]
+    bound = cycles if most is None else jnp.minimum(most, cycles)
     emitted = Emitted(
         cycles=jnp.zeros((), jnp.int32),
         tokens=jnp.zeros((cycles, batch, proposals + 1), jnp.int32),
@@ -360,7 +379,7 @@ def _loop(cycle, state: DecodeState, cycles: int, proposals: int, reach: int) ->
     def more(carry: tuple[DecodeState, Emitted]) -> Array:
         state, emitted = carry
         room = state.done | (state.length + reach <= state.cache.capacity)
-        return (emitted.cycles < cycles) & ~state.done.all() & room.all()
+        return (emitted.cycles < bound) & ~state.done.all() & room.all()
 
     def body(carry: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:
         state, emitted = carry

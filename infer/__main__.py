@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,8 +41,9 @@ class Generate:
     """target: demo, qwen3-4b, qwen3-8b, a folder, or org/repo on the Hub"""
     draft: str | None = None
     """drafter: likewise, or none for plain decoding; by default the one that belongs to the model's name"""
-    drafts: int | None = None
-    """proposals that a cycle verifies, from 1 to all of a block; all when not given"""
+    drafts: int | Literal["auto"] | None = None
+    """proposals that a cycle verifies, from 1 to all of a block; all when not given. "auto" goes by what they cost here
+    and how many are accepted, and drafts none where that is faster; give a number for samples that a seed repeats"""
     head_candidates: int | Literal["all"] = "all"
     """tokens that the causal head scores: so many of the highest base logits, or all of the vocabulary"""
     draft_dtype: Literal["int8", "float8"] | None = None
@@ -340,7 +342,7 @@ class Session:
                 draft,
                 o.dtype,
                 progress,
-                drafts=o.drafts,
+                drafts=None if o.drafts == "auto" else o.drafts,
                 mesh=mesh,
                 attention=o.attention,
                 candidates=None if o.head_candidates == "all" else o.head_candidates,
@@ -348,7 +350,7 @@ class Session:
                 fuse=o.fuse,
             )
         warn(self.loaded.warnings)
-        self.engine = Engine(self.loaded)
+        self.engine = Engine(self.loaded, auto=o.drafts == "auto", report=say)
         if o.system is not None and not self._is_chat():
             raise DominoError("this model has no chat template, so --system has no place to go.")
 
@@ -401,9 +403,10 @@ class Session:
         o = self.options
         single = total == 1
         stream = single and not o.json and not o.show_drafts and self.loaded.tokenizer is not None
+        before = None
         if stream and not self._is_chat() and o.prompt not in (None, "-") and self.console.is_terminal:
-            self.console.print(o.prompt, style="dim", end="", markup=False)
-        printed = Printer(sequences[0])
+            before = partial(self.console.print, o.prompt, style="dim", end="", markup=False)
+        printed = Printer(sequences[0], before)
         self.finished.append(sequences)
         cancelled, result = False, None
         try:
@@ -438,6 +441,8 @@ class Session:
             "input_ids": s.prompt,
             "cycles": len(s.cycles),
             "accepted": s.accepted,
+            "drafts": [len(cycle.drafts) for cycle in s.cycles],
+            "plain_steps": s.steps,
             "tau": tau(s.accepted),
             "seconds": {"load": self.loaded.seconds, **s.seconds},
             "tokens_per_second": s.tokens_per_second,
@@ -510,9 +515,13 @@ class Session:
         show(f"\n{tokens} tokens" + (f", decoded at [bold]{rate:.1f} tokens/s[/]" if rate else ""))
         show(
             f"load {self.loaded.seconds:.2f} s · compile {total['compile']:.2f} s · "
-            f"prefill {total['prefill']:.3f} s ({prompt_tokens} tokens) · decode {total['decode']:.3f} s",
+            f"prefill {total['prefill']:.3f} s ({prompt_tokens} tokens) · "
+            + (f"calibrate {total['calibrate']:.2f} s · " if total["calibrate"] else "")
+            + f"decode {total['decode']:.3f} s",
             style="dim",
         )
+        for chooser in self.engine.choosers.values():
+            show(f"drafts auto: {chooser}")
         accepted = [n for s in sequences for n in s.accepted]
         if accepted:
             show(f"τ = [bold]{tau(accepted):.2f}[/] tokens a cycle, over {len(accepted)} cycles; drafts accepted:")
@@ -607,12 +616,17 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None] 
 class Printer:
     """Prints a sequence's text as it grows."""
 
-    def __init__(self, sequence: "Sequence"):
+    def __init__(self, sequence: "Sequence", before: Callable[[], None] | None = None):
+        """Args: before: called when there is text for the first time."""
         self.sequence = sequence
+        self.before = before
         self.shown = 0
 
     def more(self) -> None:
         """Print what is new."""
+        if self.before:
+            self.before()
+            self.before = None
         text = self.sequence.text or ""
         print(text[self.shown :], end="", flush=True)
         self.shown = len(text)
@@ -661,6 +675,7 @@ def show_drafts(console: Console, s: "Sequence", tokenizer: Any) -> None:
             if not stream:
                 out.append(" ")
         kept(cycle.tokens[cycle.accepted :], ADDED)
+    kept(s.tokens[1 + sum(len(cycle.tokens) for cycle in s.cycles) :], ADDED)  # plain steps after them
     if stream:
         out.append(stream.finish(), ADDED)
     console.print(out)

@@ -1,5 +1,6 @@
 """The loop around decode: prompts in, tokens out, one small transfer a dispatch."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from domino_jax import cache, decode
@@ -15,6 +17,8 @@ from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
 from domino_jax.sharding import DATA, fetch, put
+from infer.auto import Acceptance, Chooser, calibrate
+from infer.hosts import agree
 from infer.models import Loaded
 from infer.text import TextStream
 
@@ -22,7 +26,7 @@ from infer.text import TextStream
 # pays no more for dispatching.
 STEPS_PER_CYCLE = 4
 
-PHASES: tuple[str, ...] = ("compile", "prefill", "decode")
+PHASES: tuple[str, ...] = ("compile", "prefill", "calibrate", "decode")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Sequence:
     limit: int  # tokens to generate at most
     stream: TextStream | None = None  # None without a tokenizer
     tokens: list[int] = field(default_factory=list)
-    cycles: list[Cycle] = field(default_factory=list)  # empty without a drafter
+    cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
+    steps: int = 0  # plain ones, without drafts; those after the cycles where "auto" gave drafts up are none of τ's
     finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it runs
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # until it finished
 
@@ -105,10 +110,22 @@ def tokens_per_second(sequences: list[Sequence]) -> float | None:
 class Engine:
     """Runs batches of sequences on a loaded model."""
 
-    def __init__(self, loaded: Loaded, cycles: int = 8):
-        """Args: cycles: draft-and-verify cycles a dispatch; output arrives after each dispatch."""
+    def __init__(
+        self, loaded: Loaded, cycles: int = 8, auto: bool = False, report: Callable[[str], None] | None = None
+    ):
+        """Args:
+        cycles: draft-and-verify cycles a dispatch; output arrives after each dispatch.
+        auto: choose the drafts of a cycle before each dispatch, from times measured at the first batch of each size and
+            from what was accepted so far. Greedy output is the same; at a temperature the drafts decide how the
+            random numbers are used, so that a seed may give another sample, of the same distribution.
+        report: called with what takes long.
+        """
         self.loaded = loaded
         self.cycles = cycles
+        self.auto = auto and loaded.configs.draft is not None
+        self.choosers: dict[tuple[int, bool], Chooser] = {}  # by rows, and whether greedy
+        self._acceptance: dict[bool, Acceptance] = {}  # by whether greedy
+        self._report = report or (lambda _: None)
         with loaded.context():
             self._stop = put(np.array(loaded.stop_ids, np.int32), "-")
         self._ready: set[Any] = set()
@@ -189,10 +206,14 @@ class Engine:
         loaded = self.loaded
         configs, params = loaded.configs, loaded.params
         speculative = speculative and configs.draft is not None
+        greedy = choose.temperature == 0
+        auto = self.auto and speculative
+        chooser = self.choosers.get((max(batch, len(sequences)), greedy)) if auto else None
+        if chooser:
+            speculative = chooser.start()
         if not speculative:
             configs, params = configs.lean, Params(params.target)
         seconds = dict.fromkeys(PHASES, 0.0)
-        greedy = choose.temperature == 0
         # Rows that only fill the batch are over after their first token.
         spare = max(0, batch - len(sequences))
         prompts = [s.prompt for s in sequences] + [sequences[0].prompt[:1]] * spare
@@ -210,13 +231,24 @@ class Engine:
         self._note(sequences, seconds)
         for s, token in zip(sequences, first.tolist(), strict=False):
             s.take([token], loaded.stop_ids)
+        if auto and chooser is None and any(s.finish_reason is None for s in sequences):
+            with _timed(seconds, "calibrate"):
+                chooser, state = self._calibrate(params, configs, state, greedy)
+            self.choosers[len(prompts), greedy] = chooser
         yield
 
-        loop = decode.speculate if speculative else decode.autoregress
-        cycles = self.cycles if speculative else self.cycles * STEPS_PER_CYCLE
         # A stop string, which the device knows nothing of, has ended a row.
         cut = any(s.stream is not None and s.stream.stopped for s in sequences)
-        while any(s.finish_reason is None for s in sequences):
+        while running := sum(s.finish_reason is None for s in sequences):
+            cycles = self._longest(configs)
+            if chooser and speculative:
+                drafts, cycles = chooser.next(running, cycles)
+                if drafts:
+                    configs = dataclasses.replace(configs, drafts=drafts)
+                else:  # for the rest of the batch: plain steps leave gaps in the drafter's context
+                    configs, params = configs.lean, Params(params.target)
+                    state, speculative = state._replace(context=None), False
+                    cycles = self._longest(configs)
             needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
             with _timed(seconds, "decode"):
                 if needed + configs.reach > state.cache.capacity:
@@ -224,10 +256,9 @@ class Engine:
                 if cut:
                     over = [s.finish_reason is not None for s in sequences] + [True] * spare
                     state = state._replace(done=put(np.array(over), "B"))
-                state, emitted = loop(params, configs, state, self._stop, cycles, greedy)
-                emitted = fetch(emitted)
+                state, emitted = self._dispatch(params, configs, state, self._stop, cycles, greedy)
             self._note(sequences, seconds)
-            cut = False
+            cut, accepted = False, []
             for b, s in enumerate(sequences):
                 for c in range(int(emitted.cycles)):
                     count = int(emitted.counts[c, b])
@@ -235,9 +266,67 @@ class Engine:
                         break
                     tokens = s.take(emitted.tokens[c, b, :count].tolist(), loaded.stop_ids)
                     if speculative:
-                        s.cycles.append(Cycle(tokens, int(emitted.accepted[c, b]), emitted.drafts[c, b].tolist()))
+                        accepted.append(int(emitted.accepted[c, b]))
+                        s.cycles.append(Cycle(tokens, accepted[-1], emitted.drafts[c, b].tolist()))
+                    else:
+                        s.steps += 1
                     cut |= s.stream is not None and s.stream.stopped
+            if chooser:
+                chooser.observe(accepted)
             yield
+        if chooser and speculative:
+            chooser.finish([len(s.tokens) - 1 for s in sequences], [len(s.cycles) for s in sequences])
+
+    def _longest(self, configs: Configs) -> int:
+        """Cycles that one dispatch may run."""
+        return self.cycles if configs.draft else self.cycles * STEPS_PER_CYCLE
+
+    def _dispatch(
+        self, params: Params, configs: Configs, state: decode.DecodeState, stop: jax.Array, cycles: int, greedy: bool
+    ) -> tuple[decode.DecodeState, decode.Emitted]:
+        """Run at most `cycles` cycles, or plain steps without a drafter, and wait for what they give."""
+        loop = decode.speculate if configs.draft else decode.autoregress
+        longest = self._longest(configs)
+        state, emitted = loop(params, configs, state, stop, longest, greedy, np.int32(cycles))
+        return state, fetch(emitted)
+
+    def _calibrate(
+        self, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
+    ) -> tuple[Chooser, decode.DecodeState]:
+        """Time plain steps and cycles of few and many drafts, with the programs and on the state that generation uses.
+
+        The state comes back as it was: what a timed cycle wrote lies beyond each row's length, like a rejected draft,
+        and will be written again before it is seen. A copy would need room for a second set of caches.
+        """
+        rows = state.token.shape[0]
+        self._report(f"calibrating --drafts auto for {rows} sequence{'s' * (rows > 1)} at a time")
+        names = ("token", "length", "emitted", "limit", "done", "keys")
+
+        def copied(values: dict[str, jax.Array]) -> dict[str, Any]:  # states are donated
+            return {name: jnp.copy(value) for name, value in values.items()}
+
+        kept = copied({name: getattr(state, name) for name in names})
+        endless = put(np.full(rows, 1 << 30, np.int32), "B")
+        never = put(np.full(len(self.loaded.stop_ids), -1, np.int32), "-")
+
+        def measure(drafts: int, cycles: int) -> float:
+            nonlocal state
+            state = state._replace(**copied(kept | {"limit": endless}))
+            context, given, run = state.context, params, dataclasses.replace(configs, drafts=drafts or None)
+            if not drafts:
+                given, run, state = Params(params.target), configs.lean, state._replace(context=None)
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            state, emitted = self._dispatch(given, run, state, never, cycles, greedy)
+            took = time.perf_counter() - began
+            if not drafts:
+                state = state._replace(context=context)
+            return took / int(emitted.cycles)
+
+        most = configs.proposals
+        acceptance = self._acceptance.setdefault(greedy, Acceptance(most))
+        times = calibrate(measure, most, lambda drafts: self.cycles * (1 if drafts else STEPS_PER_CYCLE), agree)
+        return Chooser(times, acceptance), state._replace(**kept)
 
     @staticmethod
     def _note(sequences: list[Sequence], seconds: dict[str, float]) -> None:

@@ -4,6 +4,8 @@ import os
 import sys
 from dataclasses import dataclass
 
+import numpy as np
+
 from domino_jax.errors import DominoError
 
 VARIABLES = {
@@ -71,3 +73,14 @@ def join(hosts: Hosts | None) -> bool:
     except (RuntimeError, ValueError) as error:
         raise DominoError(f"the other processes can't be reached: {error}.") from None
     return jax.process_index() == 0
+
+
+def agree(numbers: list[float]) -> list[float]:
+    """What the first process has, in all of them: those that decide differently would wait for each other for ever."""
+    import jax
+
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    return [float(x) for x in broadcast_one_to_all(np.array(numbers, np.float32))]

@@ -58,10 +58,16 @@ def alone(words) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("count", "mesh"), [(2, "data=2"), (2, "model=2"), (4, "data=2,model=2")], ids=["2, rows", "2, weights", "4, both"]
+    ("count", "more"),
+    [
+        (2, ["--mesh", "data=2"]),
+        (2, ["--mesh", "model=2", "--drafts", "auto"]),  # what each measures differs; what they do must not
+        (4, ["--mesh", "data=2,model=2"]),
+    ],
+    ids=["2, rows", "2, weights, drafts auto", "4, both"],
 )
-def test_processes_together_give_the_tokens_of_one(words, alone, count, mesh):
-    first, *others = launch([*words, "--mesh", mesh], count)
+def test_processes_together_give_the_tokens_of_one(words, alone, count, more):
+    first, *others = launch([*words, *more], count)
     assert first[0] == 0, first[2]
     assert [json.loads(line)["tokens"] for line in first[1].splitlines()] == alone
     for status, out, err in others:

@@ -80,7 +80,8 @@ def test_json_has_the_promised_keys(run):
     assert row["text"] == text.decode(make_tokenizer(), row["tokens"])
     assert row["cycles"] == len(row["accepted"]) > 0
     assert row["tau"] == pytest.approx(sum(row["accepted"]) / row["cycles"] + 1)
-    assert set(row["seconds"]) == {"load", "compile", "prefill", "decode"}
+    assert set(row["seconds"]) == {"load", "compile", "prefill", "calibrate", "decode"}
+    assert (row["drafts"], row["plain_steps"]) == ([DRAFT.num_proposals] * row["cycles"], 0)
     assert all(seconds >= 0 for seconds in row["seconds"].values())
     assert row["tokens_per_second"] == pytest.approx(19 / row["seconds"]["decode"])
 
@@ -115,6 +116,20 @@ def test_fewer_drafts_a_cycle_give_the_same_tokens(run):
     row = generated(run, *words, target="loop", draft="loop-draft")
     assert (row["tokens"], row["accepted"]) == ([MASK_ID] * 9, [2] * 3)  # 1 + 3 + 3 + 3: the limit cuts the last
     assert run(*words, target="loop", draft="loop-draft").err.count("█") > 0
+
+
+def test_drafts_chosen_by_measurement_give_the_same_tokens(run):
+    # 120 positions of prompt leave room for one cycle in the first bucket; measuring must not touch them.
+    words = ("x" * 120, "--max-new-tokens", "30")
+    result = run(*words, "--drafts", "auto", "--json")
+    (row,) = result.rows
+    assert row["tokens"] == generated(run, *words, draft="none")["tokens"]
+    assert len(row["drafts"]) == len(row["accepted"]) == row["cycles"]
+    assert row["cycles"] + row["plain_steps"] > 0 and row["seconds"]["calibrate"] > 0
+    assert "calibrating" in result.err and "drafts auto: " in result.err
+    shown = run("--input-ids", "5,70", "--max-new-tokens", "9", "--drafts", "auto", "--show-drafts", target="loop")
+    letter = text.decode(make_tokenizer(), [70])
+    assert shown.out.splitlines()[0].count(letter) == 9
 
 
 def test_growing_past_a_bucket_changes_nothing(run):
@@ -388,6 +403,7 @@ def test_a_limit_beyond_the_positions_is_clamped_with_a_warning(run):
         (("hi", "--draft", "none", "--compare"), 2, "--compare"),
         (("hi", "--draft", "none", "--drafts", "2"), 2, "--drafts"),
         (("hi", "--drafts", "0"), 1, "0 drafts a cycle can't be had: a block of this drafter has 4"),
+        (("hi", "--draft", "none", "--drafts", "auto"), 2, "--drafts"),
         (("hi", "--drafts", "5"), 1, "5 drafts a cycle can't be had"),
         (("hi", "--json", "--show-drafts"), 2, "--show-drafts"),
         (("hi", "--raw", "--system", "x"), 2, "--system"),

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if sets:
-            views = drafting(loaded, options.drafts)
+            views = {(mode, int(drafts)): view for (mode, drafts), view in drafting(loaded, options.drafts).items()}
             return quality.run(options, sets, loaded, views, circumstances(options, loaded))
         with loaded.context():
             rows = measure(options, loaded, target, console)

@@ -1,6 +1,7 @@
 """The ways of decoding that are compared, as views of one loaded model."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -9,11 +10,13 @@ from domino_jax.weights import Draft
 from infer.models import Loaded
 
 LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
+Drafts = int | Literal["auto"]  # proposals that a cycle verifies
 
 
-def with_drafts(loaded: Loaded, drafts: int | None) -> Loaded:
-    """The same model with `drafts` proposals a cycle."""
-    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=drafts))
+def with_drafts(loaded: Loaded, drafts: Drafts) -> Loaded:
+    """The same model with `drafts` proposals a cycle; all where the engine chooses."""
+    fixed = None if drafts == "auto" else drafts
+    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=fixed))
 
 
 def head_off(loaded: Loaded) -> Loaded:
@@ -30,11 +33,11 @@ def head_off(loaded: Loaded) -> Loaded:
     )
 
 
-def drafting(loaded: Loaded, counts: tuple[int, ...] = ()) -> dict[tuple[str, int], Loaded]:
+def drafting(loaded: Loaded, counts: tuple[Drafts, ...] = ()) -> dict[tuple[str, Drafts], Loaded]:
     """The model for each way of drafting: head off and on, by the proposals of a cycle; empty without a drafter.
 
     Args:
-        counts: proposals; all that the drafter makes when empty.
+        counts: proposals; all that the drafter makes when empty. "auto" is for the drafter as it is.
     """
     config = loaded.configs.draft
     if config is None:
@@ -44,6 +47,7 @@ def drafting(loaded: Loaded, counts: tuple[int, ...] = ()) -> dict[tuple[str, in
         (mode, drafts): with_drafts(view, drafts)
         for drafts in counts or (loaded.configs.proposals,)
         for mode, view in views.items()
+        if drafts != "auto" or view is loaded
     }
 
 

@@ -28,8 +28,8 @@ class Bench:
     """commit as many drafts as give this mean acceptance length (bonus included), whatever the target says: for the
     speed of real cycles with weights that accept nothing; every row says so"""
     batch_sizes: tuple[int, ...] = (1,)
-    drafts: tuple[int, ...] = ()
-    """proposals that a cycle verifies, each a mode of its own; all that the drafter makes when not given"""
+    drafts: tuple[int | Literal["auto"], ...] = ()
+    """proposals that a cycle verifies, each a mode of its own, or "auto"; all that the drafter makes when not given"""
     new_tokens: int = 64
     """tokens to generate for each prompt"""
     prompts: Path | None = None

@@ -27,7 +27,9 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
     written = []
     for axis, panels in PANELS.items():
         # A lean step has no drafts: it is the 1 of the ratio there.
-        shown = [row for row in rows if axis != "drafts" or row["mode"] not in (LEAN, TRANSFORMERS)]
+        shown = [
+            r for r in rows if axis != "drafts" or (r["mode"] not in (LEAN, TRANSFORMERS) and r["drafts"] != "auto")
+        ]
         if len({row[axis] for row in shown}) > 1:
             written.append(_figure(shown, axis, panels, folder / f"{axis}.png"))
     return written

@@ -96,6 +96,8 @@ def read(options: "Bench") -> list[QuestionSet]:
         raise DominoError(f"--limit-prompts must be at least 1, found {sweep.limit_prompts}.")
     if len(options.batch_sizes) != 1:
         raise DominoError(f"--quality runs at one batch size, found {len(options.batch_sizes)} of --batch-sizes.")
+    if "auto" in options.drafts:
+        raise DominoError("--quality measures acceptance, which needs a number: --drafts auto goes by speed.")
     return read_sets(sweep.quality, sweep.limit_prompts)
 
 

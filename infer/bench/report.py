@@ -78,5 +78,6 @@ def _table(name: str, columns: dict[str, tuple[str, str]], rows: list[Row], cons
     for row in rows:
         cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
         if any(cells):
-            table.add_row(str(row["context"]), str(row["batch"]), label(row), str(row["drafts"] or ""), *cells)
+            drafts = f"auto ({row['auto_choice'] or 'plain'})" if "auto_choice" in row else str(row["drafts"] or "")
+            table.add_row(str(row["context"]), str(row["batch"]), label(row), drafts, *cells)
     console.print(table)

@@ -1,6 +1,7 @@
 """One round of one mode: all prompts, batch after batch, with its times."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ def batches(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: int, mode: str) -> dict[str, Any]:
-    """One round of one of our modes: times and acceptance summed over its batches."""
+    """One round of one of our modes: times and acceptance summed over its batches, cycles by their drafts."""
     seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
     accepted: list[int] = []
-    tokens, cycles, outputs = 0, 0, []
+    tokens, cycles, outputs, used = 0, 0, [], Counter()
     for number, group in enumerate(batches(prompts, batch)):
         rows: list[Sequence] = []
         for i, prompt in enumerate(group):
@@ -35,9 +36,11 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
             seconds[phase] += max(s.seconds[phase] for s in rows)
         accepted += [m for s in rows for m in s.accepted]
         tokens += sum(len(s.tokens) - 1 for s in rows)
-        cycles += options.new_tokens - 1 if mode == LEAN else max(len(s.cycles) for s in rows)
+        cycles += max(len(s.cycles) + s.steps for s in rows)
+        used += sum((Counter({0: s.steps}) + Counter(len(c.drafts) for c in s.cycles) for s in rows), Counter())
         outputs += [s.tokens for s in rows]
-    return {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
+    figures = {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
+    return {**figures, "used": used}
 
 
 def transformers_runner(

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from domino_jax import decode
 from infer.bench import roofline
 from infer.bench.memory import megabytes
-from infer.bench.modes import LEAN, TRANSFORMERS, drafting, simulated
+from infer.bench.modes import LEAN, TRANSFORMERS, Drafts, drafting, simulated, with_drafts
 from infer.bench.options import Bench
 from infer.bench.parts import phases
 from infer.bench.prompts import distinct, gather
@@ -24,7 +25,7 @@ from infer.bench.tracing import traced
 from infer.engine import Engine
 from infer.models import Loaded
 
-Key = tuple[str, int]  # a mode, and the drafts of its cycles
+Key = tuple[str, Drafts]  # a mode, and the drafts of its cycles
 Row = dict[str, Any]
 
 TRACED_TOKENS = 33  # of each sequence: enough to see cycles, and no more to wait for
@@ -69,7 +70,12 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
                 if key not in engines:
                     continue
                 row |= acceptance(rounds[0], results[LEAN, 0][0], options)
-                view = lean_view(engines[key].loaded) if key[0] == LEAN else engines[key].loaded
+                view, choice = engines[key].loaded, key[1]
+                if choice == "auto":  # what most cycles had; 0 for plain steps
+                    used = sum((result["used"] for result in rounds), Counter())
+                    choice = row["auto_choice"] = used.most_common(1)[0][0]
+                    view = with_drafts(view, choice or "auto")
+                view = view if choice else lean_view(view)
                 with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
                     row |= phases(view, found.prompts[:batch], options.temperature)
                 row |= megabytes(view, batch, context + options.new_tokens)
@@ -86,9 +92,9 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
 
 def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:
     """An engine for each of our modes: the lean loop, and each kind of drafting at each number of drafts."""
-    engines = {(LEAN, 0): Engine(loaded)}
+    engines: dict[Key, Engine] = {(LEAN, 0): Engine(loaded)}
     for key, view in drafting(loaded, options.drafts).items():
-        engines[key] = Engine(simulated(view, options.simulate_tau))
+        engines[key] = Engine(simulated(view, options.simulate_tau), auto=key[1] == "auto")
     return engines
 
 

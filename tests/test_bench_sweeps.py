@@ -19,6 +19,7 @@ from infer.bench import main as bench
 from infer.bench import plots, roofline, shapes, sweep
 from infer.bench.report import PHASES
 from infer.bench.shapes import SHAPES, Shape, load_random
+from infer.bench.sweep import differences
 from infer.engine import Engine, Settings
 from infer.models import Loaded
 
@@ -258,3 +259,8 @@ def test_random_weights_are_compiled_once_a_shape():
     load_random("tiny")
     made = shapes._maker.cache_info()
     assert made.hits > made.misses
+
+
+def test_differences_are_counted_up_to_the_first_of_an_answer():
+    assert differences([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]) == (0, 0)
+    assert differences([[1, 2, 3], [4, 9, 9]], [[1, 2, 3], [4, 5, 6]]) == (1, 1 / 5)

@@ -60,7 +60,11 @@ def show(rows: list[Row], console: Console) -> None:
         _table("Share of the floor reached", shares, rows, console)
     for row in rows:
         if row.get("same_tokens_as_lean") is False:
-            console.print(f"batch {row['batch']}: {row['mode']} gave other tokens than the lean loop")
+            other, rate = row["other_answers"], row["differences_per_1000_tokens"]
+            console.print(
+                f"batch {row['batch']}: {label(row)} {row['drafts']} gave other tokens than the lean loop in {other} "
+                f"answers, {rate:.2f} first differences in 1000 tokens"
+            )
     for row in rows:
         if row.get("profile"):
             named = row["profile_scopes"] or "no phase of a cycle by name"

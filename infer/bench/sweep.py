@@ -171,11 +171,25 @@ def acceptance(result: Row, lean: Row, options: Bench) -> Row:
     """What was accepted and written; a simulated acceptance has neither a τ of its own nor an output worth a look."""
     if options.simulate_tau is not None:
         return {"tau": None, "distinct_4": None, "same_tokens_as_lean": None}
-    return {
-        "tau": result["tau"],
-        "distinct_4": statistics.mean(map(distinct, result["outputs"])),
-        "same_tokens_as_lean": result["outputs"] == lean["outputs"] if options.temperature == 0 else None,
-    }
+    found: Row = {"tau": result["tau"], "distinct_4": statistics.mean(map(distinct, result["outputs"]))}
+    found["same_tokens_as_lean"] = None
+    if options.temperature == 0:
+        other, rate = differences(result["outputs"], lean["outputs"])
+        found |= {"same_tokens_as_lean": other == 0, "other_answers": other, "differences_per_1000_tokens": 1000 * rate}
+    return found
+
+
+def differences(ours: list[list[int]], lean: list[list[int]]) -> tuple[int, float]:
+    """Answers that differ from the lean loop's, and first differences a token: what follows one has another context.
+
+    Where a block and a single token round differently (bfloat16), two logits that tie to rounding may swap.
+    """
+    other, seen = 0, 0
+    for a, b in zip(ours, lean, strict=True):
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        other += same is not None
+        seen += len(a) if same is None else same + 1
+    return other, other / seen
 
 
 def lean_view(loaded: Loaded) -> Loaded:

@@ -15,6 +15,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; the others run on the first
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Programs of earlier modules are let go: each maps memory, and a process may have only so many maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests of what surrounds the programs: half the compile time is worth slower ones."""

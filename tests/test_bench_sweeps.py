@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import DRAFT, REPEATING, TARGET, make_target
 
-from domino_jax import decode, verify, weights
+from domino_jax import decode, prepare, verify, weights
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
@@ -198,6 +198,18 @@ def test_floors_at_8b_are_those_of_the_spec():
     assert sum(gb.values()) / (lean.bytes / 1e9) == pytest.approx(1.30, abs=0.01)
     assert lean.flops == pytest.approx(2 * (lean.bytes / 2), rel=0.001)  # bfloat16: two operations a parameter
     assert cycle["target"].flops == pytest.approx(17 * lean.flops, rel=0.01)
+
+
+@pytest.mark.parametrize(("candidates", "kind", "floor"), [(64, None, 1.22), (None, "int8", 1.15), (64, "int8", 1.11)])
+def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
+    """SPEC section 8: candidates 1.22, and 1.11 with an 8-bit drafter too."""
+    target, draft = SHAPES["qwen3-8b"]
+    params = Params(weights.shapes(target, jnp.bfloat16), weights.shapes(draft, jnp.bfloat16))
+    lean = roofline.work(Configs(target), Params(params.target), batch=1, context=0)["target"]
+    if kind:
+        params = jax.eval_shape(lambda p: prepare.quantize(p, draft, kind), params)
+    cycle = roofline.work(Configs(target, draft, candidates=candidates), params, batch=1, context=0)
+    assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.01)
 
 
 def test_floors_grow_with_context_and_batch_and_shrink_with_the_mesh():

@@ -234,7 +234,7 @@ def test_ctrl_c_leaves_the_batches_before(sweep, tmp_path, monkeypatch, capsys):
         (ROWS, ["--draft", "none"], "target", "--quality measures a drafter"),
         (ROWS, ["--quality", "a=b.jsonl"], "target", "b.jsonl can't be read"),
         (ROWS, ["--quality", "=b.jsonl"], "target", "needs a name of its own"),
-        (ROWS, ["--quality"], "target", "--lean and --no-head-off need --quality"),
+        (ROWS, ["--quality"], "target", "--limit-prompts and --lean need --quality"),
     ],
 )
 def test_refusals(sweep, capsys, rows, more, target, says):

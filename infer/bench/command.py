@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if sets:
-            views = {(mode, int(drafts)): view for (mode, drafts), view in drafting(loaded, options.drafts).items()}
+            modes = drafting(loaded, options.drafts, options.head_off)
+            views = {(mode, int(drafts)): view for (mode, drafts), view in modes.items()}
             return quality.run(options, sets, loaded, views, circumstances(options, loaded))
         with loaded.context():
             rows = measure(options, loaded, target, console)

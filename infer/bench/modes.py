@@ -33,16 +33,21 @@ def head_off(loaded: Loaded) -> Loaded:
     )
 
 
-def drafting(loaded: Loaded, counts: tuple[Drafts, ...] = ()) -> dict[tuple[str, Drafts], Loaded]:
+def drafting(
+    loaded: Loaded, counts: tuple[Drafts, ...] = (), headless: bool = True
+) -> dict[tuple[str, Drafts], Loaded]:
     """The model for each way of drafting: head off and on, by the proposals of a cycle; empty without a drafter.
 
     Args:
         counts: proposals; all that the drafter makes when empty. "auto" is for the drafter as it is.
+        headless: also with its head off.
     """
     config = loaded.configs.draft
     if config is None:
         return {}
-    views = {DFLASH: head_off(loaded), DOMINO: loaded} if config.head else {DFLASH: loaded}
+    views = {DOMINO: loaded} if config.head else {DFLASH: loaded}
+    if config.head and headless:
+        views = {DFLASH: head_off(loaded), **views}
     return {
         (mode, drafts): with_drafts(view, drafts)
         for drafts in counts or (loaded.configs.proposals,)

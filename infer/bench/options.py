@@ -58,6 +58,10 @@ class Bench:
     """one matrix product for keys and values, and one for the MLP's gate and up"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
+    head_off: bool = True
+    """also run the drafter with its head off"""
+    phases: bool = True
+    """also time the parts of a cycle, each alone"""
     transformers: bool = True
     """also run transformers' generate (greedy) on the same weights, where torch is installed"""
     json: Path | None = None
@@ -92,6 +96,8 @@ def check(options: Bench) -> None:
         raise DominoError("--shapes has no weights to load: add --random-weights, for figures of speed only.")
     if options.random_weights and not options.shapes:
         raise DominoError("--random-weights needs a shape, such as --shapes qwen3-8b; --model loads real weights.")
+    if options.roofline and not options.phases:
+        raise DominoError("--roofline holds the parts of a cycle against their floors: leave out --no-phases.")
     if options.shapes and options.model != "demo":
         raise DominoError("--shapes and --model name two models: leave one of them out.")
     if options.json and not options.json.absolute().parent.is_dir():

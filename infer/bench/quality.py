@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from domino_jax.errors import DominoError
-from infer.bench.modes import DFLASH, DOMINO, LEAN
+from infer.bench.modes import DFLASH, LEAN
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
 from infer.engine import Engine, Sequence, Settings, tau
 from infer.models import TABLE, Loaded
@@ -45,8 +45,6 @@ class Sweep:
     """questions of each --quality file, from its beginning; all when not given"""
     lean: bool = False
     """with --quality, also run the lean loop on the same questions, for the speed ratio"""
-    head_off: bool = True
-    """with --quality, also run the drafter with its head off"""
 
 
 # What others measured, by (target, drafter) on the Hub. A row belongs to that drafter as it is: DFlash's own is another
@@ -83,10 +81,10 @@ def read(options: "Bench") -> list[QuestionSet]:
     sweep = options.sweep
     if not sweep.quality:
         if sweep != Sweep():
-            raise DominoError("--limit-prompts, --lean and --no-head-off need --quality NAME=FILE.")
+            raise DominoError("--limit-prompts and --lean need --quality NAME=FILE.")
         return []
     speed = ("prompts", "prompt_tokens", "num_prompts", "min_distinct", "rounds", "transformers", "contexts", "shapes")
-    speed += ("simulate_tau", "roofline", "profile")
+    speed += ("simulate_tau", "roofline", "profile", "phases")
     for each in dataclasses.fields(options):
         if each.name in speed and getattr(options, each.name) != each.default:
             raise DominoError(
@@ -240,8 +238,6 @@ def run(
     sweep = options.sweep
     if not views:
         raise DominoError("--quality measures a drafter, and there is none: give one with --draft DIR.")
-    if not sweep.head_off and any(mode == DOMINO for mode, _ in views):
-        views = {key: view for key, view in views.items() if key[0] != DFLASH}
     # The checkpoint as it is comes first: its answers are what second turns follow.
     order = sorted(views, key=lambda key: key[0] == DFLASH)
     engines = {key: Engine(dataclasses.replace(views[key], tokenizer=None)) for key in order}

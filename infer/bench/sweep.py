@@ -76,8 +76,9 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
                     choice = row["auto_choice"] = used.most_common(1)[0][0]
                     view = with_drafts(view, choice or "auto")
                 view = view if choice else lean_view(view)
-                with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
-                    row |= phases(view, found.prompts[:batch], options.temperature)
+                if options.phases:
+                    with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
+                        row |= phases(view, found.prompts[:batch], options.temperature)
                 row |= megabytes(view, batch, context + options.new_tokens)
                 if machine:
                     row |= roofline.fields(view, batch, context, options.temperature > 0, machine, row)
@@ -93,7 +94,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
 def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:
     """An engine for each of our modes: the lean loop, and each kind of drafting at each number of drafts."""
     engines: dict[Key, Engine] = {(LEAN, 0): Engine(loaded)}
-    for key, view in drafting(loaded, options.drafts).items():
+    for key, view in drafting(loaded, options.drafts, options.head_off).items():
         engines[key] = Engine(simulated(view, options.simulate_tau), auto=key[1] == "auto")
     return engines
 

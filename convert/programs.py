@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that a second start compiles nothing."""
+"""Compiled programs are kept on disk, so that a second start compiles little."""
 
 import hashlib
 import os
@@ -24,15 +24,16 @@ def keep_programs() -> Path | None:
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     placed = jax.config.values["jax_compilation_cache_dir"]
-    folder = Path(placed) if placed else _default_folder()
+    if placed:  # maybe no folder but a bucket's address
+        return Path(placed)
+    folder = _default_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    if not placed:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     return folder
 
 

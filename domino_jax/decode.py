@@ -32,9 +32,9 @@ SMALLEST_CHUNK = 16
 class Configs:
     """What is being run, static to every program: the target, and the drafter or None.
 
-    Two settings make a cycle cheaper and leave the output as it is. `drafts` verifies only the first so many of
-    a block's proposals. `candidates` lets the causal head score only so many tokens, those with the highest base
-    logits, instead of the vocabulary.
+    Two settings make a cycle cheaper and leave greedy output, and the distribution of samples, as they are. `drafts`
+    verifies only the first so many of a block's proposals. `candidates` lets the causal head score only so many tokens,
+    (nearly) those with the highest base logits, instead of the vocabulary.
 
     `simulated_tau` is for measuring speed alone: a cycle does all its work, then as many drafts are committed as give
     this mean acceptance length (bonus included), whatever the target says. The output is worthless; nothing that

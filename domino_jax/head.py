@@ -150,7 +150,7 @@ def likeliest(logits: Array, count: int) -> tuple[Array, Array]:
     cells = jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, depth * width - part)), constant_values=-jnp.inf)
     cells = cells.reshape(batch, rows, shards, depth, width)
     places = jnp.argmax(cells, axis=3).astype(jnp.int32) * width + jnp.arange(width, dtype=jnp.int32)
-    ids = jnp.arange(shards, dtype=jnp.int32)[:, None] * part + jnp.minimum(places, part - 1)
+    ids = jnp.arange(shards, dtype=jnp.int32)[:, None] * part + places
     best = jnp.max(cells, axis=3)
     best, ids = (constrain(x.reshape(batch, rows, -1), "B J -") for x in (best, ids))
     # Sorted, since jax.lax.top_k would gather the rows of the other devices' batches first.
@@ -169,6 +169,9 @@ def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:
     """A distribution over the tokens `names` [B, C], or over all, as one over the vocabulary: [B, V]."""
     if names is None:
         return distribution
-    # A masked sum: it needs no scatter where the vocabulary is sharded.
+    if model_devices() == 1:
+        rows = jnp.arange(names.shape[0])[:, None]
+        return jnp.zeros((names.shape[0], vocab), distribution.dtype).at[rows, names].set(distribution)
+    # A masked sum: a scatter into a sharded vocabulary would gather it.
     here = jnp.arange(vocab) == names[..., None]
     return constrain(jnp.sum(jnp.where(here, distribution[..., None], 0), axis=1), "B V")

@@ -1,7 +1,7 @@
 """Weights made ready for decoding: products of one input fused, the drafter's matrices in 8 bits.
 
-Neither changes what is computed by the target, so neither can change the output: a fused product is the same
-sums, and an 8-bit drafter only proposes other tokens (SPEC section 8).
+Neither changes what the target says: a fused product is the same sums, up to rounding, and an 8-bit drafter only
+proposes other tokens (SPEC section 8).
 """
 
 from functools import partial
@@ -77,7 +77,9 @@ def to_8_bits(weight: Array, letters: str, kind: str) -> Quantized:
     whole = jnp.issubdtype(dtype, jnp.integer)
     most = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
     w = weight.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=axis, keepdims=True), jnp.finfo(jnp.float32).tiny) / most
+    largest = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
+    # Of an output that is zero any scale is right; a subnormal one would be flushed to zero, and divided by.
+    scale = jnp.where(largest > 0, jnp.maximum(largest / most, jnp.finfo(jnp.float32).tiny), 1.0)
     values = w / scale
     values = constrain((jnp.round(values) if whole else values).astype(dtype), letters)
     names = letters.split()

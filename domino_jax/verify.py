@@ -51,7 +51,8 @@ def speculative(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, 
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     p, q = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (p, q))
     residual = jnp.maximum(p - q, 0.0)
-    empty = jnp.sum(residual, axis=-1, keepdims=True) == 0  # only by rounding
+    # Empty by rounding alone, or not a number where a drafter's distribution was none; its drafts were not accepted.
+    empty = ~(jnp.sum(residual, axis=-1, keepdims=True) > 0)
     return count, draw(keys[:, 1], jnp.where(empty, p, residual))
 
 

@@ -45,9 +45,10 @@ class Generate:
     """proposals that a cycle verifies, from 1 to all of a block; all when not given. "auto" goes by what they cost here
     and how many are accepted, and drafts none where that is faster; give a number for samples that a seed repeats"""
     head_candidates: int | Literal["all"] = "all"
-    """tokens that the causal head scores: so many of the highest base logits, or all of the vocabulary"""
+    """tokens that the causal head scores: about so many of the highest base logits, or all of the vocabulary"""
     draft_dtype: Literal["int8", "float8"] | None = None
-    """8 bits for the drafter's matrices, which can't change the output; --dtype when not given"""
+    """8 bits for the drafter's matrices: other drafts, the same output (of samples the distribution); --dtype when not
+    given"""
     fuse: FlagCreatePairsOff[bool] = False
     """one matrix product for keys and values, and one for the MLP's gate and up"""
     max_new_tokens: int = 256
@@ -71,7 +72,8 @@ class Generate:
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
-    """its form: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto is the best one measured"""
+    """its form: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto is xla until another has been
+    measured"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4": rows over data, weights over model; by default those found (one CPU)"""
     coordinator: str | None = None

@@ -53,6 +53,8 @@ def calibrate(
     once = agree([time(drafts, 1) for drafts in choices])
     counts = [max(1, min(longest(j), round(DISPATCH / seconds))) for j, seconds in zip(choices, once, strict=True)]
     whole = sum(count * seconds for count, seconds in zip(counts, once, strict=True))
+    if whole > BUDGET:  # a cycle this long needs no repetition
+        return dict(zip(choices, once, strict=True))
     rounds = max(ROUNDS[0], min(ROUNDS[1], round(BUDGET / IN_A_ROW / whole)))
     shortest = dict.fromkeys(choices, float("inf"))
     for _ in range(rounds):

@@ -19,6 +19,7 @@ from domino_jax.sampling import settings
 from domino_jax.sharding import DATA, fetch, put
 from infer.auto import Acceptance, Chooser, calibrate
 from infer.hosts import agree
+from infer.memory import enough_memory
 from infer.models import Loaded
 from infer.text import TextStream
 
@@ -116,14 +117,14 @@ class Engine:
         """Args:
         cycles: draft-and-verify cycles a dispatch; output arrives after each dispatch.
         auto: choose the drafts of a cycle before each dispatch, from times measured at the first batch of each size and
-            from what was accepted so far. Greedy output is the same; at a temperature the drafts decide how the
-            random numbers are used, so that a seed may give another sample, of the same distribution.
+            length bucket and from what was accepted so far. Greedy output is the same; at a temperature the drafts
+            decide how the random numbers are used, so that a seed may give another sample, of the same distribution.
         report: called with what takes long.
         """
         self.loaded = loaded
         self.cycles = cycles
         self.auto = auto and loaded.configs.draft is not None
-        self.choosers: dict[tuple[int, bool], Chooser] = {}  # by rows, and whether greedy
+        self.choosers: dict[tuple[int, bool, int], Chooser] = {}  # by rows, whether greedy, and the first length bucket
         self._acceptance: dict[bool, Acceptance] = {}  # by whether greedy
         self._report = report or (lambda _: None)
         with loaded.context():
@@ -181,8 +182,13 @@ class Engine:
         mesh = self.loaded.mesh
         if mesh:  # every device of the data axis has the same number of rows
             batch = -(-max(batch, len(sequences)) // mesh.shape[DATA]) * mesh.shape[DATA]
+        rows = max(batch, len(sequences))
+        memory = enough_memory(
+            f"the device has too little memory for {rows} sequences of this length; "
+            "run fewer at a time or shorter ones."
+        )
         try:
-            with self.loaded.context():
+            with memory, self.loaded.context():
                 for _ in self._run(sequences, choose or Settings(), seed, speculative, batch):
                     if update:
                         update()
@@ -191,13 +197,6 @@ class Engine:
                 if s.finish_reason is None:
                     s.finish("cancelled")
             raise
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DominoError(
-                f"the device has too little memory for {max(batch, len(sequences))} sequences of this length; "
-                "run fewer at a time or shorter ones."
-            ) from None
 
     def _run(
         self, sequences: list[Sequence], choose: Settings, seed: int, speculative: bool, batch: int
@@ -208,7 +207,9 @@ class Engine:
         speculative = speculative and configs.draft is not None
         greedy = choose.temperature == 0
         auto = self.auto and speculative
-        chooser = self.choosers.get((max(batch, len(sequences)), greedy)) if auto else None
+        room = cache.bucket(max(len(s.prompt) for s in sequences) + configs.reach)
+        case = max(batch, len(sequences)), greedy, room
+        chooser = self.choosers.get(case) if auto else None
         if chooser:
             speculative = chooser.start()
         if not speculative:
@@ -234,7 +235,7 @@ class Engine:
         if auto and chooser is None and any(s.finish_reason is None for s in sequences):
             with _timed(seconds, "calibrate"):
                 chooser, state = self._calibrate(params, configs, state, greedy)
-            self.choosers[len(prompts), greedy] = chooser
+            self.choosers[case] = chooser
         yield
 
         # A stop string, which the device knows nothing of, has ended a row.
@@ -300,6 +301,9 @@ class Engine:
         """
         rows = state.token.shape[0]
         self._report(f"calibrating --drafts auto for {rows} sequence{'s' * (rows > 1)} at a time")
+        needed = int(fetch(state.length).max()) + self.cycles * (configs.proposals + 1) + configs.reach
+        if needed > state.cache.capacity:  # where a dispatch soon ends for want of room, its cost is all that is seen
+            state = decode.grow(state, cache.bucket(needed))
         names = ("token", "length", "emitted", "limit", "done", "keys")
 
         def copied(values: dict[str, jax.Array]) -> dict[str, Any]:  # states are donated
@@ -325,7 +329,7 @@ class Engine:
 
         most = configs.proposals
         acceptance = self._acceptance.setdefault(greedy, Acceptance(most))
-        times = calibrate(measure, most, lambda drafts: self.cycles * (1 if drafts else STEPS_PER_CYCLE), agree)
+        times = calibrate(measure, most, lambda drafts: self._longest(configs if drafts else configs.lean), agree)
         return Chooser(times, acceptance), state._replace(**kept)
 
     @staticmethod

@@ -22,6 +22,7 @@ from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pa
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh, placer
+from infer.memory import enough_memory
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -129,7 +130,7 @@ def load(
         progress: called with "target" or "drafter", tensors done, tensors in all.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
         mesh: sizes of its axes data and model; for the devices found when None.
-        attention: its form, or "auto" for the one this device is best served by.
+        attention: its form, or what `attention.choose` makes of "auto".
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
         fuse: one product where several have the same input (see `prepare.fuse`).
@@ -173,7 +174,7 @@ def load(
         bar = partial(progress, what) if progress else None
         return _weights(folder, config, kind, bar, placer(config, spread) if spread else hf.on_device)
 
-    try:
+    with enough_memory(f"the device has too little memory for the weights in {kind.name}."):
         whole = read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None
         params = Params(*whole)
         del whole  # what is made ready below is then held once
@@ -184,10 +185,6 @@ def load(
                 for module in filter(None, params[:2]):
                     prepare.fuse(module)
         jax.block_until_ready(params)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DominoError(f"the device has too little memory for the weights in {kind.name}.") from None
     tokenizer = load_tokenizer(target)
     return Loaded(
         fitted, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began, spread

@@ -211,3 +211,17 @@ def test_a_batch_after_one_that_gave_up_begins_plainly_and_calibrates_no_more(lo
     assert [(s.cycles, s.steps) for s in again] == [([], 11)] * 3
     assert [s.tokens for s in again] == [s.tokens for s in generate(Engine(loaded), [12] * 3, speculative=False)]
     assert len(measured) == 1
+
+
+@pytest.mark.parametrize("length", [1, 100], ids=["short", "bucket nearly full"])
+def test_calibration_leaves_the_state_as_it_was(loaded, monkeypatch, length):
+    """Samples after it, of rows of different lengths and one that is over, are those of an engine without it."""
+    monkeypatch.setattr(auto, "BUDGET", 0.0)
+    monkeypatch.setattr(Chooser, "next", lambda self, active, longest: (3, longest))
+    monkeypatch.setitem(globals(), "PROMPTS", [[99] * length, *PROMPTS[1:]])
+    limits, hot = [40, 1, 21], Settings(temperature=1.0)
+    fixed = replace(loaded, configs=replace(loaded.configs, drafts=3))
+    expected, measured = (generate(Engine(of, auto=of is loaded), limits, hot) for of in (fixed, loaded))
+    assert [(s.tokens, s.accepted) for s in measured] == [(s.tokens, s.accepted) for s in expected]
+    assert all(s.seconds["calibrate"] > 0 for s in measured if len(s.tokens) > 1)
+    assert not expected[0].seconds["calibrate"]

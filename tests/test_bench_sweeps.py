@@ -246,6 +246,10 @@ SHAPED = ["--shapes", "tiny", "--random-weights"]
         ([*SHAPED, "--simulate-tau", "4", "--drafts", "4", "2"], "2 drafts a cycle allow 1 to 3"),
         ([*SHAPED, "--simulate-tau", "2", "--draft", "none"], "--simulate-tau needs a drafter"),
         ([*SHAPED, "--simulate-tau", "0", "--draft", "none"], "--simulate-tau needs a drafter"),
+        ([*SHAPED, "--simulate-tau", "2", "--drafts", "auto"], "--drafts auto goes by what is accepted"),
+        ([*SHAPED, "--contexts", "4", "--prompt-tokens", "5"], "leave one of them out"),
+        ([*SHAPED, "--seed", str(1 << 40)], "--seed from 0 to 2^32 - 1"),
+        ([*SHAPED, "--roofline", "--no-phases"], "leave out --no-phases"),
         ([*SHAPED, "--contexts", "0"], "at least 1"),
         ([*SHAPED, "--batch-sizes"], "at least one size"),
         ([*SHAPED, "--contexts", "300"], "has 256 positions"),
@@ -276,3 +280,24 @@ def test_random_weights_are_compiled_once_a_shape():
 def test_differences_are_counted_up_to_the_first_of_an_answer():
     assert differences([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]) == (0, 0)
     assert differences([[1, 2, 3], [4, 9, 9]], [[1, 2, 3], [4, 5, 6]]) == (1, 1 / 5)
+
+
+def test_what_a_sweep_measured_is_kept_when_it_is_cancelled(tmp_path, capsys, monkeypatch, unphased):
+    first = sweep.alternate
+
+    def once(*arguments: Any) -> Any:
+        monkeypatch.setattr(sweep, "alternate", cancelled)
+        return first(*arguments)
+
+    def cancelled(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "alternate", once)
+    out = tmp_path / "bench.json"
+    assert (
+        bench([*SHAPED, "--draft", "none", "--new-tokens", "4", "--contexts", "3", "5", *FEW, "--json", str(out)])
+        == 130
+    )
+    assert [row["context"] for row in json.loads(out.read_text())] == [3]
+    said = capsys.readouterr()
+    assert "lean" in said.out and "interrupted" in said.err

@@ -79,6 +79,17 @@ def test_every_matrix_comes_back_to_within_its_columns_step(config: DecoderConfi
     assert len(seen) >= 5
 
 
+@pytest.mark.parametrize("kind", prepare.KINDS)
+def test_an_output_of_zeros_stays_zero(kind):
+    """As in a head that has learned nothing yet, and in rows that only pad a vocabulary."""
+    weight = jnp.zeros((6, 4)).at[1].set(jnp.arange(4.0)).at[2].set(1e-38)
+    small = prepare.to_8_bits(weight, "V R", kind)
+    whole = np.asarray(head.read_rows(small, jnp.arange(6)))
+    assert np.isfinite(np.asarray(small.scale)).all()
+    np.testing.assert_allclose(whole, weight, atol=0.2)
+    assert (whole[3:] == 0).all()
+
+
 def test_the_recurrent_part_and_the_norms_stay_as_they_are():
     pair = good()
     small = eight_bits(pair, "int8")

@@ -182,6 +182,15 @@ def test_speculative_verification_is_leviathans():
     assert set(np.asarray(bonus).tolist()) == {1, 2}
 
 
+def test_a_drafter_that_computes_nonsense_changes_no_distribution():
+    """Its probabilities are not numbers: nothing is accepted, and the next token is the target's own."""
+    p = jnp.broadcast_to(jnp.array([0, 0.5, 0.5, 0]), (400, 2, 4))
+    keys = jax.random.split(jax.random.key(2), 400)
+    counts, bonus = verify.speculative(keys, jnp.zeros((400, 1), jnp.int32), jnp.full((400, 1, 4), jnp.nan), p)
+    assert not np.asarray(counts).any()
+    assert set(np.asarray(bonus).tolist()) == {1, 2}
+
+
 # --- The whole of it: tokens of sampled Domino are distributed as the target's --------------------------------------
 
 PROMPT = [2, 0, 5]

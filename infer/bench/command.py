@@ -17,9 +17,23 @@ from infer.bench.plots import draw
 from infer.bench.report import show
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure
+from infer.memory import enough_memory
 from infer.models import load, resolve
 
 PIPE_WIDTH = 160
+
+
+def report(rows: list[dict[str, Any]], options: Bench) -> None:
+    """Print the figures, draw and write them; neither a full disk nor a closed pipe loses all of it."""
+    try:
+        # Rows of many figures: a file or a pipe gets them whole.
+        show(rows, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+        if options.plot:
+            plots = draw(rows, options.plot)
+            print(*(f"plot: {path}" for path in plots or ["none, since nothing was swept"]), sep="\n")
+    finally:
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,16 +70,15 @@ def main(argv: list[str] | None = None) -> int:
             modes = drafting(loaded, options.drafts, options.head_off)
             views = {(mode, int(drafts)): view for (mode, drafts), view in modes.items()}
             return quality.run(options, sets, loaded, views, circumstances(options, loaded))
-        with loaded.context():
-            rows = measure(options, loaded, target, console)
+        rows: list[dict[str, Any]] = []
         try:
-            # Rows of many figures: a file or a pipe gets them whole.
-            show(rows, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
-            for path in draw(rows, options.plot) if options.plot else ():
-                print(f"plot: {path}")
-        finally:  # neither a full disk nor a closed pipe loses both
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            memory = enough_memory("the device has too little memory: shorter --contexts or smaller --batch-sizes.")
+            with memory, loaded.context():
+                for more in measure(options, loaded, target, console):
+                    rows += more
+        finally:  # a sweep takes long: what it measured is kept, whatever ended it
+            if rows:
+                report(rows, options)
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

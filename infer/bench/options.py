@@ -51,9 +51,10 @@ class Bench:
     attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
     """its form, as for `python -m infer`"""
     head_candidates: int | Literal["all"] = "all"
-    """tokens that the causal head scores: so many of the highest base logits, or all of the vocabulary"""
+    """tokens that the causal head scores: about so many of the highest base logits, or all of the vocabulary"""
     draft_dtype: Literal["int8", "float8"] | None = None
-    """8 bits for the drafter's matrices, which can't change the output; --dtype when not given"""
+    """8 bits for the drafter's matrices: other drafts, the same output (of samples the distribution); --dtype when not
+    given"""
     fuse: FlagCreatePairsOff[bool] = False
     """one matrix product for keys and values, and one for the MLP's gate and up"""
     mesh: str | None = None
@@ -90,8 +91,12 @@ def check(options: Bench) -> None:
         )
     if not options.sweep.quality and max(options.batch_sizes) > options.num_prompts:
         raise DominoError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
-    if not 0 <= options.temperature < float("inf") or options.seed < 0:
-        raise DominoError("--temperature and --seed must be 0 or more.")
+    if not 0 <= options.temperature < float("inf") or not 0 <= options.seed < 2**32:
+        raise DominoError("--temperature must be 0 or more, --seed from 0 to 2^32 - 1.")
+    if options.simulate_tau is not None and "auto" in options.drafts:
+        raise DominoError("--drafts auto goes by what is accepted, which --simulate-tau makes up: give numbers.")
+    if options.contexts and options.prompt_tokens != Bench.prompt_tokens:
+        raise DominoError("--contexts and --prompt-tokens both say how long prompts are: leave one of them out.")
     if options.shapes and not options.random_weights:
         raise DominoError("--shapes has no weights to load: add --random-weights, for figures of speed only.")
     if options.random_weights and not options.shapes:

@@ -308,7 +308,8 @@ def figures(one: Measured, options: "Bench", whole: Mode, about: dict[str, Any])
     lean = one.tallies.get((LEAN, 0))
     for key, tally in one.tallies.items():
         lengths = Counter(m + 1 for m in tally.accepted)
-        comparable = key == whole and options.temperature == 0 and not options.drafts
+        as_it_is = options.head_candidates == "all" and options.draft_dtype is None and not options.drafts
+        comparable = key == whole and options.temperature == 0 and as_it_is
         theirs = published(options.model, options.draft, one.set.name) if comparable else None
         ours, rate = tally.tau_per_answer, tally.tokens_per_second
         base = lean.tokens_per_second if lean else None

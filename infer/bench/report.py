@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from infer.bench.modes import LEAN, TRANSFORMERS
+from infer.bench.tracing import SCOPES as PHASES
 
-PHASES = ("draft", "head", "target", "verify", "context")
 Row = dict[str, Any]
 
 
@@ -22,6 +22,9 @@ def title(row: Row) -> str:
     """What was run, in one line; it names whatever is not real."""
     words = [row["model"] + (" shape with random weights (speed only)" if row["weights"] == "random" else "")]
     words += [row["dtype"], row["device"]]
+    changed = {"head candidates": "head_candidates", "drafter in": "draft_dtype", "attention": "attention"}
+    words += [f"{name} {row[key]}" for name, key in changed.items() if row.get(key) not in (None, "", "all", "xla")]
+    words += ["fused products"] if row.get("fused") else []
     if row["simulated_tau"] is not None:
         words.append(f"acceptance length simulated: {row['simulated_tau']:g}")
     return ", ".join(words)

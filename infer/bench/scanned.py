@@ -28,6 +28,7 @@ from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target
 from infer.bench.shapes import SHAPES, random_weights
+from infer.memory import enough_memory
 
 REPEATS, TRIES = 4, 5
 
@@ -132,14 +133,16 @@ def main(argv: list[str] | None = None) -> int:
         if options.shapes not in SHAPES:
             raise DominoError(f"--shapes {options.shapes}: the shapes are {', '.join(SHAPES)}.")
         config = SHAPES[options.shapes].target
-        if not 1 <= (options.layers or 1) <= config.num_hidden_layers:
+        count = config.num_hidden_layers if options.layers is None else options.layers
+        if not 1 <= count <= config.num_hidden_layers:
             raise DominoError(f"--layers must be from 1 to {config.num_hidden_layers}, found {options.layers}.")
         if not options.tokens or min(options.tokens) < 1 or options.positions < 2 * max(options.tokens):
             raise DominoError("--tokens must be at least 1, --positions at least twice the most tokens.")
-        config = dataclasses.replace(config, num_hidden_layers=options.layers or config.num_hidden_layers)
+        config = dataclasses.replace(config, num_hidden_layers=count)
         table = Table("tokens", "layers", "ms a pass", "compile s", title=f"{options.shapes}, one row, no LM head")
-        for count, form, ms, seconds in measure(options, config):
-            table.add_row(str(count), form, f"{ms:.2f}", f"{seconds:.1f}")
+        with enough_memory("the device has too little memory for both forms of the weights: fewer --layers."):
+            for tokens, form, ms, seconds in measure(options, config):
+                table.add_row(str(tokens), form, f"{ms:.2f}", f"{seconds:.1f}")
         Console().print(table)
     except DominoError as error:
         print(f"error: {error}", file=sys.stderr)

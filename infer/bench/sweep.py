@@ -5,7 +5,7 @@ import platform
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ Row = dict[str, Any]
 TRACED_TOKENS = 33  # of each sequence: enough to see cycles, and no more to wait for
 
 
-def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Console) -> list[Row]:
-    """All modes at all contexts and batch sizes; one flat dict each.
+def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Console) -> Iterator[list[Row]]:
+    """All modes at all contexts and batch sizes: one flat dict each, those of a context and batch size at a time.
 
     Args:
         folder: the target's, for transformers; None where there is none.
@@ -52,7 +52,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
         with console.status("measuring the device"):
             machine = roofline.measure_device(loaded.dtype)
         common |= {"bandwidth_gb_s": machine.bandwidth / 1e9, "peak_tflop_s": machine.flops / 1e12}
-    rows: list[Row] = []
+    first = True
     for context in options.contexts or (options.prompt_tokens,):
         here = dataclasses.replace(options, prompt_tokens=context)
         with console.status(f"context {context}: choosing prompts"):
@@ -74,21 +74,20 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
                 if choice == "auto":  # what most cycles had; 0 for plain steps
                     used = sum((result["used"] for result in rounds), Counter())
                     choice = row["auto_choice"] = used.most_common(1)[0][0]
-                    view = with_drafts(view, choice or "auto")
-                view = view if choice else lean_view(view)
+                view = with_drafts(view, choice) if choice else lean_view(view)
                 if options.phases:
                     with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
                         row |= phases(view, found.prompts[:batch], options.temperature)
                 row |= megabytes(view, batch, context + options.new_tokens)
                 if machine:
                     row |= roofline.fields(view, batch, context, options.temperature > 0, machine, row)
-                if options.profile and not rows:
+                if options.profile and first:
                     with console.status(f"tracing {key[0]}"):
                         row |= trace(options.profile, engines[key], found.prompts[:batch], here, key)
             if machine:
                 roofline.over_lean(new)
-            rows += new
-    return rows
+            first = False
+            yield new
 
 
 def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:

@@ -217,7 +217,7 @@ def test_a_batch_after_one_that_gave_up_begins_plainly_and_calibrates_no_more(lo
 def test_calibration_leaves_the_state_as_it_was(loaded, monkeypatch, length):
     """Samples after it, of rows of different lengths and one that is over, are those of an engine without it."""
     monkeypatch.setattr(auto, "BUDGET", 0.0)
-    monkeypatch.setattr(Chooser, "next", lambda self, active, longest: (3, longest))
+    monkeypatch.setattr(Chooser, "next", lambda self, active, longest: (setattr(self, "drafts", 3), (3, longest))[1])
     monkeypatch.setitem(globals(), "PROMPTS", [[99] * length, *PROMPTS[1:]])
     limits, hot = [40, 1, 21], Settings(temperature=1.0)
     fixed = replace(loaded, configs=replace(loaded.configs, drafts=3))

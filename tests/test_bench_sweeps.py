@@ -200,16 +200,18 @@ def test_floors_at_8b_are_those_of_the_spec():
     assert cycle["target"].flops == pytest.approx(17 * lean.flops, rel=0.01)
 
 
-@pytest.mark.parametrize(("candidates", "kind", "floor"), [(64, None, 1.22), (None, "int8", 1.15), (64, "int8", 1.11)])
+@pytest.mark.parametrize(
+    ("candidates", "kind", "floor"), [(64, None, 1.23), (None, "int8", 1.156), (64, "int8", 1.117)]
+)
 def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
-    """SPEC section 8: candidates 1.22, and 1.11 with an 8-bit drafter too."""
+    """SPEC section 8 says 1.22 and 1.11, without the logits that phases hand over and k and v read twice."""
     target, draft = SHAPES["qwen3-8b"]
     params = Params(weights.shapes(target, jnp.bfloat16), weights.shapes(draft, jnp.bfloat16))
     lean = roofline.work(Configs(target), Params(params.target), batch=1, context=0)["target"]
     if kind:
         params = jax.eval_shape(lambda p: prepare.quantize(p, draft, kind), params)
     cycle = roofline.work(Configs(target, draft, candidates=candidates), params, batch=1, context=0)
-    assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.01)
+    assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.003)
 
 
 def test_floors_grow_with_context_and_batch_and_shrink_with_the_mesh():

@@ -91,6 +91,11 @@ class Params(NamedTuple):
     draft: Draft | None = None
     output: Quantized | None = None  # an 8-bit copy of the LM head, for drafting alone
 
+    @property
+    def lean(self) -> "Params":
+        """The same without the drafter."""
+        return Params(self.target)
+
 
 class DecodeState(NamedTuple):
     """Everything that lives between cycles. Row b has committed tokens t_0 ... t_a with a = length[b]."""

@@ -20,6 +20,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from domino_jax.errors import DominoError
+from infer import jsonl
 from infer.hosts import join, settle
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
@@ -243,21 +244,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         DominoError: it can't be read, or a row is not of the form that --prompts takes.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise DominoError(f"{path} can't be read: {error}.") from None
-    prompts = [_parse_row(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise DominoError(f"{path} has no prompts.")
-    return prompts
+    return [_parse_row(row, where) for row, where in jsonl.read(path, "prompts")]
 
 
-def _parse_row(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DominoError(f"{where} is not JSON: {error}.") from None
+def _parse_row(row: Any, where: str) -> Prompt:
     kinds = {
         "prompt": lambda v: isinstance(v, str),
         "messages": lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, dict) for m in v),
@@ -268,9 +258,7 @@ def _parse_row(line: str, where: str) -> Prompt:
         raise DominoError(
             f'{where} must have one of "prompt" (a string), "messages" (a list of objects) and "input_ids" (integers).'
         )
-    limit = row.get("max_new_tokens")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise DominoError(f"{where} has max_new_tokens {limit!r}, expected an integer of at least 1.")
+    limit = jsonl.max_new_tokens(row, where)
     return Prompt(row.get("prompt"), row.get("messages"), row.get("input_ids"), limit, where)
 
 

@@ -213,7 +213,7 @@ class Engine:
         if chooser:
             speculative = chooser.start()
         if not speculative:
-            configs, params = configs.lean, Params(params.target)
+            configs, params = configs.lean, params.lean
         seconds = dict.fromkeys(PHASES, 0.0)
         # Rows that only fill the batch are over after their first token.
         spare = max(0, batch - len(sequences))
@@ -247,7 +247,7 @@ class Engine:
                 if drafts:
                     configs = dataclasses.replace(configs, drafts=drafts)
                 else:  # for the rest of the batch: plain steps leave gaps in the drafter's context
-                    configs, params = configs.lean, Params(params.target)
+                    configs, params = configs.lean, params.lean
                     state, speculative = state._replace(context=None), False
                     cycles = self._longest(configs)
             needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
@@ -318,7 +318,7 @@ class Engine:
             state = state._replace(**copied(kept | {"limit": endless}))
             context, given, run = state.context, params, dataclasses.replace(configs, drafts=drafts or None)
             if not drafts:
-                given, run, state = Params(params.target), configs.lean, state._replace(context=None)
+                given, run, state = params.lean, configs.lean, state._replace(context=None)
             jax.block_until_ready(state)
             began = time.perf_counter()
             state, emitted = self._dispatch(given, run, state, never, cycles, greedy)

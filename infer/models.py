@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from convert import hf
+from convert.precision import settle
 from convert.tokenizer import first_line, load_tokenizer
 from domino_jax import prepare
 from domino_jax.attention import Choice, choose
@@ -153,11 +153,7 @@ def load(
         configs = Configs(config, draft_config, drafts, candidates)
     elif candidates is not None or draft_dtype is not None:
         raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
-    kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    if kind == jnp.float32:
-        # Accelerators round float32 products by default, which would make --dtype float32 untrue.
-        jax.config.update("jax_default_matmul_precision", "highest")
-
+    kind = settle(dtype)
     models = [c for c in (configs.target, configs.draft) if c]
     sizes = mesh or default_sizes(models)
     spread = make_mesh(*sizes) if sizes != (1, 1) else None

@@ -5,7 +5,8 @@ import json
 import pytest
 from tiny import REPEATING, TARGET, make_draft, make_target
 
-from infer.bench import distinct, main
+from infer.bench import main
+from infer.bench.prompts import distinct
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODES = [("lean", 0), ("dflash", 2), ("domino", 2), ("dflash", 4), ("domino", 4), ("transformers", 0)]

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import tyro
 
 from convert import hf
+from convert.precision import settle as settle_dtype
 from convert.programs import keep_programs
 from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, check_pair, default_taps
@@ -228,17 +229,14 @@ def run(options: Train) -> None:
     for warning in check_pair(target, draft):
         print(f"warning: {warning}", file=sys.stderr)
     dataset, skipped = data.read(options.data, options.length, target.vocab_size, tokenizer, options.seed)
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if dtype not in ("float32", "bfloat16"):
-        raise DominoError(f"--dtype is float32 or bfloat16, found {dtype!r}.")
-    if dtype == "float32":
-        # Accelerators round float32 products by default, which would make --dtype float32 untrue.
-        jax.config.update("jax_default_matmul_precision", "highest")
-    frozen = hf.load(options.target, target, jnp.dtype(dtype))
+    if options.dtype not in (None, "float32", "bfloat16"):
+        raise DominoError(f"--dtype is float32 or bfloat16, found {options.dtype!r}.")
+    dtype = settle_dtype(options.dtype)
+    frozen = hf.load(options.target, target, dtype)
     fingerprint = _sha256(options.data)
     if options.resume and fingerprint != hf.read_json(options.out / "settings.json").get("data_sha256"):
         raise DominoError(f"{options.data} is not what this run began with: a resumed run needs the same data.")
-    options = dataclasses.replace(options, dtype=dtype, mask_token_id=mask_token_id)  # a resumed run has the same
+    options = dataclasses.replace(options, dtype=dtype.name, mask_token_id=mask_token_id)  # a resumed run has the same
     own = {name: getattr(options, name) for name in Recipe._fields if name not in ("target", "draft")}
     recipe = Recipe(target, draft, **own)
     weights = flatten(init(draft, jax.random.key(options.seed)))

@@ -1,14 +1,12 @@
 """Curves of a sweep as PNGs: over context, batch size and drafts, each where there is more than one."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from domino_jax.errors import DominoError
 from infer.bench.modes import LEAN, TRANSFORMERS
-from infer.bench.report import label, title
+from infer.bench.report import Row, label, title
 
-Row = dict[str, Any]
 AXES = {"context": "context, tokens", "batch": "batch size", "drafts": "drafts a cycle"}
 # What is drawn over each axis: a field and its label, one panel each.
 PANELS = {
@@ -47,11 +45,7 @@ def curves(rows: list[Row], axis: str) -> dict[str, list[Row]]:
 
 def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> Path:
     """One PNG with a panel for each field."""
-    import matplotlib  # slow to import, and most runs do without
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, places = plt.subplots(1, len(panels), figsize=(6 * len(panels) + 2, 4.5), constrained_layout=True)
     for place, (field, name) in zip(places.flat, panels.items(), strict=True):
         for words, points in curves(rows, axis).items():
@@ -67,15 +61,31 @@ def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> P
         place.grid(alpha=0.3)
     figure.legend(*places.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(title(rows[0]), fontsize="small")
-    temporary = path.with_suffix(".tmp.png")
-    _save(lambda: figure.savefig(temporary, dpi=110), path)
-    plt.close(figure)
-    temporary.replace(path)
+    save(figure, path)
     return path
 
 
-def _save(save: Callable[[], None], path: Path) -> None:
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display; slow to import, and most runs do without."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure so that the file is whole or absent, and close it.
+
+    Raises:
+        DominoError: it can't be written.
+    """
+    temporary = path.with_suffix(".tmp.png")
     try:
-        save()
+        figure.savefig(temporary, dpi=110)
+        temporary.replace(path)
     except OSError as error:
         raise DominoError(f"{path} can't be written: {error}.") from None
+    finally:
+        pyplot().close(figure)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from domino_jax.errors import DominoError
+from infer.bench import plots
 from infer.bench.modes import DFLASH, LEAN
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
 from infer.engine import Engine, Sequence, Settings, tau
@@ -410,11 +411,7 @@ def average(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     """tau.png, bars for each set; acceptance_lengths.png, a panel for each set."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = plots.pyplot()
     drafted = [row for row in rows if row["cycles"]]
     if not drafted:
         return
@@ -435,8 +432,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     axis.set_ylabel("τ, tokens a cycle (mean of answers)")
     axis.set_title(f"{rows[0]['model']}, temperature {rows[0]['temperature']:g}")
     figure.legend(loc="outside lower center", ncols=len(bars), fontsize=8)
-    figure.savefig(folder / "tau.png", dpi=120)
-    plt.close(figure)
+    plots.save(figure, folder / "tau.png")
 
     across = min(3, len(names))
     down = -(-len(names) // across)
@@ -456,5 +452,4 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
         axis.set_xlabel("acceptance length, tokens")
         axis.set_ylabel("% of cycles")
         axis.legend(fontsize=8)
-    figure.savefig(folder / "acceptance_lengths.png", dpi=120)
-    plt.close(figure)
+    plots.save(figure, folder / "acceptance_lengths.png")

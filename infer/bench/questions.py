@@ -4,13 +4,14 @@ A format is recognised by its fields. The wording around a question is that of D
 benchmarks, which the published figures come from.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from domino_jax.errors import DominoError
+from infer import jsonl
 from infer.text import Message, encode, encode_chat, has_template
 
 
@@ -60,21 +61,15 @@ def with_input(instruction: str, more: str | None) -> str:
     return f"{instruction}\n\nInput:\n{more}" if more else instruction
 
 
-def parse(line: str, where: str) -> Question:
-    """A line of a file.
+def parse(row: Any, where: str) -> Question:
+    """A row of a file.
 
     Raises:
-        DominoError: it is not JSON, or no format has its fields.
+        DominoError: it is no object, or no format has its fields.
     """
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DominoError(f"{where} is not JSON: {error}.") from None
     if not isinstance(row, dict):
         raise DominoError(f"{where} is not a JSON object but {type(row).__name__}.")
-    limit = row.get("max_new_tokens")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise DominoError(f"{where} has max_new_tokens {limit!r}, expected an integer of at least 1.")
+    limit = jsonl.max_new_tokens(row, where)
     messages, ids = row.get("messages"), row.get("input_ids")
     if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
         return Question(where, ids=tuple(ids), limit=limit)
@@ -119,19 +114,9 @@ def read_sets(words: tuple[str, ...], limit: int | None) -> list[QuestionSet]:
         name = name if equals else path.stem
         if not name or name in [one.name for one in sets]:
             raise DominoError(f"--quality {word} needs a name of its own: write NAME=FILE.")
-        sets.append(QuestionSet(name, path, _read(path, limit)))
+        rows = islice(jsonl.read(path, "questions"), limit)
+        sets.append(QuestionSet(name, path, [parse(row, where) for row, where in rows]))
     return sets
-
-
-def _read(path: Path, limit: int | None) -> list[Question]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise DominoError(f"{path} can't be read: {error}.") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise DominoError(f"{path} has no questions.")
-    return [parse(line, f"{path}, line {number}") for number, line in numbered[:limit]]
 
 
 def prompt(question: Question, answers: list[str], tokenizer: Any) -> list[int]:

@@ -21,13 +21,14 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
+from convert.precision import settle
 from domino_jax import cache as kv
 from domino_jax import layers, target
 from domino_jax.attention import attend
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target
-from infer.bench.shapes import SHAPES, random_weights
+from infer.bench.shapes import find, random_weights
 from infer.memory import enough_memory
 
 REPEATS, TRIES = 4, 5
@@ -96,7 +97,7 @@ def timed(make: Callable[[], Any], weights: Any, run: Callable[[Any, Any], tuple
 
 def measure(options: Options, config: TargetConfig) -> list[tuple[int, str, float, float]]:
     """(tokens, form, ms of a pass, seconds to compile) of each."""
-    dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = settle(options.dtype)
     params = random_weights(config, dtype)
     start = jnp.full(1, options.positions // 2, jnp.int32)
     rows = []
@@ -130,9 +131,7 @@ def measure(options: Options, config: TargetConfig) -> list[tuple[int, str, floa
 def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m infer.bench.scanned")
     try:
-        if options.shapes not in SHAPES:
-            raise DominoError(f"--shapes {options.shapes}: the shapes are {', '.join(SHAPES)}.")
-        config = SHAPES[options.shapes].target
+        config = find(options.shapes).target
         count = config.num_hidden_layers if options.layers is None else options.layers
         if not 1 <= count <= config.num_hidden_layers:
             raise DominoError(f"--layers must be from 1 to {config.num_hidden_layers}, found {options.layers}.")

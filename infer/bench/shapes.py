@@ -70,6 +70,17 @@ SHAPES = {
 }
 
 
+def find(name: str) -> Shape:
+    """The shape of a name.
+
+    Raises:
+        DominoError: the table has none.
+    """
+    if name not in SHAPES:
+        raise DominoError(f"--shapes {name}: the shapes are {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
 def load_random(name: str, draft: str | None = None, **how: Any) -> Loaded:
     """A model of a shape of the table, with random weights.
 
@@ -80,14 +91,13 @@ def load_random(name: str, draft: str | None = None, **how: Any) -> Loaded:
     Raises:
         DominoError: the table has no such shape, or `load` refuses.
     """
-    if name not in SHAPES:
-        raise DominoError(f"--shapes {name}: the shapes are {', '.join(SHAPES)}.")
+    shape = find(name)
     if draft not in (None, NO_DRAFT):
         raise DominoError(f"--shapes {name} has a drafter of its own shape: leave --draft out, or give --draft none.")
     # Through folders without weights, so that whatever is true of a loaded model is true of this one.
     with TemporaryDirectory() as root:
         folders = []
-        for part, config in zip(Shape._fields, SHAPES[name], strict=True):
+        for part, config in zip(Shape._fields, shape, strict=True):
             folders.append(Path(root) / part)
             folders[-1].mkdir()
             write_json(folders[-1] / "config.json", config.to_hf())

@@ -7,26 +7,24 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from domino_jax import decode
 from infer.bench import roofline
 from infer.bench.memory import megabytes
 from infer.bench.modes import LEAN, TRANSFORMERS, Drafts, drafting, simulated, with_drafts
 from infer.bench.options import Bench
 from infer.bench.parts import phases
 from infer.bench.prompts import distinct, gather
+from infer.bench.report import Row
 from infer.bench.rounds import batches, run_ours, transformers_runner
 from infer.bench.tracing import traced
 from infer.engine import Engine
 from infer.models import Loaded
 
 Key = tuple[str, Drafts]  # a mode, and the drafts of its cycles
-Row = dict[str, Any]
 
 TRACED_TOKENS = 33  # of each sequence: enough to see cycles, and no more to wait for
 
@@ -194,8 +192,7 @@ def differences(ours: list[list[int]], lean: list[list[int]]) -> tuple[int, floa
 
 def lean_view(loaded: Loaded) -> Loaded:
     """The target alone."""
-    configs, params = loaded.configs.lean, decode.Params(loaded.params.target)
-    return dataclasses.replace(loaded, configs=configs, params=params)
+    return dataclasses.replace(loaded, configs=loaded.configs.lean, params=loaded.params.lean)
 
 
 def trace(folder: Path, engine: Engine, prompts: list[list[int]], options: Bench, key: Key) -> Row:

@@ -4,11 +4,18 @@ A row is: the Hugging Face name, our path, and the einops pattern from their lay
 stands for a layer's number. The letters are those of the legend in `domino_jax.config`.
 """
 
+import re
 from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
 
+import jax
 from einops import rearrange
+from jax import Array
 
 from domino_jax.config import DecoderConfig, TargetConfig
+from domino_jax.sharding import constrain
 from domino_jax.weights import axes, flatten
 
 LAYER = (
@@ -50,19 +57,41 @@ class Entry:
     path: str
     pattern: str
     hf_shape: tuple[int, ...]
-    sizes: tuple[tuple[str, int], ...]
+    sizes: tuple[tuple[str, int], ...]  # of the letters that share an axis with one before them
 
-    def to_ours(self, tensor):
-        """An array in Hugging Face's layout, in ours (a view where NumPy can give one)."""
-        return rearrange(tensor, self.pattern, **self._named())
+    @property
+    def hf_letters(self) -> list[str]:
+        """The letter of each axis in Hugging Face's layout; of several in one the first, which the others divide."""
+        return [axis[0] for axis in _axes(self.pattern)]
 
-    def to_hf(self, array):
-        """An array in our layout, in Hugging Face's."""
+    def to_ours(self, tensor: Any, dtype: Any = None) -> Array:
+        """An array in Hugging Face's layout, in ours, on a mesh laid out by it; `dtype` as it is when None."""
         theirs, ours = self.pattern.split(" -> ")
-        return rearrange(array, f"{ours} -> {theirs}", **self._named())
+        if theirs == ours and dtype in (None, tensor.dtype):
+            return tensor
+        return _rearrange(tensor, self.pattern, self.sizes, dtype, ours)
 
-    def _named(self) -> dict[str, int]:
-        return {letter: size for letter, size in self.sizes if letter in self.pattern.split(" -> ")[1].split()}
+    def to_hf(self, array: Any, dtype: Any = None) -> Array:
+        """An array in our layout, in Hugging Face's; `dtype` as it is when None."""
+        theirs, ours = self.pattern.split(" -> ")
+        if theirs == ours and dtype in (None, array.dtype):
+            return array
+        return _rearrange(array, f"{ours} -> {theirs}", self.sizes, dtype, None)
+
+
+# Compiled, because NumPy transposes slower than a disk reads; and on the device, next to where the weight is to be.
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rearrange(x: Array, pattern: str, sizes: tuple[tuple[str, int], ...], dtype: Any, letters: str | None) -> Array:
+    """`x` rearranged, then laid out by its axis `letters` where a mesh is in context."""
+    here = {letter: size for letter, size in sizes if letter in re.findall("[A-Z]+", pattern)}
+    out = rearrange(x, pattern, **here).astype(dtype or x.dtype)
+    return constrain(out, letters) if letters else out
+
+
+def _axes(pattern: str) -> list[list[str]]:
+    """The letters of each axis of a pattern's left side: "(N H) D -> ..." gives [["N", "H"], ["D"]]."""
+    found = re.findall(r"\(([^)]*)\)|(\S+)", pattern.split(" -> ")[0])
+    return [several.split() if several else [one] for several, one in found]
 
 
 def entries(config: DecoderConfig) -> list[Entry]:
@@ -81,18 +110,10 @@ def entries(config: DecoderConfig) -> list[Entry]:
     made = []
     for path, letters in flatten(axes(config)).items():
         name, pattern = rows[path]
-        theirs, ours = pattern.split(" -> ")
+        ours = pattern.split(" -> ")[1]
         assert ours == letters, f"{path}: the table says {ours}, the module {letters}"
-        shape, inside = [], None
-        for word in theirs.replace("(", "( ").replace(")", " )").split():
-            if word == "(":
-                inside = 1
-            elif word == ")":
-                shape.append(inside)
-                inside = None
-            elif inside is None:
-                shape.append(sizes[word])
-            else:
-                inside *= sizes[word]
-        made.append(Entry(name, path, pattern, tuple(shape), tuple(sizes.items())))
+        grouped = _axes(pattern)
+        shape = tuple(prod(sizes[letter] for letter in axis) for axis in grouped)
+        inner = tuple((letter, sizes[letter]) for axis in grouped for letter in axis[1:])
+        made.append(Entry(name, path, pattern, shape, inner))
     return made

@@ -319,13 +319,13 @@ class Session:
         return [Prompt(text=text)]
 
     def _load(self) -> None:
+        o = self.options
+        target, draft = names.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision)
         from convert.programs import keep_programs
         from infer import models
         from infer.engine import Engine
 
         keep_programs()
-        o = self.options
-        target, draft = names.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision)
         if draft is None and (o.compare or o.show_drafts or o.drafts is not None):
             raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         with progress_bars(self.notes) as progress:

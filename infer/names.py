@@ -71,7 +71,7 @@ def where(model: str, draft: str | None = None) -> tuple[str, str | None]:
         return target, None
     if draft in TABLE and draft not in DRAFTERS:
         raise DominoError(
-            f"{draft} has no public drafter ({', '.join(DRAFTERS)} have): give a folder with --draft DIR."
+            f"no drafter is public for {draft}: give a folder with --draft DIR, or one of {', '.join(DRAFTERS)}."
         )
     return target, DRAFTERS.get(draft, draft)
 

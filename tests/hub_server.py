@@ -46,8 +46,7 @@ class Hub:
     def __enter__(self) -> "Hub":
         hub = self
         handler = type("Bound", (Handler,), {"hub": hub})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
+        self.server = Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
@@ -81,6 +80,15 @@ class Hub:
     def received(self, end: str = LARGE) -> list[Request]:
         """The requests that were answered with bytes of files of this kind."""
         return [r for r in self.log if r.method == "GET" and r.path.endswith(end) and r.sent]
+
+
+class Server(ThreadingHTTPServer):
+    """Clients that go away in the middle are part of the tests."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass
 
 
 class Handler(BaseHTTPRequestHandler):

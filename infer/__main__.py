@@ -320,14 +320,15 @@ class Session:
 
     def _load(self) -> None:
         o = self.options
+        drafting = o.compare or o.show_drafts or o.drafts is not None
+        if drafting and names.where(o.model, o.draft)[1] is None:  # before anything is fetched
+            raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         target, draft = names.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision)
         from convert.programs import keep_programs
         from infer import models
         from infer.engine import Engine
 
         keep_programs()
-        if draft is None and (o.compare or o.show_drafts or o.drafts is not None):
-            raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         with progress_bars(self.notes) as progress:
             mesh = parse_mesh(o.mesh) if o.mesh is not None else None
             self.loaded = models.load(

@@ -399,6 +399,7 @@ def test_what_is_not_there_is_one_sentence(hub, machine, models, tmp_path):
     hub.add("my/pickles", tmp_path / "pickles")
     assert "my/pickles has no weights as safetensors" in machine.refuse("--model", "my/pickles")
     assert "pytorch_model.bin" not in hub.names("HEAD") | hub.names()
+    assert "need a drafter" in machine.refuse("--model", "qwen3-14b", "--compare")
     assert not hub.received()
 
 

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 assert options.source and options.destination
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
-                reading = partial(progress, f"reading {options.source}") if progress else None
+                reading = partial(progress, f"reading {options.source}")
                 was, now = convert(options.source, options.destination, reading, dtype)
     except DominoError as error:
         print(f"error: {error}", file=sys.stderr)

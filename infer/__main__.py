@@ -13,15 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from convert.progress import bars
 from domino_jax.errors import DominoError
-from infer import jsonl
+from infer import jsonl, names
 from infer.hosts import join, settle
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
@@ -39,10 +39,10 @@ class Generate:
 
     prompt: Positional[str | None] = None
     """the prompt; "-" (or none, in a pipe) reads standard input without its last newline, none at a terminal chats"""
-    model: str = "demo"
-    """target: demo, qwen3-4b, qwen3-8b, a folder, or org/repo on the Hub"""
-    draft: str | None = None
-    """drafter: likewise, or none for plain decoding; by default the one that belongs to the model's name"""
+    model: Annotated[str, arg(help=names.MODEL_HELP)] = "demo"
+    draft: Annotated[str | None, arg(help=names.DRAFT_HELP)] = None
+    revision: Annotated[str | None, arg(help=names.REVISION_HELP)] = None
+    draft_revision: Annotated[str | None, arg(help=names.DRAFT_REVISION_HELP)] = None
     drafts: int | Literal["auto"] | None = None
     """proposals that a cycle verifies, from 1 to all of a block; all when not given. "auto" goes by what they cost here
     and how many are accepted, and drafts none where that is faster; give a number for samples that a seed repeats"""
@@ -146,6 +146,11 @@ def contradictions(options: Generate, chat: bool) -> str | None:
             parse_ids(o.input_ids)
         except ValueError:
             wrong = f"--input-ids takes whole numbers with commas between them, found {o.input_ids!r}"
+    if wrong is None and (o.revision or o.draft_revision) is not None:
+        try:
+            names.check_revisions(o.model, o.draft, o.revision, o.draft_revision)
+        except DominoError as error:
+            wrong = str(error).rstrip(".")
     if wrong is None and o.mesh is not None:
         try:
             parse_mesh(o.mesh)
@@ -315,17 +320,16 @@ class Session:
         return [Prompt(text=text)]
 
     def _load(self) -> None:
+        o = self.options
+        drafting = o.compare or o.show_drafts or o.drafts is not None
+        if drafting and names.where(o.model, o.draft)[1] is None:  # before anything is fetched
+            raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
+        target, draft = names.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision)
         from convert.programs import keep_programs
         from infer import models
         from infer.engine import Engine
 
         keep_programs()
-        o = self.options
-        target, draft = models.resolve(o.model, o.draft)
-        if draft is None and o.draft is None:
-            say("no drafter: decoding plainly; give one with --draft DIR.")
-            if o.compare or o.show_drafts or o.drafts is not None:
-                raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
         with bars(self.notes) as progress:
             mesh = parse_mesh(o.mesh) if o.mesh is not None else None
             self.loaded = models.load(

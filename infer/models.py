@@ -1,49 +1,28 @@
-"""Which model to run: names, folders and Hub repositories, and loading target, drafter and tokenizer."""
+"""Loading a target, its drafter and its tokenizer from folders."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from convert import hf
 from convert.precision import settle
-from convert.tokenizer import first_line, load_tokenizer
+from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
 from domino_jax.attention import Choice, choose
-from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
+from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh
 from infer.memory import enough_memory
-
-DEMO = Path(__file__).parent / "demo"
-
-
-class Pair(NamedTuple):
-    """A target and the drafter trained for it: folders, or Hub repositories as "org/repo"."""
-
-    target: str
-    draft: str
-
-
-TABLE = {
-    "demo": Pair(str(DEMO / "target"), str(DEMO / "draft")),
-    "qwen3-4b": Pair("Qwen/Qwen3-4B", "Huang2020/Qwen3-4B-Domino-b16"),
-    "qwen3-8b": Pair("Qwen/Qwen3-8B", "Huang2020/Qwen3-8B-Domino-b16"),
-}
-NO_DRAFT = "none"
-
-# What a model folder needs. Pickles and code are never fetched: either could run on this machine.
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
-NEVER = ["*.bin", "*.py", "*.pt", "*.pth", "*.pkl"]
+from infer.names import read_configs
 
 
 @dataclass(frozen=True)
@@ -62,50 +41,6 @@ class Loaded:
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this model are run in."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
-
-
-def resolve(model: str, draft: str | None = None) -> tuple[Path, Path | None]:
-    """The folders of a target and its drafter, fetched from the Hub where needed.
-
-    Args:
-        model: a name of the table, a folder, or "org/repo" on the Hub.
-        draft: likewise; "none" for no drafter; None for the one that the table has for `model`.
-
-    Raises:
-        DominoError: nothing is found under one of them.
-    """
-    if draft is None:
-        # A folder of this name would be taken by its path, "./demo": the table comes first.
-        draft = TABLE[model].draft if model in TABLE else NO_DRAFT
-    target = _folder(TABLE[model].target if model in TABLE else model, model, "--model")
-    if draft == NO_DRAFT:
-        return target, None
-    return target, _folder(TABLE[draft].draft if draft in TABLE else draft, draft, "--draft")
-
-
-def _folder(place: str, asked: str, flag: str) -> Path:
-    """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote."""
-    try:
-        if Path(place).is_dir():
-            return Path(place)
-    except OSError as error:
-        raise DominoError(f"{place} can't be read: {error}.") from None
-    if place.startswith(str(DEMO)):
-        raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place):
-        raise DominoError(
-            f"{asked!r} is neither a name ({', '.join(TABLE)}) nor a folder here nor org/repo on the Hub; "
-            f"give a folder with {flag} DIR."
-        )
-    from huggingface_hub import snapshot_download  # slow to import, and most runs do without
-
-    try:
-        return Path(snapshot_download(place, allow_patterns=PATTERNS, ignore_patterns=NEVER))
-    except Exception as error:  # the Hub's own, and whatever its HTTP library raises
-        raise DominoError(
-            f"{place} is no folder here and could not be fetched from the Hugging Face Hub ({first_line(error)}); "
-            f"check the name and the network, or give a folder with {flag} DIR."
-        ) from None
 
 
 def load(
@@ -140,16 +75,9 @@ def load(
         DominoError: a folder is not a whole supported model, the two do not fit, or `attention` can't run here.
     """
     began = time.perf_counter()
-    raw = hf.read_json(target / "config.json")
-    config = hf.parse_config(raw)
-    if not isinstance(config, TargetConfig):
-        raise DominoError(f"{target} holds a drafter; give its target with --model and this folder with --draft.")
-    configs, warnings = Configs(config), []
-    if draft:
-        draft_config = hf.parse_config(hf.read_json(draft / "config.json"), config.num_hidden_layers)
-        if not isinstance(draft_config, DraftConfig):
-            raise DominoError(f"{draft} is not a drafter (its config.json has no dflash_config); see --draft.")
-        warnings = check_pair(config, draft_config)
+    raw, config, draft_config, warnings = read_configs(target, draft)
+    configs = Configs(config)
+    if draft_config:
         configs = Configs(config, draft_config, drafts, candidates)
     elif candidates is not None or draft_dtype is not None:
         raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")

@@ -13,7 +13,7 @@ from domino_jax import target
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.weights import flatten, unflatten
 from infer.__main__ import main
-from infer.models import DEMO
+from infer.names import DEMO
 
 MEGABYTES = 40
 

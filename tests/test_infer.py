@@ -391,7 +391,7 @@ def test_a_limit_beyond_the_positions_is_clamped_with_a_warning(run):
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
-        (("hi", "--model", "no-such-name"), 1, "'no-such-name' is neither a name (demo, qwen3-4b, qwen3-8b)"),
+        (("hi", "--model", "no-such-name"), 1, "'no-such-name' is neither a name (demo, qwen3-0.6b, qwen3-1.7b, "),
         (("hi", "--draft", "/no/such/folder"), 1, "--draft DIR"),
         (("x" * 257,), 1, "257 tokens, but the model has 256 positions"),
         (("",), 1, "empty"),

@@ -18,7 +18,8 @@ from infer.bench.report import show
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure
 from infer.memory import enough_memory
-from infer.models import load, resolve
+from infer.models import load
+from infer.names import resolve
 
 PIPE_WIDTH = 160
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             with console.status("making weights"):
                 loaded = load_random(options.shapes, options.draft, **how)
         else:
-            target, drafter = resolve(options.model, options.draft)
+            target, drafter = resolve(options.model, options.draft, console, options.revision, options.draft_revision)
             with console.status("loading"):
                 loaded = load(target, drafter, **how)
         if loaded.mesh and any(batch % loaded.mesh.shape[sharding.DATA] for batch in options.batch_sizes):

@@ -8,6 +8,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from domino_jax.errors import DominoError
+from infer import names
 from infer.bench.quality import Sweep
 from infer.bench.tracing import writable
 
@@ -16,10 +17,10 @@ from infer.bench.tracing import writable
 class Bench:
     """Measure decoding with and without speculation, in one alternating run."""
 
-    model: str = "demo"
-    """name, folder or org/repo of the target"""
-    draft: str | None = None
-    """name, folder or org/repo of the drafter; by default the one that belongs to --model's name"""
+    model: Annotated[str, tyro.conf.arg(help=names.MODEL_HELP)] = "demo"
+    draft: Annotated[str | None, tyro.conf.arg(help=names.DRAFT_HELP)] = None
+    revision: Annotated[str | None, tyro.conf.arg(help=names.REVISION_HELP)] = None
+    draft_revision: Annotated[str | None, tyro.conf.arg(help=names.DRAFT_REVISION_HELP)] = None
     shapes: str | None = None
     """instead of --model, a public shape such as qwen3-8b, with a drafter as the public ones: with --random-weights"""
     random_weights: bool = False
@@ -105,6 +106,8 @@ def check(options: Bench) -> None:
         raise DominoError("--roofline holds the parts of a cycle against their floors: leave out --no-phases.")
     if options.shapes and options.model != "demo":
         raise DominoError("--shapes and --model name two models: leave one of them out.")
+    if options.shapes and (options.revision or options.draft_revision):
+        raise DominoError("--shapes has random weights, and no --revision or --draft-revision of them.")
     if options.json and not options.json.absolute().parent.is_dir():
         raise DominoError(f"{options.json.absolute().parent} is not a folder; --json is to be written there.")
     for folder in filter(None, (options.plot, options.profile)):

@@ -9,7 +9,8 @@ import numpy as np
 from domino_jax.errors import DominoError
 from infer.bench.options import Bench
 from infer.engine import Engine, Settings
-from infer.models import DEMO, Loaded
+from infer.models import Loaded
+from infer.names import DEMO
 
 RANDOM_IDS = "random ids"
 

@@ -26,7 +26,8 @@ from infer.bench import plots
 from infer.bench.modes import DFLASH, LEAN
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
 from infer.engine import Engine, Sequence, Settings, tau
-from infer.models import TABLE, Loaded
+from infer.models import Loaded
+from infer.names import where
 from infer.text import decode, has_template
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ PUBLISHED = {
 
 def published(model: str, draft: str | None, name: str) -> float | None:
     """The published τ of a pair, by the names on the command line, on the set `name`; None where there is none."""
-    pair = TABLE.get(model)
-    target, own = (pair.target, pair.draft) if pair else (model, None)
-    drafter = own if draft is None else TABLE[draft].draft if draft in TABLE else draft
+    target, drafter = where(model, draft)
     row = PUBLISHED.get((target, drafter or ""))
     figures = dict(zip(COLUMNS, row, strict=True)) if row else {}
     return figures.get(re.sub("[^a-z0-9]", "", name.lower()))
@@ -310,6 +309,7 @@ def figures(one: Measured, options: "Bench", whole: Mode, about: dict[str, Any])
     for key, tally in one.tallies.items():
         lengths = Counter(m + 1 for m in tally.accepted)
         as_it_is = options.head_candidates == "all" and options.draft_dtype is None and not options.drafts
+        as_it_is &= options.revision is None and options.draft_revision is None
         comparable = key == whole and options.temperature == 0 and as_it_is
         theirs = published(options.model, options.draft, one.set.name) if comparable else None
         ours, rate = tally.tau_per_answer, tally.tokens_per_second

@@ -20,7 +20,8 @@ from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConf
 from domino_jax.errors import DominoError
 from domino_jax.sharding import MODEL, fit, spec
 from domino_jax.weights import axes, flatten, unflatten
-from infer.models import NO_DRAFT, Loaded, load
+from infer.models import Loaded, load
+from infer.names import NO_DRAFT
 
 STD = 0.02  # of the random weights, as Qwen3's own were initialised
 DRAFT_LAYERS = 5

@@ -110,6 +110,8 @@ def circumstances(options: Bench, loaded: Loaded) -> Row:
         "jax": jax.__version__,
         "model": options.shapes or options.model,
         "draft": options.draft or "",
+        "revision": options.revision or "",
+        "draft_revision": options.draft_revision or "",
         "weights": "random" if options.random_weights else "loaded",
         "simulated_tau": options.simulate_tau,
         "dtype": jnp.dtype(loaded.dtype).name,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -217,7 +217,7 @@ class Engine:
         speculative: bool,
         batch: int,
         conversation: Conversation | None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """The loop of `generate`; yields when tokens have arrived."""
         loaded = self.loaded
         configs, params = loaded.configs, loaded.params

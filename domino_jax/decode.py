@@ -194,15 +194,16 @@ def chunks(longest: int, held: int, capacity: int) -> range:
         capacity: positions of the caches, which the last chunk's padding must not exceed: it would rather begin sooner
             and run some of the held positions again.
     """
+    step = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+    afresh = range(0, -(-longest // step) * step, step)
     held = min(held, longest - 1)
     if held > 0:
         step = min(CONTINUED_CHUNK, LARGEST_CHUNK) if longest - held <= LARGEST_CHUNK else LARGEST_CHUNK
         width = -(-(longest - held) // step) * step
-        start = min(held, capacity - width)
-        if start > 0:
+        if width < afresh.stop:  # a short prompt is run as quickly from its first id
+            start = min(held, capacity - width)
             return range(start, start + width, step)
-    step = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
-    return range(0, -(-longest // step) * step, step)
+    return afresh
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=(2, 5))

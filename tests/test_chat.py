@@ -250,7 +250,8 @@ def test_thoughts_are_shown_and_not_remembered(run, monkeypatch, words, told):
 
 
 def test_a_model_without_a_template_goes_on_with_each_line(run, turns):
-    result = run("--max-new-tokens", "5", target="raw", lines=("one line", "one more"))
+    start = "x" * 150
+    result = run("--max-new-tokens", "5", target="raw", lines=(start + "a line", start + "more"))
     assert result.status == 0
-    assert [make_tokenizer().decode(turn.prompt) for turn in turns] == ["one line", "one more"]
-    assert turns[1].reused == len("one ")
+    assert [make_tokenizer().decode(turn.prompt) for turn in turns] == [start + "a line", start + "more"]
+    assert turns[1].reused == len(start)

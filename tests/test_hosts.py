@@ -85,7 +85,7 @@ first = hosts.join(hosts.Hosts(place[1], int(place[3]), int(place[5])) if place 
 from infer.conversation import Conversation
 from infer.engine import Engine
 loaded = models.load(Path(folder) / "target", Path(folder) / "draft", mesh=parse_mesh(mesh))
-engine, conversation, ids, turns = Engine(loaded), Conversation(), [50, 60, 70] * 10, []
+engine, conversation, ids, turns = Engine(loaded), Conversation(), [50, 60, 70] * 20, []
 for _ in range(2):
     turn, _ = engine.sequence(ids, 6)
     engine.generate([turn], conversation=conversation)

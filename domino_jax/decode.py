@@ -190,7 +190,8 @@ def chunks(longest: int, held: int, capacity: int) -> range:
 
     Args:
         longest: ids of the longest prompt.
-        held: positions that need not be run again, 0 for none.
+        held: positions that need not be run again, 0 for none; where going on from them would run no fewer positions,
+            padding included, the prompt is run from its first id.
         capacity: positions of the caches, which the last chunk's padding must not exceed: it would rather begin sooner
             and run some of the held positions again.
     """

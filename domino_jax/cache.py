@@ -1,7 +1,7 @@
 """KV caches whose rows have lengths of their own.
 
-A cache is exactly one length bucket long: programs see what they need and no more, and `grow`
-moves to the next bucket. Which positions count is arithmetic on the lengths that the decode state
+A cache is exactly one length bucket long: programs see what they need and no more, and `resize`
+moves to another bucket. Which positions count is arithmetic on the lengths that the decode state
 holds: a rejected draft stays in place, unseen, until its position is written again.
 """
 
@@ -66,7 +66,9 @@ def append(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> KVCa
     return KVCache(put(cache.k, k), put(cache.v, v))
 
 
-def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The cache with room for `capacity` positions, the new ones zero."""
+def resize(cache: KVCache, capacity: int) -> KVCache:
+    """The cache with room for `capacity` positions: new ones are zero, and those beyond it are gone."""
     extra = capacity - cache.capacity
+    if extra <= 0:
+        return jax.tree.map(lambda buffer: buffer[:, :, :capacity], cache)
     return jax.tree.map(lambda buffer: jnp.pad(buffer, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)

@@ -26,6 +26,8 @@ from domino_jax.weights import Draft, Quantized, Target
 
 LARGEST_CHUNK = 512  # prompt tokens a prefill program runs at once; bounds its memory
 SMALLEST_CHUNK = 16
+# What follows a conversation's earlier turns has any length, and each chunk size is a program to compile: two are used.
+CONTINUED_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ class DecodeState(NamedTuple):
     context: KVCache | None  # the drafter's keys and values of the same positions; None without a drafter
 
 
+class Caches(NamedTuple):
+    """The caches of an earlier state, for a new one to begin with."""
+
+    target: KVCache
+    context: KVCache | None  # None without a drafter
+
+
 class Emitted(NamedTuple):
     """What some cycles gave; C is the number a dispatch may run, J = 0 for autoregressive steps."""
 
@@ -130,8 +139,13 @@ def begin(
     sampling: Sampling,
     stop: Array,
     dtype: jnp.dtype,
+    caches: Caches | None = None,
+    held: int = 0,
 ) -> DecodeState:
     """Run the prompts, in chunks, and commit each row's first token, which counts as generated.
+
+    Where an earlier state's caches already hold how every prompt begins, only what follows is run. At least the last
+    id always is, for its hidden state.
 
     Args:
         prompts: B lists of at least one id, of any lengths.
@@ -139,15 +153,21 @@ def begin(
         limits: tokens to generate at most, at least 1 each.
         stop: [E] ids that end a sequence.
         dtype: of the caches.
+        caches: those of an earlier state of as many rows, donated; new ones when None.
+        held: positions of which `caches` hold keys and values of the prompts' own first ids, the drafter's context
+            too if there is one. A row whose prompt is not longer gets a first token without meaning.
     """
     batch, longest = len(prompts), max(map(len, prompts))
-    chunk = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
-    padded = -(-longest // chunk) * chunk
-    tokens = np.zeros((batch, padded), np.int32)
+    capacity = kv.bucket(longest + configs.reach)
+    offsets = chunks(longest, held, capacity)
+    tokens = np.zeros((batch, len(offsets) * offsets.step), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+        rest = prompt[offsets.start :]
+        row[: len(rest)] = rest
     lengths = np.array([len(p) for p in prompts], np.int32)
-    capacity = kv.bucket(max(padded, longest + configs.reach))
+    if caches is None:
+        context = kv.init(configs.draft, batch, capacity, dtype) if configs.draft else None
+        caches = Caches(kv.init(configs.target, batch, capacity, dtype), context)
     state = DecodeState(
         token=zeros((batch,), jnp.int32, "B"),
         length=put(lengths, "B"),
@@ -156,14 +176,35 @@ def begin(
         done=zeros((batch,), bool, "B"),
         keys=put(keys, "B"),  # a copy: the state is donated, and what the caller gave stays the caller's
         sampling=jax.tree.map(lambda x: put(x, "B"), sampling),
-        cache=kv.init(configs.target, batch, capacity, dtype),
-        context=kv.init(configs.draft, batch, capacity, dtype) if configs.draft else None,
+        cache=_resize(caches.target, capacity),
+        context=_resize(caches.context, capacity) if caches.context else None,
     )
     last = zeros((batch, configs.target.hidden_size), params.target.embed.dtype, "B D")
-    for offset in range(0, padded, chunk):
-        piece = put(tokens[:, offset : offset + chunk], "B T")
-        state, last = prefill(params, configs, state, piece, np.int32(offset), last)
+    for piece, offset in zip(np.split(tokens, len(offsets), axis=1), offsets, strict=True):
+        state, last = prefill(params, configs, state, put(piece, "B T"), np.int32(offset), last)
     return first_token(params, configs, state, last, stop)
+
+
+def chunks(longest: int, held: int, capacity: int) -> range:
+    """The chunks of a prefill, by their first positions; `start`, `step` and `stop` are what they cover together.
+
+    Args:
+        longest: ids of the longest prompt.
+        held: positions that need not be run again, 0 for none; where going on from them would run no fewer positions,
+            padding included, the prompt is run from its first id.
+        capacity: positions of the caches, which the last chunk's padding must not exceed: it would rather begin sooner
+            and run some of the held positions again.
+    """
+    step = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+    afresh = range(0, -(-longest // step) * step, step)
+    held = min(held, longest - 1)
+    if held > 0:
+        step = min(CONTINUED_CHUNK, LARGEST_CHUNK) if longest - held <= LARGEST_CHUNK else LARGEST_CHUNK
+        width = -(-(longest - held) // step) * step
+        if width < afresh.stop:  # a short prompt is run as quickly from its first id
+            start = min(held, capacity - width)
+            return range(start, start + width, step)
+    return afresh
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=(2, 5))
@@ -354,12 +395,16 @@ def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tu
 def grow(state: DecodeState, capacity: int) -> DecodeState:
     """The state in a larger length bucket."""
     return state._replace(
-        cache=_grow(state.cache, capacity),
-        context=_grow(state.context, capacity) if state.context else None,
+        cache=_resize(state.cache, capacity),
+        context=_resize(state.context, capacity) if state.context else None,
     )
 
 
-_grow = jax.jit(kv.grow, static_argnums=1)
+def _resize(cache: KVCache, capacity: int) -> KVCache:
+    return cache if capacity == cache.capacity else _resized(cache, capacity)
+
+
+_resized = jax.jit(kv.resize, static_argnums=1)
 
 
 def _split(keys: Array, parts: int) -> tuple[Array, ...]:

@@ -7,8 +7,6 @@ import json
 import os
 import statistics
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,21 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from convert.progress import bars
 from domino_jax.errors import DominoError
 from infer import jsonl, names
 from infer.hosts import join, settle
+from infer.show import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
+    from infer.conversation import Conversation
     from infer.engine import Engine, Sequence
     from infer.models import Loaded
 
 DONE, FAILED, WRONG_WORDS, CANCELLED = 0, 1, 2, 130
 COMPARED_RUNS = 3
-ACCEPTED, ADDED, REJECTED = "green", "yellow", "dim strike"
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,9 @@ class Generate:
     """end before this text"""
     raw: FlagCreatePairsOff[bool] = False
     """no chat template: the model continues the prompt"""
+    thinking: FlagCreatePairsOff[bool] = False
+    """let a model think before it answers, if it can: thoughts count among --max-new-tokens, and fewer drafts are
+    accepted, since drafters are trained without"""
     system: str | None = None
     """system message"""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -133,6 +134,8 @@ def contradictions(options: Generate, chat: bool) -> str | None:
         ("" in o.stop, "--stop must not be empty"),
         (o.system is not None and o.raw, "--system needs the chat template, which --raw turns off"),
         (o.system is not None and o.input_ids is not None, "--system does nothing to --input-ids"),
+        (o.thinking and o.raw, "--thinking needs the chat template, which --raw turns off"),
+        (o.thinking and o.input_ids is not None, "--thinking does nothing to --input-ids"),
         (o.json and o.show_drafts, "--show-drafts colours text, and --json prints none"),
         (o.draft == "none" and o.compare, "--compare compares with and without a drafter, and --draft none has none"),
         (few != "all" and few < 1, f"--head-candidates must be at least 1, found {few}"),
@@ -211,39 +214,6 @@ def drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-_first = True  # of several processes; the others keep silent
-
-
-def say(line: str) -> None:
-    """One line on standard error, if anybody reads it; of several processes the first speaks, but all name errors."""
-    with suppress(OSError):
-        if _first or line.startswith("error"):
-            print(line, file=sys.stderr, flush=True)
-
-
-class Output(Console):
-    """Standard output: a broken pipe is an error like any other (rich would exit)."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-class Notes(Console):
-    """Standard error: nothing depends on anybody reading it."""
-
-    def on_broken_pipe(self) -> None:
-        pass
-
-
-def warn(warnings: Iterable[str], most: int = 3) -> None:
-    """The first few warnings, and how many more there are."""
-    for i, warning in enumerate(warnings := list(warnings)):
-        if i == most:
-            say(f"warning: … and {len(warnings) - most} more.")
-            return
-        say(f"warning: {warning}")
-
-
 def read_prompts(path: Path) -> list[Prompt]:
     """The rows of a JSON lines file.
 
@@ -275,13 +245,13 @@ class Session:
     loaded: "Loaded"
 
     def __init__(self, options: Generate):
-        global _first
         self.options = o = options
-        _first = join(settle(o.coordinator, o.num_processes, o.process_id))
-        if not _first:
+        first = join(settle(o.coordinator, o.num_processes, o.process_id))
+        if not first:
+            keep_silent()
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for the rest of this process)
         self.console = Output(highlight=False, soft_wrap=True, emoji=False)
-        self.notes = Notes(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not _first)
+        self.notes = Notes(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not first)
         self.finished: list[list[Sequence]] = []  # batch after batch, for the summary
         self.comparison: list[dict[str, Any]] = []
 
@@ -348,6 +318,24 @@ class Session:
         self.engine = Engine(self.loaded, auto=o.drafts == "auto", report=say)
         if o.system is not None and not self._is_chat():
             raise DominoError("this model has no chat template, so --system has no place to go.")
+        if o.thinking:
+            warn(self._thinking())
+
+    def _thinking(self) -> list[str]:
+        """What to know about --thinking with this model.
+
+        Raises:
+            DominoError: it has no chat template.
+        """
+        from infer import text
+
+        if not self._is_chat():
+            raise DominoError("this model has no chat template, which --thinking needs.")
+        if not text.knows_thinking(self.loaded.tokenizer):
+            return ["--thinking changes nothing: this model's chat template knows no enable_thinking."]
+        if self.loaded.configs.draft:
+            return ["drafters are trained with thinking off: with --thinking fewer drafts will be accepted."]
+        return []
 
     def _is_chat(self) -> bool:
         """Whether prompts go through the model's chat template."""
@@ -374,7 +362,7 @@ class Session:
             raise DominoError("messages need the chat template, which --raw turns off.")
         if self.options.system is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.options.system}, *messages]
-        return text.encode_chat(self.loaded.tokenizer, messages)
+        return text.encode_chat(self.loaded.tokenizer, messages, self.options.thinking)
 
     def _sequence(self, prompt: Prompt, row: int) -> "tuple[Sequence, list[str]]":
         """What to generate for a prompt, with warnings; errors and warnings say where in a file it stands."""
@@ -393,7 +381,9 @@ class Session:
         o = self.options
         self.engine.generate(sequences, Settings(o.temperature, o.top_k, o.top_p, o.min_p), o.seed, **how)
 
-    def _batch(self, sequences: "list[Sequence]", size: int, total: int) -> None:
+    def _batch(
+        self, sequences: "list[Sequence]", size: int, total: int, conversation: "Conversation | None" = None
+    ) -> None:
         """Generate and print one batch; also what there is of it when the user cancels."""
         o = self.options
         single = total == 1
@@ -406,7 +396,8 @@ class Session:
         cancelled, result = False, None
         try:
             try:
-                self._generate(sequences, update=printed.more if stream else None, batch=size)
+                update = printed.more if stream else None
+                self._generate(sequences, update=update, batch=size, conversation=conversation)
             finally:
                 if stream:
                     printed.end()
@@ -505,12 +496,13 @@ class Session:
             return
         show = self.notes.print
         total = {phase: sum(max(s.seconds[phase] for s in batch) for batch in self.finished) for phase in PHASES}
-        prompt_tokens, tokens = sum(len(s.prompt) for s in sequences), sum(len(s.tokens) for s in sequences)
+        tokens, reused = sum(len(s.tokens) for s in sequences), sum(s.reused for s in sequences)
+        run = sum(len(s.prompt) for s in sequences) - reused
         rate = _overall_rate(self.finished)
         show(f"\n{tokens} tokens" + (f", decoded at [bold]{rate:.1f} tokens/s[/]" if rate else ""))
         show(
             f"load {self.loaded.seconds:.2f} s · compile {total['compile']:.2f} s · "
-            f"prefill {total['prefill']:.3f} s ({prompt_tokens} tokens) · "
+            f"prefill {total['prefill']:.3f} s ({run} tokens{f', {reused} reused' if reused else ''}) · "
             + (f"calibrate {total['calibrate']:.2f} s · " if total["calibrate"] else "")
             + f"decode {total['decode']:.3f} s",
             style="dim",
@@ -548,25 +540,18 @@ class Session:
             show("in bfloat16 two logits can tie to rounding, and the two loops may then break the tie differently.")
 
     def _chat(self) -> None:
-        """Talk until the end of input: the whole conversation is the prompt of every turn.
+        """Talk until the end of input: the whole conversation is the prompt of every turn, and what of it an earlier
+        turn has run is not run again.
 
         A model without a chat template continues each line by itself.
         """
-        with suppress(ImportError):
-            import readline  # noqa: F401  (line editing for input())
+        from infer import chat, text
+        from infer.conversation import Conversation
+
         say("Chat: Ctrl-C stops an answer, Ctrl-D ends.")
         messages: list[dict[str, str]] = []
-        while True:
-            try:
-                line = input("> ")
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            except UnicodeDecodeError as error:
-                say(f"error: that line is not text: {error}.")
-                continue
-            if not line:
-                continue
+        conversation = Conversation()
+        for line in chat.lines():
             self.finished, self.comparison = [], []
             messages.append({"role": "user", "content": line})
             try:
@@ -574,9 +559,11 @@ class Session:
                 sequence, warnings = self._sequence(prompt, 0)
                 warn(warnings)
                 with suppress(KeyboardInterrupt):
-                    self._batch([sequence], 1, 1)
+                    self._batch([sequence], 1, 1, conversation)
                 self._summary()
-                messages.append({"role": "assistant", "content": sequence.text or ""})
+                said = sequence.text or ""
+                answer = text.final_answer(said) if self.options.thinking else said
+                messages.append({"role": "assistant", "content": answer})
             except DominoError as error:
                 say(f"error: {error} The conversation starts over.")
                 messages = []
@@ -587,76 +574,6 @@ def _overall_rate(batches: "list[list[Sequence]]") -> float | None:
     seconds = sum(max(s.seconds["decode"] for s in batch) for batch in batches)
     tokens = sum(max(len(s.tokens) - 1, 0) for batch in batches for s in batch)
     return tokens / seconds if seconds else None
-
-
-class Printer:
-    """Prints a sequence's text as it grows."""
-
-    def __init__(self, sequence: "Sequence", before: Callable[[], None] | None = None):
-        """Args: before: called when there is text for the first time."""
-        self.sequence = sequence
-        self.before = before
-        self.shown = 0
-
-    def more(self) -> None:
-        """Print what is new."""
-        if self.before:
-            self.before()
-            self.before = None
-        text = self.sequence.text or ""
-        print(text[self.shown :], end="", flush=True)
-        self.shown = len(text)
-
-    def end(self) -> None:
-        """Print the rest, and end the line."""
-        self.more()
-        if not (self.sequence.text or "").endswith("\n"):
-            print(flush=True)
-
-
-def histogram(accepted: list[int], proposals: int, width: int = 40) -> list[str]:
-    """Lines with a bar for each number of accepted drafts from 0 to `proposals`."""
-    counts = Counter(accepted)
-    most = max(counts.values())
-    return [
-        f"{n:3} {'█' * round(width * counts[n] / most) or ('▏' if counts[n] else '')} {counts[n]}"
-        for n in range(proposals + 1)
-    ]
-
-
-def show_drafts(console: Console, s: "Sequence", tokenizer: Any) -> None:
-    """Print a sequence with each token's origin in its colour, and a legend.
-
-    Text appears with the token that completes its characters. A text that a stop string cut is
-    shown whole here, as drafted.
-    """
-    from rich.text import Text
-
-    from infer.text import Detokenizer, decode
-
-    stream = Detokenizer(tokenizer) if tokenizer is not None else None
-    out = Text()
-
-    def kept(tokens: list[int], style: str) -> None:
-        for token in tokens:
-            out.append(stream.feed([token]) if stream else f"{token} ", style)
-
-    kept(s.tokens[:1], ADDED)
-    for cycle in s.cycles:
-        kept(cycle.tokens[: cycle.accepted], ACCEPTED)
-        rejected = cycle.drafts[cycle.accepted :]
-        if rejected and len(cycle.tokens) > cycle.accepted:
-            text = decode(tokenizer, rejected) if stream else " ".join(map(str, rejected))
-            out.append(text.replace("\n", "⏎").replace("\r", "␍"), REJECTED)
-            if not stream:
-                out.append(" ")
-        kept(cycle.tokens[cycle.accepted :], ADDED)
-    kept(s.tokens[1 + sum(len(cycle.tokens) for cycle in s.cycles) :], ADDED)  # plain steps after them
-    if stream:
-        out.append(stream.finish(), ADDED)
-    console.print(out)
-    legend = Text("drafted and accepted", ACCEPTED) + Text(" · ") + Text("rejected", REJECTED)
-    console.print(legend + Text(" · ") + Text("the target's own", ADDED))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
 from domino_jax.sharding import DATA, fetch, put
 from infer.auto import Acceptance, Chooser, calibrate
+from infer.conversation import Conversation
 from infer.hosts import agree
 from infer.memory import enough_memory
 from infer.models import Loaded
@@ -58,6 +59,7 @@ class Sequence:
     stream: TextStream | None = None  # None without a tokenizer
     tokens: list[int] = field(default_factory=list)
     cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
+    reused: int = 0  # of the prompt's tokens, those that an earlier turn of the conversation had run
     steps: int = 0  # plain ones, without drafts; those after the cycles where "auto" gave drafts up are none of τ's
     finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it runs
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # until it finished
@@ -66,6 +68,11 @@ class Sequence:
     def text(self) -> str | None:
         """The text so far, in whole characters and without a stop string."""
         return self.stream.text if self.stream else None
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and the answer to it so far."""
+        return self.prompt + self.tokens
 
     @property
     def accepted(self) -> list[int]:
@@ -166,6 +173,7 @@ class Engine:
         speculative: bool = True,
         update: Callable[[], None] | None = None,
         batch: int = 0,
+        conversation: Conversation | None = None,
     ) -> None:
         """Generate all sequences as one batch, in place.
 
@@ -174,11 +182,13 @@ class Engine:
             speculative: draft and verify if there is a drafter; False for the lean loop.
             update: called when tokens have arrived.
             batch: rows to run at least, so that a smaller batch needs no programs of its own.
+            conversation: whose next turn the one sequence is; what its caches hold of the prompt is not run again.
 
         Raises:
             KeyboardInterrupt: the user cancelled; the sequences hold what was generated.
             DominoError: the device's memory is exhausted.
         """
+        assert conversation is None or len(sequences) == 1, "a conversation has one sequence a turn"
         mesh = self.loaded.mesh
         if mesh:  # every device of the data axis has the same number of rows
             batch = -(-max(batch, len(sequences)) // mesh.shape[DATA]) * mesh.shape[DATA]
@@ -188,8 +198,9 @@ class Engine:
             "run fewer at a time or shorter ones."
         )
         try:
-            with memory, self.loaded.context():
-                for _ in self._run(sequences, choose or Settings(), seed, speculative, batch):
+            run = self._run(sequences, choose or Settings(), seed, speculative, batch, conversation)
+            with memory, self.loaded.context(), closing(run):
+                for _ in run:
                     if update:
                         update()
         except KeyboardInterrupt:
@@ -199,8 +210,14 @@ class Engine:
             raise
 
     def _run(
-        self, sequences: list[Sequence], choose: Settings, seed: int, speculative: bool, batch: int
-    ) -> Iterator[None]:
+        self,
+        sequences: list[Sequence],
+        choose: Settings,
+        seed: int,
+        speculative: bool,
+        batch: int,
+        conversation: Conversation | None,
+    ) -> Generator[None]:
         """The loop of `generate`; yields when tokens have arrived."""
         loaded = self.loaded
         configs, params = loaded.configs, loaded.params
@@ -224,59 +241,72 @@ class Engine:
         with _timed(seconds, "prefill"):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
             sampling = settings(len(prompts), choose.temperature, choose.top_k, choose.top_p, choose.min_p)
-            arguments = (prompts, keys, limits, sampling, self._stop, loaded.dtype)
+            caches, held = conversation.take(prompts[0], speculative) if conversation else (None, 0)
+            arguments = (prompts, keys, limits, sampling, self._stop, loaded.dtype, caches, held)
             if loaded.mesh is None:
                 self._compile_first_token(params, configs, arguments)
             state = decode.begin(params, configs, *arguments)
+            del caches, arguments  # they are the state's now
             first = fetch(state.token)
-        self._note(sequences, seconds)
-        for s, token in zip(sequences, first.tolist(), strict=False):
-            s.take([token], loaded.stop_ids)
-        if auto and chooser is None and any(s.finish_reason is None for s in sequences):
-            with _timed(seconds, "calibrate"):
-                chooser, state = self._calibrate(params, configs, state, greedy)
-            self.choosers[case] = chooser
-        yield
-
-        # A stop string, which the device knows nothing of, has ended a row.
-        cut = any(s.stream is not None and s.stream.stopped for s in sequences)
-        while running := sum(s.finish_reason is None for s in sequences):
-            cycles = self._longest(configs)
-            if chooser and speculative:
-                drafts, cycles = chooser.next(running, cycles)
-                if drafts:
-                    configs = dataclasses.replace(configs, drafts=drafts)
-                else:  # for the rest of the batch: plain steps leave gaps in the drafter's context
-                    configs, params = configs.lean, params.lean
-                    state, speculative = state._replace(context=None), False
-                    cycles = self._longest(configs)
-            needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
-            with _timed(seconds, "decode"):
-                if needed + configs.reach > state.cache.capacity:
-                    state = decode.grow(state, cache.bucket(needed + configs.reach))
-                if cut:
-                    over = [s.finish_reason is not None for s in sequences] + [True] * spare
-                    state = state._replace(done=put(np.array(over), "B"))
-                state, emitted = self._dispatch(params, configs, state, self._stop, cycles, greedy)
+        sequences[0].reused = decode.chunks(len(prompts[0]), held, state.cache.capacity).start
+        try:
             self._note(sequences, seconds)
-            cut, accepted = False, []
-            for b, s in enumerate(sequences):
-                for c in range(int(emitted.cycles)):
-                    count = int(emitted.counts[c, b])
-                    if count == 0 or s.finish_reason is not None:
-                        break
-                    tokens = s.take(emitted.tokens[c, b, :count].tolist(), loaded.stop_ids)
-                    if speculative:
-                        accepted.append(int(emitted.accepted[c, b]))
-                        s.cycles.append(Cycle(tokens, accepted[-1], emitted.drafts[c, b].tolist()))
-                    else:
-                        s.steps += 1
-                    cut |= s.stream is not None and s.stream.stopped
-            if chooser:
-                chooser.observe(accepted)
+            for s, token in zip(sequences, first.tolist(), strict=False):
+                s.take([token], loaded.stop_ids)
+            if auto and chooser is None and any(s.finish_reason is None for s in sequences):
+                with _timed(seconds, "calibrate"):
+                    chooser, state = self._calibrate(params, configs, state, greedy)
+                self.choosers[case] = chooser
             yield
-        if chooser and speculative:
-            chooser.finish([len(s.tokens) - 1 for s in sequences], [len(s.cycles) for s in sequences])
+
+            # A stop string, which the device knows nothing of, has ended a row.
+            cut = any(s.stream is not None and s.stream.stopped for s in sequences)
+            while running := sum(s.finish_reason is None for s in sequences):
+                cycles = self._longest(configs)
+                if chooser and speculative:
+                    drafts, cycles = chooser.next(running, cycles)
+                    if drafts:
+                        configs = dataclasses.replace(configs, drafts=drafts)
+                    else:  # for the rest of the batch: plain steps leave gaps in the drafter's context
+                        configs, params = configs.lean, params.lean
+                        if conversation:
+                            conversation.set_aside(state.context, len(sequences[0].ids) - 1)
+                        state, speculative = state._replace(context=None), False
+                        cycles = self._longest(configs)
+                needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
+                with _timed(seconds, "decode"):
+                    if needed + configs.reach > state.cache.capacity:
+                        state = decode.grow(state, cache.bucket(needed + configs.reach))
+                    if cut:
+                        over = [s.finish_reason is not None for s in sequences] + [True] * spare
+                        state = state._replace(done=put(np.array(over), "B"))
+                    state, emitted = self._dispatch(params, configs, state, self._stop, cycles, greedy)
+                    emitted = fetch(emitted)  # the state is whole, should the user lose patience here
+                self._note(sequences, seconds)
+                cut, accepted = False, []
+                for b, s in enumerate(sequences):
+                    for c in range(int(emitted.cycles)):
+                        count = int(emitted.counts[c, b])
+                        if count == 0 or s.finish_reason is not None:
+                            break
+                        tokens = s.take(emitted.tokens[c, b, :count].tolist(), loaded.stop_ids)
+                        if speculative:
+                            accepted.append(int(emitted.accepted[c, b]))
+                            s.cycles.append(Cycle(tokens, accepted[-1], emitted.drafts[c, b].tolist()))
+                        else:
+                            s.steps += 1
+                        cut |= s.stream is not None and s.stream.stopped
+                if chooser:
+                    chooser.observe(accepted)
+                yield
+            if chooser and speculative:
+                chooser.finish([len(s.tokens) - 1 for s in sequences], [len(s.cycles) for s in sequences])
+        except Exception:  # the device's: what its caches hold is not known
+            conversation = None
+            raise
+        finally:
+            if conversation:
+                conversation.keep(sequences[0].ids[:-1], state)
 
     def _longest(self, configs: Configs) -> int:
         """Cycles that one dispatch may run."""
@@ -285,11 +315,10 @@ class Engine:
     def _dispatch(
         self, params: Params, configs: Configs, state: decode.DecodeState, stop: jax.Array, cycles: int, greedy: bool
     ) -> tuple[decode.DecodeState, decode.Emitted]:
-        """Run at most `cycles` cycles, or plain steps without a drafter, and wait for what they give."""
+        """Start at most `cycles` cycles, or plain steps without a drafter."""
         loop = decode.speculate if configs.draft else decode.autoregress
         longest = self._longest(configs)
-        state, emitted = loop(params, configs, state, stop, longest, greedy, np.int32(cycles))
-        return state, fetch(emitted)
+        return loop(params, configs, state, stop, longest, greedy, np.int32(cycles))
 
     def _calibrate(
         self, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
@@ -322,6 +351,7 @@ class Engine:
             jax.block_until_ready(state)
             began = time.perf_counter()
             state, emitted = self._dispatch(given, run, state, never, cycles, greedy)
+            emitted = fetch(emitted)
             took = time.perf_counter() - began
             if not drafts:
                 state = state._replace(context=context)
@@ -345,16 +375,16 @@ class Engine:
         `begin` would compile it while the device is busy with the prompts, and the time of the
         prefill would vanish in that of the compilation.
         """
-        prompts, keys, limits, sampling, stop, dtype = arguments
+        prompts, keys, limits, sampling, stop, dtype, caches, held = arguments
 
-        def begin(params: Params, keys: Any, sampling: Any, stop: Any) -> decode.DecodeState:
-            return decode.begin(params, configs, prompts, keys, limits, sampling, stop, dtype)
+        def begin(params: Params, keys: Any, sampling: Any, stop: Any, caches: Any) -> decode.DecodeState:
+            return decode.begin(params, configs, prompts, keys, limits, sampling, stop, dtype, caches, held)
 
         shape = (configs, len(prompts), cache.bucket(max(map(len, prompts)) + configs.reach))
         if shape in self._ready:
             return
         self._ready.add(shape)
-        state = jax.eval_shape(begin, params, keys, sampling, stop)
+        state = jax.eval_shape(begin, params, keys, sampling, stop, caches)
         width = (len(prompts), configs.target.hidden_size)
         last = jax.ShapeDtypeStruct(width, params.target.embed.dtype)
         decode.first_token.lower(params, configs, state, last, stop).compile()

@@ -8,6 +8,8 @@ from domino_jax.errors import DominoError
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
 
+THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
+
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
 
@@ -33,21 +35,49 @@ def _whole(text: str) -> str:
     return text
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def encode_chat(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> list[int]:
     """The ids of a conversation in the model's own template, up to where the assistant answers.
 
-    Thinking is off (templates that know no `enable_thinking` ignore it): the drafters are trained so.
+    Thinking is off by default (templates that know no `enable_thinking` ignore it): the drafters are trained so.
+
+    Raises:
+        DominoError: there is no template, or it refuses the messages.
     """
+    rendered = _render(tokenizer, messages, thinking)
+    # The template has written the special tokens itself.
+    return list(tokenizer(_whole(rendered), add_special_tokens=False)["input_ids"])
+
+
+def knows_thinking(tokenizer: Any) -> bool:
+    """Whether the model's template does anything with `enable_thinking`.
+
+    Raises:
+        DominoError: there is no template, or it refuses even a greeting.
+    """
+    greeting = [{"role": "user", "content": "Hello"}]
+    return _render(tokenizer, greeting, True) != _render(tokenizer, greeting, False)
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], thinking: bool) -> str:
     if not has_template(tokenizer):
         raise DominoError("this model has no chat template, so it takes raw prompts and no messages.")
     try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
     except Exception as error:  # jinja's, and whatever the template itself raises
         raise DominoError(f"the model's chat template refuses these messages: {first_line(error)}.") from None
-    # The template has written the special tokens itself.
-    return list(tokenizer(_whole(rendered), add_special_tokens=False)["input_ids"])
+
+
+def final_answer(text: str) -> str:
+    """An answer without the thoughts before it, which later turns are not told; empty where they were cut off.
+
+    Qwen3's own template drops them too, but only those that came to an end.
+    """
+    _, end, answer = text.rpartition(THOUGHTS_END)
+    if end:
+        return answer.lstrip("\n")
+    return "" if text.lstrip().startswith(THOUGHTS_START) else text
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

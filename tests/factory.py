@@ -1,11 +1,13 @@
 """Tiny random models in memory, in every form the tests compare: ours, Hugging Face's names, transformers itself."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -276,3 +278,19 @@ def hf_greedy(model: Any, prompt: Sequence[int], count: int, stop: Sequence[int]
             pad_token_id=0,
         )
     return out[0, len(prompt) :].tolist()
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects what JAX traces, lowers or compiles meanwhile."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.startswith("/jax/core/compile"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,14 +1,11 @@
 """Decoding: the fused Domino cycle against transformers' greedy output, and the promises of its loop."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import factory
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -357,22 +354,6 @@ def test_sampled_rows_follow_their_keys_and_greedy_rows_among_them_stay_greedy(p
         assert len(first[row]) == COUNT
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Collects what JAX traces, lowers or compiles meanwhile."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event.startswith("/jax/core/compile"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, truth):
     def whole_run(prompts: list[list[int]], limits: list[int], stop: int) -> list[int]:
         stops = jnp.asarray(np.array([stop], np.int32))
@@ -389,11 +370,11 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
         return sizes
 
     sampling, keys = factory.settings(4), jax.random.split(jax.random.key(0), 4)
-    with compilations() as seen:
+    with factory.compilations() as seen:
         jax.jit(lambda x: x + 1)(np.arange(3))
     assert seen, "the counter must see a compilation"
     whole_run(PROMPTS, [COUNT] * 4, -1)
-    with compilations() as seen:
+    with factory.compilations() as seen:
         sizes = whole_run([[9] * 16, [1, 2], [3] * 7, [88]], [40, 1, 17, 33], truth[0][5])
         sizes += whole_run(PROMPTS[::-1], [90] * 4, -1)
     assert not seen

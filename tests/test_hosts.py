@@ -33,14 +33,14 @@ def words(tmp_path_factory) -> list[str]:
     return [*words, "--json", "--max-new-tokens", "20"]
 
 
-def launch(words: list[str], count: int) -> list[tuple[int, str, str]]:
+def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infer")) -> list[tuple[int, str, str]]:
     """Exit status, standard output and standard error of each process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
     port = free_port()
     running = []
     for i in range(count):
         place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(i)]
-        command = [sys.executable, "-m", "infer", *words, *(place if count > 1 else [])]
+        command = [sys.executable, *program, *words, *(place if count > 1 else [])]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
     done = []
@@ -73,6 +73,37 @@ def test_processes_together_give_the_tokens_of_one(words, alone, count, more):
     for status, out, err in others:
         assert (status, out) == (0, ""), err
         assert "tokens" not in err
+
+
+CONVERSATION = """
+import json, sys
+from pathlib import Path
+from infer import hosts, models
+from infer.__main__ import parse_mesh
+folder, mesh, *place = sys.argv[1:]
+first = hosts.join(hosts.Hosts(place[1], int(place[3]), int(place[5])) if place else None)
+from infer.conversation import Conversation
+from infer.engine import Engine
+loaded = models.load(Path(folder) / "target", Path(folder) / "draft", mesh=parse_mesh(mesh))
+engine, conversation, ids, turns = Engine(loaded), Conversation(), [50, 60, 70] * 20, []
+for _ in range(2):
+    turn, _ = engine.sequence(ids, 6)
+    engine.generate([turn], conversation=conversation)
+    turns.append([turn.tokens, turn.accepted, turn.reused])
+    ids = [*turn.ids, *[90] * 15]
+if first:
+    print(json.dumps(turns))
+"""
+
+
+def test_a_conversation_keeps_its_caches_in_every_process(words):
+    folder = str(Path(words[1]).parent)
+    (alone,) = launch([folder, "data=1,model=1"], 1, ("-c", CONVERSATION))
+    assert alone[0] == 0, alone[2]
+    first, other = launch([folder, "data=1,model=2"], 2, ("-c", CONVERSATION))
+    assert (first[0], other[0]) == (0, 0), first[2] + other[2]
+    assert json.loads(first[1]) == json.loads(alone[1]) and other[1] == ""
+    assert json.loads(first[1])[1][-1] > 0
 
 
 @pytest.mark.parametrize(

@@ -307,9 +307,9 @@ def test_a_chat_sends_the_whole_conversation(run, models, monkeypatch, capsys):
     rendered = []
     encode = text.encode_chat
 
-    def record(tokenizer: Any, messages: Any) -> list[int]:
+    def record(tokenizer: Any, messages: Any, *how: Any) -> list[int]:
         rendered.append([m["role"] for m in messages])
-        return encode(tokenizer, messages)
+        return encode(tokenizer, messages, *how)
 
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)

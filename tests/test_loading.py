@@ -23,7 +23,7 @@ from infer.bench.checkpoints import main as checkpoints_main
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2, num_attention_heads=8)
-MODELS: dict[str, DecoderConfig] = {
+MODELS: dict[str, Any] = {
     "target": TARGET,
     "untied": dataclasses.replace(TARGET, tie_word_embeddings=False),
     "drafter": factory.draft_config(

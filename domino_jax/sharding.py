@@ -181,7 +181,8 @@ def spread(
     whole = grown(letters, shape, config, mesh.shape[MODEL])
     read_parts: dict[Any, np.ndarray] = {}  # devices of one group hold the same
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         bounds = [one.indices(size)[:2] for one, size in zip(index, whole, strict=True)]
         key = tuple(bounds)
         if key not in read_parts:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from jax.sharding import Mesh
 
 from convert.names import entries
-from domino_jax import decode, weights
+from domino_jax import decode, sharding, weights
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig
 from domino_jax.decode import Configs, DecodeState, Emitted, Params
 from domino_jax.sampling import Sampling, settings
@@ -73,6 +74,16 @@ def hf_weights(module: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
     """The same weights under Hugging Face's names, in its layout [out, in]."""
     leaves = weights.flatten(module)
     return {e.hf_name: np.ascontiguousarray(e.to_hf(np.asarray(leaves[e.path]))) for e in entries(config)}
+
+
+def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
+    """A module spread over a mesh."""
+    letters = weights.flatten(weights.axes(config))
+    leaves = {
+        path: sharding.spread(np.asarray(leaf).__getitem__, letters[path].split(), leaf.shape, config, mesh)
+        for path, leaf in weights.flatten(module).items()
+    }
+    return weights.unflatten(config, leaves)
 
 
 def torch_model(module: weights.Target, config: TargetConfig) -> Any:

@@ -16,7 +16,6 @@ from domino_jax import cache as kv
 from domino_jax import decode, prepare, sharding
 from domino_jax.decode import Params
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, unflatten
 from infer import engine
 from infer.auto import Chooser
 from infer.conversation import Conversation
@@ -194,15 +193,13 @@ def spread(loaded: Loaded, data: int, model: int) -> Loaded:
     target, draft = loaded.configs.target, loaded.configs.draft
     assert draft is not None
 
-    def place(module: Any, config: Any) -> Any:
-        put = sharding.placer(config, mesh)
-        return unflatten(config, {path: put(path, np.asarray(leaf)) for path, leaf in flatten(module).items()})
-
     configs = replace(loaded.configs, target=sharding.fit(target, model), draft=sharding.fit(draft, model))
     return replace(
         loaded,
         configs=configs,
-        params=Params(place(loaded.params.target, target), place(loaded.params.draft, draft)),
+        params=Params(
+            factory.place(loaded.params.target, target, mesh), factory.place(loaded.params.draft, draft, mesh)
+        ),
         mesh=mesh,
     )
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from typing import Any
 
 import factory
 import jax
@@ -14,11 +13,10 @@ from factory import NO_STOP, Output, Pair
 from tiny import make_draft, make_target
 
 from domino_jax import decode, prepare, sharding
-from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, DecodeState, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
-from domino_jax.weights import axes, flatten, unflatten
+from domino_jax.weights import flatten
 from infer.__main__ import main
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
@@ -35,23 +33,12 @@ def pair() -> Pair:
     )
 
 
-def place(module: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
-    letters, leaves = flatten(axes(config)), flatten(module)
-    return unflatten(
-        config,
-        {
-            path: sharding.spread(np.asarray(leaf).__getitem__, letters[path].split(), leaf.shape, config, mesh)
-            for path, leaf in leaves.items()
-        },
-    )
-
-
 def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:
     """The pair on a mesh."""
     target, draft = pair.configs.target, pair.configs.draft
     assert draft is not None
     model = mesh.shape["model"]
-    params = Params(place(pair.params.target, target, mesh), place(pair.params.draft, draft, mesh))
+    params = Params(factory.place(pair.params.target, target, mesh), factory.place(pair.params.draft, draft, mesh))
     return Pair(params, Configs(sharding.fit(target, model), sharding.fit(draft, model)))
 
 

@@ -125,11 +125,10 @@ def load(
         _account(folder, config, table, where)
         leaves = {}
         for done, entry in enumerate(table, 1):
-            handle, name = where[entry.hf_name]
             try:
-                tensor = entry.to_ours(handle.get_tensor(name))
+                tensor = entry.join(where[known][0].get_tensor(where[known][1]) for known in entry.hf_names)
             except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-                raise DominoError(f"{name} in {folder} can't be read: {error}.") from None
+                raise DominoError(f"{entry.hf_names[0]} in {folder} can't be read: {error}.") from None
             if dtype is not None:
                 tensor = tensor.astype(dtype)
             leaves[entry.path] = put(entry.path, tensor)
@@ -140,17 +139,17 @@ def load(
 
 def _account(folder: Path, config: DecoderConfig, table: list[Entry], where: Mapping[str, Any]) -> None:
     """Report every missing, unexpected and misshapen tensor in one error."""
-    known = {entry.hf_name for entry in table}
+    known = {name for entry in table for name in entry.hf_names}
     # A tied model may carry its output projection a second time; the embedding counts.
     spare = {"lm_head.weight"} if isinstance(config, TargetConfig) and config.tie_word_embeddings else set()
     problems = [f"missing {name}" for name in sorted(known - where.keys())]
     problems += [f"unexpected {name}" for name in sorted(where.keys() - known - spare)]
     for entry in table:
-        if entry.hf_name in where:
-            handle, name = where[entry.hf_name]
+        for hf_name in filter(where.__contains__, entry.hf_names):
+            handle, name = where[hf_name]
             found = tuple(handle.get_slice(name).get_shape())
             if found != entry.hf_shape:
-                problems.append(f"{entry.hf_name} has shape {list(found)}, expected {list(entry.hf_shape)}")
+                problems.append(f"{hf_name} has shape {list(found)}, expected {list(entry.hf_shape)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise DominoError(f"{folder} does not hold the model of its config.json: {'; '.join(problems[:8])}{more}.")
@@ -170,13 +169,13 @@ def save(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for entry in entries(config):
-        tensor = np.asarray(jax.device_get(leaves[entry.path]))
-        tensor = np.ascontiguousarray(entry.to_hf(tensor if dtype is None else tensor.astype(dtype)))
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][entry.hf_name] = tensor
-        size += tensor.nbytes
+        array = np.asarray(jax.device_get(leaves[entry.path]))
+        for name, tensor in entry.split(array if dtype is None else array.astype(dtype)).items():
+            if size and size + tensor.nbytes > SHARD_BYTES:
+                shards.append({})
+                size = 0
+            shards[-1][name] = np.ascontiguousarray(tensor)
+            size += tensor.nbytes
     names = (
         [SINGLE]
         if len(shards) == 1

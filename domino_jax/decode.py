@@ -137,7 +137,7 @@ def begin(
         prompts: B lists of at least one id, of any lengths.
         keys: [B] random keys.
         limits: tokens to generate at most, at least 1 each.
-        stop: [E] ids that end a sequence.
+        stop: [-] ids that end a sequence.
         dtype: of the caches.
     """
     batch, longest = len(prompts), max(map(len, prompts))
@@ -221,7 +221,7 @@ def speculate(
     """Up to `cycles` Domino cycles in one program.
 
     Args:
-        stop: [E] int32, ids that end a sequence.
+        stop: [-] int32, ids that end a sequence.
         cycles: C; the loop ends before that when all rows are done or one has no room left.
         greedy: every row has temperature 0, so no distribution needs to be formed.
         most: [] int32, ends it sooner without another program; C when None.

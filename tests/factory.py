@@ -59,18 +59,25 @@ def random_weights(config: DecoderConfig, seed: int, scale: float = 1.5) -> Any:
     rng = np.random.default_rng(seed)
 
     def leaf(entry) -> np.ndarray:
+        if weights.is_bias(entry.path):
+            return (0.5 * rng.normal(size=entry.hf_shape)).astype(np.float32)
         if len(entry.hf_shape) == 1:
             return rng.uniform(0.5, 1.5, entry.hf_shape).astype(np.float32)
         fan_in = 1 if entry.path == "embed" else entry.hf_shape[1]
         return (scale * rng.normal(size=entry.hf_shape) / fan_in**0.5).astype(np.float32)
 
-    return weights.unflatten(config, {e.path: jnp.asarray(e.to_ours(leaf(e))) for e in entries(config)})
+    made = {e.path: jnp.asarray(e.join([leaf(e) for _ in e.hf_names])) for e in entries(config)}
+    return weights.unflatten(config, made)
 
 
 def hf_weights(module: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
     """The same weights under Hugging Face's names, in its layout [out, in]."""
     leaves = weights.flatten(module)
-    return {e.hf_name: np.ascontiguousarray(e.to_hf(np.asarray(leaves[e.path]))) for e in entries(config)}
+    return {
+        name: np.ascontiguousarray(tensor)
+        for e in entries(config)
+        for name, tensor in e.split(np.asarray(leaves[e.path])).items()
+    }
 
 
 def torch_model(module: weights.Target, config: TargetConfig) -> Any:

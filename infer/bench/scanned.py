@@ -61,7 +61,7 @@ def scanned(params: Target, config: TargetConfig, stacked: Any, tokens: Array, s
         Hidden states [B, T, D], and the caches.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    angles, eps = layers.rotary(positions, config.rope_theta, config.head_dim), config.rms_norm_eps
+    angles, eps = layers.rotary(positions, config), config.rms_norm_eps
 
     def step(x: Array, one: Any) -> tuple[Array, tuple[Array, Array]]:
         layer, k, v = one

@@ -67,7 +67,7 @@ def rope_settings(config):
 def yarn_frequencies(inverse_frequency, theta, yarn):
     """YaRN (Peng et al. 2023; section 2): inverse frequencies [H/2] to stretched ones [H/2], and the factor on cos and
     sin. Pairs that turn more than beta_fast times over the original positions keep their frequency, those that turn
-    less than beta_slow times have it divided by the factor, and between them it goes over linearly by the pair's number;
+    less than beta_slow times have it divided by the factor, and in between it goes over linearly by the pair's number;
     the ends of that ramp are rounded outwards unless `truncate` is false."""
     half, factor = len(inverse_frequency), yarn["factor"]
 

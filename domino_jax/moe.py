@@ -57,19 +57,22 @@ def mlp(layer: Any, config: MoeConfig, y: Array, form: Form | None = None) -> Ar
     form = choose() if form is None else form
     assert form in get_args(Form)
     run = _one_by_one if form == "one by one" else _grouped
-    experts = layer.gate, layer.up, layer.down
-    weights, chosen = route(layer.router, config, y)
+    weights = layer.router, layer.gate, layer.up, layer.down
     if jax.sharding.get_abstract_mesh().empty:
-        return run(y, weights, chosen, *experts).astype(y.dtype)
+        return run(y, *route(layer.router, config, y), *weights[1:]).astype(y.dtype)
 
-    def part(y: Array, weights: Array, chosen: Array, *experts: Array) -> Array:
+    def part(y: Array, router: Array, *experts: Array) -> Array:
+        # Each device routes for itself: the compiler would gather what it can't divide, and it can't divide a top-k.
+        shares, chosen = route(router, config, y)
         first = jax.lax.axis_index(MODEL) * experts[0].shape[0]
-        return jax.lax.psum(run(y, weights, chosen - first, *experts).astype(y.dtype), MODEL)
+        return jax.lax.psum(run(y, shares, chosen - first, *experts).astype(y.dtype), MODEL)
 
-    rows, split = spec("B T -"), spec("E - -")
+    rows, experts = spec("B T D"), spec("E - -")
     # No check of what varies over which axis: the sum of a loop begins with zeros, which vary over none.
-    spread = jax.shard_map(part, in_specs=(rows, rows, rows, split, split, split), out_specs=rows, check_vma=False)
-    return spread(y, weights, chosen, *experts)
+    spread = jax.shard_map(
+        part, in_specs=(rows, spec("D RE"), experts, experts, experts), out_specs=rows, check_vma=False
+    )
+    return spread(y, *weights)
 
 
 def _grouped(y: Array, weights: Array, chosen: Array, gate: Array, up: Array, down: Array) -> Array:

@@ -142,6 +142,8 @@ def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> P
         assert module is not None
         for layer in module.layers:
             layer.o, layer.down = layer.o * quiet, layer.down * quiet
+            if layer.o_bias is not None:
+                layer.o_bias = layer.o_bias * quiet
     model, drafter = pair.params.target, pair.params.draft
     assert drafter is not None
     model.embed = model.embed.at[:, 0].set(4.0)

@@ -1,6 +1,7 @@
 """What a Qwen3 can be beside dense: experts, YaRN, biases, against transformers and tests/reference.py; in float32."""
 
 import dataclasses
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,18 @@ import pytest
 import reference
 import torch
 from safetensors.numpy import load_file
+from tiny import make_draft, make_target
 
 from convert import hf
+from convert.folders import convert
 from domino_jax import cache as kv
 from domino_jax import draft, layers, moe, prepare, sharding, target
 from domino_jax.config import DecoderConfig, DraftConfig, MoeConfig, TargetConfig, Yarn, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init
+from infer.__main__ import main
+from train.loss import curriculum
 
 TOLERANCE = 1e-4
 
@@ -43,6 +48,7 @@ TARGETS = {
     "biases": make(attention_bias=True),
     "everything": make(attention_bias=True, moe=MIXED, yarn=YARN, head_dim=16),
 }
+SMALL = dataclasses.replace(TARGETS["everything"], num_hidden_layers=2)
 every = pytest.mark.parametrize("config", TARGETS.values(), ids=TARGETS.keys())
 
 forward = jax.jit(target.forward, static_argnums=(1, 5))
@@ -151,23 +157,23 @@ def test_a_token_does_not_feel_the_experts_of_others(form):
 
 def test_a_cpu_reads_no_expert_that_nobody_chose():
     """NaN in all of the others changes nothing, and no expert's weights are held a second time."""
-    config = make(moe=dataclasses.replace(MOE, num_experts=64), num_hidden_layers=1)
-    layer = factory.random_weights(config, 3).layers[0]
+    many = dataclasses.replace(MOE, num_experts=64)
+    layer = factory.random_weights(make(moe=many, num_hidden_layers=1), 3).layers[0]
     run = jax.jit(moe.mlp, static_argnums=1)
     y = np.random.default_rng(0).normal(size=(1, 1, 32)).astype(np.float32)
-    _, chosen = moe.route(layer.router, config.moe, jnp.asarray(y))
-    before = np.asarray(run(layer, config.moe, y))
+    _, chosen = moe.route(layer.router, many, jnp.asarray(y))
+    before = np.asarray(run(layer, many, y))
     for name in ("gate", "up", "down"):
         weight = getattr(layer, name)
         setattr(layer, name, jnp.full_like(weight, jnp.nan).at[chosen].set(weight[chosen]))
     assert moe.choose() == "one by one"
-    np.testing.assert_array_equal(run(layer, config.moe, y), before)
-    held = run.lower(layer, config.moe, y).compile().memory_analysis().temp_size_in_bytes
-    assert held < layer.gate.nbytes / 2
+    np.testing.assert_array_equal(run(layer, many, y), before)
+    memory = run.lower(layer, many, y).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < layer.gate.nbytes / 2
 
 
 def test_fused_layers_with_experts_and_biases_say_the_same():
-    pair, fused = (factory.good_pair(TARGETS["everything"], 1) for _ in range(2))
+    pair, fused = (factory.good_pair(SMALL, 1, num_hidden_layers=1) for _ in range(2))
     for module in fused.params[:2]:
         prepare.fuse(module)
     names = set(flatten(fused.params.target))
@@ -181,7 +187,7 @@ def test_fused_layers_with_experts_and_biases_say_the_same():
 
 
 def test_an_8_bit_drafter_keeps_its_biases():
-    pair = factory.good_pair(TARGETS["everything"], 1)
+    pair = factory.good_pair(SMALL, 1, num_hidden_layers=1)
     assert pair.configs.draft is not None and pair.params.draft is not None
     small = prepare.quantize(pair.params, pair.configs.draft, "int8")
     before, after = flatten(pair.params.draft), flatten(small.draft)
@@ -194,6 +200,74 @@ def test_an_8_bit_drafter_keeps_its_biases():
     assert whole.tokens == eight.tokens
     prepare.fuse(small.draft)
     assert run(small)[0] == eight
+
+
+@pytest.mark.parametrize("form", ["grouped", "one by one"])
+def test_experts_in_bfloat16_are_those_in_float32_to_its_rounding(form):
+    layer = factory.random_weights(make(moe=MOE, num_hidden_layers=1), 3).layers[0]
+    small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), layer)
+    y = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(jnp.bfloat16)
+    run = jax.jit(partial(moe.mlp, form=form), static_argnums=1)
+    whole = np.asarray(run(jax.tree.map(lambda w: w.astype(jnp.float32), small), MOE, y.astype(np.float32)))
+    found = run(small, MOE, y)
+    assert found.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(found, np.float32) - whole).max() < 0.03 * np.abs(whole).max()
+
+
+def test_a_drafter_for_experts_is_trained():
+    """The loss is the restatement's, and every weight of the drafter has a gradient."""
+    pair = factory.Pair.make(factory.draft_config(SMALL), SMALL)
+    config = pair.configs.draft
+    assert config is not None and config.attention_bias and config.yarn == YARN
+    row, anchors, lam = ids(1, 20)[0], [2, 6, 13], 0.3
+
+    @jax.jit
+    def run(trained: Any) -> Any:
+        def loss(trained: Any) -> Any:
+            places, valid = jnp.array([anchors], jnp.int32), jnp.ones((1, 3), bool)
+            return curriculum(
+                trained,
+                pair.params.target,
+                (SMALL, config),
+                jnp.asarray(row)[None],
+                jnp.ones((1, 20), bool),
+                places,
+                valid,
+                lam=jnp.float32(lam),
+                gamma=3.0,
+                chunk=7,
+            )[0]
+
+        return jax.value_and_grad(loss)(trained)
+
+    loss, gradient = run(pair.params.draft)
+    expected = reference.training_loss(*pair.reference(), row, np.ones(20), anchors, 3.0, lam)["loss"]
+    assert float(loss) == pytest.approx(expected, abs=5e-5)
+    for path, leaf in flatten(gradient).items():
+        # A softmax does not feel what is added to all of its scores, so keys' biases may do little, but not nothing.
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
+
+
+def test_a_folder_with_experts_and_yarn_runs_from_the_command_line(tmp_path, capsys):
+    """As Hugging Face files and as Orbax ones, beyond max_position_embeddings, with a drafter and without."""
+    changes: dict[str, Any] = {"moe": MIXED, "yarn": Yarn(4.0, 16, 1.1), "max_position_embeddings": 40}
+    config = make_target(tmp_path / "target", **changes)
+    make_draft(tmp_path / "draft", **{k: changes[k] for k in ("yarn", "max_position_embeddings")})
+    assert config.positions == 64
+    assert convert(tmp_path / "target", tmp_path / "orbax") == ("Hugging Face", "Orbax")
+    found = []
+    for target_folder, drafter in (("target", "draft"), ("target", "none"), ("orbax", "draft")):
+        words = [
+            "--model",
+            str(tmp_path / target_folder),
+            "--draft",
+            drafter if drafter == "none" else str(tmp_path / drafter),
+        ]
+        assert main([*words, "The first forty tokens are", "--raw", "--json", "--max-new-tokens", "100"]) == 0
+        captured = capsys.readouterr()
+        assert "64 positions" in captured.err
+        found.append(json.loads(captured.out)["tokens"])
+    assert found[0] == found[1] == found[2]
 
 
 def test_random_biases_begin_at_zero():
@@ -213,10 +287,10 @@ def test_a_drafter_with_yarn_biases_and_windows_is_the_specs(windows):
     target_w, _, draft_w, draft_cfg = pair.reference()
     assert DraftConfig.from_hf(draft_cfg) == config
     embed, anchors = target_w["model.embed_tokens.weight"], np.array([0, 1, 12, 30], np.int32)
-    given = np.random.default_rng(1).normal(size=(4, 30, config.sizes["LD"])).astype(np.float32)
+    given = jnp.asarray(np.random.default_rng(1).normal(size=(4, 30, config.sizes["LD"])), jnp.float32)
     tokens = np.array([3, 60, 7, 31], np.int32)
     expected = [
-        reference.draft_block(draft_w, draft_cfg, embed, given[row, :a], int(tokens[row]), int(a))
+        reference.draft_block(draft_w, draft_cfg, embed, np.asarray(given)[row, :a], int(tokens[row]), int(a))
         for row, a in enumerate(anchors)
     ]
 

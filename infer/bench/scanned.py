@@ -68,7 +68,7 @@ def scanned(params: Target, config: TargetConfig, stacked: Any, tokens: Array, s
         y = layers.rms_norm(x, layer.input_norm, eps)
         q, (new_k, new_v) = layers.queries(layer, y, angles, eps), layers.keys_values(layer, y, angles, eps)
         k, v = kv.write(k, new_k, start), kv.write(v, new_v, start)
-        return layers.residual(layer, x, attend(q, k, v, start), eps), (k, v)
+        return layers.residual(layer, x, attend(q, k, v, start), eps, config.moe), (k, v)
 
     x, (k, v) = jax.lax.scan(step, params.embed[tokens], (stacked, k, v))
     return layers.rms_norm(x, params.norm, eps), k, v

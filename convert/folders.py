@@ -5,9 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from convert import hf, orbax
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
+
+HF, ORBAX, RUN = "Hugging Face", "Orbax", "training run"
 
 
 def read_config(folder: Path, num_target_layers: int | None = None) -> TargetConfig | DraftConfig:
@@ -26,20 +31,20 @@ def load(
     config: DecoderConfig,
     dtype: Any = None,
     progress: hf.Progress | None = None,
-    put: hf.Put = hf.on_device,
+    mesh: Mesh | None = None,
 ) -> Any:
     """The weights of a Hugging Face or Orbax folder as a module; see `hf.load` and `orbax.load`."""
-    if orbax.is_orbax(folder):
-        return orbax.load(folder, config, dtype, put)
-    return hf.load(folder, config, dtype, progress, put)
+    read = orbax.load if orbax.is_orbax(folder) else hf.load
+    return read(folder, config, dtype, progress, mesh)
 
 
-def convert(source: Path, destination: Path, progress: hf.Progress | None = None) -> tuple[str, str]:
-    """Write the model of `source` in the other form: Hugging Face to Orbax, Orbax to Hugging Face.
+def convert(source: Path, destination: Path, progress: hf.Progress | None = None, dtype: Any = None) -> tuple[str, str]:
+    """Write the model of `source` in the other form: Hugging Face to Orbax; Orbax, or a training run, to Hugging Face.
 
-    Every tensor of the model keeps its values and dtype, config.json and the tokenizer's files their bytes.
-    (A tied target's second copy of its embeddings is not kept, and tensors that older drafters name otherwise
-    come back under today's names.) The destination appears when it is whole.
+    Every tensor of the model keeps its values, and its dtype unless another is asked for (a training run's float32
+    masters become bfloat16); config.json and the tokenizer's files keep their bytes. (A tied target's second copy of
+    its embeddings is not kept, and tensors that older drafters name otherwise come back under today's names.) The
+    destination appears when it is whole.
 
     Returns:
         The names of the two forms, from and to.
@@ -53,20 +58,27 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
-    config = hf.parse_config(raw, _depth(raw))
-    to_hf = orbax.is_orbax(source)
-    module = load(source, config, progress=progress, put=hf.on_host)
+    config = hf.parse_config(raw, depth(raw))
+    was = form(source)
+    now = ORBAX if was == HF else HF
+    if was == RUN and dtype is None:
+        dtype = jnp.bfloat16
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        if to_hf:
-            hf.save(partial, module, config, raw)
+        if now == HF:
+            saved = orbax.Saved(source, config)
+            hf.write(partial, saved.read, config, raw, dtype, progress)
         else:
-            orbax.save(partial, module)
-        shutil.copyfile(source / "config.json", partial / "config.json")
-        hf.copy_companions(source, partial)
+            orbax.save(partial, hf.load(source, config, dtype, progress))
+        if dtype is None:
+            shutil.copyfile(source / "config.json", partial / "config.json")
+        else:
+            hf.write_json(partial / "config.json", hf.with_dtype(raw, dtype))
+        if was != RUN:  # beside a run lie its settings and metrics, which are no part of the drafter
+            hf.copy_companions(source, partial)
         if destination.exists():
             destination.rmdir()
         partial.replace(destination)
@@ -74,10 +86,15 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
         raise DominoError(f"{destination} can't be written: {error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return ("Orbax", "Hugging Face") if to_hf else ("Hugging Face", "Orbax")
+    return was, now
 
 
-def _depth(raw: Mapping[str, Any]) -> int | None:
+def form(folder: Path) -> str:
+    """The form of a model's folder: HF, ORBAX or RUN."""
+    return RUN if orbax.is_run(folder) else ORBAX if orbax.is_orbax(folder) else HF
+
+
+def depth(raw: Mapping[str, Any]) -> int | None:
     """A depth of the target that fits a drafter's taps: its files need not state the true one, nor its weights it."""
     draft = raw.get("dflash_config")
     taps = draft.get("target_layer_ids") if isinstance(draft, Mapping) else None

@@ -5,39 +5,35 @@ Only safetensors are read. A pickle can run code when it is opened, so it is ref
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert.names import Entry, entries
+from convert.tensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
+from domino_jax.sharding import spread
 from domino_jax.weights import flatten, unflatten
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+GROUP_BYTES = 2**28  # weights that `write` asks for at a time
 OLD_HEAD_PREFIX = "logit_head."  # some older drafters nest the causal head
 
-Progress = Callable[[int, int], None]  # tensors done, tensors in all
-Put = Callable[[str, np.ndarray], Any]  # a weight's path and its value -> where it is to be
-
-
-def on_device(path: str, value: np.ndarray) -> jax.Array:
-    """Puts a weight on the default device."""
-    return jnp.asarray(value)
-
-
-def on_host(path: str, value: np.ndarray) -> np.ndarray:
-    """Leaves a weight in the host's memory."""
-    return np.ascontiguousarray(value)
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Leaves = Callable[[list[str]], Mapping[str, Any]]  # paths of some weights -> their values
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,110 +93,180 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 def load(
-    folder: Path, config: DecoderConfig, dtype: Any = None, progress: Progress | None = None, put: Put = on_device
+    folder: Path,
+    config: DecoderConfig,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
-    """Read the weights of a Hugging Face folder into a module (Target or Draft).
+    """Read the weights of a Hugging Face folder into a module (Target or Draft), one tensor after another.
+
+    Each goes to its device, or device by device to its part of a mesh, before the next is read, and gets its layout and
+    dtype there. On the way the host holds one tensor, and no device more than its part and one tensor's part.
 
     Args:
         folder: holds the safetensors.
         config: what the folder's config.json says.
         dtype: to convert to; as stored when None.
         progress: called after each tensor.
-        put: where each weight goes as soon as it is read (`on_device` or `on_host`, or onto a mesh).
+        mesh: the default device when None.
 
     Raises:
         DominoError: tensors are missing, unexpected or misshapen (all are named), or a file is damaged.
     """
     table = entries(config)
-    with ExitStack() as stack:
-        where = {}
-        for file in tensor_files(folder):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise DominoError(
-                    f"{file} is not a whole safetensors file ({error}); it may be truncated: fetch it again."
-                ) from None
-            where |= {name.removeprefix(OLD_HEAD_PREFIX): (handle, name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-        _account(folder, config, table, where)
-        leaves = {}
-        for done, entry in enumerate(table, 1):
-            try:
-                tensor = entry.join(where[known][0].get_tensor(where[known][1]) for known in entry.hf_names)
-            except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-                raise DominoError(f"{entry.hf_names[0]} in {folder} can't be read: {error}.") from None
-            if dtype is not None:
-                tensor = tensor.astype(dtype)
-            leaves[entry.path] = put(entry.path, tensor)
+    with TensorFiles(tensor_files(folder)) as files, jax.set_mesh(mesh) if mesh else nullcontext():
+        where = today(files)
+        problems = account(config, where)
+        if problems:
+            raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
+        # The largest first: what is needed besides a tensor itself is needed while the device is still empty.
+        table.sort(key=lambda entry: -prod(entry.hf_shape))
+        total, done = sum(where[name].bytes for entry in table for name in entry.hf_names), 0
+        leaves: dict[str, Any] = {}
+        for entry in table:
+            sources = [where[name] for name in entry.hf_names]
+            read = partial(_read, files, sources, entry.stacked)
+            if mesh is None:
+                tensor = jnp.asarray(read())
+            else:
+                tensor = spread(read, entry.hf_letters, entry.hf_shape, config, mesh)
+            # Waiting for each keeps at most one in flight; reading costs more than the wait.
+            leaves[entry.path] = jax.block_until_ready(entry.to_ours(tensor, dtype))
+            del tensor
+            done += sum(source.bytes for source in sources)
             if progress:
-                progress(done, len(table))
+                progress(done, total)
     return unflatten(config, leaves)
 
 
-def _account(folder: Path, config: DecoderConfig, table: list[Entry], where: Mapping[str, Any]) -> None:
-    """Report every missing, unexpected and misshapen tensor in one error."""
+def _read(
+    files: TensorFiles, sources: Sequence[Stored], stacked: bool, index: tuple[slice, ...] | None = None
+) -> np.ndarray:
+    """One tensor, or several as one along a first axis; or the part that `index` has a slice for each axis of."""
+    if not stacked:
+        return files.read(sources[0], index)
+    chosen, inner = (sources, None) if index is None else (sources[index[0]], index[1:])
+    return np.stack([files.read(source, inner) for source in chosen])
+
+
+def today(files: TensorFiles) -> dict[str, Stored]:
+    """The tensors of a folder under today's names."""
+    return {name.removeprefix(OLD_HEAD_PREFIX): stored for name, stored in files.stored.items()}
+
+
+def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
+    """Every missing, unexpected and misshapen tensor of a model of this config, in words."""
+    table = entries(config)
     known = {name for entry in table for name in entry.hf_names}
     # A tied model may carry its output projection a second time; the embedding counts.
     spare = {"lm_head.weight"} if isinstance(config, TargetConfig) and config.tie_word_embeddings else set()
-    problems = [f"missing {name}" for name in sorted(known - where.keys())]
-    problems += [f"unexpected {name}" for name in sorted(where.keys() - known - spare)]
-    for entry in table:
-        for hf_name in filter(where.__contains__, entry.hf_names):
-            handle, name = where[hf_name]
-            found = tuple(handle.get_slice(name).get_shape())
-            if found != entry.hf_shape:
-                problems.append(f"{hf_name} has shape {list(found)}, expected {list(entry.hf_shape)}")
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise DominoError(f"{folder} does not hold the model of its config.json: {'; '.join(problems[:8])}{more}.")
+    return [
+        *(f"missing {name}" for name in sorted(known - where.keys())),
+        *(f"unexpected {name}" for name in sorted(where.keys() - known - spare)),
+        *(
+            f"{name} has shape {list(where[name].shape)}, expected {list(entry.tensor_shape)}"
+            for entry in table
+            for name in entry.hf_names
+            if name in where and where[name].shape != entry.tensor_shape
+        ),
+    ]
+
+
+def some(problems: Sequence[str], most: int = 8) -> str:
+    """The first of a list of problems, and how many more there are."""
+    more = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
 
 
 def save(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any], dtype: Any = None) -> None:
-    """Write a module as a Hugging Face folder: config.json, and safetensors in shards of at most 5 GB.
+    """Write a module as a Hugging Face folder; see `write`."""
+    leaves = flatten(module)
+    write(folder, lambda paths: {path: leaves[path] for path in paths}, config, raw, dtype)
+
+
+def write(
+    folder: Path,
+    leaves: Leaves,
+    config: DecoderConfig,
+    raw: Mapping[str, Any],
+    dtype: Any = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a model as a Hugging Face folder: config.json, and safetensors in shards of at most 5 GB.
 
     Args:
+        leaves: gives some weights by their paths; asked for each once, in groups of about 256 MB, so that the host
+            holds one shard and one group.
         raw: the config.json to write, as read or from `config.to_hf()`.
         dtype: to convert to; as held when None.
+        progress: called after each group, with float32's bytes where `dtype` is None.
 
     Raises:
         DominoError: the folder can't be written (a full disk, say); no half-written file keeps a final name.
     """
-    leaves = flatten(module)
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for entry in entries(config):
-        array = np.asarray(jax.device_get(leaves[entry.path]))
-        for name, tensor in entry.split(array if dtype is None else array.astype(dtype)).items():
-            if size and size + tensor.nbytes > SHARD_BYTES:
-                shards.append({})
-                size = 0
-            shards[-1][name] = np.ascontiguousarray(tensor)
-            size += tensor.nbytes
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    written = [*names, INDEX, "config.json"]
+    table = entries(config)
+    total = sum(_bytes(entry, dtype) for entry in table)
+    files: list[tuple[Path, list[str]]] = []  # temporary names, and what is inside
+    done = written = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        shard: dict[str, np.ndarray] = {}
+
+        def flush() -> None:
+            nonlocal shard
+            files.append((folder / f".shard-{len(files) + 1}.tmp", list(shard)))
+            save_file(shard, files[-1][0], metadata={"format": "pt"})
+            shard = {}
+
+        for group in _groups(table, dtype):
+            held = leaves([entry.path for entry in group])
+            for entry in group:
+                whole = np.asarray(jax.device_get(entry.to_hf(held[entry.path], dtype)))
+                for name, tensor in entry.tensors(whole).items():
+                    if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
+                        flush()
+                    shard[name] = np.ascontiguousarray(tensor)
+                    written += tensor.nbytes
+            done += sum(_bytes(entry, dtype) for entry in group)
+            if progress:
+                progress(done, total)
+        flush()
         (folder / INDEX).unlink(missing_ok=True)  # of an earlier model: it would be read instead of a single file
-        for name, shard in zip(names, shards, strict=True):
-            temporary = folder / f".{name}.tmp"
-            save_file(shard, temporary, metadata={"format": "pt"})
-            temporary.replace(folder / name)
-        if len(shards) > 1:
-            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            total = sum(t.nbytes for shard in shards for t in shard.values())
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        stored = {} if dtype is None else {"torch_dtype": jnp.dtype(dtype).name}
-        write_json(folder / "config.json", {**raw, **stored})
+        count = len(files)
+        names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        for name, (file, _) in zip(names, files, strict=True):
+            file.replace(folder / name)
+        if count > 1:
+            weight_map = {tensor: name for name, (_, inside) in zip(names, files, strict=True) for tensor in inside}
+            write_json(folder / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
+        write_json(folder / "config.json", raw if dtype is None else with_dtype(raw, dtype))
     except (OSError, SafetensorError) as error:
         raise DominoError(f"{folder} can't be written: {error}.") from None
     finally:
-        for name in written:
+        for file in (*(file for file, _ in files), *(folder / f".{name}.tmp" for name in (INDEX, "config.json"))):
             with suppress(OSError):
-                (folder / f".{name}.tmp").unlink()
+                file.unlink()
+
+
+def _bytes(entry: Entry, dtype: Any) -> int:
+    return prod(entry.hf_shape) * jnp.dtype(dtype or jnp.float32).itemsize
+
+
+def _groups(table: list[Entry], dtype: Any) -> Iterator[list[Entry]]:
+    """The entries in their order, in groups of about GROUP_BYTES."""
+    group: list[Entry] = []
+    for entry in table:
+        if group and sum(_bytes(e, dtype) for e in (*group, entry)) > GROUP_BYTES:
+            yield group
+            group = []
+        group.append(entry)
+    yield group
+
+
+def with_dtype(raw: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """The config.json of a model whose weights have been converted, in the spelling that it has."""
+    return {**raw, "dtype" if "dtype" in raw else "torch_dtype": jnp.dtype(dtype).name}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,21 +1,23 @@
 """The one table between Hugging Face tensors and our weights; import and export read the same rows.
 
 A row is: the Hugging Face name, our path, and the einops pattern from their layout to ours. `{i}`
-stands for a layer's number, `{e}` for an expert's: there each expert has a tensor of its own, and ours is
-all of them, one after another along a first axis E that the pattern leaves out. The letters are those of
-the legend in `domino_jax.config`.
+stands for a layer's number. `{e}` stands for an expert's, where each expert has a tensor of its own: the
+pattern is then that of all of them, one after another along a first axis E. The letters are those of the
+legend in `domino_jax.config`.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
-import numpy as np
+import jax
 from einops import rearrange
+from jax import Array
 
 from domino_jax.config import DecoderConfig, TargetConfig
+from domino_jax.sharding import constrain
 from domino_jax.weights import axes, flatten
 
 LAYER = (
@@ -37,9 +39,9 @@ LAYER = (
 )
 EXPERTS = (
     ("layers.{i}.mlp.gate.weight", "layers.{i}.router", "RE D -> D RE"),
-    ("layers.{i}.mlp.experts.{e}.gate_proj.weight", "layers.{i}.gate", "I D -> D I"),
-    ("layers.{i}.mlp.experts.{e}.up_proj.weight", "layers.{i}.up", "I D -> D I"),
-    ("layers.{i}.mlp.experts.{e}.down_proj.weight", "layers.{i}.down", "D I -> I D"),
+    ("layers.{i}.mlp.experts.{e}.gate_proj.weight", "layers.{i}.gate", "E I D -> E D I"),
+    ("layers.{i}.mlp.experts.{e}.up_proj.weight", "layers.{i}.up", "E I D -> E D I"),
+    ("layers.{i}.mlp.experts.{e}.down_proj.weight", "layers.{i}.down", "E D I -> E I D"),
 )
 TARGET = (
     ("model.embed_tokens.weight", "embed", "V D -> V D"),
@@ -61,39 +63,61 @@ DRAFT = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight of ours, and what it is made of: one tensor of theirs, or one for each expert.
+    """One weight of one model: its names and its two layouts.
 
-    `hf_names` are in the order of the experts; `pattern` and `hf_shape` are those of each tensor.
+    It is one tensor of Hugging Face's, or (`stacked`) several: the parts of `hf_shape` along its first axis, in the
+    order of `hf_names`.
     """
 
     hf_names: tuple[str, ...]
     path: str
     pattern: str
     hf_shape: tuple[int, ...]
-    sizes: tuple[tuple[str, int], ...]
+    sizes: tuple[tuple[str, int], ...]  # of the letters that share an axis with one before them
     stacked: bool = False
 
-    def to_ours(self, tensor):
-        """One of their tensors in our layout (a view where NumPy can give one): the weight, or that expert's of it."""
-        return rearrange(tensor, self.pattern, **self._named())
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of each of Hugging Face's tensors."""
+        return self.hf_shape[1:] if self.stacked else self.hf_shape
 
-    def to_hf(self, array):
-        """The weight, or one expert's of it, in Hugging Face's layout."""
+    def tensors(self, whole: Any) -> dict[str, Any]:
+        """Hugging Face's tensors by name, from all of them in one array in its layout."""
+        return dict(zip(self.hf_names, whole if self.stacked else [whole], strict=True))
+
+    @property
+    def hf_letters(self) -> list[str]:
+        """The letter of each axis in Hugging Face's layout; of several in one the first, which the others divide."""
+        return [axis[0] for axis in _axes(self.pattern)]
+
+    def to_ours(self, tensor: Any, dtype: Any = None) -> Array:
+        """An array in Hugging Face's layout, in ours, on a mesh laid out by it; `dtype` as it is when None."""
         theirs, ours = self.pattern.split(" -> ")
-        return rearrange(array, f"{ours} -> {theirs}", **self._named())
+        if theirs == ours and dtype in (None, tensor.dtype):
+            return tensor
+        return _rearrange(tensor, self.pattern, self.sizes, dtype, ours)
 
-    def join(self, tensors: Iterable[Any]):
-        """Our weight, from all of their tensors in the order of `hf_names`."""
-        parts = [self.to_ours(tensor) for tensor in tensors]
-        return np.stack(parts) if self.stacked else parts[0]
+    def to_hf(self, array: Any, dtype: Any = None) -> Array:
+        """An array in our layout, in Hugging Face's; `dtype` as it is when None."""
+        theirs, ours = self.pattern.split(" -> ")
+        if theirs == ours and dtype in (None, array.dtype):
+            return array
+        return _rearrange(array, f"{ours} -> {theirs}", self.sizes, dtype, None)
 
-    def split(self, array) -> dict[str, Any]:
-        """Their tensors by name, from our weight: `join` undone."""
-        parts = array if self.stacked else [array]
-        return {name: self.to_hf(part) for name, part in zip(self.hf_names, parts, strict=True)}
 
-    def _named(self) -> dict[str, int]:
-        return {letter: size for letter, size in self.sizes if letter in self.pattern.split(" -> ")[1].split()}
+# Compiled, because NumPy transposes slower than a disk reads; and on the device, next to where the weight is to be.
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rearrange(x: Array, pattern: str, sizes: tuple[tuple[str, int], ...], dtype: Any, letters: str | None) -> Array:
+    """`x` rearranged, then laid out by its axis `letters` where a mesh is in context."""
+    here = {letter: size for letter, size in sizes if letter in re.findall("[A-Z]+", pattern)}
+    out = rearrange(x, pattern, **here).astype(dtype or x.dtype)
+    return constrain(out, letters) if letters else out
+
+
+def _axes(pattern: str) -> list[list[str]]:
+    """The letters of each axis of a pattern's left side: "(N H) D -> ..." gives [["N", "H"], ["D"]]."""
+    found = re.findall(r"\(([^)]*)\)|(\S+)", pattern.split(" -> ")[0])
+    return [several.split() if several else [one] for several, one in found]
 
 
 def entries(config: DecoderConfig) -> list[Entry]:
@@ -102,23 +126,21 @@ def entries(config: DecoderConfig) -> list[Entry]:
     Raises:
         KeyError: a weight of ours has no row in the table (a mistake in this file).
     """
+    table = TARGET if isinstance(config, TargetConfig) else DRAFT
+    # By path and axes: a layer has one MLP or many, under the same path.
+    rows = {
+        (path.format(i=i), pattern.split(" -> ")[1]): (i, name, pattern)
+        for name, path, pattern in table
+        for i in range(config.num_hidden_layers)
+    }
     sizes = config.sizes
-    rows = {}
-    for name, path, pattern in TARGET if isinstance(config, TargetConfig) else DRAFT:
-        stacked = "{e}" in name
-        ours = ("E " if stacked else "") + pattern.split(" -> ")[1]
-        for i in range(config.num_hidden_layers):
-            names = tuple(name.format(i=i, e=e) for e in range(sizes.get("E", 0) if stacked else 1))
-            rows[path.format(i=i), ours] = names, pattern, stacked
     made = []
     for path, letters in flatten(axes(config)).items():
-        names, pattern, stacked = rows[path, letters]
-        shape = _shape(pattern.split(" -> ")[0], sizes)
-        made.append(Entry(names, path, pattern, shape, tuple(sizes.items()), stacked))
+        i, name, pattern = rows[path, letters]
+        stacked = "{e}" in name
+        names = tuple(name.format(i=i, e=e) for e in range(sizes["E"] if stacked else 1))
+        grouped = _axes(pattern)
+        shape = tuple(prod(sizes[letter] for letter in axis) for axis in grouped)
+        inner = tuple((letter, sizes[letter]) for axis in grouped for letter in axis[1:])
+        made.append(Entry(names, path, pattern, shape, inner, stacked))
     return made
-
-
-def _shape(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a side of a pattern: "D (N H)" is two axes."""
-    groups = re.findall(r"\((.*?)\)|(\S+)", letters)
-    return tuple(math.prod(sizes[letter] for letter in (group or alone).split()) for group, alone in groups)

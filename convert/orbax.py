@@ -2,21 +2,29 @@
 
 DIR/config.json, DIR/tokenizer.json, ...    as they were
 DIR/weights/                                our tree, each array in our layout and its stored dtype
+
+A training run's folder is read as well: DIR/config.json is its drafter's, DIR/checkpoints holds its states.
 """
 
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from convert.hf import Put, on_device
+from convert.hf import GROUP_BYTES, Progress, some
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, shapes, unflatten
+from domino_jax.sharding import DATA, MODEL, grown, spec
+from domino_jax.weights import axes, flatten, shapes, unflatten
 
 WEIGHTS = "weights"
+CHECKPOINTS = "checkpoints"  # of a training run
+CHUNK_BYTES = 2**22  # what a device of a mesh reads of a weight is whole chunks: small ones, little for nothing
 
 
 def is_orbax(folder: Path) -> bool:
@@ -24,7 +32,12 @@ def is_orbax(folder: Path) -> bool:
     return (folder / WEIGHTS / "_CHECKPOINT_METADATA").exists()
 
 
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a training run's."""
+    return (folder / CHECKPOINTS).is_dir() and not is_orbax(folder)
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """{"layers.0.q": x} -> {"layers": {"0": {"q": x}}}, a form that any Orbax user can read."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -42,50 +55,142 @@ def save(folder: Path, module: Any) -> None:
     Raises:
         DominoError: the folder can't be written.
     """
+    tree = _nested(flatten(module))
+    form: Any = ocp.args.PyTreeSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, save_device_host_concurrent_gb=1)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((folder / WEIGHTS).absolute(), _nested(flatten(module)))
+        with ocp.AsyncCheckpointer(handler) as checkpointer:
+            checkpointer.save((folder / WEIGHTS).absolute(), args=form)
     except Exception as error:  # the array storage behind Orbax raises several kinds
         raise DominoError(f"{folder / WEIGHTS} can't be written: {error}") from error
 
 
-def load(folder: Path, config: DecoderConfig, dtype: Any = None, put: Put = on_device) -> Any:
-    """Read `folder`/weights into a module (Target or Draft).
+class Saved:
+    """The weights of an Orbax folder, or of the newest checkpoint of a training run, to be read some at a time."""
+
+    def __init__(self, folder: Path, config: DecoderConfig):
+        """Looks at what there is, and reads no values.
+
+        Raises:
+            DominoError: weights are missing, unexpected or misshapen (all are named), or there are none.
+        """
+        self.config = config
+        self._nest = not is_run(folder)
+        self._path = (folder / WEIGHTS if self._nest else _newest(folder)).absolute()
+        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1))
+        wanted = flatten(shapes(config))
+        try:
+            tree: Any = self._checkpointer.metadata(self._path).item_metadata.tree  # type: ignore[union-attr]
+            found = flatten(tree) if self._nest else dict(tree["weights"])
+        except Exception as error:  # the array storage behind Orbax raises several kinds
+            raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
+        problems = [
+            *(f"missing {name}" for name in sorted(wanted.keys() - found.keys())),
+            *(f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())),
+            *(
+                f"{name} has shape {list(found[name].shape)}, expected {list(form.shape)}"
+                for name, form in wanted.items()
+                if name in found and tuple(found[name].shape) != form.shape
+            ),
+        ]
+        if problems:
+            raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
+        self.shapes = {name: form.shape for name, form in wanted.items()}
+        self.dtypes = {name: jnp.dtype(found[name].dtype) for name in wanted}
+        self._letters = flatten(axes(config))
+
+    def bytes(self, path: str) -> int:
+        """A weight's size as stored."""
+        return prod(self.shapes[path]) * self.dtypes[path].itemsize
+
+    def read(self, paths: list[str], dtype: Any = None, mesh: Mesh | None = None) -> dict[str, Any]:
+        """Some weights by their paths, on the default device, or each device's part of a mesh on that device.
+
+        Args:
+            dtype: to convert to; as stored when None.
+
+        Raises:
+            DominoError: they are damaged.
+        """
+        places = {path: self._place(path, mesh) for path in paths}
+        arguments = {
+            path: ocp.ArrayRestoreArgs(
+                sharding=sharding,
+                global_shape=shape,
+                strict=False,  # a padded vocabulary: what is beyond the stored one is zero
+                dtype=dtype or self.dtypes[path],
+            )
+            for path, (shape, sharding) in places.items()
+        }
+        form = {path: jax.ShapeDtypeStruct(self.shapes[path], self.dtypes[path]) for path in paths}
+        tree, arguments = (_nested(x) if self._nest else {"weights": x} for x in (form, arguments))
+        try:
+            wanted: Any = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
+            restored = self._checkpointer.restore(self._path, args=wanted)
+        except Exception as error:  # the array storage behind Orbax raises several kinds
+            raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
+        leaves = flatten(restored) if self._nest else restored["weights"]
+        return {path: self._whole(path, leaves[path], mesh) for path in paths}
+
+    def groups(self) -> Iterator[list[str]]:
+        """All paths, the largest weights first, in groups that are read in one go."""
+        group: list[str] = []
+        for path in sorted(self.shapes, key=lambda path: -self.bytes(path)):
+            if group and sum(map(self.bytes, (*group, path))) > GROUP_BYTES:
+                yield group
+                group = []
+            group.append(path)
+        yield group
+
+    def _place(self, path: str, mesh: Mesh | None) -> tuple[tuple[int, ...], Any]:
+        """The shape to restore a weight with, and where to."""
+        if mesh is None:
+            return self.shapes[path], SingleDeviceSharding(jax.devices()[0])
+        letters, stored, model = self._letters[path].split(), self.shapes[path], mesh.shape[MODEL]
+        shape = grown(letters, stored, self.config, model)
+        if "K" in letters and shape != stored:
+            # Devices that share a KV head read the same one: an axis for the heads, and one for the copies.
+            heads = self.config.num_key_value_heads
+            finer = Mesh(mesh.devices.reshape(mesh.shape[DATA], heads, -1), (DATA, "heads", "copies"))
+            part = PartitionSpec(*("heads" if letter == "K" else None for letter in letters))
+            return stored, NamedSharding(finer, part)
+        return shape, NamedSharding(mesh, spec(self._letters[path]))
+
+    def _whole(self, path: str, restored: jax.Array, mesh: Mesh | None) -> jax.Array:
+        """A restored weight as the mesh has it: its parts are there, copies of KV heads included."""
+        if mesh is None:
+            return restored
+        letters = self._letters[path]
+        shape = grown(letters.split(), self.shapes[path], self.config, mesh.shape[MODEL])
+        parts = [shard.data for shard in restored.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec(letters)), parts)
+
+
+def load(
+    folder: Path, config: DecoderConfig, dtype: Any = None, progress: Progress | None = None, mesh: Mesh | None = None
+) -> Any:
+    """Read `folder`/weights into a module (Target or Draft), each device of a mesh its part.
 
     Args:
         dtype: to convert to; as stored when None.
-        put: where each weight goes once all are read.
+        progress: called now and then.
+        mesh: the default device when None.
 
     Raises:
         DominoError: weights are missing, unexpected or misshapen (all are named), or damaged.
     """
-    path = (folder / WEIGHTS).absolute()
-    wanted = flatten(shapes(config))
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = flatten(checkpointer.metadata(path).item_metadata.tree)  # type: ignore[union-attr]
-            problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
-            problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
-            problems += [
-                f"{name} has shape {list(found[name].shape)}, expected {list(spec.shape)}"
-                for name, spec in wanted.items()
-                if name in found and tuple(found[name].shape) != spec.shape
-            ]
-            if problems:
-                raise DominoError(f"{folder} does not hold the model of its config.json: {'; '.join(problems[:8])}.")
-            form = {
-                name: jax.ShapeDtypeStruct(spec.shape, found[name].dtype, sharding=_default_sharding())
-                for name, spec in wanted.items()
-            }
-            leaves = flatten(checkpointer.restore(path, _nested(form)))
-    except DominoError:
-        raise
-    except Exception as error:
-        raise DominoError(f"{path} is not a whole Orbax checkpoint: {error}") from error
-    if dtype is not None:
-        leaves = {name: leaf.astype(dtype) for name, leaf in leaves.items()}
-    return unflatten(config, {name: put(name, np.asarray(leaf)) for name, leaf in leaves.items()})
+    saved = Saved(folder, config)
+    total, leaves = sum(map(saved.bytes, saved.shapes)), {}
+    for group in saved.groups():
+        leaves |= jax.block_until_ready(saved.read(group, dtype, mesh))
+        if progress:
+            progress(sum(map(saved.bytes, leaves)), total)
+    return unflatten(config, leaves)
 
 
-def _default_sharding() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _newest(run: Path) -> Path:
+    """Where the newest whole checkpoint of a training run holds its state."""
+    steps = ocp.utils.checkpoint_steps((run / CHECKPOINTS).absolute())
+    if not steps:
+        raise DominoError(f"{run / CHECKPOINTS} has no checkpoint yet.")
+    return run / CHECKPOINTS / str(max(steps)) / "default"

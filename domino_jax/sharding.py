@@ -129,7 +129,7 @@ Config = TypeVar("Config", bound=DecoderConfig)
 
 
 def fit(config: Config, model: int) -> Config:
-    """The config of the weights that `placer` makes for `model` devices: more KV heads where there are too few.
+    """The config of the weights that `spread` makes for `model` devices: more KV heads where there are too few.
 
     Raises:
         DominoError: heads, MLP width or experts can't be divided.
@@ -145,23 +145,60 @@ def fit(config: Config, model: int) -> Config:
     return dataclasses.replace(config, num_key_value_heads=heads * copies)
 
 
-def placer(config: DecoderConfig, mesh: Mesh) -> Callable[[str, np.ndarray], Array]:
-    """A function from a weight's path and value to that weight on a mesh.
+def grown(letters: Sequence[str], shape: Sequence[int], config: DecoderConfig, model: int) -> tuple[int, ...]:
+    """The shape that a stored array has on a mesh of `model` devices: more KV heads (see `fit`), padded vocabulary.
+
+    Args:
+        letters: of each axis; the first, where an axis holds several.
+    """
+    copies = _copies(config, model)
+    return tuple(
+        size * copies if letter == "K" else size + -size % model if letter == "V" else size
+        for letter, size in zip(letters, shape, strict=True)
+    )
+
+
+def _copies(config: DecoderConfig, model: int) -> int:
+    return fit(config, model).num_key_value_heads // config.num_key_value_heads
+
+
+def spread(
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    letters: Sequence[str],
+    shape: tuple[int, ...],
+    config: DecoderConfig,
+    mesh: Mesh,
+) -> Array:
+    """A stored array on a mesh: each device is given its part, and nothing else is read.
 
     KV heads are repeated until there is one for each device of `model` (groups of devices then hold the same), and the
     vocabulary is padded with zeros to a multiple of it.
+
+    Args:
+        read: gives the part of the stored array that has these slices, one for each axis.
+        letters: see `grown`.
+        shape: the stored array's.
     """
-    model = mesh.shape[MODEL]
-    copies = fit(config, model).num_key_value_heads // config.num_key_value_heads
-    letters = flatten(axes(config))
+    copies = _copies(config, mesh.shape[MODEL])
+    whole = grown(letters, shape, config, mesh.shape[MODEL])
+    read_parts: dict[Any, np.ndarray] = {}  # devices of one group hold the same
 
-    def place(path: str, value: np.ndarray) -> Array:
-        names = letters[path].split()
-        if copies > 1 and "K" in names:
-            value = np.repeat(value, copies, axis=names.index("K"))
-        if "V" in names:
-            sizes = zip(names, value.shape, strict=True)
-            value = np.pad(value, [(0, -size % model if name == "V" else 0) for name, size in sizes])
-        return _spread(value, NamedSharding(mesh, spec(letters[path])))
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [one.indices(size)[:2] for one, size in zip(index, whole, strict=True)]
+        key = tuple(bounds)
+        if key not in read_parts:
+            padding = []
+            for axis, letter in enumerate(letters):
+                begin, end = bounds[axis]
+                if letter == "K" and copies > 1:
+                    head = shape[axis] // config.num_key_value_heads  # rows of the axis
+                    assert end - begin == head, "with copies, a device has one KV head"
+                    begin = begin // head // copies * head
+                    end = begin + head
+                padding.append((0, end - max(begin, min(end, shape[axis]))))
+                bounds[axis] = min(begin, shape[axis]), min(end, shape[axis])
+            value = read(tuple(slice(*bound) for bound in bounds))
+            read_parts[key] = np.pad(value, padding) if any(map(any, padding)) else value
+        return read_parts[key]
 
-    return place
+    return jax.make_array_from_callback(whole, NamedSharding(mesh, spec(" ".join(letters))), part)

@@ -8,8 +8,8 @@ import os
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
+from convert.progress import bars
 from domino_jax.errors import DominoError
 from infer import jsonl
 from infer.hosts import join, settle
@@ -325,7 +326,7 @@ class Session:
             say("no drafter: decoding plainly; give one with --draft DIR.")
             if o.compare or o.show_drafts or o.drafts is not None:
                 raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
-        with progress_bars(self.notes) as progress:
+        with bars(self.notes) as progress:
             mesh = parse_mesh(o.mesh) if o.mesh is not None else None
             self.loaded = models.load(
                 target,
@@ -582,25 +583,6 @@ def _overall_rate(batches: "list[list[Sequence]]") -> float | None:
     seconds = sum(max(s.seconds["decode"] for s in batch) for batch in batches)
     tokens = sum(max(len(s.tokens) - 1, 0) for batch in batches for s in batch)
     return tokens / seconds if seconds else None
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each of target and drafter while they load, at a terminal."""
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(f"loading {what}", total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield advance
 
 
 class Printer:

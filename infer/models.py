@@ -21,7 +21,7 @@ from domino_jax.attention import Choice, choose
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
-from domino_jax.sharding import default_sizes, fit, make_mesh, placer
+from domino_jax.sharding import default_sizes, fit, make_mesh
 from infer.memory import enough_memory
 
 DEMO = Path(__file__).parent / "demo"
@@ -127,7 +127,7 @@ def load(
     Args:
         target, draft: folders.
         dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
-        progress: called with "target" or "drafter", tensors done, tensors in all.
+        progress: called with what is loaded, bytes done, bytes in all.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
         mesh: sizes of its axes data and model; for the devices found when None.
         attention: its form, or what `attention.choose` makes of "auto".
@@ -167,8 +167,8 @@ def load(
     def read(folder: Path, config: Any, what: str) -> Any:
         if weights:
             return weights(config, kind, spread)
-        bar = partial(progress, what) if progress else None
-        return _weights(folder, config, kind, bar, placer(config, spread) if spread else hf.on_device)
+        bar = partial(progress, f"loading {what}") if progress else None
+        return _weights(folder, config, kind, bar, spread)
 
     with enough_memory(f"the device has too little memory for the weights in {kind.name}."):
         whole = read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None
@@ -187,13 +187,13 @@ def load(
     )
 
 
-def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, put: hf.Put) -> Any:
+def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None) -> Any:
     """The one place where a folder's weights are read, in either of their two forms."""
     if (folder / "weights").is_dir():
         from convert import folders  # brings in Orbax, which is slow to import
 
-        return folders.load(folder, config, dtype, progress, put)
-    return hf.load(folder, config, dtype, progress, put)
+        return folders.load(folder, config, dtype, progress, mesh)
+    return hf.load(folder, config, dtype, progress, mesh)
 
 
 def _stop_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

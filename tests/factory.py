@@ -63,11 +63,10 @@ def random_weights(config: DecoderConfig, seed: int, scale: float = 1.5) -> Any:
             return (0.5 * rng.normal(size=entry.hf_shape)).astype(np.float32)
         if len(entry.hf_shape) == 1:
             return rng.uniform(0.5, 1.5, entry.hf_shape).astype(np.float32)
-        fan_in = 1 if entry.path == "embed" else entry.hf_shape[1]
+        fan_in = 1 if entry.path == "embed" else entry.hf_shape[-1]
         return (scale * rng.normal(size=entry.hf_shape) / fan_in**0.5).astype(np.float32)
 
-    made = {e.path: jnp.asarray(e.join([leaf(e) for _ in e.hf_names])) for e in entries(config)}
-    return weights.unflatten(config, made)
+    return weights.unflatten(config, {e.path: jnp.asarray(e.to_ours(leaf(e))) for e in entries(config)})
 
 
 def hf_weights(module: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
@@ -76,7 +75,7 @@ def hf_weights(module: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
     return {
         name: np.ascontiguousarray(tensor)
         for e in entries(config)
-        for name, tensor in e.split(np.asarray(leaves[e.path])).items()
+        for name, tensor in e.tensors(np.asarray(e.to_hf(leaves[e.path]))).items()
     }
 
 

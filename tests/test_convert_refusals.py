@@ -58,7 +58,7 @@ def change(folder: Path, **tensors: np.ndarray | None) -> None:
 
 def load(folder: Path) -> Any:
     config = hf.parse_config(hf.read_json(folder / "config.json"))
-    return hf.load(folder, config, put=hf.on_host)
+    return hf.load(folder, config)
 
 
 # --- Good folders, bit for bit ----------------------------------------------------------------------------------
@@ -387,5 +387,7 @@ def test_saving_where_nothing_can_be_written_is_said_in_a_sentence(tmp_path):
 def test_loading_reports_progress_and_converts(target):
     seen = []
     module = hf.load(target, TARGET, jnp.bfloat16, lambda done, total: seen.append((done, total)))
-    assert seen == [(i, len(seen)) for i in range(1, len(seen) + 1)] and len(seen) == len(flatten(module))
+    steps, totals = zip(*seen, strict=True)
+    assert list(steps) == sorted(set(steps)) and len(steps) == len(flatten(module))
+    assert set(totals) == {steps[-1]} == {sum(x.nbytes for x in load_file(target / hf.SINGLE).values())}
     assert {str(x.dtype) for x in flatten(module).values()} == {"bfloat16"}

@@ -73,15 +73,15 @@ def sweep(models, tmp_path):
     ],
 )
 def test_the_usual_formats_are_known_by_their_fields(row, turns):
-    question = parse(json.dumps(row), "here")
+    question = parse(row, "here")
     assert list(question.turns) == turns and question.answers == len(turns)
     assert question.limit == row.get("max_new_tokens")
 
 
 def test_conversations_and_ids_are_taken_as_they_are():
     message = {"role": "user", "content": "Hi."}
-    assert parse(json.dumps({"messages": [message]}), "here").messages == (message,)
-    assert parse(json.dumps({"input_ids": [1, 2], "text": "the answer"}), "here").ids == (1, 2)
+    assert parse({"messages": [message]}, "here").messages == (message,)
+    assert parse({"input_ids": [1, 2], "text": "the answer"}, "here").ids == (1, 2)
 
 
 def test_acceptance_of_every_mode_with_stop_tokens(sweep, tmp_path, capsys):

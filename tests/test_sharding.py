@@ -18,7 +18,7 @@ from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.decode import Configs, DecodeState, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
-from domino_jax.weights import flatten, unflatten
+from domino_jax.weights import axes, flatten, unflatten
 from infer.__main__ import main
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
@@ -53,8 +53,14 @@ def moe_alone(moe_pair) -> list[Output]:
 
 
 def place(module: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
-    put = sharding.placer(config, mesh)
-    return unflatten(config, {path: put(path, np.asarray(leaf)) for path, leaf in flatten(module).items()})
+    letters, leaves = flatten(axes(config)), flatten(module)
+    return unflatten(
+        config,
+        {
+            path: sharding.spread(np.asarray(leaf).__getitem__, letters[path].split(), leaf.shape, config, mesh)
+            for path, leaf in leaves.items()
+        },
+    )
 
 
 def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:

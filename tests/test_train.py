@@ -1,5 +1,6 @@
 """The trainer: loss and gradients against a plain restatement, anchors, resuming, refusals."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 
 from convert import hf
+from convert.folders import convert
 from convert.names import entries
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init, unflatten
 from tests import reference
 from train import anchors, curves, data
 from train.__main__ import Train, main
 from train.loss import _cross_entropies, curriculum
 from train.step import LOOPED, Recipe, lambda_base, start, train_step
+from train.warm import from_drafter
 
 TARGET = TargetConfig(23, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, 64, True)
 LENGTH = 19
@@ -33,7 +37,9 @@ def make_draft(shift: bool, prefix: int | None, block: int = 4, window: int | No
 def named(config, module) -> dict[str, np.ndarray]:
     """A module as tensors under Hugging Face's names."""
     leaves = flatten(module)
-    return {n: np.asarray(t) for e in entries(config) for n, t in e.split(np.asarray(leaves[e.path])).items()}
+    return {
+        n: np.asarray(t) for e in entries(config) for n, t in e.tensors(np.asarray(e.to_hf(leaves[e.path]))).items()
+    }
 
 
 def sequences(seed: int = 0):
@@ -298,6 +304,40 @@ def test_a_run_leaves_what_it_promises(finished):
     assert isinstance(config, DraftConfig) and config.head == HeadConfig(8, 6, 1)
     assert raw["architectures"] == ["DominoDraftModel"] and raw["torch_dtype"] == "bfloat16"
     assert np.any(np.asarray(hf.load(finished / "drafter", config, jnp.float32).head.proj_out))
+
+
+def test_the_newest_state_of_a_run_becomes_a_drafter(finished, tmp_path):
+    assert convert(finished, tmp_path / "drafter") == ("training run", "Hugging Face")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "drafter" / name).read_bytes() == (finished / "drafter" / name).read_bytes()
+    shutil.copytree(finished, tmp_path / "earlier")
+    shutil.rmtree(tmp_path / "earlier" / "checkpoints" / "20")
+    convert(tmp_path / "earlier", tmp_path / "half")
+    config = hf.parse_config(hf.read_json(tmp_path / "half" / "config.json"))
+    half, whole = hf.load(tmp_path / "half", config), hf.load(tmp_path / "drafter", config)
+    assert not np.array_equal(half.fc, whole.fc)
+    shutil.rmtree(tmp_path / "earlier" / "checkpoints" / "10")
+    with pytest.raises(DominoError, match="no checkpoint yet"):
+        convert(tmp_path / "earlier", tmp_path / "none")
+
+
+def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished, tmp_path):
+    raw = hf.read_json(finished / "drafter" / "config.json")
+    config = hf.parse_config(raw)
+    assert isinstance(config, DraftConfig)
+    theirs = flatten(hf.load(finished / "drafter", config, jnp.float32))
+    ours = flatten(init(config, jax.random.key(5)))
+    begun = from_drafter(ours, config, finished / "drafter")
+    assert all(np.array_equal(begun[path], theirs[path]) for path in ours)
+    plain = dataclasses.replace(config, head=None)
+    hf.save(tmp_path / "dflash", init(plain, jax.random.key(6)), plain, plain.to_hf())
+    begun = from_drafter(ours, config, tmp_path / "dflash")
+    assert np.array_equal(begun["head.proj_in"], ours["head.proj_in"]) and not np.array_equal(begun["fc"], ours["fc"])
+    with pytest.raises(DominoError, match="has block_size 4, this one 5"):
+        from_drafter(ours, dataclasses.replace(config, block_size=5), finished / "drafter")
+    with jax.numpy_dtype_promotion("standard"):
+        assert main(words(folder, tmp_path / "run", "--begin-as", str(tmp_path / "dflash"), "--steps", "5")) == 0
+        assert main(words(folder, tmp_path / "both", "--begin-as", str(tmp_path / "dflash"), "--warm")) == 1
 
 
 def test_resuming_is_bit_equal(finished, tmp_path):

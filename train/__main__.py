@@ -33,7 +33,7 @@ from train import curves, data
 from train.checkpoint import Checkpoints
 from train.step import Metrics, Recipe, TrainState, start, train_step
 from train.stopping import stop_signals
-from train.warm import from_target
+from train.warm import from_drafter, from_target
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Train:
     """the anchor's own row makes the first proposal"""
     warm: bool = False
     """begin as the target's last layers instead of at random"""
+    begin_as: Path | None = None
+    """begin as the drafter of this folder; one without a head (DFlash) gets a head at zero correction"""
     mask_token_id: int | None = None
     """the tokenizer's mask token when not given"""
 
@@ -143,8 +145,10 @@ def settle(options: Train) -> Train:
         fields: dict[str, Any] = {f.name: saved[f.name] for f in dataclasses.fields(Train) if f.name in saved}
         fields |= {k: given[k] for k in changed}
         fields |= {"taps": tuple(fields["taps"]), "out": options.out, "resume": True}
-        fields |= {key: Path(fields[key]) for key in ("target", "data")}
+        fields |= {key: Path(fields[key]) for key in ("target", "data", "begin_as") if fields.get(key)}
         return check(Train(**fields))
+    if options.warm and options.begin_as:
+        raise DominoError("a drafter begins in one way: give --warm or --begin-as, not both.")
     if options.target is None or options.data is None:
         raise DominoError("give --target (a model's folder) and --data (a JSONL file), or --resume with --out.")
     if path.exists():
@@ -242,11 +246,14 @@ def run(options: Train) -> None:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
     if options.warm:
         weights = from_target(weights, draft, target, frozen)
+    if options.begin_as:
+        weights = from_drafter(weights, draft, options.begin_as)
     state = start(recipe, weights, options.seed)
     checkpoints = Checkpoints(options.out / "checkpoints")
     if options.resume and checkpoints.latest() is not None:
         state = checkpoints.restore(state)
     hf.write_json(options.out / "settings.json", _plain(options) | {"data_sha256": fingerprint})
+    hf.write_json(options.out / "config.json", draft.to_hf())  # with the checkpoints all that convert needs
     done = int(state.step)
     count = sum(w.size for w in state.weights.values())
     epochs = options.steps * options.batch / len(dataset)

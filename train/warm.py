@@ -1,8 +1,11 @@
-"""A drafter that begins as a piece of its target instead of at random."""
+"""A drafter that begins as a piece of its target, or as another drafter, instead of at random."""
+
+from pathlib import Path
 
 import jax.numpy as jnp
 from jax import Array
 
+from convert import hf
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target, flatten
@@ -44,3 +47,21 @@ def from_target(
     width, place = config.hidden_size, draft.target_layer_ids.index(max(taps))
     made["fc"] = weights["fc"].at[place * width : (place + 1) * width].add(jnp.eye(width, dtype=weights["fc"].dtype))
     return made
+
+
+def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) -> dict[str, Array]:
+    """The drafter's weights with those of the drafter in `folder`, in float32.
+
+    A plain DFlash drafter has no head: that of `weights` stays.
+
+    Raises:
+        DominoError: it is no whole drafter, or not of the same shape, block and taps.
+    """
+    config = hf.parse_config(hf.read_json(folder / "config.json"), draft.num_target_layers)
+    if not isinstance(config, DraftConfig):
+        raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --begin-as.")
+    for name in DraftConfig.__dataclass_fields__:
+        theirs, ours = getattr(config, name), getattr(draft, name)
+        if theirs != ours and not (name == "head" and theirs is None):
+            raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")
+    return weights | flatten(hf.load(folder, config, jnp.float32))

@@ -120,7 +120,7 @@ def random_weights(config: DecoderConfig, dtype: Any, mesh: Mesh | None = None) 
     """A module (Target or Draft) of random weights, each made where it belongs: nothing crosses from the host.
 
     Norms are ones and biases zeros, the rest is uniform with standard deviation `STD`. On a mesh they have the shapes
-    that `domino_jax.sharding.placer` gives: KV heads for each device, the vocabulary padded.
+    that `domino_jax.sharding.spread` gives: KV heads for each device, the vocabulary padded.
     """
     model = mesh.shape[MODEL] if mesh else 1
     sizes = fit(config, model).sizes

@@ -1,0 +1,215 @@
+"""What a model's folder holds, and whether it is sound: `python -m convert --check DIR`."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import hf, orbax
+from convert.folders import HF, depth, form, load
+from convert.tensors import TensorFiles
+from convert.tokenizer import first_line, load_tokenizer
+from domino_jax import target
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
+from domino_jax.errors import DominoError
+
+TEXT = "def greet(name):\n    return 'Hello, ' + name\n\n\nThe capital of France is"
+LARGEST_DIFFERENCE = 1e-3  # of the largest logit, in float32: two orders above what rounding gives
+
+
+@dataclass
+class Report:
+    """Lines for people, and what is wrong."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def say(self, what: str, value: str) -> None:
+        self.lines.append((what, value))
+
+
+def check(folder: Path, target_folder: Path | None = None, progress: Callable[..., None] | None = None) -> Report:
+    """Read a folder, ours or anyone's, and report what it is and what is wrong with it.
+
+    Args:
+        folder: a target or drafter in Hugging Face's or Orbax's form, or a training run.
+        target_folder: the target of a drafter, to see whether they fit.
+        progress: called with what is being read, bytes done and bytes in all.
+
+    Raises:
+        DominoError: there is no such folder, its config.json can't be read or is not of a supported model, or it holds
+            no weights.
+    """
+    if not folder.is_dir():
+        raise DominoError(f"{folder} is not a folder.")
+    raw = hf.read_json(folder / "config.json")
+    config = hf.parse_config(raw, depth(raw))
+    report = Report()
+    report.say("what", describe(config))
+    report.say("form", form(folder))
+    count = sum(prod(shape) for _, shape in expected(config))
+    report.say("parameters", f"{count:,} ({count / 1e9:.2f} B)")
+    tensors = _orbax(folder, config, report) if form(folder) != HF else _safetensors(folder, config, report)
+    _values(tensors, report, progress and partial(progress, "reading values"))
+    tokenizer = load_tokenizer(folder)
+    if isinstance(config, TargetConfig):
+        report.say("tokenizer", _tokenizer(tokenizer, config, report))
+    if target_folder:
+        _fit(config, target_folder, report)
+    elif isinstance(config, DraftConfig):
+        report.say("target", "not given: --target DIR says whether they fit")
+    if isinstance(config, TargetConfig) and not report.problems:
+        report.say("transformers", _parity(folder, config, tokenizer, report))
+    return report
+
+
+def describe(config: TargetConfig | DraftConfig) -> str:
+    """A model in a line."""
+    c = config
+    shape = (
+        f"{c.num_hidden_layers} layers of width {c.hidden_size}, {c.num_attention_heads} query and "
+        f"{c.num_key_value_heads} KV heads of {c.head_dim}, MLP {c.intermediate_size}, vocabulary {c.vocab_size}"
+    )
+    if isinstance(c, TargetConfig):
+        return f"Qwen3 target: {shape}, {'tied' if c.tie_word_embeddings else 'untied'} embeddings"
+    head = f", GRU {c.head.gru_hidden_dim}, rank {c.head.emb_dim}" if c.head else ""
+    return (
+        f"{'Domino' if c.head else 'DFlash'} drafter: {shape}, block {c.block_size} with {c.num_proposals} proposals, "
+        f"reading layers {', '.join(map(str, c.target_layer_ids))}{head}"
+    )
+
+
+def expected(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors that a model of this config has, under Hugging Face's names."""
+    for entry in hf.entries(config):
+        yield from ((name, entry.tensor_shape) for name in entry.hf_names)
+
+
+Tensor = tuple[str, int, Callable[[], Any]]  # name, bytes, and its values
+
+
+def _safetensors(folder: Path, config: DecoderConfig, report: Report) -> list[Tensor]:
+    files = hf.tensor_files(folder)
+    size = sum(file.stat().st_size for file in files)
+    report.say("files", f"{len(files)} safetensors, {size / 1e9:.2f} GB")
+    tensors = TensorFiles(files)
+    where = hf.today(tensors)
+    report.say("dtype", _dtypes(Counter(stored.dtype for stored in where.values())))
+    report.problems += hf.account(config, where)
+    report.say("tensors", f"{len(where)} found, {sum(1 for _ in expected(config))} expected")
+    return [(name, stored.bytes, partial(tensors.read, stored)) for name, stored in where.items()]
+
+
+def _orbax(folder: Path, config: DecoderConfig, report: Report) -> list[Tensor]:
+    try:
+        saved = orbax.Saved(folder, config)
+    except DominoError as error:
+        report.problems.append(str(error))
+        return []
+    report.say("dtype", _dtypes(Counter(str(dtype) for dtype in saved.dtypes.values())))
+    report.say("tensors", f"{len(saved.shapes)} found, as expected")
+    return [(path, saved.bytes(path), lambda p=path: saved.read([p])[p]) for path in saved.shapes]
+
+
+def _dtypes(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count} tensors)" for name, count in counts.most_common())
+
+
+@jax.jit
+def _not_finite(x: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+
+
+def _values(tensors: list[Tensor], report: Report, progress: Callable[[int, int], None] | None) -> None:
+    """Read every value once."""
+    total, done, bad = sum(size for _, size, _ in tensors), 0, []
+    for name, size, read in tensors:
+        value = jnp.asarray(read())
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            count = int(_not_finite(value))
+            if count:
+                bad.append(f"{name} has {count} non-finite values of {value.size}")
+        else:
+            report.problems.append(f"{name} holds {value.dtype}, which is no floating-point type")
+        done += size
+        if progress:
+            progress(done, total)
+    report.problems += bad
+    if tensors and not bad:
+        report.say("values", "all finite")
+
+
+def _tokenizer(tokenizer: Any, config: TargetConfig, report: Report) -> str:
+    if tokenizer is None:
+        report.warnings.append("the folder has no tokenizer: prompts have to be given as ids.")
+        return "none"
+    if len(tokenizer) > config.vocab_size:
+        report.problems.append(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    template = "with a chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
+    return f"{len(tokenizer)} tokens, {template}"
+
+
+def _fit(config: TargetConfig | DraftConfig, target_folder: Path, report: Report) -> None:
+    """Whether a drafter fits its target."""
+    other = hf.parse_config(hf.read_json(target_folder / "config.json"))
+    if not isinstance(config, DraftConfig) or not isinstance(other, TargetConfig):
+        raise DominoError("--target takes the target's folder, and --check then its drafter's.")
+    try:
+        report.warnings += check_pair(other, config)
+    except DominoError as error:
+        report.problems.append(str(error).rstrip("."))
+        return
+    report.say("target", f"fits {target_folder}: width, vocabulary, {other.num_hidden_layers} layers, mask token, RoPE")
+
+
+def _parity(folder: Path, config: TargetConfig, tokenizer: Any, report: Report) -> str:
+    """The largest difference of logits from transformers' own model, in float32, on a short text."""
+    if importlib.util.find_spec("torch") is None:
+        return "not compared: PyTorch is not installed"
+    if form(folder) != HF:
+        return "not compared: it reads Hugging Face folders only"
+    needed, free = 8 * sum(prod(shape) for _, shape in expected(config)), _free_memory()
+    if free is not None and needed > free:
+        return f"not compared: both models in float32 take {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = tokenizer(TEXT)["input_ids"] if tokenizer else [i % config.vocab_size for i in range(1, 33)]
+    ids = ids[: config.max_position_embeddings]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
+        with torch.no_grad():
+            theirs = model(torch.tensor([ids])).logits[0].numpy()
+    except Exception as error:  # its errors are of many kinds
+        return f"not compared: it can't run this model ({first_line(error)})"
+    del model
+    params = load(folder, config, jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        hidden, _, _ = target.forward(params, config, jnp.array([ids]))
+        ours = np.asarray(target.logits(params, config, hidden)[0])
+    difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+    if difference > LARGEST_DIFFERENCE * largest:
+        report.problems.append(
+            f"logits differ from transformers' by up to {difference:.2g}, the largest is {largest:.2g}"
+        )
+    return f"logits of {len(ids)} tokens differ by at most {difference:.1e}, the largest is {largest:.1f} (float32)"
+
+
+def _free_memory() -> int | None:
+    """Bytes of memory that can be had, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

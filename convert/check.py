@@ -79,7 +79,14 @@ def describe(config: TargetConfig | DraftConfig) -> str:
         f"{c.num_hidden_layers} layers of width {c.hidden_size}, {c.num_attention_heads} query and "
         f"{c.num_key_value_heads} KV heads of {c.head_dim}, MLP {c.intermediate_size}, vocabulary {c.vocab_size}"
     )
+    if c.attention_bias:
+        shape += ", attention biases"
+    if c.yarn:
+        shape += f", YaRN to {c.positions} positions"
     if isinstance(c, TargetConfig):
+        if c.moe:
+            shape += f", {c.moe.num_experts} experts of width {c.moe.moe_intermediate_size}, "
+            shape += f"{c.moe.num_experts_per_tok} a token"
         return f"Qwen3 target: {shape}, {'tied' if c.tie_word_embeddings else 'untied'} embeddings"
     head = f", GRU {c.head.gru_hidden_dim}, rank {c.head.emb_dim}" if c.head else ""
     return (
@@ -91,7 +98,7 @@ def describe(config: TargetConfig | DraftConfig) -> str:
 def expected(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors that a model of this config has, under Hugging Face's names."""
     for entry in hf.entries(config):
-        yield entry.hf_name, entry.hf_shape
+        yield from ((name, entry.tensor_shape) for name in entry.hf_names)
 
 
 Tensor = tuple[str, int, Callable[[], Any]]  # name, bytes, and its values

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -121,21 +122,32 @@ def load(
             raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
         # The largest first: what is needed besides a tensor itself is needed while the device is still empty.
         table.sort(key=lambda entry: -prod(entry.hf_shape))
-        total, done = sum(where[entry.hf_name].bytes for entry in table), 0
+        total, done = sum(where[name].bytes for entry in table for name in entry.hf_names), 0
         leaves: dict[str, Any] = {}
         for entry in table:
-            source = where[entry.hf_name]
+            sources = [where[name] for name in entry.hf_names]
+            read = partial(_read, files, sources, entry.stacked)
             if mesh is None:
-                tensor = jnp.asarray(files.read(source))
+                tensor = jnp.asarray(read())
             else:
-                tensor = spread(lambda i, s=source: files.read(s, i), entry.hf_letters, source.shape, config, mesh)
+                tensor = spread(read, entry.hf_letters, entry.hf_shape, config, mesh)
             # Waiting for each keeps at most one in flight; reading costs more than the wait.
             leaves[entry.path] = jax.block_until_ready(entry.to_ours(tensor, dtype))
             del tensor
-            done += source.bytes
+            done += sum(source.bytes for source in sources)
             if progress:
                 progress(done, total)
     return unflatten(config, leaves)
+
+
+def _read(
+    files: TensorFiles, sources: Sequence[Stored], stacked: bool, index: tuple[slice, ...] | None = None
+) -> np.ndarray:
+    """One tensor, or several as one along a first axis; or the part that `index` has a slice for each axis of."""
+    if not stacked:
+        return files.read(sources[0], index)
+    chosen, inner = (sources, None) if index is None else (sources[index[0]], index[1:])
+    return np.stack([files.read(source, inner) for source in chosen])
 
 
 def today(files: TensorFiles) -> dict[str, Stored]:
@@ -146,16 +158,17 @@ def today(files: TensorFiles) -> dict[str, Stored]:
 def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
     """Every missing, unexpected and misshapen tensor of a model of this config, in words."""
     table = entries(config)
-    known = {entry.hf_name for entry in table}
+    known = {name for entry in table for name in entry.hf_names}
     # A tied model may carry its output projection a second time; the embedding counts.
     spare = {"lm_head.weight"} if isinstance(config, TargetConfig) and config.tie_word_embeddings else set()
     return [
         *(f"missing {name}" for name in sorted(known - where.keys())),
         *(f"unexpected {name}" for name in sorted(where.keys() - known - spare)),
         *(
-            f"{entry.hf_name} has shape {list(where[entry.hf_name].shape)}, expected {list(entry.hf_shape)}"
+            f"{name} has shape {list(where[name].shape)}, expected {list(entry.tensor_shape)}"
             for entry in table
-            if entry.hf_name in where and where[entry.hf_name].shape != entry.hf_shape
+            for name in entry.hf_names
+            if name in where and where[name].shape != entry.tensor_shape
         ),
     ]
 
@@ -209,11 +222,12 @@ def write(
         for group in _groups(table, dtype):
             held = leaves([entry.path for entry in group])
             for entry in group:
-                tensor = np.asarray(jax.device_get(entry.to_hf(held[entry.path], dtype)))
-                if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
-                    flush()
-                shard[entry.hf_name] = tensor
-                written += tensor.nbytes
+                whole = np.asarray(jax.device_get(entry.to_hf(held[entry.path], dtype)))
+                for name, tensor in entry.tensors(whole).items():
+                    if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
+                        flush()
+                    shard[name] = np.ascontiguousarray(tensor)
+                    written += tensor.nbytes
             done += sum(_bytes(entry, dtype) for entry in group)
             if progress:
                 progress(done, total)

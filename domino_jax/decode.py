@@ -151,7 +151,7 @@ def begin(
         prompts: B lists of at least one id, of any lengths.
         keys: [B] random keys.
         limits: tokens to generate at most, at least 1 each.
-        stop: [E] ids that end a sequence.
+        stop: [-] ids that end a sequence.
         dtype: of the caches.
         caches: those of an earlier state of as many rows, donated; new ones when None.
         held: positions of which `caches` hold keys and values of the prompts' own first ids, the drafter's context
@@ -262,7 +262,7 @@ def speculate(
     """Up to `cycles` Domino cycles in one program.
 
     Args:
-        stop: [E] int32, ids that end a sequence.
+        stop: [-] int32, ids that end a sequence.
         cycles: C; the loop ends before that when all rows are done or one has no room left.
         greedy: every row has temperature 0, so no distribution needs to be formed.
         most: [] int32, ends it sooner without another program; C when None.

@@ -36,7 +36,7 @@ def append_context(params: Draft, config: DraftConfig, cache: KVCache, features:
     """Write the context keys and values of features [B, T, LD] at positions from start [B] on."""
     c = context(params, config, features)
     positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
-    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
+    angles = layers.rotary(positions, config)
     for i, layer in enumerate(params.layers):
         cache = append(cache, i, *layers.keys_values(layer, c, angles, config.rms_norm_eps), start)
     return cache
@@ -59,7 +59,7 @@ def block(
         z = norm(block states) [B, M, D], and the cache.
     """
     positions = start[:, None] + jnp.arange(config.block_size, dtype=jnp.int32)
-    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
+    angles = layers.rotary(positions, config)
     for i, (layer, window) in enumerate(zip(params.layers, config.windows, strict=True)):
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
@@ -90,8 +90,8 @@ def training_blocks(params: Draft, config: DraftConfig, x: Array, anchors: Array
     offsets = jnp.arange(size, dtype=jnp.int32)
     seen = jnp.arange(length, dtype=jnp.int32)
     positions = anchors[..., None] + offsets  # [B, A, M]
-    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
-    context_angles = layers.rotary(seen, config.rope_theta, config.head_dim)
+    angles = layers.rotary(positions, config)
+    context_angles = layers.rotary(seen, config)
     before = jnp.broadcast_to(seen < anchors[:, :, None, None], (batch, blocks, size, length))
     eps = config.rms_norm_eps
     for layer, window in zip(params.layers, config.windows, strict=True):

@@ -1,9 +1,13 @@
 """The pieces of a Qwen3 layer, as pure functions (SPEC section 2)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from domino_jax import moe
+from domino_jax.config import DecoderConfig, MoeConfig, Yarn
 from domino_jax.weights import FusedLayer, Layer, Quantized
 
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
@@ -16,11 +20,36 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return normed.astype(x.dtype) * weight
 
 
-def rotary(positions: Array, theta: float, head_dim: int) -> Rotary:
-    """RoPE angles of absolute `positions` [...]: cos and sin, [..., H/2] float32."""
-    inverse = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rotary(positions: Array, config: DecoderConfig) -> Rotary:
+    """RoPE angles of absolute `positions` [...]: cos and sin, [..., H/2] float32, with YaRN times its factor."""
+    inverse = 1.0 / config.rope_theta ** (jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if config.yarn:
+        inverse = stretched(inverse, config.yarn, config.rope_theta, config.head_dim)
     angles = positions[..., None].astype(jnp.float32) * inverse
+    if config.yarn:
+        return jnp.cos(angles) * config.yarn.attention_factor, jnp.sin(angles) * config.yarn.attention_factor
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def stretched(inverse: Array, yarn: Yarn, theta: float, head_dim: int) -> Array:
+    """YaRN's frequencies from RoPE's [H/2]: slow ones divided by `factor`, fast ones as they are, a ramp between.
+
+    Fast is what turns `beta_fast` times or more over the original positions, slow what turns at most `beta_slow` times
+    (Peng et al. 2023, section 3.2; the ramp's ends as transformers rounds and clips them).
+    """
+
+    def dimension(turns: float) -> float:
+        """Where an element pair turns so often over the original positions."""
+        span = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(span) / (2 * math.log(theta))
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    slow = jnp.clip((jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / width, 0, 1)
+    return inverse / yarn.factor * slow + inverse * (1 - slow)
 
 
 def rotate(x: Array, angles: Rotary) -> Array:
@@ -46,28 +75,48 @@ def scores(x: Array, weight: Array | Quantized) -> Array:
 
 def queries(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float) -> Array:
     """[..., T, D] -> [..., T, N, H]: projected, normed per head, rotated."""
-    return rotate(rms_norm(linear(x, layer.q), layer.q_norm, eps), angles)
+    return rotate(rms_norm(biased(linear(x, layer.q), layer.q_bias), layer.q_norm, eps), angles)
 
 
 def keys_values(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array]:
     """[..., T, D] -> two [..., T, K, H]: keys normed per head and rotated, values as projected."""
     if isinstance(layer, FusedLayer):
-        k, v = jnp.moveaxis(linear(x, layer.kv), -3, 0)
+        k, v = jnp.moveaxis(biased(linear(x, layer.kv), layer.kv_bias), -3, 0)
     else:
-        k, v = linear(x, layer.k), linear(x, layer.v)
+        k, v = biased(linear(x, layer.k), layer.k_bias), biased(linear(x, layer.v), layer.v_bias)
     return rotate(rms_norm(k, layer.k_norm, eps), angles), v
 
 
-def residual(layer: Layer | FusedLayer, x: Array, attended: Array, eps: float) -> Array:
-    """The rest of a layer after attention: x + o(attended), then x + SwiGLU(norm(x))."""
+def residual(
+    layer: Layer | FusedLayer, x: Array, attended: Array, eps: float, experts: MoeConfig | None = None
+) -> Array:
+    """The rest of a layer after attention: x + o(attended), then x + MLP(norm(x)).
+
+    Args:
+        experts: of a model that has them; the layers with a router use them.
+    """
     # Heads flattened by hand: XLA may contract two axes in the order that transposes the weight.
-    x = x + linear(attended.reshape(*x.shape[:-1], -1), flat_heads(layer.o))
+    x = x + biased(linear(attended.reshape(*x.shape[:-1], -1), flat_heads(layer.o)), layer.o_bias)
     y = rms_norm(x, layer.mlp_norm, eps)
+    if layer.router is not None:
+        assert experts is not None
+        return x + moe.mlp(layer, experts, y)
+    return x + swiglu(layer, y)
+
+
+def swiglu(layer: Layer | FusedLayer, y: Array) -> Array:
+    """down(silu(gate(y)) · up(y)): [..., D] -> [..., D]."""
     if isinstance(layer, FusedLayer):
+        assert layer.gate_up is not None, "a layer with experts"
         gate, up = jnp.moveaxis(linear(y, layer.gate_up), -2, 0)
     else:
         gate, up = linear(y, layer.gate), linear(y, layer.up)
-    return x + linear(jax.nn.silu(gate) * up, layer.down)
+    return linear(jax.nn.silu(gate) * up, layer.down)
+
+
+def biased(x: Array, bias: Array | None) -> Array:
+    """x plus the bias of its last axes, if there is one."""
+    return x if bias is None else x + bias
 
 
 def flat_heads(o: Array | Quantized) -> Array | Quantized:

@@ -15,7 +15,7 @@ from jax import Array
 from domino_jax.config import DraftConfig
 from domino_jax.decode import Params
 from domino_jax.sharding import constrain
-from domino_jax.weights import FusedLayer, Quantized, axes, flatten, lm_head
+from domino_jax.weights import FusedLayer, Quantized, axes, flatten, is_bias, lm_head
 
 KINDS = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
@@ -28,12 +28,15 @@ SUMMED = {"D N H": 1, "D K H": 1, "N H D": 2, "D F": 1, "F D": 1, "LD D": 1, "V 
 def fuse(module: Any) -> None:
     """Replace the layers of a Target or Draft by FusedLayers, one after another, so that nothing is held twice.
 
+    Experts stay as they are: a copy of theirs would be most of the model, and their products are large enough.
     After `quantize` where both are wanted. Q stays by itself: a drafter's context has keys and values alone.
     """
     layers: list[Any] = [None] * len(module.layers)
     for i in range(len(layers)):
         layer, module.layers[i] = module.layers[i], nnx.data(None)
-        layers[i] = FusedLayer(layer, _together(layer.k, layer.v, "D - K H"), _together(layer.gate, layer.up, "D - F"))
+        kv_bias = None if layer.k_bias is None else _stacked(layer.k_bias, layer.v_bias, "- K H")
+        gate_up = _together(layer.gate, layer.up, "D - F") if layer.router is None else None
+        layers[i] = FusedLayer(layer, _together(layer.k, layer.v, "D - K H"), kv_bias, gate_up)
         del layer
     module.layers = nnx.List(layers)
 
@@ -47,6 +50,12 @@ def _together(first: Any, second: Any, letters: str) -> Any:
     return constrain(jnp.stack([first, second], axis=1), letters)
 
 
+@partial(jax.jit, static_argnums=2)
+def _stacked(first: Array, second: Array, letters: str) -> Array:
+    """Two biases as one with a leading axis of two."""
+    return constrain(jnp.stack([first, second]), letters)
+
+
 def quantize(params: Params, config: DraftConfig, kind: str) -> Params:
     """The params with the drafter's matrices in 8 bits, and an 8-bit copy of the LM head for drafting.
 
@@ -57,10 +66,11 @@ def quantize(params: Params, config: DraftConfig, kind: str) -> Params:
     letters = flatten(axes(config))
     leaves, form = jax.tree.flatten(params.draft)
     named = zip(flatten(params.draft), leaves, strict=True)
-    done = [
-        leaf if path in WHOLE or len(letters[path].split()) == 1 else to_8_bits(leaf, letters[path], kind)
-        for path, leaf in named
-    ]
+
+    def stays(path: str) -> bool:
+        return path in WHOLE or is_bias(path) or len(letters[path].split()) == 1
+
+    done = [leaf if stays(path) else to_8_bits(leaf, letters[path], kind) for path, leaf in named]
     return Params(params.target, jax.tree.unflatten(form, done), to_8_bits(lm_head(params.target), "V D", kind))
 
 

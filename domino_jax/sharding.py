@@ -1,6 +1,6 @@
 """Which device holds what: a mesh of two axes, and one rule for each letter of the axis legend.
 
-Weights, caches and activations are laid out by the same table: the batch over `data`; heads, MLP width and
+Weights, caches and activations are laid out by the same table: the batch over `data`; heads, MLP width, experts and
 vocabulary over `model`. Without a mesh in context (`jax.set_mesh`) nothing here does anything.
 """
 
@@ -16,12 +16,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
+from domino_jax.weights import axes, flatten
 
 DATA, MODEL = "data", "model"
 
 # Letters that are not here are whole on every device. The head's GRU and its inner projection are small, and a cycle
 # runs them J times one after another: sharding them would cost a collective each time.
-RULES = {"B": DATA, "N": MODEL, "K": MODEL, "F": MODEL, "V": MODEL}
+RULES = {"B": DATA, "N": MODEL, "K": MODEL, "F": MODEL, "E": MODEL, "V": MODEL}
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -131,13 +132,14 @@ def fit(config: Config, model: int) -> Config:
     """The config of the weights that `spread` makes for `model` devices: more KV heads where there are too few.
 
     Raises:
-        DominoError: heads or MLP width can't be divided.
+        DominoError: heads, MLP width or experts can't be divided.
     """
     heads = config.num_key_value_heads
     copies = 1 if heads % model == 0 else model // heads if model % heads == 0 else 0
-    for name in ("num_attention_heads", "intermediate_size"):
-        if getattr(config, name) % model:
-            raise DominoError(f"mesh axis model={model} does not divide {name} {getattr(config, name)}.")
+    used = {letter for letters in flatten(axes(config)).values() for letter in letters.split()}
+    for letter, name in (("N", "num_attention_heads"), ("F", "intermediate_size"), ("E", "num_experts")):
+        if letter in used and config.sizes[letter] % model:
+            raise DominoError(f"mesh axis model={model} does not divide {name} {config.sizes[letter]}.")
     if not copies:
         raise DominoError(f"mesh axis model={model} neither divides num_key_value_heads {heads} nor is divided by it.")
     return dataclasses.replace(config, num_key_value_heads=heads * copies)

@@ -36,7 +36,7 @@ def forward(
     """
     begin = jnp.zeros(1, jnp.int32) if start is None else start
     positions = begin[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [B or 1, T]
-    angles = layers.rotary(positions, config.rope_theta, config.head_dim)
+    angles = layers.rotary(positions, config)
     x = constrain(params.embed[tokens], "B T D")
     tapped = {}
     for i, layer in enumerate(params.layers):
@@ -50,7 +50,7 @@ def forward(
             cache = append(cache, i, k, v, start)
             k, v = cache.k[i], cache.v[i]
         attended = attend(q, k, v, begin, form=attention if cache else "xla")
-        x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B T D")
+        x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
         tapped[i] = x
     x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)
     features = jnp.concatenate([x[..., :0], *(tapped[i] for i in taps)], axis=-1)

@@ -27,35 +27,54 @@ class Quantized(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """One Qwen3 decoder layer; target and drafter share the form."""
+    """One Qwen3 decoder layer; target and drafter share the form.
 
-    def __init__(self, leaf: Leaf):
+    The biases are None where the config has no `attention_bias`, the router where the layer has one MLP. Where it has
+    experts, `gate`, `up` and `down` hold all of theirs.
+    """
+
+    def __init__(self, leaf: Leaf, bias: bool = False, experts: bool = False):
+        none = nnx.data(None)
         self.input_norm: Array = leaf("D")
         self.q: Array = leaf("D N H")
         self.k: Array = leaf("D K H")
         self.v: Array = leaf("D K H")
+        self.q_bias: Array | None = leaf("N H") if bias else none
+        self.k_bias: Array | None = leaf("K H") if bias else none
+        self.v_bias: Array | None = leaf("K H") if bias else none
         self.q_norm: Array = leaf("H")
         self.k_norm: Array = leaf("H")
         self.o: Array = leaf("N H D")
+        self.o_bias: Array | None = leaf("D") if bias else none
         self.mlp_norm: Array = leaf("D")
-        self.gate: Array = leaf("D F")
-        self.up: Array = leaf("D F")
-        self.down: Array = leaf("F D")
+        self.router: Array | None = leaf("D RE") if experts else none
+        self.gate: Array = leaf("E D I" if experts else "D F")
+        self.up: Array = leaf("E D I" if experts else "D F")
+        self.down: Array = leaf("E I D" if experts else "F D")
 
 
 class FusedLayer(nnx.Module):
-    """A Layer whose products of one input are one product each: K with V, gate with up (see `prepare.fuse`)."""
+    """A Layer whose products of one input are one product each: K with V, gate with up (see `prepare.fuse`).
 
-    def __init__(self, layer: Layer, kv: Any, gate_up: Any):
-        """Args: kv: [D, 2, K, H]; gate_up: [D, 2, F]."""
+    Experts stay as they are: there `gate_up` is None, elsewhere `gate` and `up` are.
+    """
+
+    def __init__(self, layer: Layer, kv: Any, kv_bias: Any, gate_up: Any):
+        """Args: kv: [D, 2, K, H]; kv_bias: [2, K, H] or None; gate_up: [D, 2, F] or None."""
         self.input_norm: Array = nnx.data(layer.input_norm)
         self.q: Array = nnx.data(layer.q)
+        self.q_bias: Array | None = nnx.data(layer.q_bias)
         self.kv: Array = nnx.data(kv)
+        self.kv_bias: Array | None = nnx.data(kv_bias)
         self.q_norm: Array = nnx.data(layer.q_norm)
         self.k_norm: Array = nnx.data(layer.k_norm)
         self.o: Array = nnx.data(layer.o)
+        self.o_bias: Array | None = nnx.data(layer.o_bias)
         self.mlp_norm: Array = nnx.data(layer.mlp_norm)
-        self.gate_up: Array = nnx.data(gate_up)
+        self.router: Array | None = nnx.data(layer.router)
+        self.gate_up: Array | None = nnx.data(gate_up)
+        self.gate: Array | None = nnx.data(layer.gate if gate_up is None else None)
+        self.up: Array | None = nnx.data(layer.up if gate_up is None else None)
         self.down: Array = nnx.data(layer.down)
 
 
@@ -64,7 +83,9 @@ class Target(nnx.Module):
 
     def __init__(self, config: TargetConfig, leaf: Leaf):
         self.embed: Array = leaf("V D")
-        self.layers = nnx.List([Layer(leaf) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List(
+            [Layer(leaf, config.attention_bias, config.is_sparse(i)) for i in range(config.num_hidden_layers)]
+        )
         self.norm: Array = leaf("D")
         self.lm_head: Array | None = nnx.data(None) if config.tie_word_embeddings else leaf("V D")
 
@@ -85,7 +106,7 @@ class Draft(nnx.Module):
     def __init__(self, config: DraftConfig, leaf: Leaf):
         self.fc: Array = leaf("LD D")
         self.context_norm: Array = leaf("D")
-        self.layers = nnx.List([Layer(leaf) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([Layer(leaf, config.attention_bias) for _ in range(config.num_hidden_layers)])
         self.norm: Array = leaf("D")
         self.head: Head | None = Head(leaf) if config.head else nnx.data(None)
 
@@ -113,14 +134,21 @@ def shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Any:
 
 
 def init(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, std: float = 0.02) -> Any:
-    """Random weights: norms are ones, the rest is normal with standard deviation `std`."""
-    leaves, tree = jax.tree.flatten(shapes(config, dtype))
+    """Random weights: norms are ones and biases zeros, the rest is normal with standard deviation `std`."""
+    leaves = flatten(shapes(config, dtype))
     keys = jax.random.split(key, len(leaves))
-    made = [
-        jnp.ones(leaf.shape, dtype) if len(leaf.shape) == 1 else (std * jax.random.normal(k, leaf.shape)).astype(dtype)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, made)
+
+    def make(path: str, shape: tuple[int, ...], key: Array) -> Array:
+        if is_bias(path):
+            return jnp.zeros(shape, dtype)
+        return jnp.ones(shape, dtype) if len(shape) == 1 else (std * jax.random.normal(key, shape)).astype(dtype)
+
+    return unflatten(config, {path: make(path, leaves[path].shape, k) for path, k in zip(leaves, keys, strict=True)})
+
+
+def is_bias(path: str) -> bool:
+    """Whether the weight at that dotted path is added, and not multiplied by."""
+    return path.endswith("_bias")
 
 
 def flatten(module: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Engine:
             DominoError: the prompt is empty, has ids outside the vocabulary, or exceeds the positions.
         """
         config: DecoderConfig = self.loaded.configs.target
-        positions, warnings = config.max_position_embeddings, []
+        positions, warnings = config.positions, []
         if not prompt:
             raise DominoError("the prompt is empty; give at least one token.")
         outside = [i for i in prompt if not 0 <= i < config.vocab_size]

@@ -62,9 +62,11 @@ def random_weights(config: DecoderConfig, seed: int, scale: float = 1.5) -> Any:
     rng = np.random.default_rng(seed)
 
     def leaf(entry) -> np.ndarray:
+        if weights.is_bias(entry.path):
+            return (0.5 * rng.normal(size=entry.hf_shape)).astype(np.float32)
         if len(entry.hf_shape) == 1:
             return rng.uniform(0.5, 1.5, entry.hf_shape).astype(np.float32)
-        fan_in = 1 if entry.path == "embed" else entry.hf_shape[1]
+        fan_in = 1 if entry.path == "embed" else entry.hf_shape[-1]
         return (scale * rng.normal(size=entry.hf_shape) / fan_in**0.5).astype(np.float32)
 
     return weights.unflatten(config, {e.path: jnp.asarray(e.to_ours(leaf(e))) for e in entries(config)})
@@ -73,7 +75,11 @@ def random_weights(config: DecoderConfig, seed: int, scale: float = 1.5) -> Any:
 def hf_weights(module: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
     """The same weights under Hugging Face's names, in its layout [out, in]."""
     leaves = weights.flatten(module)
-    return {e.hf_name: np.ascontiguousarray(e.to_hf(np.asarray(leaves[e.path]))) for e in entries(config)}
+    return {
+        name: np.ascontiguousarray(tensor)
+        for e in entries(config)
+        for name, tensor in e.tensors(np.asarray(e.to_hf(leaves[e.path]))).items()
+    }
 
 
 def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
@@ -148,6 +154,8 @@ def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> P
         assert module is not None
         for layer in module.layers:
             layer.o, layer.down = layer.o * quiet, layer.down * quiet
+            if layer.o_bias is not None:
+                layer.o_bias = layer.o_bias * quiet
     model, drafter = pair.params.target, pair.params.draft
     assert drafter is not None
     model.embed = model.embed.at[:, 0].set(4.0)

@@ -7,7 +7,7 @@ names, matrices in HF layout [out, in]; configs are plain dicts as in config.jso
 Letters: T tokens, D model width, V vocabulary, L tapped layers, M block size, J proposals of a block, U GRU width,
 R head rank, P pure-draft prefix, a the absolute position of the anchor (the last committed token).
 
-Not covered (a clear error instead): YaRN and other RoPE scaling, mixture-of-experts targets.
+Not covered (a clear error instead): RoPE scaling other than YaRN.
 """
 
 import math
@@ -24,9 +24,9 @@ def f64(array):
     return np.asarray(array).astype(np.float64)
 
 
-def linear(x, weight):
-    """HF linear without bias: x [..., in] and weight [out, in] give [..., out]."""
-    return f64(x) @ f64(weight).T
+def linear(x, weight, bias=None):
+    """HF linear: x [..., in] and weight [out, in] (and bias [out]) give [..., out]."""
+    return f64(x) @ f64(weight).T + (0.0 if bias is None else f64(bias))
 
 
 def rms_norm(x, weight, eps):
@@ -51,26 +51,51 @@ def softmax(x):
     return e / np.sum(e, axis=-1, keepdims=True)
 
 
-def rope_theta(config):
-    """RoPE base from either config spelling of section 2 (`rope_theta` at top level, or inside `rope_parameters`)."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for d in (parameters, scaling):
-        kind = d.get("rope_type", d.get("type", "default"))
-        if kind != "default":
-            raise NotImplementedError(f"reference.py knows plain RoPE only, not {kind!r}")
+def rope_settings(config):
+    """RoPE base and YaRN's settings (or None) from either config spelling of section 2: `rope_theta` and `rope_scaling`
+    at top level, or both inside `rope_parameters`."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise NotImplementedError(f"reference.py knows plain RoPE and YaRN, not {kind!r}")
     theta = config.get("rope_theta", parameters.get("rope_theta"))
     if theta is None:
         raise ValueError("config has no rope_theta")
-    return float(theta)
+    return float(theta), parameters if kind == "yarn" else None
 
 
-def rope(x, positions, theta):
+def yarn_frequencies(inverse_frequency, theta, yarn):
+    """YaRN (Peng et al. 2023; section 2): inverse frequencies [H/2] to stretched ones [H/2], and the factor on cos and
+    sin. Pairs that turn more than beta_fast times over the original positions keep their frequency, those that turn
+    less than beta_slow times have it divided by the factor, and in between it goes over linearly by the pair's number;
+    the ends of that ramp are rounded outwards unless `truncate` is false."""
+    half, factor = len(inverse_frequency), yarn["factor"]
+
+    def pair(turns):
+        # The (real) number i of the pair with original / (2 pi theta^(2i/H)) = turns.
+        return half * math.log(yarn["original_max_position_embeddings"] / (2 * math.pi * turns)) / math.log(theta)
+
+    first, last = pair(yarn.get("beta_fast") or 32), pair(yarn.get("beta_slow") or 1)
+    if yarn.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    out = np.zeros(half)
+    for i, frequency in enumerate(inverse_frequency):
+        slow = min(max((i - first) / ((last - first) or 0.001), 0.0), 1.0)
+        out[i] = slow * frequency / factor + (1 - slow) * frequency
+    attention = yarn.get("attention_factor")
+    return out, 0.1 * math.log(factor) + 1 if attention is None else attention
+
+
+def rope(x, positions, config):
     """RoPE (section 2) on x [T, heads, H] at absolute positions [T]: element i is rotated with element i + H/2."""
     half = x.shape[-1] // 2
-    inverse_frequency = theta ** (-np.arange(half, dtype=np.float64) / half)  # theta^(-2i/H)
+    theta, yarn = rope_settings(config)
+    inverse_frequency, factor = theta ** (-np.arange(half, dtype=np.float64) / half), 1.0  # theta^(-2i/H)
+    if yarn is not None:
+        inverse_frequency, factor = yarn_frequencies(inverse_frequency, theta, yarn)
     angle = np.asarray(positions, dtype=np.float64)[:, None] * inverse_frequency[None, :]  # [T, H/2]
-    cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
+    cos, sin = factor * np.cos(angle)[:, None, :], factor * np.sin(angle)[:, None, :]
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -91,23 +116,42 @@ def attention(q, k, v, visible):
 
 
 def mlp(weights, prefix, x):
-    """SwiGLU (section 2) of the layer named by `prefix`: down(silu(gate(x)) * up(x)), [T, D] -> [T, D]."""
-    if prefix + "mlp.gate_proj.weight" not in weights:
-        raise NotImplementedError("reference.py knows dense MLPs only (no mlp.gate_proj.weight found)")
-    gate = linear(x, weights[prefix + "mlp.gate_proj.weight"])
-    up = linear(x, weights[prefix + "mlp.up_proj.weight"])
-    return linear(silu(gate) * up, weights[prefix + "mlp.down_proj.weight"])
+    """SwiGLU (section 2) of what `prefix` names: down(silu(gate(x)) * up(x)), [T, D] -> [T, D]."""
+    gate = linear(x, weights[prefix + "gate_proj.weight"])
+    up = linear(x, weights[prefix + "up_proj.weight"])
+    return linear(silu(gate) * up, weights[prefix + "down_proj.weight"])
+
+
+def layer_mlp(weights, prefix, config, x):
+    """The MLP of the layer named by `prefix`, [T, D] -> [T, D]: one, or where the layer has a router (section 2, MoE)
+    the sum of the likeliest experts' by their probabilities, which `norm_topk_prob` makes sum to one."""
+    if prefix + "mlp.gate.weight" not in weights:
+        return mlp(weights, prefix + "mlp.", x)
+    likelihood = softmax(linear(x, weights[prefix + "mlp.gate.weight"]))  # [T, E]
+    out = np.zeros_like(x)
+    for t, row in enumerate(likelihood):
+        chosen = np.argsort(-row, kind="stable")[: config["num_experts_per_tok"]]
+        total = np.sum(row[chosen]) if config["norm_topk_prob"] else 1.0
+        for e in chosen:
+            out[t] += row[e] / total * mlp(weights, f"{prefix}mlp.experts.{e}.", x[t])
+    return out
 
 
 def project_heads(weights, prefix, config, name, x, positions):
     """One of q, k, v of a layer: x [T, D] -> [T, heads, H]; q and k get their per-head RMSNorm, then RoPE."""
     head_dim = config["head_dim"]
     heads = config["num_attention_heads"] if name == "q" else config["num_key_value_heads"]
-    y = linear(x, weights[f"{prefix}self_attn.{name}_proj.weight"]).reshape(len(x), heads, head_dim)
+    projection = f"{prefix}self_attn.{name}_proj."
+    y = linear(x, weights[projection + "weight"], weights.get(projection + "bias")).reshape(len(x), heads, head_dim)
     if name == "v":
         return y
     y = rms_norm(y, weights[f"{prefix}self_attn.{name}_norm.weight"], config["rms_norm_eps"])
-    return rope(y, positions, rope_theta(config))
+    return rope(y, positions, config)
+
+
+def output(weights, prefix, mixed):
+    """o_proj of a layer: [T, N*H] -> [T, D]."""
+    return linear(mixed, weights[prefix + "self_attn.o_proj.weight"], weights.get(prefix + "self_attn.o_proj.bias"))
 
 
 def target_embedding(weights):
@@ -155,8 +199,9 @@ def target_forward(weights, config, ids, taps):
         k = project_heads(weights, prefix, config, "k", y, positions)
         v = project_heads(weights, prefix, config, "v", y, positions)
         mixed = attention(q, k, v, causal).reshape(length, -1)
-        x = x + linear(mixed, weights[prefix + "self_attn.o_proj.weight"])
-        x = x + mlp(weights, prefix, rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps))
+        x = x + output(weights, prefix, mixed)
+        y = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
+        x = x + layer_mlp(weights, prefix, config, y)
         after_layer.append(x)
     final = rms_norm(x, weights["model.norm.weight"], eps)
     after_layer[layers - 1] = final  # HF's last hidden_states entry is after the norm
@@ -204,8 +249,8 @@ def draft_block(draft_w, draft_cfg, embed, features, anchor_token, a, block_size
         k = project_heads(draft_w, prefix, draft_cfg, "k", keys_from, all_positions)
         v = project_heads(draft_w, prefix, draft_cfg, "v", keys_from, all_positions)
         mixed = attention(q, k, v, visible).reshape(size, -1)
-        x = x + linear(mixed, draft_w[prefix + "self_attn.o_proj.weight"])
-        x = x + mlp(draft_w, prefix, rms_norm(x, draft_w[prefix + "post_attention_layernorm.weight"], eps))
+        x = x + output(draft_w, prefix, mixed)
+        x = x + mlp(draft_w, prefix + "mlp.", rms_norm(x, draft_w[prefix + "post_attention_layernorm.weight"], eps))
     return rms_norm(x, draft_w["norm.weight"], eps)
 
 

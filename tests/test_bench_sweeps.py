@@ -58,7 +58,7 @@ def test_the_shapes_of_the_table_have_the_parameters_of_their_names():
     for name, (target, draft) in SHAPES.items():
         if name.startswith("qwen3"):
             held = jax.tree.leaves(weights.shapes(target))
-            size = float(name.removeprefix("qwen3-").removesuffix("b")) * 1e9
+            size = float(name.split("-")[1].removesuffix("b")) * 1e9
             assert sum(x.size for x in held) == pytest.approx(size, rel=0.06), name
             assert (draft.num_proposals, draft.num_hidden_layers, len(draft.target_layer_ids)) == (16, 5, 5)
     assert SHAPES["qwen3-8b"].draft.target_layer_ids == (1, 9, 17, 25, 33)
@@ -212,6 +212,22 @@ def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
         params = jax.eval_shape(lambda p: prepare.quantize(p, draft, kind), params)
     cycle = roofline.work(Configs(target, draft, candidates=candidates), params, batch=1, context=0)
     assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.003)
+
+
+def test_floors_of_experts_are_those_that_tokens_choose():
+    """30B-A3B: 3.3 billion parameters active in a token, of which the embedding's rows are not read."""
+    target, draft = SHAPES["qwen3-30b-a3b"]
+    params = Params(weights.shapes(target, jnp.bfloat16), weights.shapes(draft, jnp.bfloat16))
+    lean = roofline.work(Configs(target), Params(params.target), batch=1, context=0)["target"]
+    assert lean.bytes / 2 == pytest.approx(3.3e9 - 151936 * 2048, rel=0.03)
+    assert lean.flops == pytest.approx(2 * (lean.bytes / 2), rel=0.001)
+    cycle = roofline.work(Configs(target, draft), params, batch=1, context=0)["target"]
+    assert cycle.flops == pytest.approx(17 * lean.flops, rel=0.01)
+    expert = 3 * 2048 * 768 * 2 * 48  # bytes of one expert of every layer
+    read = (cycle.bytes - lean.bytes) / expert + 8
+    assert read == pytest.approx(128 * (1 - (15 / 16) ** 17), rel=0.01)  # 85 of 128 in a block of 17 tokens
+    most = roofline.work(Configs(target), Params(params.target), batch=4096, context=0)["target"]
+    assert most.bytes == pytest.approx(lean.bytes + 120 * expert, rel=0.01)
 
 
 def test_floors_grow_with_context_and_batch_and_shrink_with_the_mesh():

@@ -239,15 +239,17 @@ def test_folders_without_weights_or_config_are_refused(target, tmp_path):
 
 # --- Configs ------------------------------------------------------------------------------------------------------
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32768}
 BOTH = {
-    "rope_scaling": ({"rope_scaling": YARN}, "rope type 'yarn'"),
+    "rope_scaling": ({"rope_scaling": LLAMA}, "rope type 'llama3'"),
     "rope_scaling, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-    "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | YARN}, "rope type 'yarn'"),
+    "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | LLAMA}, "rope type 'llama3'"),
+    "dynamic rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+    "long rope": ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
     "unknown rope": ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "spiral"}}, "rope type 'spiral'"),
     "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "part of a head, nested": ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "a part"),
-    "attention_bias": ({"attention_bias": True}, "attention_bias True"),
+    "MLP bias": ({"mlp_bias": True}, "mlp_bias True"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     "no theta": ({"rope_theta": None}, "no rope_theta"),
@@ -258,7 +260,7 @@ BOTH = {
 }
 TARGETS = {
     "another architecture": ({"model_type": "llama"}, "model_type 'llama'"),
-    "MoE": ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe'"),
+    "another MoE": ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe'"),
     "use_sliding_window": ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window"),
     "sliding layer": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
 }

@@ -12,7 +12,8 @@ import pytest
 from factory import NO_STOP, Output, Pair
 from tiny import make_draft, make_target
 
-from domino_jax import decode, prepare, sharding
+from domino_jax import decode, moe, prepare, sharding
+from domino_jax.config import MoeConfig
 from domino_jax.decode import Configs, DecodeState, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
@@ -31,6 +32,23 @@ def pair() -> Pair:
     return factory.good_pair(
         TARGET, 1, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, intermediate_size=40
     )
+
+
+@pytest.fixture(scope="module")
+def moe_pair() -> Pair:
+    """Experts and biases in the target, a dense layer among its two; biases in the drafter too."""
+    experts = MoeConfig(8, 3, 20, norm_topk_prob=True, mlp_only_layers=(0,))
+    target = dataclasses.replace(TARGET, moe=experts, attention_bias=True)
+    return factory.good_pair(
+        target, 1, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, intermediate_size=40
+    )
+
+
+@pytest.fixture(scope="module")
+def moe_alone(moe_pair) -> list[Output]:
+    outputs = run(moe_pair)
+    assert len({m for o in outputs for m in o.accepted}) > 3
+    return outputs
 
 
 def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:
@@ -103,6 +121,22 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     assert ours.params.target.layers[0].q.sharding.shard_shape((32, 8, 6)) == (32, 8 // model, 6)
 
 
+@pytest.mark.parametrize("form", ["one by one", "grouped"])
+@pytest.mark.parametrize(("data", "model"), [(2, 1), (1, 2), (2, 4), (1, 8)], ids=lambda n: str(n))
+def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, monkeypatch, form, data, model):
+    """Each device holds its part of the experts and whole routers; biases lie with their heads."""
+    jax.clear_caches()  # the form is chosen in tracing
+    monkeypatch.setattr(moe, "choose", lambda: form)
+    mesh = sharding.make_mesh(data, model)
+    with jax.set_mesh(mesh):
+        ours = spread(moe_pair, mesh)
+        assert run(ours) == moe_alone
+    parts = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in flatten(ours.params.target).items()}
+    assert parts["layers.1.gate"] == (8 // model, 32, 20) and parts["layers.1.down"] == (8 // model, 20, 32)
+    assert parts["layers.1.router"] == (32, 8) and parts["layers.0.gate"] == (32, 40 // model)
+    assert parts["layers.0.q_bias"] == (8 // model, 6) and parts["layers.0.o_bias"] == (32,)
+
+
 def test_samples_on_a_mesh_are_those_of_one_device():
     """With a vocabulary that needs no padding the random numbers are the same, and so are the draws."""
     target = dataclasses.replace(TARGET, vocab_size=88)
@@ -124,15 +158,23 @@ def test_samples_on_a_mesh_are_those_of_one_device():
 COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
 
 
-@pytest.mark.parametrize("candidates", [None, 1], ids=["whole head", "candidates"])
-def test_nothing_large_crosses_between_devices(pair, candidates):
+@pytest.mark.parametrize(
+    ("model", "candidates", "form"),
+    [("pair", None, None), ("pair", 1, None), ("moe_pair", None, "one by one"), ("moe_pair", None, "grouped")],
+    ids=["whole head", "candidates", "experts", "experts, grouped"],
+)
+def test_nothing_large_crosses_between_devices(request, monkeypatch, model, candidates, form):
     """A cycle moves hidden states and, for each argmax, one candidate a device: no weight and no whole logits.
 
-    A head over candidates moves those as well, and their rows of its projection.
+    A head over candidates moves those as well, and their rows of its projection. Experts add nothing: what they say is
+    summed where an MLP's parts are.
     """
+    if form:
+        monkeypatch.setattr(moe, "choose", lambda: form)
+    jax.clear_caches()
     mesh = sharding.make_mesh(2, 4)
     with jax.set_mesh(mesh):
-        ours = spread(pair, mesh)
+        ours = spread(request.getfixturevalue(model), mesh)
         ours = Pair(ours.params, dataclasses.replace(ours.configs, candidates=candidates))
         text = decode.speculate.lower(ours.params, ours.configs, start(ours), NO_STOP, 8, True).compile().as_text()
     moved: dict[str, list[int]] = {}

@@ -37,7 +37,9 @@ def make_draft(shift: bool, prefix: int | None, block: int = 4, window: int | No
 def named(config, module) -> dict[str, np.ndarray]:
     """A module as tensors under Hugging Face's names."""
     leaves = flatten(module)
-    return {e.hf_name: np.asarray(e.to_hf(np.asarray(leaves[e.path]))) for e in entries(config)}
+    return {
+        n: np.asarray(t) for e in entries(config) for n, t in e.tensors(np.asarray(e.to_hf(leaves[e.path]))).items()
+    }
 
 
 def sequences(seed: int = 0):

@@ -217,10 +217,8 @@ def run(options: Train) -> None:
     target = hf.parse_config(raw)
     if not isinstance(target, TargetConfig):
         raise DominoError(f"{options.target} is a drafter; --target takes the target model.")
-    if options.length > target.max_position_embeddings:
-        raise DominoError(
-            f"--length {options.length} is beyond the target's {target.max_position_embeddings} positions."
-        )
+    if options.length > target.positions:
+        raise DominoError(f"--length {options.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(options.target)
     mask_token_id = options.mask_token_id
     if mask_token_id is None:

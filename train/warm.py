@@ -28,10 +28,11 @@ def from_target(
     """
     depth, layers = config.num_hidden_layers, draft.num_hidden_layers
     taps = [i for i in draft.target_layer_ids if i < depth - 1]
-    if layers > depth or draft.intermediate_size != config.intermediate_size or not taps:
+    experts = any(config.is_sparse(i) for i in range(depth - layers, depth))
+    if layers > depth or draft.intermediate_size != config.intermediate_size or not taps or experts:
         raise DominoError(
             "a drafter can begin as the target's last layers only if it has no more of them, the same "
-            "intermediate size, and taps a layer below the last."
+            "intermediate size, and taps a layer below the last, and if those layers have no experts."
         )
     made = dict(weights)
     theirs = flatten(target)

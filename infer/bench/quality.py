@@ -199,7 +199,7 @@ def measure(one: Measured, engines: Mapping[Mode, Engine], options: "Bench", tok
 
 def positions(engines: Mapping[Mode, Engine]) -> int:
     """The longest prompt, in tokens, that the model takes."""
-    return next(iter(engines.values())).loaded.configs.target.max_position_embeddings
+    return next(iter(engines.values())).loaded.configs.target.positions
 
 
 def _sequences(

@@ -3,6 +3,9 @@
 Decoding at small batch is bound by reading weights (SPEC section 8). A phase's floor is the longer of two times: its
 weights and live cache at the memory's measured bandwidth, and its operations at the measured rate of a large product.
 Activations inside a phase are not counted; logits between phases are, since batches of them leave the chip's caches.
+
+Of a mixture of experts a pass reads those that its tokens choose, each once. Which ones depends on the text: counted is
+the mean if every token chose its k of E at random, E · (1 - (1 - k/E)^tokens). Tokens that agree on theirs read fewer.
 """
 
 import math
@@ -106,15 +109,29 @@ def work(
         flops = sum(2 * _size(x) * queries * rows for x in leaves if len(x.shape) > 1)
         return Work(sum(_size(x) * x.dtype.itemsize for x in leaves), flops)
 
+    def expert_products(weights: Iterable[Any], queries: int) -> Work:
+        """Those experts read that somebody chose, and each multiplied by the vectors that chose it."""
+        if target.moe is None:
+            return Work(0, 0)
+        chosen = target.moe.num_experts_per_tok / target.moe.num_experts
+        whole = products(weights, queries)
+        return Work(whole.bytes * (1 - (1 - chosen) ** (queries * rows)), whole.flops * chosen)
+
     logits = rows * vocabulary
-    own = [*_leaves(params.target.layers), params.target.norm, output]
-    phases = {"target": _sum(products(own, tokens), attending(target, tokens, context + tokens))}
+    experts, others = _parted(params.target.layers)
+    phases = {
+        "target": _sum(
+            products([*others, params.target.norm, output], tokens),
+            expert_products(experts, tokens),
+            attending(target, tokens, context + tokens),
+        )
+    }
     config, drafter = configs.draft, params.draft
     if config is None or drafter is None:
         return phases
     block = config.block_size
     phases["draft"] = _sum(
-        products([*_leaves(drafter.layers), drafter.norm], block),
+        products([*_parted(drafter.layers)[1], drafter.norm], block),
         products([output if params.output is None else params.output], proposals),
         attending(config, block, context + block),
     )
@@ -137,8 +154,11 @@ def work(
     return phases
 
 
-def _leaves(layers: Iterable[Layer]) -> list[Any]:
-    return [leaf for layer in layers for leaf in jax.tree.leaves(layer)]
+def _parted(layers: Iterable[Layer | FusedLayer]) -> tuple[list[Any], list[Any]]:
+    """The weights of the layers' experts, and all the others."""
+    experts = [leaf for x in layers if x.router is not None for leaf in (x.gate, x.up, x.down)]
+    known = set(map(id, experts))
+    return experts, [leaf for layer in layers for leaf in jax.tree.leaves(layer) if id(leaf) not in known]
 
 
 def _shape(x: Any) -> tuple[int, ...]:

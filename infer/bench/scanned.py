@@ -61,14 +61,14 @@ def scanned(params: Target, config: TargetConfig, stacked: Any, tokens: Array, s
         Hidden states [B, T, D], and the caches.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    angles, eps = layers.rotary(positions, config.rope_theta, config.head_dim), config.rms_norm_eps
+    angles, eps = layers.rotary(positions, config), config.rms_norm_eps
 
     def step(x: Array, one: Any) -> tuple[Array, tuple[Array, Array]]:
         layer, k, v = one
         y = layers.rms_norm(x, layer.input_norm, eps)
         q, (new_k, new_v) = layers.queries(layer, y, angles, eps), layers.keys_values(layer, y, angles, eps)
         k, v = kv.write(k, new_k, start), kv.write(v, new_v, start)
-        return layers.residual(layer, x, attend(q, k, v, start), eps), (k, v)
+        return layers.residual(layer, x, attend(q, k, v, start), eps, config.moe), (k, v)
 
     x, (k, v) = jax.lax.scan(step, params.embed[tokens], (stacked, k, v))
     return layers.rms_norm(x, params.norm, eps), k, v

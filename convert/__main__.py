@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted" if options.check else "interrupted; nothing was written", file=sys.stderr)
         return CANCELLED
     if not options.check:
         print(f"{options.source} ({was}) -> {options.destination} ({now})")

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import hf, orbax
-from convert.folders import HF, depth, form, load
+from convert.folders import HF, depth, form, load, read_config
 from convert.tensors import TensorFiles
 from convert.tokenizer import first_line, load_tokenizer
 from domino_jax import target
@@ -51,24 +51,30 @@ def check(folder: Path, target_folder: Path | None = None, progress: Callable[..
     """
     if not folder.is_dir():
         raise DominoError(f"{folder} is not a folder.")
+    other = read_config(target_folder) if target_folder else None
     raw = hf.read_json(folder / "config.json")
-    config = hf.parse_config(raw, depth(raw))
-    report = Report()
+    config = hf.parse_config(raw, other.num_hidden_layers if other else depth(raw))
+    if other and not (isinstance(config, DraftConfig) and isinstance(other, TargetConfig)):
+        raise DominoError("--target takes the target's folder, and --check then its drafter's.")
+    report, of = Report(), form(folder)
     report.say("what", describe(config))
-    report.say("form", form(folder))
-    count = sum(prod(shape) for _, shape in expected(config))
+    report.say("form", of)
+    count = parameters(config)
     report.say("parameters", f"{count:,} ({count / 1e9:.2f} B)")
-    tensors = _orbax(folder, config, report) if form(folder) != HF else _safetensors(folder, config, report)
+    tensors = _safetensors(folder, config, report) if of == HF else _orbax(folder, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
-    tokenizer = load_tokenizer(folder)
-    if isinstance(config, TargetConfig):
+    if isinstance(config, DraftConfig):
+        report.say("target", f"{_fit(config, other, report)}" if other else "not given: --target DIR says if they fit")
+        return report
+    tokenizer = None
+    try:
+        hf.stop_ids(folder, raw)
+        tokenizer = load_tokenizer(folder)
         report.say("tokenizer", _tokenizer(tokenizer, config, report))
-    if target_folder:
-        _fit(config, target_folder, report)
-    elif isinstance(config, DraftConfig):
-        report.say("target", "not given: --target DIR says whether they fit")
-    if isinstance(config, TargetConfig) and not report.problems:
-        report.say("transformers", _parity(folder, config, tokenizer, report))
+    except DominoError as error:
+        report.problems.append(str(error).rstrip("."))
+    if not report.problems:
+        report.say("transformers", _parity(folder, of, config, tokenizer, report))
     return report
 
 
@@ -95,10 +101,9 @@ def describe(config: TargetConfig | DraftConfig) -> str:
     )
 
 
-def expected(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors that a model of this config has, under Hugging Face's names."""
-    for entry in hf.entries(config):
-        yield from ((name, entry.tensor_shape) for name in entry.hf_names)
+def parameters(config: DecoderConfig) -> int:
+    """How many parameters a model of this config has."""
+    return sum(prod(entry.hf_shape) for entry in hf.entries(config))
 
 
 Tensor = tuple[str, int, Callable[[], Any]]  # name, bytes, and its values
@@ -112,7 +117,7 @@ def _safetensors(folder: Path, config: DecoderConfig, report: Report) -> list[Te
     where = hf.today(tensors)
     report.say("dtype", _dtypes(Counter(stored.dtype for stored in where.values())))
     report.problems += hf.account(config, where)
-    report.say("tensors", f"{len(where)} found, {sum(1 for _ in expected(config))} expected")
+    report.say("tensors", f"{len(where)} found, {sum(len(e.hf_names) for e in hf.entries(config))} expected")
     return [(name, stored.bytes, partial(tensors.read, stored)) for name, stored in where.items()]
 
 
@@ -141,12 +146,9 @@ def _values(tensors: list[Tensor], report: Report, progress: Callable[[int, int]
     total, done, bad = sum(size for _, size, _ in tensors), 0, []
     for name, size, read in tensors:
         value = jnp.asarray(read())
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            count = int(_not_finite(value))
-            if count:
-                bad.append(f"{name} has {count} non-finite values of {value.size}")
-        else:
-            report.problems.append(f"{name} holds {value.dtype}, which is no floating-point type")
+        count = int(_not_finite(value))
+        if count:
+            bad.append(f"{name} has {count} non-finite values of {value.size}")
         done += size
         if progress:
             progress(done, total)
@@ -165,28 +167,27 @@ def _tokenizer(tokenizer: Any, config: TargetConfig, report: Report) -> str:
     return f"{len(tokenizer)} tokens, {template}"
 
 
-def _fit(config: TargetConfig | DraftConfig, target_folder: Path, report: Report) -> None:
+def _fit(config: DraftConfig, other: DecoderConfig, report: Report) -> str:
     """Whether a drafter fits its target."""
-    other = hf.parse_config(hf.read_json(target_folder / "config.json"))
-    if not isinstance(config, DraftConfig) or not isinstance(other, TargetConfig):
-        raise DominoError("--target takes the target's folder, and --check then its drafter's.")
+    assert isinstance(other, TargetConfig)
     try:
         report.warnings += check_pair(other, config)
     except DominoError as error:
         report.problems.append(str(error).rstrip("."))
-        return
-    report.say("target", f"fits {target_folder}: width, vocabulary, {other.num_hidden_layers} layers, mask token, RoPE")
+        return "does not fit"
+    return f"fits: width, vocabulary, {other.num_hidden_layers} layers, tapped layers, mask token"
 
 
-def _parity(folder: Path, config: TargetConfig, tokenizer: Any, report: Report) -> str:
+def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report: Report) -> str:
     """The largest difference of logits from transformers' own model, in float32, on a short text."""
     if importlib.util.find_spec("torch") is None:
         return "not compared: PyTorch is not installed"
-    if form(folder) != HF:
+    if of != HF:
         return "not compared: it reads Hugging Face folders only"
-    needed, free = 8 * sum(prod(shape) for _, shape in expected(config)), _free_memory()
+    # One after the other, each with its weights and one tensor on the way.
+    needed, free = int(4.5 * parameters(config)), _free_memory()
     if free is not None and needed > free:
-        return f"not compared: both models in float32 take {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
+        return f"not compared: in float32 it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
     import torch
     from transformers import AutoModelForCausalLM
 

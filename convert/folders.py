@@ -12,6 +12,7 @@ from convert import hf, orbax
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 
+PARTIAL = ".partial"
 HF, ORBAX, RUN = "Hugging Face", "Orbax", "training run"
 
 
@@ -55,7 +56,8 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     destination = destination.absolute()
     if not source.is_dir():
         raise DominoError(f"{source} is not a folder.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    there = destination.exists()
+    if there and (not destination.is_dir() or any(file.name != PARTIAL for file in destination.iterdir())):
         raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
     config = hf.parse_config(raw, depth(raw))
@@ -63,7 +65,8 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     now = ORBAX if was == HF else HF
     if was == RUN and dtype is None:
         dtype = jnp.bfloat16
-    partial = destination.with_name(f".{destination.name}.partial")
+    # An empty folder may be a volume or a link to another disk: what is written goes there, not beside it.
+    partial = destination / PARTIAL if there else destination.with_name(f".{destination.name}{PARTIAL}")
     try:
         if partial.exists():
             shutil.rmtree(partial)
@@ -79,9 +82,11 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
             hf.write_json(partial / "config.json", hf.with_dtype(raw, dtype))
         if was != RUN:  # beside a run lie its settings and metrics, which are no part of the drafter
             hf.copy_companions(source, partial)
-        if destination.exists():
-            destination.rmdir()
-        partial.replace(destination)
+        if there:
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # without it, no model
+                file.replace(destination / file.name)
+        else:
+            partial.replace(destination)
     except OSError as error:
         raise DominoError(f"{destination} can't be written: {error}.") from None
     finally:

@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from domino_jax.weights import flatten, unflatten
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-GROUP_BYTES = 2**28  # weights that `write` asks for at a time
+GROUP_BYTES = 2**28  # weights that are asked for at a time
+FLOATS = {"F32", "F16", "BF16", "float32", "float16", "bfloat16"}  # dtypes, in the words of safetensors and of NumPy
 OLD_HEAD_PREFIX = "logit_head."  # some older drafters nest the causal head
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -53,13 +54,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def stop_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a sequence, by generation_config.json, else by the config.json `raw`.
+
+    Raises:
+        DominoError: they are no ids, or the file is damaged.
+    """
+    generation = folder / "generation_config.json"
+    ids = read_json(generation).get("eos_token_id") if generation.exists() else None
+    ids = raw.get("eos_token_id") if ids is None else ids
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(i, int) for i in ids):
+        raise DominoError(f"{folder} has eos_token_id {ids}, expected an id or a list of ids.")
+    return tuple(ids)
+
+
 def parse_config(raw: Mapping[str, Any], num_target_layers: int | None = None) -> TargetConfig | DraftConfig:
     """The config of a target, or of a drafter if it has a `dflash_config`."""
     try:
         if "dflash_config" in raw:
             return DraftConfig.from_hf(raw, num_target_layers)
         return TargetConfig.from_hf(raw)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise DominoError(f"config.json has a value of the wrong kind: {error}.") from None
 
 
@@ -69,13 +85,13 @@ def tensor_files(folder: Path) -> list[Path]:
     Raises:
         DominoError: there are none, one that the index names is missing, or only pickles are there.
     """
-    if (folder / INDEX).exists():
+    if (folder / SINGLE).exists():  # before the index, as transformers looks
+        files = [folder / SINGLE]
+    elif (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise DominoError(f"{folder / INDEX} has no weight_map.")
         files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
-    elif (folder / SINGLE).exists():
-        files = [folder / SINGLE]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -87,6 +103,8 @@ def tensor_files(folder: Path) -> list[Path]:
             )
         raise DominoError(f"{folder} has no {SINGLE} and no {INDEX}.")
     for file in files:
+        if file.is_symlink() and not file.exists():
+            raise DominoError(f"{file} is a link to a file that is gone: fetch the model again.")
         if not file.exists():
             raise DominoError(f"{folder / INDEX} names {file.name}, which is not in the folder.")
     return files
@@ -147,7 +165,12 @@ def _read(
     if not stacked:
         return files.read(sources[0], index)
     chosen, inner = (sources, None) if index is None else (sources[index[0]], index[1:])
-    return np.stack([files.read(source, inner) for source in chosen])
+    for number, source in enumerate(chosen):
+        part = files.read(source, inner)
+        if number == 0:
+            whole = np.empty((len(chosen), *part.shape), part.dtype)
+        whole[number] = part
+    return whole
 
 
 def today(files: TensorFiles) -> dict[str, Stored]:
@@ -156,20 +179,31 @@ def today(files: TensorFiles) -> dict[str, Stored]:
 
 
 def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
-    """Every missing, unexpected and misshapen tensor of a model of this config, in words."""
-    table = entries(config)
-    known = {name for entry in table for name in entry.hf_names}
-    # A tied model may carry its output projection a second time; the embedding counts.
-    spare = {"lm_head.weight"} if isinstance(config, TargetConfig) and config.tie_word_embeddings else set()
+    """What is wrong with the tensors of a model of this config, in words: see `differences`."""
+    wanted = {name: entry.tensor_shape for entry in entries(config) for name in entry.hf_names}
+    found = {name: (stored.shape, stored.dtype) for name, stored in where.items()}
+    if isinstance(config, TargetConfig) and config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)  # some files carry the embedding a second time
+    return differences(wanted, found)
+
+
+def differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
+    """Every missing, unexpected and misshapen tensor, and those that are no floats of 16 or 32 bits, in words.
+
+    Args:
+        wanted: shapes by name.
+        found: shapes and dtypes by name.
+    """
+    both = [name for name in wanted if name in found]
     return [
-        *(f"missing {name}" for name in sorted(known - where.keys())),
-        *(f"unexpected {name}" for name in sorted(where.keys() - known - spare)),
+        *(f"missing {name}" for name in sorted(wanted.keys() - found.keys())),
+        *(f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())),
         *(
-            f"{name} has shape {list(where[name].shape)}, expected {list(entry.tensor_shape)}"
-            for entry in table
-            for name in entry.hf_names
-            if name in where and where[name].shape != entry.tensor_shape
+            f"{name} has shape {list(found[name][0])}, expected {list(wanted[name])}"
+            for name in both
+            if found[name][0] != wanted[name]
         ),
+        *(f"{name} holds {found[name][1]}, expected F32, F16 or BF16" for name in both if found[name][1] not in FLOATS),
     ]
 
 
@@ -219,7 +253,7 @@ def write(
             save_file(shard, files[-1][0], metadata={"format": "pt"})
             shard = {}
 
-        for group in _groups(table, dtype):
+        for group in grouped(table, lambda entry: _bytes(entry, dtype)):
             held = leaves([entry.path for entry in group])
             for entry in group:
                 whole = np.asarray(jax.device_get(entry.to_hf(held[entry.path], dtype)))
@@ -232,7 +266,8 @@ def write(
             if progress:
                 progress(done, total)
         flush()
-        (folder / INDEX).unlink(missing_ok=True)  # of an earlier model: it would be read instead of a single file
+        for earlier in (INDEX, SINGLE):  # of another model: one would be read instead of the other
+            (folder / earlier).unlink(missing_ok=True)
         count = len(files)
         names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         for name, (file, _) in zip(names, files, strict=True):
@@ -253,14 +288,17 @@ def _bytes(entry: Entry, dtype: Any) -> int:
     return prod(entry.hf_shape) * jnp.dtype(dtype or jnp.float32).itemsize
 
 
-def _groups(table: list[Entry], dtype: Any) -> Iterator[list[Entry]]:
-    """The entries in their order, in groups of about GROUP_BYTES."""
-    group: list[Entry] = []
-    for entry in table:
-        if group and sum(_bytes(e, dtype) for e in (*group, entry)) > GROUP_BYTES:
+Item = TypeVar("Item")
+
+
+def grouped(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in their order, in groups of GROUP_BYTES by their `size` (a larger one by itself)."""
+    group: list[Item] = []
+    for item in items:
+        if group and sum(map(size, (*group, item))) > GROUP_BYTES:
             yield group
             group = []
-        group.append(entry)
+        group.append(item)
     yield group
 
 

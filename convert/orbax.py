@@ -6,7 +6,7 @@ DIR/weights/                                our tree, each array in our layout a
 A training run's folder is read as well: DIR/config.json is its drafter's, DIR/checkpoints holds its states.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from convert.hf import GROUP_BYTES, Progress, some
+from convert.hf import Progress, differences, grouped, some
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import DATA, MODEL, grown, spec
@@ -34,7 +34,7 @@ def is_orbax(folder: Path) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a training run's."""
-    return (folder / CHECKPOINTS).is_dir() and not is_orbax(folder)
+    return (folder / CHECKPOINTS).is_dir() and not is_orbax(folder) and not any(folder.glob("*.safetensors"))
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def save(folder: Path, module: Any) -> None:
     """
     tree = _nested(flatten(module))
     form: Any = ocp.args.PyTreeSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, save_device_host_concurrent_gb=1)
+    most = 1 + max(leaf.nbytes for leaf in jax.tree.leaves(tree)) // 10**9  # in flight; Orbax refuses what is not below
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=most, save_device_host_concurrent_gb=most)
     try:
         with ocp.AsyncCheckpointer(handler) as checkpointer:
             checkpointer.save((folder / WEIGHTS).absolute(), args=form)
@@ -77,25 +78,17 @@ class Saved:
         self.config = config
         self._nest = not is_run(folder)
         self._path = (folder / WEIGHTS if self._nest else _newest(folder)).absolute()
-        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1))
+        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         wanted = flatten(shapes(config))
         try:
             tree: Any = self._checkpointer.metadata(self._path).item_metadata.tree  # type: ignore[union-attr]
             found = flatten(tree) if self._nest else dict(tree["weights"])
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
-        problems = [
-            *(f"missing {name}" for name in sorted(wanted.keys() - found.keys())),
-            *(f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())),
-            *(
-                f"{name} has shape {list(found[name].shape)}, expected {list(form.shape)}"
-                for name, form in wanted.items()
-                if name in found and tuple(found[name].shape) != form.shape
-            ),
-        ]
+        self.shapes = {name: form.shape for name, form in wanted.items()}
+        problems = differences(self.shapes, {n: (tuple(x.shape), jnp.dtype(x.dtype).name) for n, x in found.items()})
         if problems:
             raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
-        self.shapes = {name: form.shape for name, form in wanted.items()}
         self.dtypes = {name: jnp.dtype(found[name].dtype) for name in wanted}
         self._letters = flatten(axes(config))
 
@@ -131,16 +124,6 @@ class Saved:
             raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
         leaves = flatten(restored) if self._nest else restored["weights"]
         return {path: self._whole(path, leaves[path], mesh) for path in paths}
-
-    def groups(self) -> Iterator[list[str]]:
-        """All paths, the largest weights first, in groups that are read in one go."""
-        group: list[str] = []
-        for path in sorted(self.shapes, key=lambda path: -self.bytes(path)):
-            if group and sum(map(self.bytes, (*group, path))) > GROUP_BYTES:
-                yield group
-                group = []
-            group.append(path)
-        yield group
 
     def _place(self, path: str, mesh: Mesh | None) -> tuple[tuple[int, ...], Any]:
         """The shape to restore a weight with, and where to."""
@@ -181,7 +164,7 @@ def load(
     """
     saved = Saved(folder, config)
     total, leaves = sum(map(saved.bytes, saved.shapes)), {}
-    for group in saved.groups():
+    for group in grouped(sorted(saved.shapes, key=saved.bytes, reverse=True), saved.bytes):
         leaves |= jax.block_until_ready(saved.read(group, dtype, mesh))
         if progress:
             progress(sum(map(saved.bytes, leaves)), total)

@@ -60,8 +60,13 @@ class Yarn:
             truncate=bool(rope.get("truncate", cls.truncate)),
         )
         for key, least in (("factor", 1), ("original_max_position_embeddings", 1), ("attention_factor", 0)):
-            if not getattr(yarn, key) >= least:
+            if not least <= getattr(yarn, key) < math.inf:
                 raise DominoError(f"{what} has a YaRN {key} of {getattr(yarn, key):g}; the least is {least}.")
+        if not math.inf > yarn.beta_fast > 0 < yarn.beta_slow < math.inf:
+            raise DominoError(
+                f"{what} has a YaRN beta_fast of {yarn.beta_fast:g} and beta_slow of {yarn.beta_slow:g}; both must be "
+                "above 0."
+            )
         return yarn
 
     def to_hf(self) -> dict[str, Any]:
@@ -465,6 +470,8 @@ def _rope(raw: Mapping[str, Any], max_position_embeddings: int, what: str) -> di
         raise DominoError(f"{what} has {unknown[0]} among its RoPE settings, which is not supported with {kind!r}.")
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     theta = float(_get({"rope_theta": theta}, "rope_theta", what))
+    if not 1 < theta < math.inf:
+        raise DominoError(f"{what} has a rope_theta of {theta:g}; it must be above 1.")
     if kind == "default":
         return {"rope_theta": theta}
     if raw.get("original_max_position_embeddings"):  # transformers lets one beside the settings win

@@ -196,8 +196,9 @@ def spread(
                     assert end - begin == head, "with copies, a device has one KV head"
                     begin = begin // head // copies * head
                     end = begin + head
-                padding.append((0, end - max(begin, min(end, shape[axis]))))
-                bounds[axis] = min(begin, shape[axis]), min(end, shape[axis])
+                stop = min(end, shape[axis])
+                padding.append((0, end - max(begin, stop)))
+                bounds[axis] = (begin, stop) if begin < stop else (0, 0)
             value = read(tuple(slice(*bound) for bound in bounds))
             read_parts[key] = np.pad(value, padding) if any(map(any, padding)) else value
         return read_parts[key]

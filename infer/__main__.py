@@ -291,29 +291,30 @@ class Session:
 
     def _load(self) -> None:
         o = self.options
-        drafting = o.compare or o.show_drafts or o.drafts is not None
+        fewer = o.head_candidates != "all" or o.draft_dtype is not None
+        drafting = o.compare or o.show_drafts or o.drafts is not None or fewer
         if drafting and names.where(o.model, o.draft)[1] is None:  # before anything is fetched
-            raise DominoError("--compare, --show-drafts and --drafts need a drafter: give one with --draft DIR.")
-        target, draft = names.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision)
+            raise DominoError(
+                "--compare, --show-drafts, --drafts, --head-candidates and --draft-dtype need a drafter: give one with "
+                "--draft DIR."
+            )
         from convert.programs import keep_programs
         from infer import models
         from infer.engine import Engine
 
         keep_programs()
+        how: dict[str, Any] = {
+            "dtype": o.dtype,
+            "drafts": None if o.drafts == "auto" else o.drafts,
+            "mesh": parse_mesh(o.mesh) if o.mesh is not None else None,
+            "attention": o.attention,
+            "candidates": None if o.head_candidates == "all" else o.head_candidates,
+            "draft_dtype": o.draft_dtype,
+        }
+        check = partial(models.plan, **how)
+        target, draft = names.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
         with bars(self.notes) as progress:
-            mesh = parse_mesh(o.mesh) if o.mesh is not None else None
-            self.loaded = models.load(
-                target,
-                draft,
-                o.dtype,
-                progress,
-                drafts=None if o.drafts == "auto" else o.drafts,
-                mesh=mesh,
-                attention=o.attention,
-                candidates=None if o.head_candidates == "all" else o.head_candidates,
-                draft_dtype=o.draft_dtype,
-                fuse=o.fuse,
-            )
+            self.loaded = models.load(target, draft, progress=progress, fuse=o.fuse, **how)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded, auto=o.drafts == "auto", report=say)
         if o.system is not None and not self._is_chat():

@@ -90,18 +90,18 @@ class Snapshot:
         Raises:
             DominoError: the repository has no safetensors, or not those that its index names.
         """
-        if hf.INDEX in self.listed:
+        if hf.SINGLE in self.listed:  # before the index, as transformers and convert.hf look
+            weights = [hf.SINGLE]
+        elif hf.INDEX in self.listed:
             weight_map = hf.read_json(self.folder / hf.INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise DominoError(f"{hf.INDEX} of {self.repo} has no weight_map.")
             weights = sorted({str(name) for name in weight_map.values()})
-        elif hf.SINGLE in self.listed:
-            weights = [hf.SINGLE]
         else:
             weights = sorted(n for n in self.listed if n.endswith(".safetensors") and "/" not in n)
-        lost = [name for name in weights if name not in self.listed]
+        lost = [name for name in weights if name not in self.listed or not name.endswith(".safetensors")]
         if not weights or lost:
-            what = f"is without {lost[0]}, which its index names" if lost else "has no weights as safetensors"
+            what = f"has no safetensors {lost[0]}, which its index names," if lost else "has no weights as safetensors"
             raise DominoError(f"{self.repo} {what} (pickles are never read); give another with {self.flag}.")
         return [name for name in dict.fromkeys((CONFIG, *BESIDES)) if name in self.listed] + weights
 

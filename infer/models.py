@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +17,7 @@ from convert.precision import settle
 from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
 from domino_jax.attention import Choice, choose
-from domino_jax.config import DecoderConfig
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh
@@ -41,6 +41,51 @@ class Loaded:
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this model are run in."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
+
+
+class Plan(NamedTuple):
+    """How a pair will run."""
+
+    configs: Configs  # as in the files
+    fitted: Configs  # to the mesh
+    dtype: Any
+    mesh: Mesh | None
+
+
+def plan(
+    config: TargetConfig,
+    draft_config: DraftConfig | None,
+    dtype: str | None = None,
+    *,
+    drafts: int | None = None,
+    mesh: tuple[int, int] | None = None,
+    attention: Choice = "auto",
+    candidates: int | None = None,
+    draft_dtype: str | None = None,
+) -> Plan:
+    """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
+
+    Args: see `load`.
+
+    Raises:
+        DominoError: a setting does not fit the pair or these devices.
+    """
+    configs = Configs(config)
+    if draft_config:
+        configs = Configs(config, draft_config, drafts, candidates)
+    elif candidates is not None or draft_dtype is not None:
+        raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
+    kind = settle(dtype)
+    models = [c for c in (configs.target, configs.draft) if c]
+    sizes = mesh or default_sizes(models)
+    spread = make_mesh(*sizes) if sizes != (1, 1) else None
+    fitted = dataclasses.replace(
+        configs,
+        target=fit(configs.target, sizes[1]),
+        draft=fit(configs.draft, sizes[1]) if configs.draft else None,
+        attention=choose(attention, [c.head_dim for c in models], kind),
+    )
+    return Plan(configs, fitted, kind, spread)
 
 
 def load(
@@ -76,20 +121,15 @@ def load(
     """
     began = time.perf_counter()
     raw, config, draft_config, warnings = read_configs(target, draft)
-    configs = Configs(config)
-    if draft_config:
-        configs = Configs(config, draft_config, drafts, candidates)
-    elif candidates is not None or draft_dtype is not None:
-        raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
-    kind = settle(dtype)
-    models = [c for c in (configs.target, configs.draft) if c]
-    sizes = mesh or default_sizes(models)
-    spread = make_mesh(*sizes) if sizes != (1, 1) else None
-    fitted = dataclasses.replace(  # refuses before anything is read
-        configs,
-        target=fit(configs.target, sizes[1]),
-        draft=fit(configs.draft, sizes[1]) if configs.draft else None,
-        attention=choose(attention, [c.head_dim for c in models], kind),
+    configs, fitted, kind, spread = plan(
+        config,
+        draft_config,
+        dtype,
+        drafts=drafts,
+        mesh=mesh,
+        attention=attention,
+        candidates=candidates,
+        draft_dtype=draft_dtype,
     )
 
     def read(folder: Path, config: Any, what: str) -> Any:
@@ -111,7 +151,7 @@ def load(
         jax.block_until_ready(params)
     tokenizer = load_tokenizer(target)
     return Loaded(
-        fitted, params, tokenizer, _stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began, spread
+        fitted, params, tokenizer, hf.stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began, spread
     )
 
 
@@ -122,14 +162,3 @@ def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None
 
         return folders.load(folder, config, dtype, progress, mesh)
     return hf.load(folder, config, dtype, progress, mesh)
-
-
-def _stop_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    """The ids that end a sequence, by generation_config.json, else by config.json `raw`."""
-    generation = folder / "generation_config.json"
-    ids = hf.read_json(generation).get("eos_token_id") if generation.exists() else None
-    ids = raw.get("eos_token_id") if ids is None else ids
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int) for i in ids):
-        raise DominoError(f"{folder} has eos_token_id {ids}, expected an id or a list of ids.")
-    return tuple(ids)

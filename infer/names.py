@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from domino_jax.errors import DominoError
 
 if TYPE_CHECKING:  # slow to import, and the command line is checked first
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from domino_jax.config import DraftConfig, TargetConfig
@@ -98,6 +100,7 @@ def resolve(
     console: "Console",
     revision: str | None = None,
     draft_revision: str | None = None,
+    check: "Callable[[TargetConfig, DraftConfig | None], object] | None" = None,
 ) -> tuple[Path, Path | None]:
     """The folders of a target and its drafter, fetched from the Hub where needed.
 
@@ -107,6 +110,7 @@ def resolve(
         model, draft: see `where`.
         console: standard error, for notes and progress.
         revision, draft_revision: branch, tag or commit of a Hub repository; its main branch when None.
+        check: raises if the pair can't run as asked; called before weights are fetched.
 
     Raises:
         DominoError: nothing is found under one of them, the two do not fit, or fetching fails.
@@ -126,7 +130,9 @@ def resolve(
     if remote:
         from infer import hub
 
-        read_configs(target, drafter)
+        _, config, draft_config, _ = read_configs(target, drafter)
+        if check:
+            check(config, draft_config)
         hub.fetch(remote, console)
     if drafter is None and draft is None:
         console.print(_plainly(model, target), markup=False, highlight=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from convert import hf
 from domino_jax.errors import DominoError
 from infer import names
 from infer.bench.shapes import SHAPES
+from infer.hub import Snapshot
 
 ROOT = Path(__file__).parents[1]
 TARGET_REPO, DRAFT_REPO, DFLASH_REPO = (str(repo) for repo in names.TABLE["qwen3-4b"][:3])
@@ -382,6 +383,23 @@ def test_a_drafter_that_taps_or_masks_what_is_not_there_costs_no_weights(hub, ma
     # A folder's target is checked as well before anything of a drafter is fetched.
     assert says in machine.refuse("--model", str(models / "target"), "--draft", "my/drafter")
     assert hub.names() == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [(("--mesh", "model=7"), "needs 7 devices"), (("--attention", "cudnn"), "needs an NVIDIA GPU")]
+)
+def test_what_can_not_run_here_costs_no_weights(hub, machine, words, says):
+    assert says in machine.refuse("--model", "qwen3-4b", *words)
+    assert hub.names() == {"config.json"} and not hub.received()
+
+
+def test_an_index_that_names_anything_but_safetensors_is_refused(tmp_path):
+    listed = frozenset({"config.json", hf.INDEX, "pytorch_model.bin"})
+    snapshot = Snapshot("my/model", None, "commit", listed, tmp_path, "--model")
+    snapshot.folder.mkdir(parents=True)
+    hf.write_json(snapshot.folder / hf.INDEX, {"weight_map": {"model.norm.weight": "pytorch_model.bin"}})
+    with pytest.raises(DominoError, match=r"no safetensors pytorch_model.bin"):
+        snapshot.wanted()
 
 
 def test_what_is_not_there_is_one_sentence(hub, machine, models, tmp_path):

@@ -17,8 +17,9 @@ from convert.__main__ import main as convert_main
 from convert.folders import convert, load
 from convert.tensors import TensorFiles
 from domino_jax.config import DecoderConfig
+from domino_jax.errors import DominoError
 from domino_jax.sharding import fit, make_mesh, spec
-from domino_jax.weights import axes, flatten
+from domino_jax.weights import axes, flatten, shapes
 from infer.bench.checkpoints import main as checkpoints_main
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
@@ -26,6 +27,7 @@ TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2, num_attention_
 MODELS: dict[str, Any] = {
     "target": TARGET,
     "untied": dataclasses.replace(TARGET, tie_word_embeddings=False),
+    "vocabulary of few": dataclasses.replace(TARGET, vocab_size=10),
     "drafter": factory.draft_config(
         TARGET,
         num_hidden_layers=1,
@@ -179,6 +181,89 @@ def test_a_drafter_is_checked_against_its_target(tmp_path, capsys):
 def test_contradicting_words_are_refused(words, capsys):
     assert convert_main(words) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_drafter_that_does_not_state_its_targets_depth_is_checked_against_the_target(tmp_path, capsys):
+    make_target(target := tmp_path / "target", num_hidden_layers=3)
+    make_draft(draft := tmp_path / "draft", num_target_layers=3)
+    raw = hf.read_json(draft / "config.json")
+    del raw["num_target_layers"]
+    hf.write_json(draft / "config.json", raw)
+    code, out = checked(capsys, draft, "--target", target)
+    assert code == 0 and "fits" in out
+
+
+def test_what_infer_refuses_is_not_called_sound(tmp_path, capsys):
+    make_target(folder := tmp_path / "target")
+    (folder / "generation_config.json").write_text("{")
+    code, out = checked(capsys, folder)
+    assert code == 1 and "generation_config.json can't be read" in out
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer.json").write_text("{")
+    code, out = checked(capsys, folder)
+    assert code == 1 and "the tokenizer in" in out and "all finite" in out
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float64])
+def test_weights_that_are_no_floats_of_16_or_32_bits_are_refused(tmp_path, dtype):
+    make_target(folder := tmp_path / "target")
+    change(folder, model__norm__weight=np.ones(32, dtype))
+    config = hf.parse_config(hf.read_json(folder / "config.json"))
+    with pytest.raises(DominoError, match=r"model.norm.weight holds \w+, expected F32, F16 or BF16"):
+        hf.load(folder, config)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_an_empty_destination_is_filled(tmp_path, kind):
+    make_draft(source := tmp_path / "draft")
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    destination = tmp_path / "link" if kind == "link" else place
+    if kind == "link":
+        destination.symlink_to(place)
+    assert convert(source, destination) == ("Hugging Face", "Orbax")
+    assert destination.is_symlink() == (kind == "link")
+    assert {file.name for file in place.iterdir()} == {"config.json", "weights"}
+
+
+def test_checkpoints_beside_weights_do_not_make_a_training_run(tmp_path, capsys):
+    make_draft(folder := tmp_path / "draft")
+    (folder / "checkpoints").mkdir()
+    code, out = checked(capsys, folder)
+    assert code == 0 and "Hugging Face" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rope_theta": 1}, "rope_theta of 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": float("inf")}}, "YaRN factor of inf"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1}}, "beta_fast of -1"),
+    ],
+)
+def test_positions_that_can_not_be_computed_are_refused(change, says):
+    with pytest.raises(DominoError, match=says):
+        hf.parse_config(TARGET.to_hf() | change)
+
+
+def test_one_model_replaces_another_whatever_their_number_of_files(tmp_path, monkeypatch):
+    config = MODELS["drafter"]
+    for seed, most in enumerate((10**9, 3000, 10**9)):
+        monkeypatch.setattr(hf, "SHARD_BYTES", most)
+        module = factory.random_weights(config, seed)
+        hf.save(tmp_path, module, config, config.to_hf())
+        assert np.array_equal(hf.load(tmp_path, config).fc, module.fc)
+
+
+@pytest.mark.slow
+def test_a_weight_above_a_gigabyte_goes_both_ways(tmp_path):
+    """Orbax refuses an array that its limits of memory do not hold."""
+    config = dataclasses.replace(TARGET, vocab_size=260_000, hidden_size=1024, num_hidden_layers=1)
+    hf.save(tmp_path / "hf", jax.tree.map(lambda s: jnp.zeros(s.shape), shapes(config)), config, config.to_hf())
+    convert(tmp_path / "hf", tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "back")
+    with TensorFiles(hf.tensor_files(tmp_path / "back")) as files:
+        assert files.stored["model.embed_tokens.weight"].bytes > 10**9
 
 
 def test_converting_can_change_the_dtype(tmp_path, capsys):

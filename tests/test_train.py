@@ -337,6 +337,8 @@ def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished
         from_drafter(ours, dataclasses.replace(config, block_size=5), finished / "drafter")
     with jax.numpy_dtype_promotion("standard"):
         assert main(words(folder, tmp_path / "run", "--begin-as", str(tmp_path / "dflash"), "--steps", "5")) == 0
+        shutil.rmtree(tmp_path / "dflash")
+        assert main(["--resume", "--out", str(tmp_path / "run")]) == 0, "what it began as is needed no more"
         assert main(words(folder, tmp_path / "both", "--begin-as", str(tmp_path / "dflash"), "--warm")) == 1
 
 

@@ -246,11 +246,12 @@ def run(options: Train) -> None:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
     if options.warm:
         weights = from_target(weights, draft, target, frozen)
-    if options.begin_as:
+    checkpoints = Checkpoints(options.out / "checkpoints")
+    goes_on = options.resume and checkpoints.latest() is not None
+    if options.begin_as and not goes_on:
         weights = from_drafter(weights, draft, options.begin_as)
     state = start(recipe, weights, options.seed)
-    checkpoints = Checkpoints(options.out / "checkpoints")
-    if options.resume and checkpoints.latest() is not None:
+    if goes_on:
         state = checkpoints.restore(state)
     hf.write_json(options.out / "settings.json", _plain(options) | {"data_sha256": fingerprint})
     hf.write_json(options.out / "config.json", draft.to_hf())  # with the checkpoints all that convert needs

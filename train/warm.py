@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax import Array
 
-from convert import hf
+from convert import folders
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target, flatten
@@ -57,11 +57,11 @@ def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) ->
     Raises:
         DominoError: it is no whole drafter, or not of the same shape, block and taps.
     """
-    config = hf.parse_config(hf.read_json(folder / "config.json"), draft.num_target_layers)
+    config = folders.read_config(folder, draft.num_target_layers)
     if not isinstance(config, DraftConfig):
         raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --begin-as.")
     for name in DraftConfig.__dataclass_fields__:
         theirs, ours = getattr(config, name), getattr(draft, name)
         if theirs != ours and not (name == "head" and theirs is None):
             raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")
-    return weights | flatten(hf.load(folder, config, jnp.float32))
+    return weights | flatten(folders.load(folder, config, jnp.float32))

@@ -155,6 +155,8 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
         words += ["--model", str(options.model)] if options.model else []
         words += ["--shapes", options.shapes, "--mesh", options.mesh, "--shard-mb", str(options.shard_mb)]
         environment = dict(os.environ)
+        if step in ("to_orbax", "to_hf"):
+            environment["JAX_PLATFORMS"] = "cpu"  # as python -m convert does
         if step == "load_mesh":  # counts for CPUs alone
             flags = environment.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={data * model}"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import tyro
@@ -18,7 +19,7 @@ from infer.bench.report import show
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure
 from infer.memory import enough_memory
-from infer.models import load
+from infer.models import load, plan
 from infer.names import resolve
 
 PIPE_WIDTH = 160
@@ -57,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             with console.status("making weights"):
                 loaded = load_random(options.shapes, options.draft, **how)
         else:
-            target, drafter = resolve(options.model, options.draft, console, options.revision, options.draft_revision)
+            can_run = partial(plan, **{name: value for name, value in how.items() if name != "fuse"})
+            revisions = options.revision, options.draft_revision
+            target, drafter = resolve(options.model, options.draft, console, *revisions, can_run)
             with console.status("loading"):
                 loaded = load(target, drafter, **how)
         if loaded.mesh and any(batch % loaded.mesh.shape[sharding.DATA] for batch in options.batch_sizes):

@@ -105,7 +105,9 @@ def test_we_read_what_transformers_writes_and_give_it_back_bit_for_bit(tmp_path,
     )
 
 
-@pytest.mark.parametrize("name", ["experts, not normalised, a dense layer among them", "everything"])
+@pytest.mark.parametrize(
+    "name", ["everything", pytest.param("experts, not normalised, a dense layer among them", marks=pytest.mark.slow)]
+)
 def test_decoding_with_a_cache_is_transformers_greedy_decoding(tmp_path, name):
     """The lean loop and Domino's cycles (the drafter's layers have biases and YaRN where the target's do)."""
     pair = factory.good_pair(TARGETS[name], 1)
@@ -186,6 +188,7 @@ def test_fused_layers_with_experts_and_biases_say_the_same():
     assert run[0] == run[1]
 
 
+@pytest.mark.slow
 def test_an_8_bit_drafter_keeps_its_biases():
     pair = factory.good_pair(SMALL, 1, num_hidden_layers=1)
     assert pair.configs.draft is not None and pair.params.draft is not None

@@ -173,7 +173,7 @@ def generate(
     return sequences
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-4], ids=["greedy", "sampled, nearly greedily"])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1e-4, marks=pytest.mark.slow)])
 def test_changes_of_the_choice_and_its_giving_up_in_mid_answer_change_no_token(loaded, scripted, temperature):
     limits = [40, 33, 9]
     plain = generate(Engine(loaded), limits, speculative=False)
@@ -213,7 +213,9 @@ def test_a_batch_after_one_that_gave_up_begins_plainly_and_calibrates_no_more(lo
     assert len(measured) == 1
 
 
-@pytest.mark.parametrize("length", [1, 100], ids=["short", "bucket nearly full"])
+@pytest.mark.parametrize(
+    "length", [pytest.param(1, id="short", marks=pytest.mark.slow), pytest.param(100, id="bucket nearly full")]
+)
 def test_calibration_leaves_the_state_as_it_was(loaded, monkeypatch, length):
     """Samples after it, of rows of different lengths and one that is over, are those of an engine without it."""
     monkeypatch.setattr(auto, "BUDGET", 0.0)

@@ -113,12 +113,15 @@ def check_talk(ours: Engine, theirs: Engine, speculative: bool = True, choose: S
         assert {m for *_, accepted in seen for m in accepted} >= {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("speculative", [True, False], ids=["drafts", "plain"])
+@pytest.mark.parametrize(
+    "speculative", [pytest.param(True, id="drafts"), pytest.param(False, id="plain", marks=pytest.mark.slow)]
+)
 def test_every_turn_gives_what_a_fresh_run_of_its_ids_gives(loaded, fresh, speculative):
     """Tokens, and accepted drafts cycle by cycle."""
     check_talk(fresh, fresh, speculative)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed_as_in_a_fresh_run(fresh):
     conversation, choose = Conversation(), Settings(temperature=0.7, top_p=0.9)
     first = turn(fresh, some(30, 1), conversation, choose=choose)
@@ -214,11 +217,12 @@ def check_two_turns(running: Engine, expected: Engine, **how: Any) -> None:
         assert result(answer) == result(turn(expected, answer.prompt, **how))
 
 
-@pytest.mark.parametrize(("data", "model"), [(1, 2), (2, 2)], ids=["model=2", "data=2, model=2"])
+@pytest.mark.parametrize(("data", "model"), [(2, 2), pytest.param(1, 2, marks=pytest.mark.slow)], ids=lambda n: str(n))
 def test_on_a_mesh_with_a_row_that_only_fills_it(loaded, fresh, data, model):
     check_two_turns(Engine(spread(loaded, data, model)), fresh)
 
 
+@pytest.mark.slow
 def test_with_fused_products_and_an_8_bit_drafter(loaded, fresh):
     assert loaded.configs.draft is not None
     params = prepare.quantize(loaded.params, loaded.configs.draft, "int8")
@@ -229,6 +233,7 @@ def test_with_fused_products_and_an_8_bit_drafter(loaded, fresh):
     check_two_turns(cheap, cheap)
 
 
+@pytest.mark.slow
 def test_with_the_pallas_kernel(loaded):
     other = Engine(replace(loaded, configs=replace(loaded.configs, attention="pallas")))
     check_two_turns(other, other)

@@ -69,6 +69,7 @@ def test_drafts_change_nothing_and_are_accepted(drafted, lean):
     assert tau(drafted) > 3
 
 
+@pytest.mark.slow
 def test_the_head_helps(drafted, lean, tmp_path):
     """The same drafter without its head, as a plain DFlash folder, is accepted less."""
     raw = hf.read_json(DEMO / "draft" / "config.json")

@@ -96,6 +96,7 @@ if first:
 """
 
 
+@pytest.mark.slow
 def test_a_conversation_keeps_its_caches_in_every_process(words):
     folder = str(Path(words[1]).parent)
     (alone,) = launch([folder, "data=1,model=1"], 1, ("-c", CONVERSATION))

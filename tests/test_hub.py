@@ -242,6 +242,7 @@ def test_a_dflash_drafter_has_a_name(hub, machine, models):
     assert not any(DRAFT_REPO in r.path for r in hub.log)
 
 
+@pytest.mark.slow
 def test_a_name_without_a_drafter_says_so_and_decodes_plainly(hub, machine, models):
     hub.add("Qwen/Qwen3-14B", models / "sharded")
     done = machine.run("--model", "qwen3-14b")

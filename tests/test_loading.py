@@ -20,6 +20,7 @@ from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import fit, make_mesh, spec
 from domino_jax.weights import axes, flatten, shapes
+from infer.bench.checkpoints import STEPS
 from infer.bench.checkpoints import main as checkpoints_main
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
@@ -106,6 +107,22 @@ def test_files_are_unmapped_as_reading_goes_on(tmp_path, monkeypatch):
     assert len(opened) > 2 * len(set(opened)) > 4
 
 
+def test_each_step_of_a_checkpoints_way_through_every_form(tmp_path, capsys):
+    make_target(folder := tmp_path / "tiny")
+    words = ["--model", str(folder), "--mesh", "data=2,model=2", "--out", str(tmp_path), "--step"]
+    figures = {}
+    for step in STEPS:
+        assert checkpoints_main([*words, step]) == 0
+        figures[step] = json.loads(capsys.readouterr().out)
+    assert figures["load"]["tokens"] == figures["load_mesh"]["tokens"] and len(figures["load"]["tokens"]) == 8
+    assert figures["compare"]["identical"] == len(TensorFiles(hf.tensor_files(folder)).stored)
+    assert figures["load_mesh"]["device_bytes"] < figures["load"]["device_bytes"]
+    change(tmp_path / "hf-again", model__norm__weight=np.ones(32, np.float32) * 2)
+    assert checkpoints_main([*words, "compare"]) == 1
+    assert "model.norm.weight came back different" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_command_sends_a_checkpoint_through_every_form(tmp_path, capsys):
     make_target(folder := tmp_path / "tiny")
     words = ["--model", str(folder), "--mesh", "data=2,model=2", "--json", str(tmp_path / "round.json")]

@@ -163,7 +163,16 @@ def test_candidates_are_the_highest_logits():
     assert np.mean(kept) > 14.5 and min(kept) < 16, "buckets lose one now and then"
 
 
-@pytest.mark.parametrize("candidates", [1, 7, 88, 89, 500])
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        7,
+        pytest.param(88, marks=pytest.mark.slow),
+        89,
+        pytest.param(500, marks=pytest.mark.slow),
+    ],
+)
 def test_the_head_scores_its_candidates_alone(candidates):
     """Proposal for proposal what a walk over the masked logits gives; the tokens do not change."""
     pair = good()

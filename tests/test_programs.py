@@ -34,7 +34,8 @@ def test_a_second_start_reads_what_the_first_compiled(tmp_path):
     folder, hits = start(XDG_CACHE_HOME=home)
     assert Path(folder).parent == tmp_path / "domino-jax" and hits == "0"
     assert any(Path(folder).iterdir())
-    assert start(XDG_CACHE_HOME=home) == [folder, "1"]
+    again, hits = start(XDG_CACHE_HOME=home)
+    assert again == folder and int(hits) > 0
 
 
 def test_the_user_may_place_it_elsewhere_or_turn_it_off(tmp_path):

@@ -121,8 +121,11 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     assert ours.params.target.layers[0].q.sharding.shard_shape((32, 8, 6)) == (32, 8 // model, 6)
 
 
+LESS_USUAL = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (1, 2), (1, 8))]
+
+
 @pytest.mark.parametrize("form", ["one by one", "grouped"])
-@pytest.mark.parametrize(("data", "model"), [(2, 1), (1, 2), (2, 4), (1, 8)], ids=lambda n: str(n))
+@pytest.mark.parametrize(("data", "model"), [(2, 4), *LESS_USUAL], ids=lambda n: str(n))
 def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, monkeypatch, form, data, model):
     """Each device holds its part of the experts and whole routers; biases lie with their heads."""
     jax.clear_caches()  # the form is chosen in tracing

@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -29,6 +29,8 @@ from domino_jax.sharding import parse
 
 PROMPT = list(range(1, 33))
 NEW_TOKENS = 8
+Step = Literal["make", "load", "to_orbax", "load_mesh", "to_hf", "compare"]
+STEPS: tuple[Step, ...] = get_args(Step)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Round:
     """size of the Hugging Face files"""
     json: Path | None = None
     """file for the figures"""
-    step: Literal["make", "load", "to_orbax", "load_mesh", "to_hf", "compare"] | None = None
+    step: Step | None = None
     """one step alone, in this process, on the copies in --out"""
 
 
@@ -149,7 +151,7 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
     """
     figures: dict[str, dict[str, Any]] = {}
     data, model = parse(options.mesh)
-    for step in ("make", "load", "to_orbax", "load_mesh", "to_hf", "compare"):
+    for step in STEPS:
         print(f"{step} ...", file=sys.stderr, flush=True)
         words = [sys.executable, "-m", "infer.bench.checkpoints", "--step", step, "--out", str(out)]
         words += ["--model", str(options.model)] if options.model else []

@@ -174,6 +174,7 @@ def test_a_cpu_reads_no_expert_that_nobody_chose():
     assert memory is not None and memory.temp_size_in_bytes < layer.gate.nbytes / 2
 
 
+@pytest.mark.slow
 def test_fused_layers_with_experts_and_biases_say_the_same():
     pair, fused = (factory.good_pair(SMALL, 1, num_hidden_layers=1) for _ in range(2))
     for module in fused.params[:2]:
@@ -217,6 +218,7 @@ def test_experts_in_bfloat16_are_those_in_float32_to_its_rounding(form):
     assert np.abs(np.asarray(found, np.float32) - whole).max() < 0.03 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_a_drafter_for_experts_is_trained():
     """The loss is the restatement's, and every weight of the drafter has a gradient."""
     pair = factory.Pair.make(factory.draft_config(SMALL), SMALL)
@@ -251,6 +253,7 @@ def test_a_drafter_for_experts_is_trained():
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
 
 
+@pytest.mark.slow
 def test_a_folder_with_experts_and_yarn_runs_from_the_command_line(tmp_path, capsys):
     """As Hugging Face files and as Orbax ones, beyond max_position_embeddings, with a drafter and without."""
     changes: dict[str, Any] = {"moe": MIXED, "yarn": Yarn(4.0, 16, 1.1), "max_position_embeddings": 40}

@@ -101,6 +101,7 @@ def test_simulated_counts_have_the_stated_mean(tau):
     assert np.mean(seen, axis=0) + 1 == pytest.approx([tau] * 3, abs=0.006)
 
 
+@pytest.mark.slow
 def test_shapes_with_a_stated_acceptance_held_against_the_machine(tmp_path, capsys, unphased):
     words = ["--shapes", "tiny", "--random-weights", "--simulate-tau", "2.5", "--roofline"]
     words += ["--profile", str(tmp_path / "traces"), "--prompt-tokens", "5", "--new-tokens", "9", "--batch-sizes", "2"]
@@ -149,6 +150,7 @@ def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     assert counts[1] == pytest.approx(counts[0], rel=0.01) and counts[1] >= counts[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_row_for_each_context_and_draws_its_curves(tmp_path, capsys, unphased):
     make_target(tmp_path / "target", std=REPEATING, tokenizer=False)
     (tmp_path / "prompts.jsonl").write_text('{"input_ids": [5, 70, 9, 7]}\n' * 2)

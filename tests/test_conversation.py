@@ -217,6 +217,7 @@ def check_two_turns(running: Engine, expected: Engine, **how: Any) -> None:
         assert result(answer) == result(turn(expected, answer.prompt, **how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "model"), [(2, 2), pytest.param(1, 2, marks=pytest.mark.slow)], ids=lambda n: str(n))
 def test_on_a_mesh_with_a_row_that_only_fills_it(loaded, fresh, data, model):
     check_two_turns(Engine(spread(loaded, data, model)), fresh)

@@ -399,6 +399,7 @@ def test_the_pallas_kernel_gives_the_same_tokens(pair, truth):
     assert [o.tokens for o in lean] == [row[:COUNT] for row in truth]
 
 
+@pytest.mark.slow
 def test_the_pallas_kernel_knows_a_drafters_window():
     drafter = factory.draft_config(block_size=6, shift_label=False, windows=(3, None))
     pair = Pair.make(drafter, seed=21)

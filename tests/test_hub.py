@@ -260,6 +260,7 @@ def test_exactly_what_is_needed_is_fetched(hub, machine, models):
     assert hub.names("HEAD") == hub.names("GET") == needed
 
 
+@pytest.mark.slow
 def test_a_revision_serves_its_own_weights(hub, machine, models):
     commit = hub.add(TARGET_REPO, models / "other", "v1.0")
     hub.add(DRAFT_REPO, models / "dflash", "plain")
@@ -362,7 +363,9 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.parametrize(
+    "case", ["width", *(pytest.param(c, marks=pytest.mark.slow) for c in ("vocabulary", "layers"))]
+)
 def test_a_drafter_that_does_not_fit_costs_no_weights(hub, machine, tmp_path, case):
     change, says = MISFITS[case]
     make_draft(tmp_path / "misfit", **change)

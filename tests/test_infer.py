@@ -118,6 +118,7 @@ def test_fewer_drafts_a_cycle_give_the_same_tokens(run):
     assert run(*words, target="loop", draft="loop-draft").err.count("█") > 0
 
 
+@pytest.mark.slow
 def test_drafts_chosen_by_measurement_give_the_same_tokens(run):
     # 120 positions of prompt leave room for one cycle in the first bucket; measuring must not touch them.
     words = ("x" * 120, "--max-new-tokens", "30")

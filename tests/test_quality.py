@@ -105,6 +105,7 @@ def test_acceptance_of_every_mode_with_stop_tokens(sweep, tmp_path, capsys):
     assert "gsm8k, domino 4" in shown and "3.00" in shown and "3.50" in shown and "published" not in shown
 
 
+@pytest.mark.slow
 def test_published_figures_belong_to_the_checkpoint_as_it_is(sweep, models, monkeypatch, capsys):
     pair = str(models / "target"), str(models / "draft")
     monkeypatch.setitem(quality.PUBLISHED, pair, (3.25, *[0.0] * 7))
@@ -181,6 +182,7 @@ def test_a_second_turn_follows_the_models_own_answer(sweep, models, asked, targe
     assert rows[0]["tau_first_turn"] == 2.0
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long_are_counted_and_limits_warned_of(sweep, capsys):
     room = TARGET.max_position_embeddings
     long = {"input_ids": [70] * (room + 1)}

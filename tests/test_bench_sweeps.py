@@ -130,6 +130,7 @@ def test_shapes_with_a_stated_acceptance_held_against_the_machine(tmp_path, caps
     assert f"trace of domino 4: {tmp_path / 'traces' / 'domino-4'}" in said
 
 
+@pytest.mark.slow
 def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     """20 tokens in 8 cycles of 2.5; and no matrix product of the real cycle is missing from the program."""
     loaded = load_random("tiny")

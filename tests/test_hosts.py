@@ -61,7 +61,8 @@ def alone(words) -> list[list[int]]:
     ("count", "more"),
     [
         (2, ["--mesh", "data=2"]),
-        (2, ["--mesh", "model=2", "--drafts", "auto"]),  # what each measures differs; what they do must not
+        # What each measures differs; what they do must not.
+        pytest.param(2, ["--mesh", "model=2", "--drafts", "auto"], marks=pytest.mark.slow),
         (4, ["--mesh", "data=2,model=2"]),
     ],
     ids=["2, rows", "2, weights, drafts auto", "4, both"],

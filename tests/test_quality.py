@@ -84,6 +84,7 @@ def test_conversations_and_ids_are_taken_as_they_are():
     assert parse({"input_ids": [1, 2], "text": "the answer"}, "here").ids == (1, 2)
 
 
+@pytest.mark.slow
 def test_acceptance_of_every_mode_with_stop_tokens(sweep, tmp_path, capsys):
     status, rows = sweep(ROWS, "--lean", "--batch-sizes", "2", "--plot", str(tmp_path / "plots"))
     assert status == 0

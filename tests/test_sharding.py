@@ -140,6 +140,7 @@ def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, mo
     assert parts["layers.0.q_bias"] == (8 // model, 6) and parts["layers.0.o_bias"] == (32,)
 
 
+@pytest.mark.slow
 def test_samples_on_a_mesh_are_those_of_one_device():
     """With a vocabulary that needs no padding the random numbers are the same, and so are the draws."""
     target = dataclasses.replace(TARGET, vocab_size=88)

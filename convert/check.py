@@ -64,7 +64,7 @@ def check(folder: Path, target_folder: Path | None = None, progress: Callable[..
     tensors = _safetensors(folder, config, report) if of == HF else _orbax(folder, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
     if isinstance(config, DraftConfig):
-        report.say("target", f"{_fit(config, other, report)}" if other else "not given: --target DIR says if they fit")
+        report.say("target", _fit(config, other, report) if other else "not given: --target DIR says if they fit")
         return report
     tokenizer = None
     try:

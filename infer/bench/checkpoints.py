@@ -177,6 +177,13 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
     return figures
 
 
+def settings(options: Round) -> dict[str, Any]:
+    """What the figures belong to."""
+    from infer.bench.sweep import commit
+
+    return {"commit": commit(), "model": str(options.model or options.shapes), "mesh": options.mesh}
+
+
 def report(options: Round, figures: dict[str, dict[str, Any]]) -> None:
     """The figures as a table."""
     made = figures["make"]
@@ -217,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         with nullcontext(options.out) if options.out else TemporaryDirectory() as out:
             figures = every_step(options, Path(out))
         if options.json:
-            options.json.write_text(json.dumps({"model": str(options.model or options.shapes), **figures}, indent=1))
+            options.json.write_text(json.dumps({**settings(options), **figures}, indent=1))
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -99,7 +99,7 @@ def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:
 def circumstances(options: Bench, loaded: Loaded) -> Row:
     """What every row says of the run, whatever it measures."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "device": jax.devices()[0].device_kind,
         "mesh": options.mesh or "",
         "attention": loaded.configs.attention,
@@ -206,7 +206,7 @@ def trace(folder: Path, engine: Engine, prompts: list[list[int]], options: Bench
     return {"profile": str(folder / name), "profile_scopes": " ".join(scopes)}
 
 
-def _commit() -> str:
+def commit() -> str:
     """The source's git commit, marked when files differ from it; empty outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
+from convert import public
+from convert.hosts import join, settle
 from convert.progress import bars
 from domino_jax.errors import DominoError
-from infer import jsonl, names
-from infer.hosts import join, settle
+from infer import jsonl
 from infer.show import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
@@ -37,10 +38,10 @@ class Generate:
 
     prompt: Positional[str | None] = None
     """the prompt; "-" (or none, in a pipe) reads standard input without its last newline, none at a terminal chats"""
-    model: Annotated[str, arg(help=names.MODEL_HELP)] = "demo"
-    draft: Annotated[str | None, arg(help=names.DRAFT_HELP)] = None
-    revision: Annotated[str | None, arg(help=names.REVISION_HELP)] = None
-    draft_revision: Annotated[str | None, arg(help=names.DRAFT_REVISION_HELP)] = None
+    model: Annotated[str, arg(help=public.MODEL_HELP)] = "demo"
+    draft: Annotated[str | None, arg(help=public.DRAFT_HELP)] = None
+    revision: Annotated[str | None, arg(help=public.REVISION_HELP)] = None
+    draft_revision: Annotated[str | None, arg(help=public.DRAFT_REVISION_HELP)] = None
     drafts: int | Literal["auto"] | None = None
     """proposals that a cycle verifies, from 1 to all of a block; all when not given. "auto" goes by what they cost here
     and how many are accepted, and drafts none where that is faster; give a number for samples that a seed repeats"""
@@ -151,7 +152,7 @@ def contradictions(options: Generate, chat: bool) -> str | None:
             wrong = f"--input-ids takes whole numbers with commas between them, found {o.input_ids!r}"
     if wrong is None and (o.revision or o.draft_revision) is not None:
         try:
-            names.check_revisions(o.model, o.draft, o.revision, o.draft_revision)
+            public.check_revisions(o.model, o.draft, o.revision, o.draft_revision)
         except DominoError as error:
             wrong = str(error).rstrip(".")
     if wrong is None and o.mesh is not None:
@@ -293,7 +294,7 @@ class Session:
         o = self.options
         fewer = o.head_candidates != "all" or o.draft_dtype is not None
         drafting = o.compare or o.show_drafts or o.drafts is not None or fewer
-        if drafting and names.where(o.model, o.draft)[1] is None:  # before anything is fetched
+        if drafting and public.where(o.model, o.draft)[1] is None:  # before anything is fetched
             raise DominoError(
                 "--compare, --show-drafts, --drafts, --head-candidates and --draft-dtype need a drafter: give one with "
                 "--draft DIR."
@@ -312,7 +313,7 @@ class Session:
             "draft_dtype": o.draft_dtype,
         }
         check = partial(models.plan, **how)
-        target, draft = names.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
+        target, draft = public.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
         with bars(self.notes) as progress:
             self.loaded = models.load(target, draft, progress=progress, fuse=o.fuse, **how)
         warn(self.loaded.warnings)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.hosts import agree
+from convert.memory import enough_memory
 from domino_jax import cache, decode
 from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, Params
@@ -19,8 +21,6 @@ from domino_jax.sampling import settings
 from domino_jax.sharding import DATA, fetch, put
 from infer.auto import Acceptance, Chooser, calibrate
 from infer.conversation import Conversation
-from infer.hosts import agree
-from infer.memory import enough_memory
 from infer.models import Loaded
 from infer.text import TextStream
 

@@ -13,7 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from convert import hf
+from convert.memory import enough_memory
 from convert.precision import settle
+from convert.public import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
 from domino_jax.attention import Choice, choose
@@ -21,8 +23,6 @@ from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh
-from infer.memory import enough_memory
-from infer.names import read_configs
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from convert import folders, hf
+from convert.public import DEMO
 from domino_jax import target
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.weights import flatten, unflatten
 from infer.__main__ import main
-from infer.names import DEMO
 
 MEGABYTES = 40
 

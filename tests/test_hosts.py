@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny import make_draft, make_target
 
+from convert import hosts
 from domino_jax.errors import DominoError
-from infer import hosts
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,7 +79,8 @@ def test_processes_together_give_the_tokens_of_one(words, alone, count, more):
 CONVERSATION = """
 import json, sys
 from pathlib import Path
-from infer import hosts, models
+from convert import hosts
+from infer import models
 from infer.__main__ import parse_mesh
 folder, mesh, *place = sys.argv[1:]
 first = hosts.join(hosts.Hosts(place[1], int(place[3]), int(place[5])) if place else None)

@@ -18,10 +18,10 @@ from hub_server import Hub
 from tiny import make_draft, make_target
 
 from convert import hf
+from convert import public as names
+from convert.hub import Snapshot
 from domino_jax.errors import DominoError
-from infer import names
 from infer.bench.shapes import SHAPES
-from infer.hub import Snapshot
 
 ROOT = Path(__file__).parents[1]
 TARGET_REPO, DRAFT_REPO, DFLASH_REPO = (str(repo) for repo in names.TABLE["qwen3-4b"][:3])
@@ -30,7 +30,7 @@ WORDS = ("--input-ids", "5,70,71", "--max-new-tokens", "6", "--dtype", "float32"
 FETCH = """
 import sys
 from rich.console import Console
-from infer.names import resolve
+from convert.public import resolve
 model, draft, *revisions = (word or None for word in sys.argv[1:])
 print(*resolve(model, draft, Console(stderr=True), *revisions), sep="\\n")
 """

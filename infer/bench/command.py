@@ -8,7 +8,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from convert.memory import enough_memory
 from convert.programs import keep_programs
+from convert.public import resolve
 from domino_jax import sharding
 from domino_jax.errors import DominoError
 from infer.bench import quality
@@ -18,9 +20,7 @@ from infer.bench.plots import draw
 from infer.bench.report import show
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure
-from infer.memory import enough_memory
 from infer.models import load, plan
-from infer.names import resolve
 
 PIPE_WIDTH = 160
 

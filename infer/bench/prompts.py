@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from convert.public import DEMO
 from domino_jax.errors import DominoError
 from infer.bench.options import Bench
 from infer.engine import Engine, Settings
 from infer.models import Loaded
-from infer.names import DEMO
 
 RANDOM_IDS = "random ids"
 

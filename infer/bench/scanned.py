@@ -21,6 +21,7 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
+from convert.memory import enough_memory
 from convert.precision import settle
 from domino_jax import cache as kv
 from domino_jax import layers, target
@@ -29,7 +30,6 @@ from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target
 from infer.bench.shapes import find, random_weights
-from infer.memory import enough_memory
 
 REPEATS, TRIES = 4, 5
 

@@ -16,12 +16,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from convert.hf import write_json
+from convert.public import NO_DRAFT
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, MoeConfig, TargetConfig, default_taps
 from domino_jax.errors import DominoError
 from domino_jax.sharding import MODEL, fit, spec
 from domino_jax.weights import axes, flatten, is_bias, unflatten
 from infer.models import Loaded, load
-from infer.names import NO_DRAFT
 
 STD = 0.02  # of the random weights, as Qwen3's own were initialised
 DRAFT_LAYERS = 5

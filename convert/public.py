@@ -11,10 +11,10 @@ if TYPE_CHECKING:  # slow to import, and the command line is checked first
 
     from rich.console import Console
 
+    from convert.hub import Snapshot
     from domino_jax.config import DraftConfig, TargetConfig
-    from infer.hub import Snapshot
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parents[1] / "infer" / "demo"
 NO_DRAFT = "none"
 
 
@@ -101,6 +101,7 @@ def resolve(
     revision: str | None = None,
     draft_revision: str | None = None,
     check: "Callable[[TargetConfig, DraftConfig | None], object] | None" = None,
+    flag: str = "--model",
 ) -> tuple[Path, Path | None]:
     """The folders of a target and its drafter, fetched from the Hub where needed.
 
@@ -111,6 +112,7 @@ def resolve(
         console: standard error, for notes and progress.
         revision, draft_revision: branch, tag or commit of a Hub repository; its main branch when None.
         check: raises if the pair can't run as asked; called before weights are fetched.
+        flag: the word that asked for the target.
 
     Raises:
         DominoError: nothing is found under one of them, the two do not fit, or fetching fails.
@@ -120,7 +122,7 @@ def resolve(
     found = [
         _open(place, asked or model, flag, which, console)
         for place, asked, flag, which in zip(
-            places, (model, draft), ("--model", "--draft"), (revision, draft_revision), strict=True
+            places, (model, draft), (flag, "--draft"), (revision, draft_revision), strict=True
         )
         if place is not None
     ]
@@ -128,7 +130,7 @@ def resolve(
     target, drafter = folders[0], folders[1] if len(folders) > 1 else None
     remote = [place for place in found if not isinstance(place, Path)]
     if remote:
-        from infer import hub
+        from convert import hub
 
         _, config, draft_config, _ = read_configs(target, drafter)
         if check:
@@ -176,12 +178,12 @@ def _open(place: str, asked: str, flag: str, revision: str | None, console: "Con
     if place.startswith(str(DEMO)):
         raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
     if not re.fullmatch(REPOSITORY, place):
-        known = TABLE if flag == "--model" else DRAFTERS
+        known = DRAFTERS if flag == "--draft" else TABLE
         raise DominoError(
             f"{asked!r} is neither a name ({', '.join(known)}) nor a folder here nor org/repo on the Hub; "
             f"give a folder with {flag} DIR."
         )
-    from infer import hub
+    from convert import hub
 
     return hub.open_snapshot(place, revision, flag, console)
 

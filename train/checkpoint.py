@@ -1,34 +1,58 @@
-"""Training states on disk, through Orbax: written whole or not at all, the last few kept."""
+"""Training states on disk, through Orbax: written whole or not at all, the newest few kept, and the best."""
 
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from domino_jax.errors import DominoError
 from train.step import TrainState
+
+TAU = "tau"  # what a checkpoint's validation found
 
 
 class Checkpoints:
     """The checkpoints of one run; saving happens while training goes on."""
 
     def __init__(self, folder: Path, keep: int = 3):
+        """Args:
+        folder: made where it is missing; what a killed process left unfinished in it is removed.
+        keep: newest checkpoints that stay. The one with the highest validated acceptance length stays besides.
+
+        Raises:
+            DominoError: the folder can't be made.
+        """
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DominoError(f"{folder} can't be made: {error}.") from None
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics[TAU], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            best_fn=lambda metrics: metrics[TAU],
+            create=True,
+            cleanup_tmp_directories=True,
         )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
+    def best(self) -> tuple[int, float] | None:
+        """The step with the highest validated acceptance length, and that; None before a validation."""
+        step = self._manager.best_step()
+        metrics = None if step is None else self._manager.metrics(step)
+        return None if step is None or not metrics else (step, float(metrics[TAU]))
+
+    def save(self, state: TrainState, tau: float | None = None) -> None:
         """Write `state` under its step, unless that step is there already.
+
+        Args:
+            tau: the acceptance length that validation found at this step.
 
         Raises:
             DominoError: it could not be written; earlier checkpoints are untouched.
@@ -36,13 +60,14 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        metrics = None if tau is None else {TAU: tau}
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(state))  # type: ignore[call-arg]
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)  # type: ignore[call-arg]
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(self._failed(step, error)) from error
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, in the form of `like`.
+        """The newest checkpoint, in the form of `like` and where its arrays are, which may be on any mesh.
 
         Raises:
             DominoError: there is none, or it does not fit.
@@ -54,7 +79,10 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(form))  # type: ignore[call-arg]
         except Exception as error:
-            raise DominoError(f"the checkpoint of step {step} in {self.folder} can't be read: {error}") from error
+            raise DominoError(
+                f"the checkpoint of step {step} in {self.folder} can't be read: {error}; remove {self.folder / str(step)} "
+                "to go on from the one before."
+            ) from error
 
     def finish(self) -> None:
         """Wait until everything is on disk.

@@ -1,0 +1,131 @@
+"""Settings of a training run: flags, TOML files, shipped recipes, and what a resumed run may change."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from domino_jax.errors import DominoError
+from train import config
+from train.config import GROUPS, Train, check, dump, flat, parse, read, recipe_path
+
+GIVEN = ["--target", "t", "--data", "a.jsonl", "b.jsonl"]
+
+
+@pytest.fixture
+def out(tmp_path) -> list[str]:
+    return ["--out", str(tmp_path / "run")]
+
+
+def test_no_name_is_in_two_groups():
+    names = [f.name for form in (Train, *GROUPS.values()) for f in dataclasses.fields(form)]
+    assert len(set(names) - {"data", "optimizer"}) == len(names) - 4  # those two are a group and a setting of it
+
+
+def test_what_is_saved_reads_back(tmp_path, out):
+    words = "--taps 1 3 --no-head --lr 1e-3 --mesh fsdp=2 --lambda-schedule cosine --epochs 2 --features f --pack"
+    options = parse([*GIVEN, *words.split(), *out])
+    values = flat(options)
+    assert values["data"] == ("a.jsonl", "b.jsonl") and values["taps"] == (1, 3) and values["head"] is False
+    assert values["features"] == Path("f") and values["steps"] is None and values["lr"] == 1e-3
+    (tmp_path / "x.toml").write_text(dump(options))
+    assert flat(read(tmp_path / "x.toml")) == values
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, out):
+    (tmp_path / "mine.toml").write_text(
+        'target = "mine"\n[objective]\ngamma = 5\nanchors = 12\n[data]\ndata = "d.jsonl"\n'
+    )
+    options = parse(["--config", str(tmp_path / "mine.toml"), "--anchors", "13", *out])
+    assert (options.target, options.data.data) == ("mine", ("d.jsonl",))
+    assert (options.objective.gamma, options.objective.anchors) == (5.0, 13)
+    assert options.objective.loss == Train().objective.loss
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen3-4b", "qwen3-8b"])
+def test_shipped_recipes_are_whole(name, out):
+    options = parse(["--config", name, "--data", "d.jsonl", *out])
+    assert options.target == name and options.drafter.head
+    if name != "demo":  # the public recipe, SPEC section 7
+        values = flat(options)
+        wanted = {"optimizer": "adamw", "lr": 6e-4, "warmup": 0.04, "clip": 1.0, "epochs": 6.0, "length": 3072}
+        wanted |= {"anchors": 256, "gamma": 7.0, "block_size": 16, "layers": 5, "gru_hidden_dim": 1024, "emb_dim": 256}
+        wanted |= {"lambda_base_start": 1.0, "lambda_base_decay_ratio": 1.0, "lambda_schedule": "linear"}
+        assert {key: values[key] for key in wanted} == wanted
+
+
+WRONG = [
+    ("steps = 3", "sets steps, which is no setting there"),
+    ('[run]\nsteps = "3"', "sets steps to '3'; expected int"),
+    ("[run]\nsteps = true", "sets steps to True"),
+    ('[objective]\nloss = "mse"', "expected ce or kl"),
+    ("[objective]\nanchor = 3", "sets anchor, which is no setting there; those are anchors"),
+    ('out = "x"', "sets out, which belongs on the command line"),
+    ("data = 3", "is no table"),
+    ("[run", "can't be read as TOML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_a_wrong_file_is_refused_by_name(tmp_path, out, text, message):
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(DominoError) as error:
+        parse(["--config", str(tmp_path / "x.toml"), *GIVEN, *out])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--batch 0", "--batch can't be 0"),
+        ("--gamma 0", "--gamma can't be 0"),
+        ("--clip nan", "--clip can't be nan"),
+        ("--lambda-base-start 2", "--lambda-base-start can't be 2"),
+        ("--intermediate-size 0", "--intermediate-size can't be 0"),
+        ("--ema 1", "--ema can't be 1"),
+        ("--explosion 1", "--explosion can't be 1"),
+        ("--epochs 0", "--epochs can't be 0"),
+        ("--steps 0", "--steps can't be 0"),
+        ("--batch 8 --accumulate 3", "--accumulate 3 does not divide --batch 8"),
+        ("--warm --begin-as x", "not both"),
+        ("--trains head --no-head", "needs a head"),
+        ("--config nothing", "neither a file nor a shipped recipe (demo, qwen3-4b, qwen3-8b)"),
+    ],
+)
+def test_refused_values(out, more, message):
+    with pytest.raises(DominoError, match=r"^[^\n]*$") as error:
+        parse([*GIVEN, *out, *more.split()])
+    assert message in str(error.value)
+
+
+def test_a_run_needs_target_and_data(out):
+    with pytest.raises(DominoError, match="give --target"):
+        parse(out)
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_some(tmp_path, out):
+    folder = tmp_path / "run"
+    with pytest.raises(DominoError, match="no run to resume"):
+        parse(["--resume", *out])
+    folder.mkdir()
+    options = parse([*GIVEN, *out, "--gamma", "3", "--mesh", "fsdp=2"])
+    config.write(options, folder)
+    again = parse(["--resume", *out])
+    assert flat(again) == flat(options) and again.resume
+    assert parse(["--resume", *out, "--lr", "1e-5", "--mesh", "data=4"]).run.mesh == "data=4"
+    assert parse(["--resume", *out, "--gamma", "3"]).objective.gamma == 3  # the same is no change
+    with pytest.raises(DominoError, match="leave out --gamma, --batch"):
+        parse(["--resume", *out, "--gamma", "2", "--batch", "9"])
+    with pytest.raises(DominoError, match="leave out --config"):
+        parse(["--resume", *out, "--config", "demo"])
+    with pytest.raises(DominoError, match="already holds a run"):
+        parse([*GIVEN, *out])
+
+
+def test_a_path_is_taken_before_a_recipe_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path("demo").parent.name == "recipes"
+    Path("demo").write_text("")
+    assert recipe_path("demo") == Path("demo")
+    with pytest.raises(DominoError, match="give --target"):
+        check(read(Path("demo")))

@@ -84,3 +84,14 @@ def agree(numbers: list[float]) -> list[float]:
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     return [float(x) for x in broadcast_one_to_all(np.array(numbers, np.float32))]
+
+
+def anywhere(here: bool) -> bool:
+    """Whether something is so in any process; all of them must ask."""
+    import jax
+
+    if jax.process_count() == 1:
+        return here
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(process_allgather(np.array(here)).any())

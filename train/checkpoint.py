@@ -80,8 +80,8 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(form))  # type: ignore[call-arg]
         except Exception as error:
             raise DominoError(
-                f"the checkpoint of step {step} in {self.folder} can't be read: {error}; remove {self.folder / str(step)} "
-                "to go on from the one before."
+                f"the checkpoint of step {step} in {self.folder} can't be read: {error}; without its folder "
+                f"{self.folder / str(step)} the run goes on from the one before."
             ) from error
 
     def finish(self) -> None:

@@ -89,6 +89,8 @@ class Objective:
     """cross-entropy to the tokens, or KL divergence to the target's distribution"""
     position_weights: Literal["exponential", "d-pace"] = "exponential"
     """of a block's proposals: exp(-(j - 1)/γ), or by what limits acceptance now (D-PACE, arXiv 2605.18810)"""
+    d_pace_alpha: float = 0.5
+    """α, how much D-PACE smooths the probabilities"""
     gamma: float = 7.0
     """γ, decay of the exponential weights"""
     lambda_schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -352,7 +354,7 @@ def check(options: Train) -> Train:
     rules: dict[str, Callable[[Any], bool]] = dict.fromkeys(counts.split(), lambda x: x >= 1)
     rules["validation_prompts"] = rules["batch"]
     rules |= dict.fromkeys(("lr", "muon_lr", "clip", "gamma"), lambda x: 0 < x < math.inf)
-    rules |= dict.fromkeys(("warmup", "lambda_base_start"), lambda x: 0 <= x <= 1)
+    rules |= dict.fromkeys(("warmup", "lambda_base_start", "d_pace_alpha"), lambda x: 0 <= x <= 1)
     rules |= dict.fromkeys(("weight_decay", "lambda_base_decay_ratio"), lambda x: 0 <= x < math.inf)
     rules |= {
         "intermediate_size": lambda x: x is None or x >= 1,
@@ -374,15 +376,16 @@ def check(options: Train) -> Train:
     return options
 
 
-def draft_config(options: Drafter, target: TargetConfig, mask_token_id: int) -> DraftConfig:
-    """The drafter's config: its layers have the target's geometry."""
+def draft_config(options: Drafter, target: TargetConfig) -> DraftConfig:
+    """The drafter's config, once its mask token is known: its layers have the target's geometry."""
+    assert options.mask_token_id is not None
     return DraftConfig(
         **target.geometry(
             num_hidden_layers=options.layers,
             intermediate_size=options.intermediate_size or target.intermediate_size,
         ),
         block_size=options.block_size,
-        mask_token_id=mask_token_id,
+        mask_token_id=options.mask_token_id,
         target_layer_ids=options.taps or default_taps(target.num_hidden_layers, options.layers),
         num_target_layers=target.num_hidden_layers,
         shift_label=options.shift_label,

@@ -9,10 +9,9 @@ import dataclasses
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from convert import folders, hf, public
-from convert.hosts import agree
+from convert.hosts import anywhere
 from convert.memory import enough_memory
 from convert.precision import settle as settle_dtype
 from convert.programs import keep_programs
@@ -32,22 +31,23 @@ from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs
 from domino_jax.errors import DominoError
-from domino_jax.sharding import fetch, make_mesh, parse_training
+from domino_jax.sharding import fetch
 from domino_jax.weights import Target, flatten, init, unflatten
 from train import config, data
+from train import mesh as meshes
 from train.checkpoint import Checkpoints
 from train.config import Train
 from train.features import Features, identity
 from train.heldout import read_prompts
-from train.progress import Progress
-from train.report import Log
-from train.step import Metrics, Recipe, TrainState, exported, put_batch, start, train_step
+from train.log import Log
+from train.step import Metrics, Recipe, TrainState, exported, start, train_step
 from train.stopping import stop_signals
 from train.validate import Validation
 from train.warm import from_drafter, from_target
 from train.watch import Watch
 
-IDENTITY = "data.json"  # what a run's data are known by
+DATA = "data.json"  # what a run's data are known by
+NEWEST, BEST = "drafter", "best"
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,345 @@ class Setup:
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this run are run in."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
+
+
+def prepare(options: Train) -> Setup:
+    """Find and check everything a run needs, the cheap things first.
+
+    Raises:
+        DominoError: something is missing, or does not fit something else.
+    """
+    console, wanted = Console(stderr=True), options.data
+    assert options.target is not None
+    folder, _ = public.resolve(options.target, public.NO_DRAFT, console, flag="--target")
+    target = folders.read_config(folder)
+    if not isinstance(target, TargetConfig):
+        raise DominoError(f"{folder} is a drafter; --target takes the target model.")
+    if wanted.length > target.positions:
+        raise DominoError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
+    tokenizer = load_tokenizer(folder)
+    options = replaced(options, "drafter", mask_token_id=mask_token(options, tokenizer))
+    draft = config.draft_config(options.drafter, target)
+    for warning in check_pair(target, draft):
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    mesh = settle_mesh(options, target, draft)
+    dtype = settle_dtype(options.run.dtype)
+    corpus, summary = data.read(
+        wanted.data, wanted.length, target.vocab_size, tokenizer, split=wanted.split, pack=wanted.pack
+    )
+    say(str(summary))
+    check_corpus(options, corpus)
+    steps = options.run.steps or math.ceil(options.run.epochs * len(corpus) / options.run.batch)
+    options = replaced(options, "run", steps=steps, dtype=dtype.name)
+    features = None
+    if wanted.features is not None:
+        features = Features.open(wanted.features)
+        features.check(identity(folder), corpus.fingerprint, draft.target_layer_ids, options.objective.loss == "kl")
+    prompts = held_out(options, target, tokenizer)
+    with bars() as progress, enough_memory(f"the device has too little memory for the target in {dtype.name}."):
+        frozen = folders.load(folder, target, dtype, partial(progress, "loading target"), mesh)
+    frozen = meshes.place(frozen, target, mesh)
+    values = config.flat(options)
+    recipe = Recipe(target, draft, **{name: values[name] for name in Recipe._fields if name not in ("target", "draft")})
+    validation = None
+    if prompts:
+        stop_ids = hf.stop_ids(folder, hf.read_json(folder / "config.json"))
+        tokens = options.run.validation_tokens
+        validation = Validation(frozen, Configs(target, draft), prompts, stop_ids, dtype, new_tokens=tokens)
+    return Setup(options, recipe, corpus, frozen, features, validation, mesh)
+
+
+def replaced(options: Train, group: str, **changes: Any) -> Train:
+    """The options with what was found out about some of a group's: saved so, a resumed run has the same."""
+    changed: Any = {group: dataclasses.replace(getattr(options, group), **changes)}
+    return dataclasses.replace(options, **changed)
+
+
+def mask_token(options: Train, tokenizer: Any) -> int:
+    """The id that stands for what is to be drafted.
+
+    Raises:
+        DominoError: neither the options nor the tokenizer say.
+    """
+    given = options.drafter.mask_token_id
+    found = getattr(tokenizer, "mask_token_id", None) if given is None else given
+    if found is None:
+        raise DominoError(
+            "the target's tokenizer has no mask token; give --mask-token-id, an unused id of its vocabulary."
+        )
+    return found
+
+
+def settle_mesh(options: Train, target: TargetConfig, draft: DraftConfig) -> Mesh | None:
+    """The mesh to train on; None for one device.
+
+    Raises:
+        DominoError: it does not fit the devices, the models or the batch.
+    """
+    words = options.run.mesh
+    if words is None:
+        alone = jax.default_backend() == "cpu" and jax.process_count() == 1  # a CPU's devices are one and the same
+        words = f"fsdp={1 if alone else len(jax.devices())}"
+    mesh = meshes.make(words, [target, draft])
+    rows, parts = mesh.shape["data"] * mesh.shape["fsdp"], options.run.accumulate
+    if options.run.batch % (rows * parts):
+        raise DominoError(
+            f"--batch {options.run.batch} can't be divided into --accumulate {parts} parts over {rows} devices: give a "
+            f"multiple of {rows * parts}."
+        )
+    return mesh if mesh.size > 1 else None
+
+
+def check_corpus(options: Train, corpus: data.Corpus) -> None:
+    """Note what the run learns from; a resumed run must have the same.
+
+    Raises:
+        DominoError: it has not.
+    """
+    path = options.out / DATA
+    if options.resume and path.exists():
+        if hf.read_json(path).get("sha256") != corpus.fingerprint:
+            words = " ".join(options.data.data)
+            raise DominoError(f"{words} is not what this run began with: a resumed run needs the same data.")
+    elif jax.process_index() == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        hf.write_json(path, {"sha256": corpus.fingerprint, "rows": len(corpus)})
+
+
+def held_out(options: Train, target: TargetConfig, tokenizer: Any) -> list[Any]:
+    """The prompts to validate with; none without --validation."""
+    if options.data.validation is None:
+        return []
+    tokens = options.run.validation_tokens
+    found = read_prompts(options.data.validation, target.vocab_size, target.positions, tokenizer, tokens)
+    return found[: options.run.validation_prompts]
+
+
+def begin(setup: Setup, checkpoints: Checkpoints) -> TrainState:
+    """The state to go on from: the newest checkpoint's where a run is resumed and has one, else a fresh one."""
+    options, draft = setup.options, setup.recipe.draft
+    goes_on = options.resume and checkpoints.latest() is not None
+    weights = flatten(init(draft, jax.random.key(options.run.seed)))
+    if draft.head:
+        weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
+    if options.drafter.warm and not goes_on:
+        weights = from_target(weights, draft, setup.recipe.target, fetch(setup.frozen))
+    if options.drafter.begin_as and not goes_on:
+        weights = from_drafter(weights, draft, options.drafter.begin_as)
+    state = start(setup.recipe, fetch(weights), options.run.seed)
+    return checkpoints.restore(state) if goes_on else state
+
+
+def run(options: Train) -> None:
+    """Train to the end, or to an interruption, which saves first.
+
+    Raises:
+        DominoError: the settings, the data or the machine don't allow it, or the training diverged.
+        KeyboardInterrupt: it was interrupted, and what was reached is saved.
+    """
+    keep_programs()
+    setup = prepare(options)
+    with (
+        setup.context(),
+        enough_memory(
+            "the device has too little memory for a step: raise --accumulate, add --remat, or lower --batch, --anchors "
+            "or --chunk."
+        ),
+    ):
+        Loop(setup).run()
+
+
+class Loop:
+    """The steps of a run, and what is done between them."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.options = setup, setup.options.run
+        self.folder = setup.options.out
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.options.keep)
+        self.state = begin(setup, self.checkpoints)
+        self.first = self.done = int(fetch(self.state.step))
+        assert self.options.steps is not None
+        self.steps = self.options.steps
+        self.watch = Watch(self.options.explosion)
+        self.pending: list[Metrics] = []  # of steps that were started and not looked at
+        self.clock = Clock()
+        if setup.features is not None and setup.validation is None:
+            setup.frozen.layers = nnx.List([])  # of the target only embeddings and LM head are used from here on
+
+    def run(self) -> None:
+        """From where the state is to the last step, or to a signal."""
+        setup, chief = self.setup, jax.process_index() == 0
+        if chief:
+            config.write(setup.options, self.folder)
+            hf.write_json(self.folder / "config.json", setup.recipe.draft.to_hf())  # all that convert needs beside it
+        count = sum(w.size for w in self.state.weights.values())
+        say(
+            f"drafter of {count / 1e6:.1f}M parameters, {setup.recipe.draft.num_proposals} proposals a block; "
+            f"{self.steps * self.options.batch / len(setup.corpus):.1f} epochs; from step {self.done} to {self.steps}"
+        )
+        with ExitStack() as stack:
+            self.log = None
+            if chief:
+                settings = config.flat(setup.options)
+                self.log = stack.enter_context(
+                    Log(self.folder, settings, self.steps, self.done, self.options.tensorboard)
+                )
+            piece = meshes.piece(setup.mesh)
+            rows = setup.corpus.batches(self.done, self.options.batch, self.options.seed, piece)
+            batches = stack.enter_context(closing(rows))
+            stopping = stack.enter_context(stop_signals())
+            stopped = False
+            while self.done < self.steps and not stopped:
+                self.step(next(batches))
+                stopped = self.between(stopping.is_set())
+            self.look()
+            self.save(None)
+            self.checkpoints.finish()
+            self.export(NEWEST)
+            self.tell("interrupted" if stopped else "finished")
+        if self.done < self.steps:
+            command = f"python -m train --resume --out {self.folder}"
+            say(f"interrupted at step {self.done}; continue with: {command}", sys.stderr)
+            raise KeyboardInterrupt
+        say(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
+
+    def step(self, batch: data.Batch) -> None:
+        """Start one step; nothing waits for it."""
+        setup = self.setup
+        captured = setup.features.rows(batch.rows) if setup.features else (None, None)
+        if not setup.options.data.pack:
+            batch = batch._replace(starts=None)  # type: ignore[arg-type]  # a row is one sequence
+        inputs = meshes.put(batch, setup.mesh, *captured)
+        self.state, metrics = train_step(setup.recipe, self.state, setup.frozen, inputs)
+        self.pending.append(metrics)
+        self.done += 1
+        if self.done == self.first + 1:
+            jax.block_until_ready(self.state)
+            self.clock.start()  # compiling is not part of the speed
+
+    def between(self, stopping: bool) -> bool:
+        """What is due after a step: figures, a validation, a checkpoint. Returns whether to stop."""
+        o, last = self.options, self.done == self.steps
+        logs = last or self.done % o.log_every == 0
+        validates = self.setup.validation is not None and (last or self.done % (o.validate_every or o.save_every) == 0)
+        saves = validates or self.done % o.save_every == 0
+        if logs or saves:
+            metrics = self.look()
+            self.clock.stop(self.done - self.first - 1)
+            if logs and self.log:
+                self.log.add(
+                    row(metrics, self.done, self.clock.pace, self.options.batch * self.setup.options.data.length)
+                )
+            tau = self.validate(metrics) if validates else None
+            if saves:
+                self.save(tau)
+                self.tell("running")
+            self.clock.start()
+        elif self.log:
+            self.log.progress.advance(self.done)
+        # Several processes ask each other, which waits for the devices: not at every step.
+        return anywhere(stopping) if jax.process_count() == 1 or logs else False
+
+    def look(self) -> Metrics:
+        """What the steps since the last look reported, fetched; the last one's.
+
+        Raises:
+            DominoError: one of them went wrong. What it did is not saved.
+        """
+        pending, self.pending = fetch(self.pending), []
+        for number, metrics in enumerate(pending, self.done - len(pending) + 1):
+            norm, loss = float(metrics.gradient_norm), float(metrics.report.loss)
+            problem = self.watch.wrong(bool(metrics.finite), loss, norm)
+            if problem:
+                self.checkpoints.finish()
+                good = self.checkpoints.latest()
+                self.tell("diverged")
+                raise DominoError(
+                    f"{problem} at step {number}; --resume from "
+                    + ("the beginning" if good is None else f"the good checkpoint of step {good}")
+                    + " with a lower --lr, --muon-lr or --clip."
+                )
+        return pending[-1] if pending else None  # type: ignore[return-value]  # after a step there is one
+
+    def validate(self, metrics: Metrics) -> float | None:
+        """Decode the held-out prompts with the drafter as it is; the acceptance length, and a new best is written."""
+        assert self.setup.validation is not None
+        before = self.checkpoints.best()
+        found = self.setup.validation.run(exported(self.state))
+        tau = found.final.tau
+        if self.log:
+            figures = {"validation_tau": tau, "validation_tau_error": found.final.error}
+            if found.base is not None:
+                figures |= {"validation_tau_base": found.base.tau, "validation_tau_base_error": found.base.error}
+            estimated = float(metrics.report.final.acceptance)
+            self.log.add(
+                {"step": self.done, **figures, "validation_estimated": estimated, "validation_seconds": found.seconds}
+            )
+        if tau is not None and (before is None or tau > before[1]):
+            self.export(BEST)
+        return tau
+
+    def save(self, tau: float | None) -> None:
+        """A checkpoint of the state as it is; the run goes on while it is written."""
+        self.checkpoints.save(self.state, tau)
+
+    def export(self, name: str) -> None:
+        """The drafter as Hugging Face files."""
+        weights, draft = fetch(exported(self.state)), self.setup.recipe.draft
+        if jax.process_index() == 0:
+            hf.save(self.folder / name, unflatten(draft, weights), draft, draft.to_hf(), jnp.bfloat16)
+
+    def tell(self, state: str) -> None:
+        """Write the report anew."""
+        if self.log:
+            self.log.report(state)
+
+
+class Clock:
+    """The time of steps alone, without what is done between them."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._seconds = 0.0
+        self.pace: float | None = None  # seconds a step, None before a second step was timed
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def stop(self, steps: int) -> None:
+        """Args: steps: that were run since the first start."""
+        if self._began is not None:
+            self._seconds += time.perf_counter() - self._began
+        self._began = None
+        self.pace = self._seconds / steps if steps else None
+
+
+def row(metrics: Metrics, step: int, pace: float | None, tokens: int) -> dict[str, Any]:
+    """One line of metrics.jsonl.
+
+    Args:
+        pace: seconds a step.
+        tokens: of a step, with padding.
+    """
+    report = metrics.report
+    found: dict[str, Any] = {"step": step, "loss": float(report.loss)}
+    for name, branch in (("final", report.final), ("base", report.base)):
+        found |= {
+            f"{name}_loss": float(branch.loss),
+            f"{name}_ce": float(branch.ce),
+            f"{name}_acceptance": float(branch.acceptance),
+            f"{name}_accuracy": float(branch.accuracy),
+            f"{name}_accuracy_by_position": np.asarray(branch.position_accuracy, float).tolist(),
+        }
+    return found | {
+        "lambda": float(metrics.lam),
+        "lr": float(metrics.lr),
+        "gradient_norm": float(metrics.gradient_norm),
+        "tokens_per_second": tokens / pace if pace else None,
+    }
+
+
+def say(line: str, where: Any = None) -> None:
+    """A line, of the first process."""
+    if jax.process_index() == 0:
+        print(line, file=where or sys.stdout, flush=True)

@@ -4,6 +4,7 @@ Batches have one number of rows and sorted lengths, so few programs are compiled
 answered depends on the seed and the prompt's own numbers, never on when or beside what it was run.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from jax import Array
 from domino_jax import cache, decode, sampling
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
-from domino_jax.sharding import DATA, fetch, put
+from domino_jax.sharding import MODEL, fetch, put
 
 CYCLES = 8  # a dispatch; plain steps give one token each, so there are more of them
 STEPS = 32
@@ -84,7 +85,7 @@ def generate(
     Args:
         stop_ids: end an answer.
         dtype: of the caches.
-        batch: rows to run together; made a multiple of the mesh's axis `data`.
+        batch: rows to run together; made a multiple of what the mesh divides them into.
         choice: greedy when None.
         wanted: a batch with none of these is not run, and of the others only these are given. Leaving prompts out so
             changes no answer by even a rounding, since every batch that runs is composed as ever.
@@ -94,8 +95,9 @@ def generate(
         DominoError: the device's memory is exhausted.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        batch = -(-batch // mesh.shape[DATA]) * mesh.shape[DATA]
+    if not mesh.empty:  # rows are divided over every axis but `model`
+        parts = math.prod(size for name, size in mesh.shape.items() if name != MODEL)
+        batch = -(-batch // parts) * parts
     run = _Run(params, configs, put(np.array(stop_ids, np.int32), "-"), dtype, batch, choice or Choice(), seed)
     for group in batches(prompts, batch):
         if wanted and not any(map(wanted, group)):

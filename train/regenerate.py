@@ -13,8 +13,8 @@ answer, and not one a conversation, because templates render earlier answers oth
 drops the empty thought that comes before an answer with thinking off): so the drafter is trained on what it will meet.
 `messages` are for people. An answer that reached --max-new-tokens has no end token and finish_reason "length".
 
-The same command goes on where it was interrupted. The answers are then those of an undisturbed run; --batch-size, --mesh
-and the device may change, which changes them by what rounding does to a draw.
+The same command goes on where it was interrupted. The answers are then those of an undisturbed run; --batch-size,
+--mesh and the device may change, which changes them by what rounding does to a draw.
 """
 
 import sys
@@ -46,7 +46,7 @@ WINDOW = 64  # batches of lines that are sorted by length together, and brought 
 
 @dataclass(frozen=True)
 class Regenerate:
-    """Let the target rewrite the assistant's answers of conversations, or continue prompts; the same command resumes."""
+    """Let the target rewrite the answers of conversations, or continue prompts; the same command resumes."""
 
     target: Path
     """folder of the target"""
@@ -75,7 +75,8 @@ class Regenerate:
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on a CPU, bfloat16 elsewhere"""
     mesh: str | None = None
-    """devices to spread over, "data=2,model=4": answers over data, weights over model; by default those found (one CPU)"""
+    """devices to spread over, "data=2,model=4": answers over data, weights over model; by default those found (one
+    CPU)"""
 
 
 def check(options: Regenerate) -> None:
@@ -137,7 +138,7 @@ def run(options: Regenerate) -> None:
     tokenizer = load_tokenizer(options.target)
     first = next(lines.sources(0, len(lines)))[1]
     encode_some(first, tokenizer, options)  # a tokenizer or a template that is missing is known before a weight is read
-    places = {name: str(getattr(options, name)) for name in ("target", "draft", "data")}
+    places = {name: str(getattr(options, name)) for name in ("target", "draft", "data") if getattr(options, name)}
     with Answers(options.out, decisive(options, lines), places) as answers:
         missing = int(lines.turns.sum()) - len(answers)
         if not missing:

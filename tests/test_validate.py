@@ -20,12 +20,13 @@ from domino_jax import sharding
 from domino_jax.config import DraftConfig
 from domino_jax.decode import Params
 from domino_jax.errors import DominoError
-from domino_jax.weights import axes, flatten, init, unflatten
+from domino_jax.weights import axes, flatten, init
 from infer.bench import prompts as bench
 from infer.names import DEMO
 from train import loading
+from train.generate import Answer
 from train.heldout import distinct, read_prompts, varied
-from train.validate import Acceptance, Validate, Validation, main, measure
+from train.validate import Acceptance, Validate, Validation, main, measure, settle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -60,6 +61,7 @@ def restated(pair: Pair, head: bool) -> list[list[int]]:
 
 def test_tau_is_that_of_the_restatement_with_and_without_the_head(pair):
     report = validation(pair).run(flatten(pair.params.draft))
+    assert report.base is not None and report.final.tau is not None and report.base.tau is not None
     for found, head in ((report.final, True), (report.base, False)):
         expected = restated(pair, head)
         assert [list(row) for row in found.accepted] == expected
@@ -74,7 +76,7 @@ def test_tau_is_that_of_the_restatement_with_and_without_the_head(pair):
 
 def test_later_validations_compile_nothing_and_take_the_weights_as_they_are_now(pair):
     check, weights = validation(pair), flatten(pair.params.draft)
-    changed = {**weights, "fc": -weights["fc"]}
+    changed = {**weights, "norm": -weights["norm"]}
     first = check.run(weights)
     with compilations() as seen:
         again = check.run(weights)
@@ -87,19 +89,26 @@ def test_later_validations_compile_nothing_and_take_the_weights_as_they_are_now(
     assert validation(pair, batch=5).run(weights).final == first.final, "the batch decides nothing"
 
 
-def test_masters_are_rounded_to_the_dtype_of_the_computation(pair):
+def test_masters_are_rounded_to_the_dtype_of_the_computation(pair, monkeypatch):
+    seen = []
+
+    def decode(params, configs, prompts, *_, **__):
+        seen.append(flatten(params.draft))
+        return [Answer(prompt, [0], [], "stop") for prompt in prompts]
+
+    monkeypatch.setattr("train.validate.generate", decode)
     weights = flatten(pair.params.draft)
-    target = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pair.params.target)
-    halves = {path: w.astype(jnp.bfloat16) for path, w in weights.items()}
-    check = Validation(target, pair.configs, PROMPTS, STOPS, jnp.dtype("bfloat16"), new_tokens=COUNT, batch=5)
-    found = check.run(weights)
-    assert found.final.cycles and found.final == check.run(halves).final
+    check = Validation(pair.params.target, pair.configs, PROMPTS, STOPS, jnp.dtype("bfloat16"))
+    assert check.run(weights).final.tau is None, "no answer had a cycle"
+    with_head, without = seen
+    assert set(with_head) == set(weights) and set(without) == {p for p in weights if not p.startswith("head.")}
+    for path, weight in with_head.items():
+        np.testing.assert_array_equal(weight, weights[path].astype(jnp.bfloat16))
 
 
 def test_plain_dflash_has_one_figure(pair):
-    configs = dataclasses.replace(pair.configs, draft=dataclasses.replace(pair.configs.draft, head=None))
-    draft = unflatten(configs.draft, flatten(pair.params.draft))
-    report = validation(Pair(Params(pair.params.target, draft), configs)).run(flatten(draft))
+    configs, params = loading.without_head(pair.configs, pair.params)
+    report = validation(Pair(params, configs)).run(flatten(params.draft))
     assert report.base is None and "base_tau" not in report.row()
     assert [list(row) for row in report.final.accepted] == restated(pair, head=False)
 
@@ -131,6 +140,7 @@ def test_sharded_weights_give_the_same(axis):
     else:  # a trainer's mesh may have a third axis, over which matrices are divided while they lie in memory
         kinds = (jax.sharding.AxisType.Auto,) * 3
         mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "model"), kinds, devices=jax.devices()[:4])
+    assert pair.configs.draft is not None
     letters = flatten(axes(pair.configs.draft))
 
     def place(path: str, weight: jax.Array) -> jax.Array:
@@ -180,21 +190,22 @@ def test_the_command_prints_what_validation_gives(folder, capsys):
     assert f"τ {report.final.tau:.2f} ± {report.final.error:.2f}" in text and "head off" in text
 
 
-def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path, capsys):
+def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
     config = hf.parse_config(hf.read_json(folder / "draft" / "config.json"))
     assert isinstance(config, DraftConfig)
     hf.write_json(tmp_path / "config.json", config.to_hf())
     hf.write_json(tmp_path / "settings.json", {"target": str(folder / "target")})
     with ocp.CheckpointManager((tmp_path / "checkpoints").absolute()) as manager:
-        for step, seed in ((1, 5), (2, 1)):  # seed 1 is the drafter's of the folder
-            weights = flatten(init(config, jax.random.key(seed), std=0.2))
+        for step in (1, 2):
+            weights = flatten(init(config, jax.random.key(step)))
             manager.save(step, args=ocp.args.StandardSave({"weights": weights}))
         manager.wait_until_finished()
-    words = ["--prompts", str(folder / "held.jsonl"), "--new-tokens", "9", "--json"]
-    assert main(["--run", str(tmp_path), *words]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert main(["--target", str(folder / "target"), "--draft", str(folder / "draft"), *words]) == 0
-    assert found["final_tau_per_prompt"] == json.loads(capsys.readouterr().out)["final_tau_per_prompt"]
+    options = Validate(folder / "held.jsonl", run=tmp_path)
+    assert settle(options) == (folder / "target", tmp_path)
+    found = loading.load(*settle(options), "float32").params.draft
+    for path, weight in flatten(found).items():
+        np.testing.assert_array_equal(weight, weights[path])
+    assert settle(dataclasses.replace(options, target=Path("elsewhere"))) == (Path("elsewhere"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +237,8 @@ def test_prompts_are_cut_and_those_without_room_left_out(tmp_path):
 
 
 def test_prompts_whose_answers_loop_are_left_out(pair):
-    lean = factory.autoregress(*pair, factory.begin(*pair, PROMPTS, COUNT))
+    start = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    lean = factory.autoregress(pair.params, pair.configs, start)
     shares = [distinct(output.tokens) for output in lean]
     assert shares == [bench.distinct(output.tokens) for output in lean]
     least = sorted(shares)[2]
@@ -235,7 +247,11 @@ def test_prompts_whose_answers_loop_are_left_out(pair):
 
     def chosen(count: int | None) -> list[list[int]]:
         return varied(
-            *(pair.params, pair.configs, PROMPTS, (), jnp.dtype("float32")),
+            pair.params,
+            pair.configs,
+            PROMPTS,
+            (),
+            jnp.dtype("float32"),
             new_tokens=COUNT,
             batch=2,
             least=least,

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,16 +22,16 @@ from train.regenerate import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# As Qwen3's: earlier answers without their thoughts, and an empty thought before the next one if thinking is off.
+# As Qwen3's, but short: earlier answers without thoughts, and something before the next one if thinking is off.
 TEMPLATE = """
 {%- for m in messages %}
     {%- if m.content == 'refuse me' %}{{ raise_exception('no such thing') }}{% endif %}
     {%- set said = m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content %}
-    {{- '<|im_start|>' + m.role + '\\n' + said + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + m.role[0] + ':' + said + '<|im_end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}{%- endif %}
+    {{- '<|im_start|>a:' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '~~' }}{%- endif %}
 {%- endif %}"""
 STOPS = (END_ID, CHAT_END_ID, 4, 60, 61)  # several, so that random answers end
 
@@ -280,8 +281,8 @@ def test_what_does_not_fit_or_is_refused_is_left_out_and_counted(folder, greedy,
 
 def test_an_answer_ends_with_the_positions(folder, tmp_path):
     """The last position's token is generated, and it is never run."""
-    data = write(tmp_path / "data.jsonl", [{"input_ids": [50] * 252}, {"input_ids": [50] * 256}])
-    make_target(tmp_path / "target", eos=None)
+    data = write(tmp_path / "data.jsonl", [{"input_ids": [50] * 12}, {"input_ids": [50] * 16}])
+    make_target(tmp_path / "target", eos=None, max_position_embeddings=16)
     found = run(tmp_path, tmp_path / "out.jsonl", "--temperature", "0", data=data)
     assert [len(row["tokens"]) for row in found] == [5, 1]
 
@@ -351,14 +352,16 @@ def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
     assert sorted(a.prompt.row for a in found) == list(range(count))
     assert any(m for a in found for m in a.accepted), "drafts were to be accepted"
 
-    def distribution(ids: list[int]) -> np.ndarray:
-        hidden, _, _ = target.forward(pair.params.target, pair.configs.target, jnp.asarray([ids]))
-        logits = target.logits(pair.params.target, pair.configs.target, hidden)[:, -1:]
-        return np.asarray(probabilities(logits, settings(1, 0.5, 6)))[0, 0]
+    @jax.jit
+    def distributions(ids: jax.Array) -> jax.Array:
+        hidden, _, _ = target.forward(pair.params.target, pair.configs.target, ids)
+        logits = target.logits(pair.params.target, pair.configs.target, hidden)
+        return probabilities(logits, settings(len(ids), 0.5, 6))
 
-    first = distribution([70, 71, 72])
-    after = [first[t] * distribution([70, 71, 72, int(t)]) for t in np.flatnonzero(first)]
-    exact = np.sum(after, axis=0)
+    whole = np.tile([70, 71, 72, 0], (260, 1))
+    whole[:, 3] = np.arange(260)
+    after = np.asarray(distributions(jnp.asarray(whole, jnp.int32)))
+    first, exact = after[0, 2], after[0, 2] @ after[:, 3]
     for place, expected in ((0, first), (1, exact)):
         seen = np.bincount([a.tokens[place] for a in found], minlength=260)
         assert not seen[expected == 0].any()
@@ -386,18 +389,19 @@ def test_an_answer_depends_on_its_numbers_and_the_seed_alone(pair):
 
 def test_batches_are_sorted_and_the_unwanted_are_not_run(pair):
     prompts = [Prompt(row, 0, [70] * length, 4) for row, length in enumerate([3, 9, 1, 5, 7])]
-    lengths = [[len(p.ids) for p in group] for group in generate.batches(prompts, 2)]
-    assert lengths == [[9, 7], [5, 3], [1]]
+    lengths = [[len(p.ids) for p in group] for group in generate.batches(prompts, 3)]
+    assert lengths == [[9, 7, 5], [3, 1]]
     tokens = []
     found = generate.generate(
         pair.params,
         pair.configs,
         prompts,
-        (),
+        STOPS,
         pair.dtype,
-        batch=2,
+        batch=3,
+        choice=Choice(1.5),
         wanted=lambda p: p.row == 0,
         update=lambda new, accepted: tokens.append(new),
     )
     assert [a.prompt.row for a in found] == [0]
-    assert sum(tokens) == 8, "one batch of two rows"
+    assert tokens[0] == 2 and 2 <= sum(tokens) <= 8, "one batch, of two rows"

@@ -1,0 +1,120 @@
+"""The file that rewritten answers are added to, whole line by whole line, so that a killed run can go on."""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from convert import hf
+from domino_jax.errors import DominoError
+
+Number = tuple[int, int]  # line of the data, turn
+
+
+class Answers:
+    """One JSON object a line, each with its numbers `row` and `turn`; what is there is never changed."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], places: Mapping[str, Any]):
+        """Open the file to add to it; a last line that was cut off is dropped.
+
+        Args:
+            settings: what decides the answers; kept in PATH.settings.json, and compared when the file is there already.
+            places: of what was read; kept beside the settings for people, since folders may move.
+
+        Raises:
+            DominoError: the file was written with other settings or by something else, is damaged, or can't be written.
+        """
+        self.path = path
+        self._places: dict[Number, int] = {}
+        beside = path.with_name(path.name + ".settings.json")
+        try:
+            if path.exists() and path.stat().st_size and not beside.exists():
+                raise DominoError(f"{path} was not written by this command ({beside} is missing); give another --out.")
+            if beside.exists():
+                self._compare(hf.read_json(beside), settings, beside)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hf.write_json(beside, {**places, **settings})
+            self._file = path.open("ab", buffering=0)  # a buffer would be lost with the process
+            self._end = self._index()
+            self._file.truncate(self._end)
+        except OSError as error:
+            raise DominoError(f"{path} can't be written: {error}.") from None
+
+    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any], beside: Path) -> None:
+        other = [name for name in now if before.get(name) != now[name]]
+        if other:
+            raise DominoError(
+                f"{self.path} was begun with other settings: "
+                + ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in other)
+                + f"; give what {beside.name} says to go on, or another --out."
+            )
+
+    def _index(self) -> int:
+        """Note where each line begins; returns where the last whole one ends."""
+        end = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    row = json.loads(line)
+                    self._places[row["row"], row["turn"]] = end
+                except (ValueError, KeyError, TypeError):
+                    raise DominoError(
+                        f"{self.path} is damaged after {len(self._places)} lines; cut it there, or give another --out."
+                    ) from None
+                end += len(line)
+        return end
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, number: Number) -> bool:
+        return number in self._places
+
+    def tokens(self, number: Number) -> list[int]:
+        """The tokens of an answer that is there."""
+        with self.path.open("rb") as file:
+            file.seek(self._places[number])
+            return json.loads(file.readline())["tokens"]
+
+    def add(self, number: Number, values: Mapping[str, Any]) -> None:
+        """Add an answer's line.
+
+        Raises:
+            DominoError: it can't be written; the file is as it was before.
+        """
+        line = (json.dumps({"row": number[0], "turn": number[1], **values}, ensure_ascii=False) + "\n").encode()
+        try:
+            self._write(line)
+        except OSError as error:
+            self._file.truncate(self._end)
+            what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+            raise DominoError(
+                f"{self.path} can't be written: {what}; its {len(self)} answers are kept: make room, and give the same "
+                "command again."
+            ) from None
+        self._places[number] = self._end
+        self._end += len(line)
+
+    def _write(self, line: bytes) -> None:
+        rest = memoryview(line)
+        while rest:  # a disk that fills up takes a part first
+            rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """Bring it to disk."""
+        if not self._file.closed:
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()

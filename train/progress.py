@@ -56,7 +56,7 @@ class Progress(AbstractContextManager["Progress"]):
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bars.add_task(unit, total=None, figures="", start=False)
+        self._task = self._bars.add_task(unit, total=0, figures="", start=False)
         self._total = self._done = 0
         self._first: tuple[int, float] | None = None  # what was done when the first step ended, and when that was
         self._shown = ""
@@ -64,8 +64,8 @@ class Progress(AbstractContextManager["Progress"]):
     def start(self, total: int, done: int = 0) -> None:
         """Begin, or begin anew, with `done` of `total`."""
         self._total, self._done, self._first = total, done, None
-        self._bars.start()
         self._bars.reset(self._task, total=total, completed=done, figures="")
+        self._bars.start()
 
     def advance(self, done: int) -> None:
         """So many are done; cheap enough for every step."""

@@ -98,6 +98,15 @@ def test_rows_of_an_older_run_are_drawn_without_what_they_lack(tmp_path):
     assert report.write(tmp_path / "nothing", [], {}, 5) is not None, "there is no such folder"
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_single_row_and_values_that_are_missing_can_be_drawn(tmp_path):
+    first = {"step": 1, "gradient_norm": 0.0, "loss": float("nan"), "final_accuracy_by_position": [0.5, None]}
+    second = {"step": 1, "validation_tau": 2.0, "base_accuracy_by_position": [0.25]}
+    for rows in ([first], [first, second], [first, second, second | {"step": 2}]):
+        assert report.write(tmp_path, rows, {}, 4) is None
+    assert "| final | 0.500 |  |\n| base | 0.250 |  |" in (tmp_path / "report.md").read_text()
+
+
 def test_a_report_is_written_whole_with_its_pictures(tmp_path, rows):
     assert report.write(tmp_path, rows, SETTINGS, 200, seconds_left=3905, notes=["the target was too old."]) is None
     assert {file.name for file in tmp_path.iterdir()} == {"report.md", "curves.png", "positions.png"}

@@ -111,7 +111,7 @@ def positions(rows: Sequence[Row]) -> Positions | None:
     width = max(len(row.get(key) or ()) for row in measured for key in BY_POSITION.values())
 
     def filled(values: Sequence[float] | None) -> list[float]:
-        held = list(values or ())
+        held = [float("nan") if value is None else value for value in values or ()]
         return held + [float("nan")] * (width - len(held))
 
     branches = {label: [filled(row.get(key)) for row in measured] for label, key in BY_POSITION.items()}
@@ -134,7 +134,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axis.plot(x, y, label=label, linewidth=1.2, marker="o" if panel.over != "step" else None, markersize=3)
         for number, (label, (x, y)) in enumerate(panel.points.items()):
             axis.plot(x, y, label=label, color=f"C{number}", linewidth=0.6, linestyle=":", marker="D", markersize=5)
-        axis.set(title=panel.title, xlabel=panel.over, yscale="log" if panel.log else "linear")
+        positive = any(value > 0 for _, y in panel.lines.values() for value in y)
+        axis.set(title=panel.title, xlabel=panel.over, yscale="log" if panel.log and positive else "linear")
         axis.grid(alpha=0.3)
         if len(panel.lines) + len(panel.points) > 1:
             axis.legend(loc="best", fontsize="small")

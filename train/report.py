@@ -163,7 +163,7 @@ def _figures(rows: Sequence[curves.Row]) -> str:
     if any(accuracies.values()):
         count = max(len(values or ()) for values in accuracies.values())
         lines = [
-            (label, *(f"{value:.3f}" for value in values), *[""] * (count - len(values)))
+            (label, *("" if value is None else f"{value:.3f}" for value in values), *[""] * (count - len(values)))
             for label, values in accuracies.items()
             if values
         ]

@@ -47,6 +47,8 @@ class Capture:
     """training data, as the training gets it"""
     out: Path
     """folder for the features"""
+    split: str = "train"
+    """of a Hub dataset, as in the training"""
     length: int = 3072
     """tokens a sequence is cut to, as in the training"""
     pack: bool = False
@@ -65,9 +67,13 @@ class Capture:
     """devices, such as data=2,model=4; one when not given"""
 
 
-def read_corpus(options: Capture, config: TargetConfig, tokenizer: Any) -> Any:
+def read_corpus(options: Capture, config: TargetConfig) -> data.Corpus:
     """The corpus that a training with the same data options reads."""
-    corpus, _ = data.read(Path(options.data[0]), options.length, config.vocab_size, tokenizer, 0)
+    tokenizer = load_tokenizer(options.target)
+    corpus, summary = data.read(
+        options.data, options.length, config.vocab_size, tokenizer, split=options.split, pack=options.pack
+    )
+    print(summary, flush=True)
     return corpus
 
 
@@ -168,7 +174,7 @@ def run(options: Capture) -> None:
         raise DominoError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
     mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
     fitted = sharding.fit(config, model)
-    corpus = read_corpus(options, config, load_tokenizer(options.target))
+    corpus = read_corpus(options, config)
     lengths = features.row_lengths(corpus.starts)
     plan = features.plan(
         lengths,

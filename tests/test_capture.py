@@ -191,6 +191,26 @@ def test_a_finished_shard_that_was_altered_is_captured_again(folder, captured, c
     assert contents(captured) == before
 
 
+def test_batches_come_with_their_features_and_the_next_is_read_ahead(captured):
+    read, taken = Features.open(captured), []
+
+    def batches():
+        for rows in ([0, 3], [5, 1], [2, 6], [4, 4]):
+            taken.append(rows)
+            yield SimpleNamespace(rows=np.array(rows))
+
+    following = read.read_ahead(batches())
+    batch, found = next(following)
+    assert taken == [[0, 3], [5, 1]]
+    assert batch.rows.tolist() == [0, 3] and (found.features == read.rows([0, 3]).features).all()
+    assert [batch.rows.tolist() for batch, _ in following] == [[5, 1], [2, 6], [4, 4]]
+    next(started := read.read_ahead(batches()))
+    started.close()
+    flip(captured / read.plan.name(0), len(read.plan.head(0)) + 5)
+    with pytest.raises(DominoError, match="was altered"):
+        list(Features.open(captured).read_ahead(batches()))
+
+
 def flip(file, place: int) -> None:
     held = bytearray(file.read_bytes())
     held[place] ^= 1

@@ -67,7 +67,7 @@ class Capture:
     """devices, such as data=2,model=4; one when not given"""
 
 
-def read_corpus(options: Capture, config: TargetConfig) -> data.Corpus:
+def read_corpus(options: Capture, config: TargetConfig) -> Any:
     """The corpus that a training with the same data options reads."""
     tokenizer = load_tokenizer(options.target)
     corpus, summary = data.read(

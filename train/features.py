@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -309,6 +310,22 @@ class Features:
             if hidden is not None:
                 hidden[place, : len(row)] = row[:, plan.width :]
         return Captured(features, hidden)
+
+    def read_ahead(self, batches: Iterable[Any]) -> Generator[tuple[Any, Captured], None, None]:
+        """Batches with what was captured of their `rows`, the next one read while one is used."""
+
+        def read(batch: Any) -> tuple[Any, Captured]:
+            return batch, self.rows(batch.rows)
+
+        with ThreadPoolExecutor(1, "features") as pool:
+            waiting = None
+            for batch in batches:
+                following = pool.submit(read, batch)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = following
+            if waiting is not None:
+                yield waiting.result()
 
     def _row(self, index: int) -> np.ndarray:
         shard = int(np.searchsorted(self._firsts, index, side="right")) - 1

@@ -1,58 +1,172 @@
-"""Curves of a run, drawn from its metrics.jsonl."""
+"""A run's metrics.jsonl, and the curves that are drawn from it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]  # one line: "step", and whatever was measured there
+Line = tuple[list[float], list[float]]  # x and y
+
+COLUMNS = 2
+SIZE = (6.0, 3.2)  # of a panel, inches
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+class Panel(NamedTuple):
+    """One set of axes: what is drawn in it, by label."""
+
+    title: str
+    lines: dict[str, Line]
+    points: dict[str, Line]  # measured seldom: dots on a thin line
+    over: str = "step"  # what x is
+    log: bool = False
+
+
+class Positions(NamedTuple):
+    """Accuracy of each of a block's J proposals over the run."""
+
+    steps: list[int]
+    branches: dict[str, list[list[float]]]  # "final" and "base": [steps][J], nan where a step lacks it
+
+
+# Title, keys of the lines by label, keys of the points by label.
+PANELS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
+    ("cross-entropy, nats", {"final": "final_loss", "base": "base_loss", "λ-weighted": "loss"}, {}),
+    (
+        "acceptance length, tokens",
+        {"final, estimated": "final_acceptance", "base, estimated": "base_acceptance"},
+        {"final, decoding": "validation_tau", "base, decoding": "validation_tau_base"},
+    ),
+    ("accuracy", {"final": "final_accuracy", "base": "base_accuracy"}, {}),
+    ("gradient norm", {"norm": "gradient_norm"}, {}),
+    ("λ", {"λ": "lambda"}, {}),
+    ("learning rate", {"learning rate": "lr"}, {}),
+    ("tokens/s", {"tokens/s": "tokens_per_second"}, {}),
+)
+BY_POSITION = {"final": "final_accuracy_by_position", "base": "base_accuracy_by_position"}
+
+
+def read(path: Path) -> list[Row]:
     """The rows of a metrics file, without a line that was cut off; an empty list where there is no file."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
     return rows
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
+def write(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as a metrics file, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     temporary.replace(path)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses, estimated acceptance lengths, accuracies, and the gradient norm with λ, as one PNG."""
-    import matplotlib
+def append(row: Row, path: Path) -> None:
+    """Add one row to a metrics file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    steps = [row["step"] for row in rows]
-    panels = (
-        ("cross-entropy, nats", {"final": "final_loss", "base": "base_loss", "λ-weighted": "loss"}),
-        ("estimated acceptance length, tokens", {"final": "final_acceptance", "base": "base_acceptance"}),
-        ("accuracy", {"final": "final_accuracy", "base": "base_accuracy"}),
-        ("gradient norm", {"norm": "gradient_norm"}),
-    )
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7), sharex=True, constrained_layout=True)
-    for axis, (title, lines) in zip(grid.flat, panels, strict=True):
-        for label, key in lines.items():
-            axis.plot(steps, [row[key] for row in rows], label=label, linewidth=1.2)
-        axis.set_title(title)
+def resume(path: Path, done: int) -> list[Row]:
+    """The rows of a metrics file up to step `done`; what was measured after it is taken out of the file."""
+    rows = [row for row in read(path) if row["step"] <= done]
+    write(rows, path)
+    return rows
+
+
+def series(rows: Sequence[Row], key: str) -> Line:
+    """Steps and values of one key, from the rows that have it."""
+    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def panels(rows: Sequence[Row]) -> list[Panel]:
+    """What is drawn of these rows; what was never measured is left out."""
+
+    def drawn(keys: Mapping[str, str]) -> dict[str, Line]:
+        return {label: line for label, key in keys.items() if (line := series(rows, key))[0]}
+
+    made = [Panel(title, drawn(lines), drawn(points), log=title == "gradient norm") for title, lines, points in PANELS]
+    latest = {
+        label: values
+        for label, key in BY_POSITION.items()
+        if (values := next((row[key] for row in reversed(rows) if row.get(key)), None))
+    }
+    lines = {label: ([float(j) for j in range(1, len(values) + 1)], values) for label, values in latest.items()}
+    made.append(Panel("accuracy by proposal, latest", lines, {}, over="proposal"))
+    return [panel for panel in made if panel.lines or panel.points]
+
+
+def positions(rows: Sequence[Row]) -> Positions | None:
+    """Accuracy by proposal over the run, None if it was never measured."""
+    measured = [row for row in rows if any(row.get(key) for key in BY_POSITION.values())]
+    if not measured:
+        return None
+    width = max(len(row.get(key) or ()) for row in measured for key in BY_POSITION.values())
+
+    def filled(values: Sequence[float] | None) -> list[float]:
+        held = [float("nan") if value is None else value for value in values or ()]
+        return held + [float("nan")] * (width - len(held))
+
+    branches = {label: [filled(row.get(key)) for row in measured] for label, key in BY_POSITION.items()}
+    return Positions([row["step"] for row in measured], branches)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw `panels` as one PNG, whole or not at all."""
+    from matplotlib.figure import Figure
+
+    made = panels(rows)
+    if not made:
+        return
+    height = -(-len(made) // COLUMNS)
+    figure = Figure((SIZE[0] * COLUMNS, SIZE[1] * height), layout="constrained")
+    axes = figure.subplots(height, COLUMNS, squeeze=False).flat
+    for panel in made:
+        axis = next(axes)
+        for label, (x, y) in panel.lines.items():
+            axis.plot(x, y, label=label, linewidth=1.2, marker="o" if panel.over != "step" else None, markersize=3)
+        for number, (label, (x, y)) in enumerate(panel.points.items()):
+            axis.plot(x, y, label=label, color=f"C{number}", linewidth=0.6, linestyle=":", marker="D", markersize=5)
+        positive = any(value > 0 for _, y in panel.lines.values() for value in y)
+        axis.set(title=panel.title, xlabel=panel.over, yscale="log" if panel.log and positive else "linear")
         axis.grid(alpha=0.3)
-        if len(lines) > 1:
-            axis.legend(loc="best")
-    twin = grid[1, 1].twinx()
-    twin.plot(steps, [row["lambda"] for row in rows], color="tab:green", label="λ")
-    twin.set_ylabel("λ", color="tab:green")
-    grid[1, 1].set_yscale("log")
-    for axis in grid[1]:
-        axis.set_xlabel("step")
+        if len(panel.lines) + len(panel.points) > 1:
+            axis.legend(loc="best", fontsize="small")
+    for axis in axes:
+        axis.remove()
+    _save(figure, path)
+
+
+def draw_positions(rows: Sequence[Row], path: Path) -> None:
+    """Draw `positions` as two heat maps in one PNG, whole or not at all; nothing where they were never measured."""
+    from matplotlib.figure import Figure
+
+    made = positions(rows)
+    if made is None:
+        return
+    figure = Figure((SIZE[0] * 2, SIZE[1] * 1.2), layout="constrained")
+    axes = figure.subplots(1, len(made.branches), sharey=True)
+    proposals = range(1, len(made.branches["final"][0]) + 1)
+    drawn: Any = None
+    for axis, (label, values) in zip(axes, made.branches.items(), strict=True):
+        columns = [list(column) for column in zip(*values, strict=True)]  # [J][steps]
+        drawn = axis.pcolormesh(made.steps, proposals, columns, shading="nearest", vmin=0, vmax=1)
+        axis.set(title=f"{label}: accuracy of each proposal", xlabel="step", ylabel="proposal")
+    figure.colorbar(drawn, ax=axes)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=100)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -99,9 +99,7 @@ def _dense(
     outer = jnp.einsum("BAMKGH,BSKH->BKGAMS", groups, ctx_k, preferred_element_type=jnp.float32)
     inner = jnp.einsum("BAMKGH,BAXKH->BKGAMX", groups, own_k, preferred_element_type=jnp.float32)
     least = jnp.finfo(jnp.float32).min
-    scores = jnp.concatenate(
-        [jnp.where(before[:, None, None], outer, least), jnp.where(inside, inner, least)], axis=-1
-    )
+    scores = jnp.concatenate([jnp.where(before[:, None, None], outer, least), jnp.where(inside, inner, least)], axis=-1)
     # The block always sees itself, so no query is without a key.
     weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(ctx_v.dtype)
     attended = jnp.einsum("BKGAMS,BSKH->BAMKGH", weights[..., :length], ctx_v)

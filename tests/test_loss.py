@@ -203,9 +203,7 @@ def test_a_packed_row_is_its_conversations(kind):
     loss, report = jax.jit(lambda d: curriculum(d, frozen, (TARGET, draft), *arrays, **how))(drafter)
     parts = [([row[a:b]], [on[a:b]], [[p - a for p in places[0] if a <= p < b]]) for a, b in ends]
     names = named(TARGET, frozen), named(draft, drafter)
-    alone = [
-        restated(draft, *names, 0.4, (*part, [[True] * len(part[2][0])]), {"objective": kind}) for part in parts
-    ]
+    alone = [restated(draft, *names, 0.4, (*part, [[True] * len(part[2][0])]), {"objective": kind}) for part in parts]
     compare(loss, report, reference.combine_training(alone, 0.4))
 
 
@@ -221,7 +219,6 @@ def test_tokens_of_a_packed_row_see_their_own_conversation_only(monkeypatch):
     frozen = init(TARGET, jax.random.key(1), std=0.3)
     ids = jnp.asarray(sequences()[0][:1])
     starts = jnp.asarray([[0] * 8 + [8] * 11], jnp.int32)
-
 
     def forward(ids, starts=None):
         run = jax.jit(lambda p: target.forward(p, TARGET, ids, taps=(0, 2), starts=starts)[:2])
@@ -263,9 +260,9 @@ def test_the_target_gets_no_gradient():
     moved = init(TARGET, jax.random.key(3), std=0.3)
 
     def loss(frozen):
-        return curriculum(
-            drafter, frozen, (TARGET, draft), *batch, lam=jnp.float32(0), gamma=3.0, chunk=99, loss="kl"
-        )[0]
+        return curriculum(drafter, frozen, (TARGET, draft), *batch, lam=jnp.float32(0), gamma=3.0, chunk=99, loss="kl")[
+            0
+        ]
 
     value = jax.jit(loss)
     assert float(value(frozen)) != float(value(moved))  # it does depend on the target

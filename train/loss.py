@@ -332,9 +332,7 @@ def scores(
         base = final = vocabulary(z)
         if rank is not None and proj_out is not None:
             # Cast in here: the chunks' gradients are then summed in the dtype that was given, float32.
-            added = jnp.einsum(
-                "XTR,XVR->XTV", rank, proj_out.astype(rank.dtype), preferred_element_type=jnp.float32
-            )
+            added = jnp.einsum("XTR,XVR->XTV", rank, proj_out.astype(rank.dtype), preferred_element_type=jnp.float32)
             final = constrain(base + added, "B - V")
         names = jnp.arange(output.shape[0], dtype=labels.dtype)
         likely = None

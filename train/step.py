@@ -252,9 +252,7 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
         key=state.key,
         average=average,
     )
-    metrics = Metrics(
-        report(sums, lam, total), lam, jnp.asarray(schedule(recipe, recipe.lr)(state.step)), norm, finite
-    )
+    metrics = Metrics(report(sums, lam, total), lam, jnp.asarray(schedule(recipe, recipe.lr)(state.step)), norm, finite)
     return _laid(updated, where), metrics
 
 

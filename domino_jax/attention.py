@@ -40,6 +40,7 @@ Choice = Literal["auto", "xla", "cudnn", "pallas"]
 WIDEST_CUDNN_HEAD = 128  # 256 from Hopper on; every model of the table has 128
 LARGEST_QUERY_BLOCK = 512  # rows of queries (T · G) that the Pallas kernel holds at once
 LARGEST_KEY_BLOCK = 512  # cache positions likewise
+LARGEST_ALONE = 1024  # queries whose scores exist at a time where tokens attend among themselves
 LANES = 128  # the width of a TPU's vector registers
 SUBLANES = 16  # their height, for 16-bit floats
 
@@ -109,6 +110,28 @@ def attend(
     return run(q, k, v, start)
 
 
+def among(q: Array, k: Array, v: Array, starts: Array | None = None) -> Array:
+    """Causal attention of the tokens of a row among themselves, without a cache, as xla; it can be differentiated.
+
+    The scores of a part of the queries exist at a time, against the keys up to its end.
+
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, T, K, H].
+        starts: [B, T], the first position that each query sees; 0 when None.
+
+    Returns:
+        [B, T, N, H].
+    """
+    k, v, length = k.swapaxes(1, 2), v.swapaxes(1, 2), q.shape[1]
+    parts = []
+    for at in range(0, length, LARGEST_ALONE):
+        end = min(at + LARGEST_ALONE, length)
+        since = None if starts is None else starts[:, at:end]
+        parts.append(xla(q[:, at:end], k[:, :, :end], v[:, :, :end], jnp.full(1, at, jnp.int32), True, None, since))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
 def in_window(distance: Array, window: int | None) -> Array:
     """Whether a key `distance` positions before the query is visible: 0 ≤ distance < window, or always."""
     if window is None:
@@ -140,12 +163,21 @@ def apart(rows: Array, tokens: int) -> Array:
     return rows.reshape(batch, kv_heads, tokens, -1, width).transpose(0, 2, 1, 3, 4).reshape(batch, tokens, -1, width)
 
 
-def xla(q: Array, k: Array, v: Array, start: Array, causal: bool, window: int | None) -> Array:
-    """`attend` as plain matrix products: any other order of axes and XLA on a CPU transposes the cache."""
+def xla(
+    q: Array, k: Array, v: Array, start: Array, causal: bool, window: int | None, since: Array | None = None
+) -> Array:
+    """`attend` as plain matrix products: any other order of axes and XLA on a CPU transposes the cache.
+
+    Args:
+        since: [B, T], positions before which a query sees nothing; 0 when None.
+    """
     tokens, kv_heads = q.shape[1], k.shape[1]
     rows = side_by_side(q, kv_heads)
     scores = jnp.einsum("BKXH,BKSH->BKXS", rows, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    seen = jnp.repeat(visible(start, tokens, k.shape[2], causal, window), q.shape[2] // kv_heads, axis=1)[:, None]
+    seen = visible(start, tokens, k.shape[2], causal, window)
+    if since is not None:
+        seen &= jnp.arange(k.shape[2], dtype=jnp.int32) >= since[:, :, None]
+    seen = jnp.repeat(seen, q.shape[2] // kv_heads, axis=1)[:, None]
     # Finite, so that a query that sees nothing (a padded row) gives a mean and not NaN.
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
     return apart(jnp.einsum("BKXS,BKSH->BKXH", weights, v), tokens)

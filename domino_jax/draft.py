@@ -4,16 +4,18 @@ The context side of attention is a function of its position alone, so in decodin
 context keys and values are cached, and a cycle adds the positions it committed.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import layers
-from domino_jax.attention import Form, attend, in_window
+from domino_jax import blocks, layers
+from domino_jax.attention import Form, attend
 from domino_jax.cache import KVCache, append
 from domino_jax.config import DraftConfig
-from domino_jax.sharding import constrain
-from domino_jax.weights import Draft
+from domino_jax.sharding import constrain, gathered
+from domino_jax.weights import Draft, Layer, axes
 
 
 def context(params: Draft, config: DraftConfig, features: Array) -> Array:
@@ -70,51 +72,48 @@ def block(
     return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
 
 
-def training_blocks(params: Draft, config: DraftConfig, x: Array, anchors: Array, features: Array) -> Array:
+def training_blocks(
+    params: Draft,
+    config: DraftConfig,
+    x: Array,
+    anchors: Array,
+    features: Array,
+    first: Array | None = None,
+    form: blocks.Form = "dense",
+    remat: bool = False,
+) -> Array:
     """Run all blocks of a sequence in one pass (SPEC section 7).
 
-    The queries of a block see the context strictly before its anchor and their own block. Scores
-    are kept in two pieces, [M, S] and [M, M] a block, so no A·M x A·M mask exists.
+    The queries of a block see the context strictly before its anchor and their own block.
 
     Args:
         x: block inputs [B, A, M, D].
         anchors: [B, A] absolute positions a; 0 is legal and sees no context.
         features: [B, S, LD] of the whole sequence.
+        first: [B, A], the first position that each block sees, where rows hold several sequences; 0 when None.
+        form: of attention, see `blocks`.
+        remat: keep of each layer only what goes into it, and compute the rest again in the backward pass.
 
     Returns:
         z [B, A, M, D].
     """
-    batch, blocks, size, _ = x.shape
-    length = features.shape[1]
-    c = context(params, config, features)
-    offsets = jnp.arange(size, dtype=jnp.int32)
-    seen = jnp.arange(length, dtype=jnp.int32)
-    positions = anchors[..., None] + offsets  # [B, A, M]
+    letters, eps = axes(config), config.rms_norm_eps
+    fc = gathered(params.fc, letters.fc)
+    c = layers.rms_norm(layers.linear(features, fc), params.context_norm, eps)
+    positions = anchors[..., None] + jnp.arange(config.block_size, dtype=jnp.int32)  # [B, A, M]
     angles = layers.rotary(positions, config)
-    context_angles = layers.rotary(seen, config)
-    before = jnp.broadcast_to(seen < anchors[:, :, None, None], (batch, blocks, size, length))
-    eps = config.rms_norm_eps
-    for layer, window in zip(params.layers, config.windows, strict=True):
+    context_angles = layers.rotary(jnp.arange(features.shape[1], dtype=jnp.int32), config)
+
+    def run(number: int, layer: Layer, x: Array, c: Array) -> Array:
+        layer = gathered(layer, letters.layers[number])
         y = layers.rms_norm(x, layer.input_norm, eps)
         q = layers.queries(layer, y, angles, eps)
-        own_k, own_v = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
-        ctx_k, ctx_v = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
-        heads = own_k.shape[3]
-        groups = q.reshape(batch, blocks, size, heads, -1, config.head_dim)
-        outer = jnp.einsum("BAMKGH,BSKH->BKGAMS", groups, ctx_k, preferred_element_type=jnp.float32)
-        inner = jnp.einsum("BAMKGH,BAXKH->BKGAMX", groups, own_k, preferred_element_type=jnp.float32)
-        outer_mask = before & in_window(positions[..., None] - seen, window)
-        inner_mask = in_window(offsets[:, None] - offsets, window)
-        scores = jnp.concatenate(
-            [
-                jnp.where(outer_mask[:, None, None], outer, jnp.finfo(jnp.float32).min),
-                jnp.where(inner_mask, inner, jnp.finfo(jnp.float32).min),
-            ],
-            axis=-1,
-        )
-        # The block always sees itself, so no query is without a key.
-        weights = jax.nn.softmax(scores * config.head_dim**-0.5, axis=-1).astype(ctx_v.dtype)
-        attended = jnp.einsum("BKGAMS,BSKH->BAMKGH", weights[..., :length], ctx_v)
-        attended += jnp.einsum("BKGAMX,BAXKH->BAMKGH", weights[..., length:], own_v)
-        x = layers.residual(layer, x, attended.reshape(q.shape), eps)
+        own = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
+        seen = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
+        attended = blocks.attend(q, own, seen, anchors, first, config.windows[number], form)
+        return constrain(layers.residual(layer, x, attended, eps), "B A M D")
+
+    for number, layer in enumerate(params.layers):
+        step = partial(run, number)
+        x = (jax.checkpoint(step) if remat else step)(layer, x, c)
     return layers.rms_norm(x, params.norm, eps)

@@ -1,50 +1,113 @@
-"""Which device holds what: a mesh of two axes, and one rule for each letter of the axis legend.
+"""Which device holds what: a mesh of named axes, and one rule for each letter of the axis legend.
 
 Weights, caches and activations are laid out by the same table: the batch over `data`; heads, MLP width, experts and
 vocabulary over `model`. Without a mesh in context (`jax.set_mesh`) nothing here does anything.
+
+Training's meshes have a third axis, `fsdp`: the batch is divided over it too, and so is every matrix while it lies in
+memory, along one axis that `model` leaves whole. It is gathered where it is used (`gathered`), and its gradient goes
+back in parts.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import axes, flatten
 
-DATA, MODEL = "data", "model"
+DATA, FSDP, MODEL = "data", "fsdp", "model"
 
 # Letters that are not here are whole on every device. The head's GRU and its inner projection are small, and a cycle
 # runs them J times one after another: sharding them would cost a collective each time.
 RULES = {"B": DATA, "N": MODEL, "K": MODEL, "F": MODEL, "E": MODEL, "V": MODEL}
 
+# Which axis of a matrix lies over `fsdp`: the first of these that it has. Norms and biases are whole.
+DIVIDED = ("D", "U", "DU", "R")
 
-def make_mesh(data: int, model: int) -> Mesh:
-    """A mesh of data x model devices, the first of those there are.
+
+def make_mesh(data: int, model: int, fsdp: int | None = None) -> Mesh:
+    """A mesh of data x model devices, or for training of data x fsdp x model, the first of those there are.
 
     Raises:
         DominoError: there are fewer devices.
     """
     devices = jax.devices()
-    if min(data, model) < 1 or data * model > len(devices):
-        raise DominoError(f"a mesh of data={data}, model={model} needs {data * model} devices; found {len(devices)}.")
-    if jax.process_count() > 1 and data * model != len(devices):
+    sizes = {DATA: data, MODEL: model} if fsdp is None else {DATA: data, FSDP: fsdp, MODEL: model}
+    count, words = math.prod(sizes.values()), ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if min(sizes.values()) < 1 or count > len(devices):
+        raise DominoError(f"a mesh of {words} needs {count} devices; found {len(devices)}.")
+    if jax.process_count() > 1 and count != len(devices):
         raise DominoError(
-            f"a mesh of several processes has all their {len(devices)} devices; data={data}, model={model} has "
-            f"{data * model}: give another with --mesh."
+            f"a mesh of several processes has all their {len(devices)} devices; {words} has {count}: give another with "
+            "--mesh."
         )
-    return jax.make_mesh((data, model), (DATA, MODEL), (AxisType.Auto, AxisType.Auto), devices=devices[: data * model])
+    axis_types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=devices[:count])
 
 
-def spec(letters: str) -> PartitionSpec:
-    """The partition of an array by its axis letters ("D N H"); "-" is an axis without one."""
-    return PartitionSpec(*(RULES.get(letter) for letter in letters.split()))
+def spec(letters: str, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
+    """The partition of an array by its axis letters ("D N H"); "-" is an axis without one.
+
+    Args:
+        mesh: the one in context when None.
+    """
+    names = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).axis_names
+    rows = {"B": (DATA, FSDP)} if FSDP in names else {}
+    return PartitionSpec(*((RULES | rows).get(letter) for letter in letters.split()))
+
+
+def stored(letters: str, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
+    """The partition of a weight in memory: `spec`, and over `fsdp` where the mesh has that axis."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    names, axes = letters.split(), list(spec(letters, mesh))
+    if FSDP in mesh.axis_names and len(names) > 1:
+        divided = next((names.index(letter) for letter in DIVIDED if letter in names), None)
+        if divided is not None:
+            axes[divided] = FSDP
+    return PartitionSpec(*axes)
+
+
+def gathered(weights: Any, letters: Any) -> Any:
+    """Weights in the form in which they are used: whole over `fsdp`. The gradient of each comes back as it is stored.
+
+    Args:
+        weights: a tree of arrays, stored by `stored`.
+        letters: the tree of their axis letters.
+    """
+    if FSDP not in jax.sharding.get_abstract_mesh().axis_names:
+        return weights
+    return jax.tree.map(_gathered, weights, letters)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight: Array, letters: str) -> Array:
+    return jax.lax.with_sharding_constraint(weight, spec(letters))
+
+
+def _gathered_forward(weight: Array, letters: str) -> tuple[Array, None]:
+    return _gathered(weight, letters), None
+
+
+def _gathered_backward(letters: str, _: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, stored(letters)),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def row_shards() -> int:
+    """Parts that the batch is divided into: the devices of `data` and `fsdp` of the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in (DATA, FSDP) if name in mesh.axis_names)
 
 
 def constrain(x: Array, letters: str) -> Array:
@@ -100,13 +163,25 @@ def parse(text: str) -> tuple[int, int]:
     Raises:
         DominoError: it is not of this form.
     """
-    sizes = {DATA: 1, MODEL: 1}
+    return _parse(text, {DATA: 1, MODEL: 1}, "data=2,model=4")
+
+
+def parse_training(text: str) -> tuple[int, int, int]:
+    """The sizes (data, fsdp, model) of "data=1,fsdp=4,model=2"; one that is not named is 1.
+
+    Raises:
+        DominoError: it is not of this form.
+    """
+    return _parse(text, {DATA: 1, FSDP: 1, MODEL: 1}, "data=1,fsdp=4,model=2")
+
+
+def _parse(text: str, sizes: dict[str, int], example: str) -> Any:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in sizes or not size.isdecimal() or int(size) < 1:
-            raise DominoError(f"a mesh is given as data=2,model=4, found {text!r}.")
+            raise DominoError(f"a mesh is given as {example}, found {text!r}.")
         sizes[name] = int(size)
-    return sizes[DATA], sizes[MODEL]
+    return tuple(sizes.values())
 
 
 def default_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
@@ -203,4 +278,4 @@ def spread(
             read_parts[key] = np.pad(value, padding) if any(map(any, padding)) else value
         return read_parts[key]
 
-    return jax.make_array_from_callback(whole, NamedSharding(mesh, spec(" ".join(letters))), part)
+    return jax.make_array_from_callback(whole, NamedSharding(mesh, stored(" ".join(letters), mesh)), part)

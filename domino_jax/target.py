@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import layers
-from domino_jax.attention import Form, attend
+from domino_jax.attention import Form, among, attend
 from domino_jax.cache import KVCache, append
 from domino_jax.config import TargetConfig
-from domino_jax.sharding import constrain
-from domino_jax.weights import Quantized, Target, lm_head
+from domino_jax.sharding import constrain, gathered
+from domino_jax.weights import Quantized, Target, axes, lm_head
 
 
 def forward(
@@ -19,6 +19,7 @@ def forward(
     cache: KVCache | None = None,
     taps: tuple[int, ...] = (),
     attention: Form = "xla",
+    starts: Array | None = None,
 ) -> tuple[Array, Array, KVCache | None]:
     """Run T tokens per row, after what the cache already holds.
 
@@ -28,6 +29,8 @@ def forward(
         cache: earlier keys and values, or None to attend among `tokens` alone (training).
         taps: decoder layers whose output is wanted, in this order.
         attention: its form, where there is a cache; without one it is xla's, which can be differentiated.
+        starts: [B, T], without a cache: the first position that each token sees, where rows hold several sequences
+            (packing); 0 when None.
 
     Returns:
         Hidden states after the final norm [B, T, D]; features [B, T, LD], the residual stream after
@@ -37,19 +40,20 @@ def forward(
     begin = jnp.zeros(1, jnp.int32) if start is None else start
     positions = begin[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [B or 1, T]
     angles = layers.rotary(positions, config)
-    x = constrain(params.embed[tokens], "B T D")
+    letters = axes(config)
+    x = constrain(gathered(params.embed, letters.embed)[tokens], "B T D")
     tapped = {}
     for i, layer in enumerate(params.layers):
+        layer = gathered(layer, letters.layers[i])
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
         k, v = layers.keys_values(layer, y, angles, config.rms_norm_eps)
         if cache is None:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            attended = among(q, k, v, starts)
         else:
             assert start is not None, "a cache needs the rows' start positions"
             cache = append(cache, i, k, v, start)
-            k, v = cache.k[i], cache.v[i]
-        attended = attend(q, k, v, begin, form=attention if cache else "xla")
+            attended = attend(q, cache.k[i], cache.v[i], begin, form=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
         tapped[i] = x
     x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)

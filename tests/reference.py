@@ -470,8 +470,31 @@ def block_acceptance(correct, supervised):
     return length
 
 
+def divergence_from(logits, distribution):
+    """The forward KL, sum of p (log p - log q): from the distribution p [V] to q = softmax(logits), logits [V]."""
+    return float(sum(p * (math.log(p) + cross_entropy(logits, v)) for v, p in enumerate(distribution) if p > 0))
+
+
+def position_weights(kind, probabilities, supervised, gamma, alpha):
+    """The weight of each proposal of a block, a list of J floats, 0 where unsupervised.
+
+    "exponential": exp(-(j-1)/gamma). "d-pace" (arXiv 2605.18810, equations 7 and 8), from the probabilities q_j of
+    the labels: q~ = (1-alpha) q + alpha, and w_j the sum over m >= j of the product of q~_i over i <= m; unsupervised
+    proposals are left out of sums and products alike."""
+    if kind == "exponential":
+        return [math.exp(-j / gamma) if on else 0.0 for j, on in enumerate(supervised)]
+    places = [j for j, on in enumerate(supervised) if on]
+    smooth = {j: (1.0 - alpha) * probabilities[j] + alpha for j in places}
+    weights = [0.0] * len(supervised)
+    for j in places:
+        weights[j] = sum(math.prod(smooth[i] for i in places if i <= m) for m in places if m >= j)
+    return weights
+
+
 SUM_KEYS = (
     "weight_sum",
+    "final_loss_sum",
+    "base_loss_sum",
     "final_ce_sum",
     "base_ce_sum",
     "label_count",
@@ -492,25 +515,43 @@ def combine_training(parts, lam):
         return out[numerator] / out[denominator] if out[denominator] > 0 else 0.0
 
     for branch in ("final", "base"):
+        out[branch + "_loss"] = ratio(branch + "_loss_sum", "weight_sum")
         out[branch + "_ce"] = ratio(branch + "_ce_sum", "weight_sum")
         out[branch + "_accuracy"] = ratio(branch + "_correct", "label_count")
         out[branch + "_accept"] = ratio(branch + "_accept_sum", "block_count")
-    out["loss"] = (1.0 - lam) * out["final_ce"] + lam * out["base_ce"]
+    out["loss"] = (1.0 - lam) * out["final_loss"] + lam * out["base_loss"]
     return out
 
 
-def training_loss(target_w, target_cfg, draft_w, draft_cfg, ids, loss_mask, anchors, gamma, lam):
+def training_loss(
+    target_w,
+    target_cfg,
+    draft_w,
+    draft_cfg,
+    ids,
+    loss_mask,
+    anchors,
+    gamma,
+    lam,
+    weights="exponential",
+    alpha=0.5,
+    objective="ce",
+):
     """Section 7 for ONE sequence: ids [T], loss_mask [T] (1 on assistant tokens) and a given list of anchor
     positions, one at a time. Proposal j (1 ... J) of anchor a is labelled with ids[a+j] and has weight
     exp(-(j-1)/gamma), or 0 where that is beyond the sequence or off the mask; the GRU is teacher-forced with
     ids[a], ids[a+1], ... . Returns a dict with loss, final_ce, base_ce, final_accept, base_accept (mean estimated
     acceptance length over blocks with a supervised row), final_accuracy, base_accuracy (unweighted, over supervised
     labels), weight_sum, and the sums to join several sequences with `combine_training`: final_ce_sum, base_ce_sum
-    (weighted), label_count, final_correct, base_correct, block_count, final_accept_sum, base_accept_sum."""
+    (weighted), label_count, final_correct, base_correct, block_count, final_accept_sum, base_accept_sum.
+
+    With weights "d-pace" each branch has weights of its own (see `position_weights`) and weight_sum counts the blocks
+    with a supervised row. With objective "kl" the loss is not ce but the KL from the target's distribution at position
+    a+j-1, which predicts ids[a+j]."""
     ids = [int(t) for t in ids]
     length = len(ids)
     embed, lm_head = target_embedding(target_w), target_lm_head(target_w, target_cfg)
-    _, features = target_forward(target_w, target_cfg, ids, target_layer_ids(draft_cfg))
+    target_logits, features = target_forward(target_w, target_cfg, ids, target_layer_ids(draft_cfg))
     rows = proposal_rows(draft_cfg)
     sums = dict.fromkeys(SUM_KEYS, 0.0)
     for a in anchors:
@@ -522,25 +563,23 @@ def training_loss(target_w, target_cfg, draft_w, draft_cfg, ids, loss_mask, anch
         states = gru_states(draft_w, embed, eaten) if has_head(draft_cfg) else None
         final = corrected_logits(draft_w, draft_cfg, base, z, states)
 
-        supervised, final_right, base_right = [], [], []
-        for j in range(1, len(rows) + 1):
-            on = a + j < length and bool(loss_mask[a + j])
-            supervised.append(on)
-            if not on:
-                final_right.append(False)
-                base_right.append(False)
-                continue
-            label, weight = ids[a + j], math.exp(-(j - 1) / gamma)
-            final_right.append(int(np.argmax(final[j - 1])) == label)
-            base_right.append(int(np.argmax(base[j - 1])) == label)
-            sums["weight_sum"] += weight
-            sums["final_ce_sum"] += weight * cross_entropy(final[j - 1], label)
-            sums["base_ce_sum"] += weight * cross_entropy(base[j - 1], label)
+        supervised = [a + j < length and bool(loss_mask[a + j]) for j in range(1, len(rows) + 1)]
+        for branch, logits in (("final", final), ("base", base)):
+            ce, loss, right = [0.0] * len(rows), [0.0] * len(rows), [False] * len(rows)
+            for j in range(1, len(rows) + 1):
+                if supervised[j - 1]:
+                    ce[j - 1] = cross_entropy(logits[j - 1], ids[a + j])
+                    right[j - 1] = int(np.argmax(logits[j - 1])) == ids[a + j]
+                    loss[j - 1] = ce[j - 1]
+                    if objective == "kl":
+                        loss[j - 1] = divergence_from(logits[j - 1], softmax(target_logits[a + j - 1]))
+            w = position_weights(weights, [math.exp(-c) for c in ce], supervised, gamma, alpha)
+            sums[branch + "_loss_sum"] += sum(x * y for x, y in zip(w, loss, strict=True))
+            sums[branch + "_ce_sum"] += sum(x * y for x, y in zip(w, ce, strict=True))
+            sums[branch + "_correct"] += sum(right)
+            if any(supervised):
+                sums[branch + "_accept_sum"] += block_acceptance(right, supervised)
         sums["label_count"] += sum(supervised)
-        sums["final_correct"] += sum(final_right)
-        sums["base_correct"] += sum(base_right)
-        if any(supervised):
-            sums["block_count"] += 1
-            sums["final_accept_sum"] += block_acceptance(final_right, supervised)
-            sums["base_accept_sum"] += block_acceptance(base_right, supervised)
+        sums["block_count"] += any(supervised)
+        sums["weight_sum"] += any(supervised) if weights == "d-pace" else sum(w)
     return combine_training([sums], lam)

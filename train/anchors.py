@@ -5,18 +5,23 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def draw(key: Array, mask: Array, count: int) -> tuple[Array, Array]:
+def draw(key: Array, mask: Array, count: int, starts: Array | None = None) -> tuple[Array, Array]:
     """Up to `count` anchors a sequence, without replacement, where the mask is on at a and a + 1.
+
+    The draw is of the key and the rows' places alone: a mesh and accumulation change nothing about it.
 
     Args:
         mask: [B, S] bool, the loss mask.
         count: A; at most S of them are drawn.
+        starts: [B, S], the first position of each token's conversation: a and a + 1 are of one. One when None.
 
     Returns:
         anchors [B, A] int32 and whether each is one [B, A] bool: a sequence with fewer legal places has
         fewer anchors, one with none has none.
     """
     legal = mask & jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    if starts is not None:
+        legal &= starts == jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     # The A largest of independent uniform numbers are a uniform draw without replacement.
     score = jnp.where(legal, jax.random.uniform(key, mask.shape), -1.0)
     best, anchors = jax.lax.top_k(score, min(count, mask.shape[1]))

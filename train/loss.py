@@ -1,22 +1,79 @@
-"""The base-anchored curriculum's loss, reduced in chunks so that no full set of logits exists (SPEC section 7)."""
+"""The base-anchored curriculum's loss, reduced in chunks so that no full set of logits exists (SPEC section 7).
 
-from typing import NamedTuple
+Everything is a sum over blocks divided by a number that the weights do not change, so that the parts of a batch (of
+accumulation, of devices) add up to exactly the loss of the whole.
+
+Position weights:
+
+    exponential  exp(-(j - 1) / γ), the same for both branches; the loss is a mean by weight.
+    d-pace       Wu et al. 2026 (arXiv 2605.18810): with q_i the probability of label i and q~_i = (1 - α)·q_i + α
+                 (eq. 7), w_j = Σ_{m ≥ j} Π_{i ≤ m} q~_i (eq. 8), without a gradient (eq. 9). A weight is what a
+                 proposal contributes to the expected accepted length, so the sum is divided by the number of blocks
+                 and not by the weights' own sum, which would cancel that. As the paper's expectation is one drafter's,
+                 each branch has the weights of its own probabilities. Rows without supervision are passed over.
+"""
+
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import draft, head, target
+from domino_jax import blocks, draft, head, target
 from domino_jax.config import DraftConfig, TargetConfig
-from domino_jax.weights import Draft, Target, lm_head
+from domino_jax.sharding import constrain, gathered, row_shards
+from domino_jax.weights import Draft, Head, Target, axes, lm_head
+
+PositionWeights = Literal["exponential", "d-pace"]
+Kind = Literal["ce", "kl"]
+
+
+class Objective(NamedTuple):
+    """What is minimised and how it is computed; static."""
+
+    gamma: float  # γ of the exponential weights
+    chunk: int  # proposals whose logits exist at a time on a device
+    position_weights: PositionWeights = "exponential"
+    d_pace_alpha: float = 0.5  # α
+    loss: Kind = "ce"  # to the labels, or Σ p (log p - log q) to the target's distribution p where each label stands
+    block_attention: blocks.Choice = "auto"
+    remat: bool = False  # layers of the drafter are computed again in the backward pass
+
+
+class Inputs(NamedTuple):
+    """What one step consumes, on the device or devices."""
+
+    ids: Array  # [B, S] int32
+    mask: Array  # [B, S] bool, on at tokens to learn
+    starts: Array | None = None  # [B, S] int32, the first position of each token's conversation; None: all are 0
+    features: Array | None = None  # [B, S, LD] captured; None: the target runs in the same program
+    hidden: Array | None = None  # [B, S, D], the target's states after its final norm, captured, for the KL
+
+
+class Sums(NamedTuple):
+    """Sums over supervised proposals; those of parts of a batch add up."""
+
+    final_loss: Array  # [] weighted, of the objective
+    base_loss: Array
+    final_ce: Array  # [] weighted cross-entropy, nats
+    base_ce: Array
+    final_hits: Array  # [J] labels that are the argmax
+    base_hits: Array
+    final_prefix: Array  # [J] of these, those in an unbroken prefix of them
+    base_prefix: Array
+    supervised: Array  # [J] supervised proposals
+    blocks: Array  # [] blocks with any
 
 
 class Branch(NamedTuple):
     """What one branch (the final logits, or the backbone's base logits) achieved."""
 
-    loss: Array  # [] weighted cross-entropy, nats
+    loss: Array  # [] weighted, of the objective, nats
+    ce: Array  # [] weighted cross-entropy, nats: the same where that is the objective
     accuracy: Array  # [] share of supervised labels that are the argmax
     acceptance: Array  # [] estimated acceptance length, 1 + correct prefix
+    position_accuracy: Array  # [J] accuracy of each proposal
+    accepted: Array  # [J] share of blocks whose correct prefix counts proposal j
 
 
 class Report(NamedTuple):
@@ -25,6 +82,37 @@ class Report(NamedTuple):
     loss: Array
     final: Branch
     base: Branch
+    blocks: Array  # [] supervised blocks
+    proposals: Array  # [] supervised proposals
+
+
+def gather(values: Array, places: Array) -> Array:
+    """values [B, S, ...] at places [B, A, X] (beyond the end: the last): [B, A, X, ...]."""
+    flat = jnp.minimum(places, values.shape[1] - 1).reshape(places.shape[0], -1)
+    flat = flat.reshape(*flat.shape, *(1 for _ in values.shape[2:]))
+    return jnp.take_along_axis(values, flat, axis=1).reshape(*places.shape, *values.shape[2:])
+
+
+def supervision(config: DraftConfig, inputs: Inputs, anchors: Array, valid: Array) -> Array:
+    """Which proposals have a label [B, A, J]: inside the sequence and the anchor's conversation, and on the mask."""
+    places = anchors[..., None] + jnp.arange(1, config.num_proposals + 1, dtype=jnp.int32)
+    supervised = gather(inputs.mask, places) & (places < inputs.ids.shape[1]) & valid[..., None]
+    if inputs.starts is not None:
+        supervised &= gather(inputs.starts, places) == gather(inputs.starts, anchors[..., None])
+    return supervised
+
+
+def denominator(objective: Objective, supervised: Array) -> Array:
+    """What the weighted sums over a batch are divided by; 1 where nothing is supervised."""
+    if objective.position_weights == "d-pace":
+        total = supervised.any(axis=-1).sum(dtype=jnp.float32)
+    else:
+        total = jnp.where(supervised, _decay(objective, supervised.shape[-1]), 0.0).sum()
+    return jnp.where(total > 0, total, 1.0)
+
+
+def _decay(objective: Objective, proposals: int) -> Array:
+    return jnp.exp(-jnp.arange(proposals, dtype=jnp.float32) / objective.gamma)
 
 
 def curriculum(
@@ -39,104 +127,231 @@ def curriculum(
     lam: Array,
     gamma: float,
     chunk: int,
+    starts: Array | None = None,
+    features: Array | None = None,
+    hidden: Array | None = None,
+    position_weights: PositionWeights = "exponential",
+    d_pace_alpha: float = 0.5,
+    loss: Kind = "ce",
+    block_attention: blocks.Choice = "auto",
+    remat: bool = False,
 ) -> tuple[Array, Report]:
-    """loss = (1 - λ)·CE(final) + λ·CE(base), with the frozen target's features computed on the fly.
+    """loss = (1 - λ)·loss(final) + λ·loss(base) of one whole batch; the arguments are those of `part`."""
+    objective = Objective(gamma, chunk, position_weights, d_pace_alpha, loss, block_attention, remat)
+    inputs = Inputs(ids, mask, starts, features, hidden)
+    total = denominator(objective, supervision(configs[1], inputs, anchors, valid))
+    value, sums = part(drafter, frozen, configs, objective, inputs, anchors, valid, lam, total)
+    return value, report(sums, lam, total)
+
+
+def part(
+    drafter: Draft,
+    frozen: Target,
+    configs: tuple[TargetConfig, DraftConfig],
+    objective: Objective,
+    inputs: Inputs,
+    anchors: Array,
+    valid: Array,
+    lam: Array,
+    total: Array,
+) -> tuple[Array, Sums]:
+    """A part of a batch: its share of the loss, and its sums.
 
     Args:
         drafter: what is trained.
         frozen: the target; its weights get no gradient.
-        ids, mask: [B, S] tokens and loss mask.
         anchors, valid: [B, A] anchors and which of them count.
         lam: λ.
-        gamma: decay γ of the weights exp(-(j - 1) / γ) over a block's proposals.
-        chunk: proposals whose logits exist at a time.
+        total: of the whole batch, by `denominator`.
     """
     target_config, config = configs
-    _, features, _ = target.forward(frozen, target_config, ids, taps=config.target_layer_ids)
-    features = jax.lax.stop_gradient(features)
+    features, hidden = target_states(frozen, target_config, config, inputs, objective.loss)
     proposals = config.num_proposals
-    length = ids.shape[1]
     # Row b, anchor a, proposal j: the head eats t_a ... t_{a+j-1}, the label is t_{a+j}.
     places = anchors[..., None] + jnp.arange(proposals + 1, dtype=jnp.int32)  # [B, A, J + 1]
-    inside = places < length
-
-    def at(values: Array) -> Array:
-        flat = jnp.minimum(places, length - 1).reshape(values.shape[0], -1)
-        return jnp.take_along_axis(values, flat, axis=1).reshape(places.shape)
-
-    tokens = at(ids)
-    supervised = (at(mask) & inside & valid[..., None])[..., 1:]
+    tokens = gather(inputs.ids, places)
     labels = tokens[..., 1:]
-    decay = jnp.exp(-jnp.arange(proposals, dtype=jnp.float32) / gamma)
-    weights = jnp.where(supervised, decay, 0.0)  # [B, A, J]
+    supervised = supervision(config, inputs, anchors, valid)
+    first = None if inputs.starts is None else gather(inputs.starts, anchors[..., None])[..., 0]
 
-    embed = frozen.embed
-    x = draft.block_inputs(embed, config, tokens[..., 0])
-    z = draft.proposing(config, draft.training_blocks(drafter, config, x, anchors, features))
-    rank = None
+    letters = axes(config)
+    embed = gathered(frozen.embed, "V D")
+    x = constrain(draft.block_inputs(embed, config, tokens[..., 0]), "B A M D")
+    form = blocks.choose(objective.block_attention, anchors.shape[1], config.block_size)
+    z = draft.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
+    z = draft.proposing(config, z)
+    rank, causal = None, None
     if drafter.head is not None and config.head is not None:
-        rank = head.teacher_forced(drafter.head, z, embed[tokens[..., :-1]])
+        causal = gathered(drafter.head, letters.head)
+        eaten = constrain(embed[tokens[..., :-1]], "B A J D")
+        rank = constrain(head.teacher_forced(causal, z, eaten), "B A J R")
         corrected = jnp.arange(proposals) >= config.head.pure_draft_prefix_len
         rank = jnp.where(corrected[:, None], rank, 0)  # a zero rank vector leaves the base logits as they are
-    (final_ce, final_hit), (base_ce, base_hit) = _cross_entropies(drafter, lm_head(frozen), z, rank, labels, chunk)
-    total = weights.sum()
+    seen = None if hidden is None else gather(hidden, places[..., :-1])  # where p of each label stands
+    output = gathered(lm_head(frozen), "V D")
+    final, base = scores(causal, output, z, rank, labels, seen, objective.chunk)
 
-    def branch(ce: Array, hit: Array) -> Branch:
-        def count(x: Array) -> Array:
-            return x.sum(dtype=jnp.float32)
+    final_loss, final_ce = _weighted(objective, final, supervised)
+    base_loss, base_ce = _weighted(objective, base, supervised)
+    final_hits, final_prefix = _correct(final.hit, supervised)
+    base_hits, base_prefix = _correct(base.hit, supervised)
+    sums = Sums(
+        final_loss,
+        base_loss,
+        final_ce,
+        base_ce,
+        final_hits,
+        base_hits,
+        final_prefix,
+        base_prefix,
+        supervised=_count(supervised),
+        blocks=supervised.any(axis=-1).sum(dtype=jnp.float32),
+    )
+    return ((1 - lam) * final_loss + lam * base_loss) / total, sums
 
-        # Unsupervised rows let the prefix pass, but do not count towards it.
-        unbroken = jnp.cumprod((hit | ~supervised).astype(jnp.int32), axis=-1) == 1
-        blocks = count(supervised.any(axis=-1))
+
+def target_states(
+    frozen: Target, config: TargetConfig, drafter: DraftConfig, inputs: Inputs, kind: Kind
+) -> tuple[Array, Array | None]:
+    """The features [B, S, LD] and, for the KL, the states after the final norm [B, S, D]: captured, or computed."""
+    features, hidden = inputs.features, inputs.hidden
+    if features is None or (kind == "kl" and hidden is None):
+        hidden, features, _ = target.forward(
+            frozen, config, inputs.ids, taps=drafter.target_layer_ids, starts=inputs.starts
+        )
+    features = jax.lax.stop_gradient(features.astype(frozen.embed.dtype))
+    if kind != "kl" or hidden is None:
+        return features, None
+    return features, jax.lax.stop_gradient(hidden.astype(frozen.embed.dtype))
+
+
+def report(sums: Sums, lam: Array, total: Array) -> Report:
+    """What the sums over a batch come to; the arguments are those of `part`."""
+
+    def branch(loss: Array, ce: Array, hits: Array, prefix: Array) -> Branch:
+        some, places = jnp.maximum(sums.blocks, 1.0), jnp.maximum(sums.supervised, 1.0)
         return Branch(
-            loss=(weights * ce).sum() / jnp.where(total > 0, total, 1.0),
-            accuracy=count(hit & supervised) / jnp.maximum(count(supervised), 1.0),
-            acceptance=(blocks + count(unbroken & supervised)) / jnp.maximum(blocks, 1.0),
+            loss=loss / total,
+            ce=ce / total,
+            accuracy=hits.sum() / jnp.maximum(sums.supervised.sum(), 1.0),
+            acceptance=(sums.blocks + prefix.sum()) / some,
+            position_accuracy=hits / places,
+            accepted=prefix / some,
         )
 
-    final, base = branch(final_ce, final_hit), branch(base_ce, base_hit)
+    final = branch(sums.final_loss, sums.final_ce, sums.final_hits, sums.final_prefix)
+    base = branch(sums.base_loss, sums.base_ce, sums.base_hits, sums.base_prefix)
     loss = (1 - lam) * final.loss + lam * base.loss
-    return loss, Report(loss, final, base)
+    return Report(loss, final, base, sums.blocks, sums.supervised.sum())
 
 
-def _cross_entropies(
-    drafter: Draft, output: Array, z: Array, rank: Array | None, labels: Array, chunk: int
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Cross-entropy and correctness of every proposal for the final and the base logits.
+def _count(which: Array) -> Array:
+    """[B, A, J] -> [J]."""
+    return which.sum(axis=(0, 1), dtype=jnp.float32)
 
-    The vocabulary-wide logits of one chunk of proposals exist at a time, in the backward pass as
-    well, which computes them again.
+
+def _correct(hit: Array, supervised: Array) -> tuple[Array, Array]:
+    """Correct proposals [J], and those of them in an unbroken prefix [J]."""
+    # Unsupervised rows let the prefix pass, but do not count towards it.
+    unbroken = jnp.cumprod((hit | ~supervised).astype(jnp.int32), axis=-1) == 1
+    return _count(hit & supervised), _count(unbroken & supervised)
+
+
+class Scores(NamedTuple):
+    """What one branch says of each proposal, each of the labels' shape."""
+
+    ce: Array  # cross-entropy, float32
+    hit: Array  # bool, whether the label is the argmax
+    kl: Array | None  # from the target's distribution, float32
+
+
+def _weighted(objective: Objective, branch: Scores, supervised: Array) -> tuple[Array, Array]:
+    """Weighted sums of the objective and of the cross-entropy."""
+    if objective.position_weights == "d-pace":
+        weights = d_pace(branch.ce, supervised, objective.d_pace_alpha)
+    else:
+        weights = jnp.where(supervised, _decay(objective, supervised.shape[-1]), 0.0)
+    ce = (weights * branch.ce).sum()
+    return ce if branch.kl is None else (weights * branch.kl).sum(), ce
+
+
+def d_pace(ce: Array, supervised: Array, alpha: float) -> Array:
+    """The weights w_j (see the module) from cross-entropies: both [..., J] -> [..., J], without a gradient."""
+    confidence = (1 - alpha) * jnp.exp(-jax.lax.stop_gradient(ce)) + alpha
+    reached = jnp.where(supervised, jnp.cumprod(jnp.where(supervised, confidence, 1.0), axis=-1), 0.0)
+    onwards = jnp.flip(jnp.cumsum(jnp.flip(reached, axis=-1), axis=-1), axis=-1)
+    return jnp.where(supervised, onwards, 0.0)
+
+
+def scores(
+    causal: Head | None,
+    output: Array,
+    z: Array,
+    rank: Array | None,
+    labels: Array,
+    seen: Array | None,
+    chunk: int,
+) -> tuple[Scores, Scores]:
+    """What the final and the base logits say of every proposal.
+
+    The vocabulary-wide logits of one chunk of proposals exist at a time, in the backward pass as well, which computes
+    them again. Over a mesh each device has a chunk of its own rows and its own part of the vocabulary, and no logits
+    cross between them: sums and maxima do.
 
     Args:
-        output: LM head [V, D]; z: [..., J, D]; rank: [..., J, R] or None; labels: [..., J].
+        causal: the head, where there is one.
+        output: LM head [V, D]; z: [B, ..., J, D]; rank: [B, ..., J, R] or None; labels: [B, ..., J].
+        seen: [B, ..., J, D], the target's states where it predicts the labels, for the KL, or None.
 
     Returns:
-        (final, base), each (cross-entropy float32, correct bool) of the labels' shape.
+        (final, base).
     """
-    shape, rows = labels.shape, labels.size
+    shape, shards = labels.shape, row_shards()
+    rows = labels.size // shards
     chunk = min(chunk, rows)
     pieces = -(-rows // chunk)
 
     def cut(x: Array, tail: tuple[int, ...]) -> Array:
-        x = x.reshape(rows, *tail)
-        return jnp.pad(x, ((0, pieces * chunk - rows), *((0, 0) for _ in tail))).reshape(pieces, chunk, *tail)
+        """[pieces, shards, chunk, ...]"""
+        x = jnp.pad(x.reshape(shards, rows, *tail), ((0, 0), (0, pieces * chunk - rows), *((0, 0) for _ in tail)))
+        x = jnp.moveaxis(x.reshape(shards, pieces, chunk, *tail), 1, 0)
+        return constrain(x, " ".join(["-", "B", "-", *("-" for _ in tail)]))
+
+    proj_out = None
+    if rank is not None and causal is not None:
+        # One for each part of the batch, so that the parts' gradients are summed once, after the loop.
+        proj_out = constrain(jnp.broadcast_to(causal.proj_out, (shards, *causal.proj_out.shape)), "B V R")
 
     @jax.checkpoint
-    def one(piece: tuple[Array, Array, Array | None]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        z, labels, rank = piece
-        base = jnp.einsum("TD,VD->TV", z, output, preferred_element_type=jnp.float32)
-        final = base
-        if rank is not None and drafter.head is not None:
-            # Cast in here: the chunks' gradients are then summed in the dtype that was given, float32.
-            proj_out = drafter.head.proj_out.astype(rank.dtype)
-            final = base + jnp.einsum("TR,VR->TV", rank, proj_out, preferred_element_type=jnp.float32)
+    def one(piece: tuple[Array, Array, Array | None, Array | None]) -> tuple[Scores, Scores]:
+        z, labels, rank, seen = piece
 
-        def score(logits: Array) -> tuple[Array, Array]:
-            ours = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-            return jax.nn.logsumexp(logits, axis=1) - ours, jnp.argmax(logits, axis=1) == labels
+        def vocabulary(x: Array) -> Array:
+            return constrain(jnp.einsum("XTD,VD->XTV", x, output, preferred_element_type=jnp.float32), "B - V")
+
+        base = final = vocabulary(z)
+        if rank is not None and proj_out is not None:
+            # Cast in here: the chunks' gradients are then summed in the dtype that was given, float32.
+            added = jnp.einsum("XTR,XVR->XTV", rank, proj_out.astype(rank.dtype), preferred_element_type=jnp.float32)
+            final = constrain(base + added, "B - V")
+        names = jnp.arange(output.shape[0], dtype=labels.dtype)
+        likely = None
+        if seen is not None:
+            theirs = vocabulary(seen)
+            likely = jax.nn.softmax(theirs, axis=-1)
+            surprise = jnp.where(likely > 0, likely * (theirs - jax.nn.logsumexp(theirs, -1, keepdims=True)), 0).sum(-1)
+
+        def score(logits: Array) -> Scores:
+            # Picked by comparing, which leaves a vocabulary where it lies; a gather would not.
+            ours = jnp.where(names == labels[..., None], logits, 0).sum(axis=-1)
+            total = jax.nn.logsumexp(logits, axis=-1)
+            kl = None if likely is None else surprise - (likely * logits).sum(axis=-1) + total
+            return Scores(total - ours, jnp.argmax(logits, axis=-1) == labels, kl)
 
         return score(final), score(base)
 
-    pieces_in = (cut(z, z.shape[-1:]), cut(labels, ()), None if rank is None else cut(rank, rank.shape[-1:]))
-    scores = jax.lax.map(one, pieces_in)
-    return jax.tree.map(lambda x: x.reshape(-1)[:rows].reshape(shape), scores)
+    def cut_vectors(x: Array | None) -> Array | None:
+        return None if x is None else cut(x, x.shape[-1:])
+
+    found = jax.lax.map(one, (cut(z, z.shape[-1:]), cut(labels, ()), cut_vectors(rank), cut_vectors(seen)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :rows].reshape(shape), found)

@@ -1,5 +1,6 @@
 """Muon for the matrices of a model, AdamW for the rest (optax.contrib.muon; Jordan et al. 2024)."""
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import jax
@@ -22,10 +23,15 @@ def dimensions(letters: str) -> MuonDimensionNumbers | None:
 
 
 def muon(
-    config: DecoderConfig, lr: optax.Schedule, adam_lr: optax.Schedule, weight_decay: float
+    config: DecoderConfig,
+    lr: optax.Schedule,
+    adam_lr: optax.Schedule,
+    weight_decay: float,
+    paths: Collection[str] | None = None,
 ) -> optax.GradientTransformation:
-    """The rule over a model's flat dict of weights; norms do not decay."""
-    matrices = {path: dimensions(letters) for path, letters in flatten(axes(config)).items()}
+    """The rule over a model's flat dict of weights, or those of `paths`; norms do not decay."""
+    letters = flatten(axes(config))
+    matrices = {path: dimensions(letters[path]) for path in letters if paths is None or path in paths}
     return optax_muon(
         lr,
         adam_learning_rate=adam_lr,

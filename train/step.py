@@ -1,21 +1,28 @@
 """The training state and its one jitted step."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
+from domino_jax import blocks
 from domino_jax.config import DraftConfig, TargetConfig
-from domino_jax.weights import Target, unflatten
+from domino_jax.errors import DominoError
+from domino_jax.sharding import row_shards, stored
+from domino_jax.weights import Target, axes, flatten, unflatten
 from train import anchors
-from train.loss import Report, curriculum
+from train.loss import Inputs, Kind, Objective, PositionWeights, Report, Sums, denominator, part, report, supervision
 from train.muon import muon
 
 # Weights that a loop of the loss reads. It casts them itself, so that the gradients of its turns are summed in float32.
 LOOPED = ("head.proj_out", "head.gru_state")
+
+Schedule = Literal["linear", "cosine", "constant"]
+Trains = Literal["all", "head"]
 
 
 class Recipe(NamedTuple):
@@ -34,8 +41,17 @@ class Recipe(NamedTuple):
     anchors: int  # A
     lambda_base_start: float
     lambda_base_decay_ratio: float  # share of the steps over which λ falls to 0
-    chunk: int  # proposals whose logits exist at a time
+    chunk: int  # proposals whose logits exist at a time on a device
     dtype: str  # of the computation; masters are float32
+    lambda_schedule: Schedule = "linear"
+    position_weights: PositionWeights = "exponential"
+    d_pace_alpha: float = 0.5  # α of D-PACE
+    loss: Kind = "ce"  # or "kl" to the target's distribution
+    ema: float = 0.0  # decay of the weights' moving average, 0 for none
+    trains: Trains = "all"  # or the causal "head" alone, on a backbone that stays as it is
+    accumulate: int = 1  # parts that a batch is computed in, one after another
+    block_attention: blocks.Choice = "auto"
+    remat: bool = False  # the drafter's layers are computed again in the backward pass
 
 
 class TrainState(NamedTuple):
@@ -43,8 +59,9 @@ class TrainState(NamedTuple):
 
     step: Array  # [] int32
     weights: dict[str, Array]  # the drafter's float32 masters, by path
-    optimizer: Any  # optax state
+    optimizer: Any  # optax state, of the weights that are trained
     key: Array  # raw key data: anchors of step s are drawn from fold_in(key, s)
+    average: dict[str, Array] | None = None  # of the weights that are trained, where the recipe has an EMA
 
 
 class Metrics(NamedTuple):
@@ -64,16 +81,27 @@ def schedule(recipe: Recipe, peak: float) -> optax.Schedule:
 
 
 def lambda_base(recipe: Recipe, step: Array) -> Array:
-    """λ: from `lambda_base_start` linearly to 0 over `lambda_base_decay_ratio` of the run, then 0."""
+    """λ: `lambda_base_start` all along, or from it to 0 over `lambda_base_decay_ratio` of the run, then 0."""
+    if recipe.lambda_schedule == "constant":
+        return jnp.full((), recipe.lambda_base_start, jnp.float32)
     span = max(recipe.lambda_base_decay_ratio * recipe.steps, 1e-9)
-    return recipe.lambda_base_start * jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / span)
+    left = jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / span)
+    if recipe.lambda_schedule == "cosine":
+        left = 0.5 * (1 - jnp.cos(jnp.pi * left))
+    return recipe.lambda_base_start * left
+
+
+def trained(recipe: Recipe, weights: dict[str, Any]) -> dict[str, Any]:
+    """Those of the drafter's weights (or of what stands in their place) that the recipe trains."""
+    return {path: w for path, w in weights.items() if recipe.trains == "all" or path.startswith("head.")}
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW or Muon; norm weights do not decay."""
     lr = schedule(recipe, recipe.lr)
     if recipe.optimizer == "muon":
-        rule = muon(recipe.draft, schedule(recipe, recipe.muon_lr), lr, recipe.weight_decay)
+        paths = trained(recipe, flatten(axes(recipe.draft)))
+        rule = muon(recipe.draft, schedule(recipe, recipe.muon_lr), lr, recipe.weight_decay, paths)
     else:
         rule = optax.adamw(
             lr, weight_decay=recipe.weight_decay, mask=lambda weights: jax.tree.map(lambda w: w.ndim > 1, weights)
@@ -82,46 +110,162 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def start(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
-    """The state before the first step; copies of `weights` become float32 masters, which steps may consume."""
-    weights = {path: jnp.array(w, jnp.float32, copy=True) for path, w in weights.items()}
-    key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), weights, optimizer(recipe).init(weights), key)
+    """The state before the first step; copies of `weights` become float32 masters, which steps may consume.
+
+    With a mesh in context it is made there, each device its part; each process must have the same `weights`.
+
+    Raises:
+        DominoError: there is nothing to train.
+    """
+    if not trained(recipe, weights):
+        raise DominoError("this drafter has no causal head: train all of it.")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _state(recipe, {path: jnp.array(w, jnp.float32, copy=True) for path, w in weights.items()}, seed)
+    letters = flatten(axes(recipe.draft))
+    mesh = jax.sharding.get_mesh()
+    placed = {}
+    for path, w in weights.items():
+        host = jax.device_get(w)
+        sharding = NamedSharding(mesh, stored(letters[path], mesh))
+        placed[path] = jax.make_array_from_callback(
+            host.shape, sharding, lambda index, host=host: host[index].astype("float32")
+        )
+    where = shardings(recipe, mesh)
+    return jax.jit(partial(_state, recipe, seed=seed), out_shardings=where)(placed)
+
+
+def _state(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
+    ours = trained(recipe, weights)
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        weights,
+        optimizer(recipe).init(ours),
+        jax.random.key_data(jax.random.key(seed)),
+        jax.tree.map(jnp.copy, ours) if recipe.ema else None,
+    )
+
+
+def shapes(recipe: Recipe) -> TrainState:
+    """The form of the recipe's state: jax.ShapeDtypeStruct in the place of each array."""
+    sizes = recipe.draft.sizes
+    weights = {
+        path: jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in letters.split()), jnp.float32)
+        for path, letters in flatten(axes(recipe.draft)).items()
+    }
+    return jax.eval_shape(partial(_state, recipe, seed=0), weights)
+
+
+def partitions(recipe: Recipe) -> TrainState:
+    """How the state lies on the mesh in context: jax.sharding.PartitionSpec in the place of each array.
+
+    What has a weight's name and shape lies as the weight does, the rest is whole everywhere.
+    """
+    form = shapes(recipe)
+    letters = flatten(axes(recipe.draft))
+
+    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        name = getattr(path[-1], "key", None)
+        if name in letters and leaf.shape == form.weights[name].shape:
+            return stored(letters[name])
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(one, form)
+
+
+def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+    """`partitions` on a mesh: jax.sharding.NamedSharding in the place of each array, for restoring a checkpoint."""
+    with jax.set_mesh(mesh):
+        where = partitions(recipe)
+    return jax.tree.map(partial(NamedSharding, mesh), where, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def exported(state: TrainState) -> dict[str, Array]:
+    """The drafter that a run hands out, by path: the moving average where there is one."""
+    return state.weights | (state.average or {})
+
+
+def _laid(tree: Any, where: Any) -> Any:
+    """The tree on the mesh in context, if there is one, by partitions."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, where)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_step(
-    recipe: Recipe, state: TrainState, frozen: Target, ids: Array, mask: Array
-) -> tuple[TrainState, Metrics]:
-    """One update from ids and loss mask [B, S].
+def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs) -> tuple[TrainState, Metrics]:
+    """One update from a batch of `accumulate` parts, whose loss is that of the batch in one piece.
 
-    A step whose loss or gradient is not finite leaves the weights and the optimizer as they were, and
+    A step whose loss or gradient is not finite leaves the weights, their average and the optimizer as they were, and
     says so in its metrics.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    chosen, valid = anchors.draw(key, mask, recipe.anchors)
+    chosen, valid = anchors.draw(key, inputs.mask, recipe.anchors, inputs.starts)
     lam = lambda_base(recipe, state.step)
+    objective = Objective(**{name: getattr(recipe, name) for name in Objective._fields})
+    total = denominator(objective, supervision(recipe.draft, inputs, chosen, valid))
+    ours = trained(recipe, state.weights)
+    where = partitions(recipe)
 
-    def loss(weights: dict[str, Array]) -> tuple[Array, Report]:
+    def loss(ours: dict[str, Array], piece: tuple[Inputs, Array, Array]) -> tuple[Array, Sums]:
+        weights = state.weights | ours
         drafter = unflatten(
             recipe.draft, {path: w if path in LOOPED else w.astype(recipe.dtype) for path, w in weights.items()}
         )
-        configs = (recipe.target, recipe.draft)
-        return curriculum(
-            drafter, frozen, configs, ids, mask, chosen, valid, lam=lam, gamma=recipe.gamma, chunk=recipe.chunk
+        return part(drafter, frozen, (recipe.target, recipe.draft), objective, *piece, lam, total)
+
+    def differentiate(piece: tuple[Inputs, Array, Array]) -> tuple[Array, Sums, dict[str, Array]]:
+        (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(ours, piece)
+        return value, sums, _laid(gradient, trained(recipe, where.weights))
+
+    batch = (inputs, chosen, valid)
+    if recipe.accumulate == 1:
+        value, sums, gradient = differentiate(batch)
+    else:
+        pieces = jax.tree.map(partial(_parts, recipe.accumulate), batch)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], pieces))
         )
 
-    (value, report), gradient = jax.value_and_grad(loss, has_aux=True)(state.weights)
+        def add(so_far: Any, piece: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, so_far, differentiate(piece)), None
+
+        (value, sums, gradient), _ = jax.lax.scan(add, zeros, pieces)
     norm = optax.tree.norm(gradient)
-    updates, moments = optimizer(recipe).update(gradient, state.optimizer, state.weights)
+    updates, moments = optimizer(recipe).update(gradient, state.optimizer, ours)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(finite, new, old)
 
+    moved = jax.tree.map(keep, optax.apply_updates(ours, updates), ours)
+    average = None
+    if state.average is not None:
+        # Where the weights stayed as they were, so does their average.
+        average = jax.tree.map(
+            lambda mean, w: keep(recipe.ema * mean + (1 - recipe.ema) * w, mean), state.average, moved
+        )
     updated = TrainState(
         step=state.step + 1,
-        weights=jax.tree.map(keep, optax.apply_updates(state.weights, updates), state.weights),
+        weights=state.weights | moved,
         optimizer=jax.tree.map(keep, moments, state.optimizer),
         key=state.key,
+        average=average,
     )
-    return updated, Metrics(report, lam, jnp.asarray(schedule(recipe, recipe.lr)(state.step)), norm, finite)
+    metrics = Metrics(report(sums, lam, total), lam, jnp.asarray(schedule(recipe, recipe.lr)(state.step)), norm, finite)
+    return _laid(updated, where), metrics
+
+
+def _parts(count: int, x: Array) -> Array:
+    """[B, ...] -> [count, B / count, ...]: part i has the rows i, i + count, ..., so that each device has some of each.
+
+    Raises:
+        DominoError: the rows of a part can't be divided over the devices.
+    """
+    rows = x.shape[0]
+    if rows % (count * row_shards()):
+        raise DominoError(
+            f"a batch of {rows} rows can't be divided into --accumulate {count} parts over {row_shards()} devices: "
+            f"give a multiple of {count * row_shards()}."
+        )
+    return x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,123 @@
+"""Training's mesh: made from one flag, checked against the models, and what is put on it.
+
+data   the batch; weights whole on each of its devices
+fsdp   the batch; matrices divided while they lie in memory, gathered where they are used
+model  heads, MLP width, experts and vocabulary
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from domino_jax.config import DecoderConfig
+from domino_jax.errors import DominoError
+from domino_jax.sharding import DATA, DIVIDED, FSDP, fit, make_mesh, parse_training, spec, stored
+from domino_jax.weights import axes, flatten, unflatten
+from train.loss import Inputs
+
+
+def make(text: str, configs: Sequence[DecoderConfig]) -> Mesh:
+    """The mesh of "data=1,fsdp=4,model=2" for models of these configs.
+
+    Raises:
+        DominoError: it is not of this form, there are too few devices, or a size does not divide what lies over it.
+    """
+    data, fsdp, model = parse_training(text)
+    for config in configs:
+        check(config, fsdp, model)
+    return make_mesh(data, model, fsdp)
+
+
+def check(config: DecoderConfig, fsdp: int, model: int) -> None:
+    """Refuse sizes that don't divide a model's axes: masters are saved in their true shapes, none is padded or copied.
+
+    Raises:
+        DominoError: naming the mesh's axis and the model's.
+    """
+    sizes = config.sizes
+    if fit(config, model) != config:
+        raise DominoError(f"mesh axis model={model} does not divide num_key_value_heads {sizes['K']}.")
+    if sizes["V"] % model:
+        raise DominoError(f"mesh axis model={model} does not divide vocab_size {sizes['V']}.")
+    for path, letters in flatten(axes(config)).items():
+        names = letters.split()
+        divided = next((letter for letter in DIVIDED if letter in names), None)
+        if len(names) > 1 and divided and sizes[divided] % fsdp:
+            raise DominoError(f"mesh axis fsdp={fsdp} does not divide the {sizes[divided]} of {path}'s axis {divided}.")
+
+
+def place(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
+    """A module (Target or Draft), laid out for training; as it is without a mesh.
+
+    What `convert.hf.load` put on the mesh is moved between devices where its layout differs; what lies on the host
+    (the same in each process) goes to its devices in parts.
+    """
+    if mesh is None:
+        return module
+    letters = flatten(axes(config))
+    with jax.set_mesh(mesh):
+        return unflatten(config, {path: _placed(w, letters[path], mesh) for path, w in flatten(module).items()})
+
+
+def _placed(weight: Any, letters: str, mesh: Mesh) -> Array:
+    sharding = NamedSharding(mesh, stored(letters, mesh))
+    if isinstance(weight, Array) and weight.sharding.device_set == sharding.device_set:
+        return _moved(sharding)(weight)
+    host = jax.device_get(weight)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _moved(sharding: NamedSharding) -> Any:
+    return jax.jit(lambda x: x, out_shardings=sharding, donate_argnums=0)
+
+
+def piece(mesh: Mesh | None) -> tuple[int, int]:
+    """Which part of each batch this process reads, (i, n): the i-th of n equal pieces of its rows.
+
+    Processes that share their rows, because `model` lies across them, read the same piece.
+
+    Raises:
+        DominoError: this process's devices have no contiguous part of the rows.
+    """
+    if mesh is None:
+        return 0, 1
+    rows = mesh.shape[DATA] * mesh.shape[FSDP]
+    indices = NamedSharding(mesh, spec("B", mesh)).addressable_devices_indices_map((rows,))
+    mine = sorted({index[0].indices(rows)[0] for index in indices.values() if index is not None})
+    if mine != list(range(mine[0], mine[0] + len(mine))) or rows % len(mine) or mine[0] % len(mine):
+        raise DominoError(
+            f"the devices of process {jax.process_index()} hold rows {mine} of {rows}, not a contiguous part: give "
+            "another --mesh, with data times fsdp a multiple of the number of processes."
+        )
+    return mine[0] // len(mine), rows // len(mine)
+
+
+def put(batch: Any, mesh: Mesh | None, features: Any = None, hidden: Any = None) -> Inputs:
+    """This process's piece of a batch (see `piece`), on its devices, as the whole batch's `Inputs`.
+
+    Args:
+        batch: has ids, mask and starts, arrays [B, S] on the host; starts may be None.
+        features, hidden: captured states [B, S, ...] of the same rows, where there are any.
+
+    Raises:
+        DominoError: the rows can't be divided over the devices.
+    """
+    given = Inputs(batch.ids, batch.mask, batch.starts, features, hidden)
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, given)
+    shards = mesh.shape[DATA] * mesh.shape[FSDP]
+    rows = len(batch.ids) * piece(mesh)[1]
+    if rows % shards:
+        raise DominoError(f"a batch of {rows} rows can't be divided over data x fsdp = {shards} devices.")
+    return jax.tree.map(partial(_put_rows, mesh), given)
+
+
+def _put_rows(mesh: Mesh, x: np.ndarray) -> Array:
+    sharding = NamedSharding(mesh, spec(" ".join(["B", *("-" for _ in x.shape[1:])]), mesh))
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x))

@@ -82,7 +82,9 @@ class Saved:
         wanted = flatten(shapes(config))
         try:
             tree: Any = self._checkpointer.metadata(self._path).item_metadata.tree  # type: ignore[union-attr]
-            found = flatten(tree) if self._nest else dict(tree["weights"])
+            # Of a run that keeps an average of its weights, that is the drafter.
+            averaged = {} if self._nest else dict(tree.get("average") or {})
+            found = flatten(tree) if self._nest else dict(tree["weights"]) | averaged
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
         self.shapes = {name: form.shape for name, form in wanted.items()}
@@ -91,6 +93,7 @@ class Saved:
             raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
         self.dtypes = {name: jnp.dtype(found[name].dtype) for name in wanted}
         self._letters = flatten(axes(config))
+        self._averaged = frozenset(averaged)
 
     def bytes(self, path: str) -> int:
         """A weight's size as stored."""
@@ -116,14 +119,23 @@ class Saved:
             for path, (shape, sharding) in places.items()
         }
         form = {path: jax.ShapeDtypeStruct(self.shapes[path], self.dtypes[path]) for path in paths}
-        tree, arguments = (_nested(x) if self._nest else {"weights": x} for x in (form, arguments))
+        tree, arguments = self._stored(form), self._stored(arguments)
         try:
             wanted: Any = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
             restored = self._checkpointer.restore(self._path, args=wanted)
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
-        leaves = flatten(restored) if self._nest else restored["weights"]
+        leaves = flatten(restored) if self._nest else {p: x for part in restored.values() for p, x in part.items()}
         return {path: self._whole(path, leaves[path], mesh) for path in paths}
+
+    def _stored(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Some leaves by path, in the tree that the checkpoint is."""
+        if self._nest:
+            return _nested(leaves)
+        parts: dict[str, Any] = {}
+        for path, leaf in leaves.items():
+            parts.setdefault("average" if path in self._averaged else "weights", {})[path] = leaf
+        return parts
 
     def _place(self, path: str, mesh: Mesh | None) -> tuple[tuple[int, ...], Any]:
         """The shape to restore a weight with, and where to."""

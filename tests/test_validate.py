@@ -193,7 +193,7 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
     config = hf.parse_config(hf.read_json(folder / "draft" / "config.json"))
     assert isinstance(config, DraftConfig)
     hf.write_json(tmp_path / "config.json", config.to_hf())
-    hf.write_json(tmp_path / "settings.json", {"target": str(folder / "target")})
+    (tmp_path / "settings.toml").write_text(f'target = "{folder / "target"}"')
     with ocp.CheckpointManager((tmp_path / "checkpoints").absolute()) as manager:
         for step in (1, 2):
             weights = flatten(init(config, jax.random.key(step)))
@@ -212,7 +212,7 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
     [
         ([], "give either --run"),
         (["--draft", "draft"], "give --target"),
-        (["--run", "target"], "settings.json"),
+        (["--run", "target"], "settings.toml"),
         (["--draft", "target", "--target", "target"], "is not a drafter"),
         (["--draft", "draft", "--target", "target", "--num-prompts", "5"], "has 4 prompts"),
         (["--draft", "draft", "--target", "target", "--new-tokens", "300"], "no room for 300 new tokens in 256"),

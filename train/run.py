@@ -37,7 +37,7 @@ from train import config, data
 from train import mesh as meshes
 from train.checkpoint import Checkpoints
 from train.config import Train
-from train.features import Features, identity
+from train.features import Captured, Features, identity
 from train.heldout import read_prompts
 from train.log import Log
 from train.step import Metrics, Recipe, TrainState, exported, start, train_step
@@ -249,12 +249,17 @@ class Loop:
                     Log(self.folder, settings, self.steps, self.done, self.options.tensorboard)
                 )
             piece = meshes.piece(setup.mesh)
-            rows = setup.corpus.batches(self.done, self.options.batch, self.options.seed, piece)
-            batches = stack.enter_context(closing(rows))
+            batches = stack.enter_context(
+                closing(setup.corpus.batches(self.done, self.options.batch, self.options.seed, piece))
+            )
+            if setup.features:
+                pairs = stack.enter_context(closing(setup.features.read_ahead(batches)))
+            else:
+                pairs = ((batch, None) for batch in batches)
             stopping = stack.enter_context(stop_signals())
             stopped = False
             while self.done < self.steps and not stopped:
-                self.step(next(batches))
+                self.step(*next(pairs))
                 stopped = self.between(stopping.is_set())
             self.look()
             self.save(None)
@@ -267,13 +272,14 @@ class Loop:
             raise KeyboardInterrupt
         say(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
 
-    def step(self, batch: data.Batch) -> None:
+    def step(self, batch: data.Batch, captured: Captured | None) -> None:
         """Start one step; nothing waits for it."""
         setup = self.setup
-        captured = setup.features.rows(batch.rows) if setup.features else (None, None)
+        features = captured.features if captured else None
+        hidden = captured.hidden if captured and setup.recipe.loss == "kl" else None
+        inputs = meshes.put(batch, setup.mesh, features, hidden)
         if not setup.options.data.pack:
-            batch = batch._replace(starts=None)  # type: ignore[arg-type]  # a row is one sequence
-        inputs = meshes.put(batch, setup.mesh, *captured)
+            inputs = inputs._replace(starts=None)  # a row is one sequence
         self.state, metrics = train_step(setup.recipe, self.state, setup.frozen, inputs)
         self.pending.append(metrics)
         self.done += 1

@@ -23,13 +23,15 @@ import jax
 import numpy as np
 import tyro
 from jax import Array
+from rich.console import Console
 
-from convert import hf
+from convert import public
 from convert.programs import keep_programs
 from convert.progress import bars
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target, flatten, unflatten
+from train import config
 from train.generate import Prompt, generate
 from train.heldout import read_prompts, varied
 from train.loading import load, read_configs, without_head
@@ -187,10 +189,11 @@ def settle(options: Validate) -> tuple[Path, Path]:
             raise DominoError("give --target, the model that this drafter is for.")
         return o.target, o.draft
     assert o.run is not None
-    target = o.target or hf.read_json(o.run / "settings.json").get("target")
-    if not isinstance(target, str | Path):
-        raise DominoError(f"{o.run / 'settings.json'} does not say which target the run has: give --target.")
-    return Path(target), o.run
+    if o.target is not None:
+        return o.target, o.run
+    target = config.read(o.run / config.SETTINGS).target
+    assert target is not None, "a run has one"
+    return public.resolve(target, public.NO_DRAFT, Console(stderr=True), flag="--target")[0], o.run
 
 
 def measure(options: Validate) -> dict[str, Any]:
@@ -201,13 +204,13 @@ def measure(options: Validate) -> dict[str, Any]:
     """
     o = options
     target, draft = settle(o)
-    config, _, warnings = read_configs(target, draft)
+    target_config, _, warnings = read_configs(target, draft)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with bars() as loading:
         pair = load(target, draft, o.dtype, o.mesh, loading)
     prompts = read_prompts(
-        o.prompts, config.vocab_size, config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
+        o.prompts, target_config.vocab_size, target_config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
     )
     assert pair.params.draft is not None
     with pair.context():

@@ -19,7 +19,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import init
 from tests import tiny
-from train import capture, features
+from train import capture, features, shards
 from train.features import Features
 
 LENGTH, ROWS, TAPS = 12, 7, (0, 1)
@@ -52,7 +52,7 @@ def corpus(monkeypatch):
     """What the command reads in place of a file."""
     made = make_corpus()
     monkeypatch.setattr(capture, "read_corpus", lambda *_: made)
-    monkeypatch.setattr(features.plan, "__kwdefaults__", {"shard_bytes": SHARD_BYTES})
+    monkeypatch.setattr(shards.plan, "__kwdefaults__", {"shard_bytes": SHARD_BYTES})
     return made
 
 
@@ -110,7 +110,7 @@ def test_shards_are_plain_safetensors_without_the_padding(captured, corpus):
             assert tensors.get_slice("features").get_shape() == [tensors.get_tensor("lengths").sum(), 64 + 32]
     assert found == corpus.lengths.tolist()
     sizes = sum(file.stat().st_size for file in files)
-    assert sizes == features.read_header(captured).size < corpus.lengths.sum() * 96 * 2 + 400 * len(files)
+    assert sizes == shards.read_header(captured).size < corpus.lengths.sum() * 96 * 2 + 400 * len(files)
 
 
 @pytest.mark.skipif("starts" not in inspect.signature(target.forward).parameters, reason="rows can't be packed")
@@ -143,7 +143,7 @@ def contents(folder) -> dict[str, bytes]:
 def test_a_capture_that_stopped_goes_on_to_the_same_files(
     folder, captured, corpus, tmp_path, monkeypatch, capsys, stop
 ):
-    out, real, written = tmp_path / "again", features.write_shard, []
+    out, real, written = tmp_path / "again", shards.write_shard, []
 
     class Killed(BaseException):
         pass
@@ -162,7 +162,7 @@ def test_a_capture_that_stopped_goes_on_to_the_same_files(
 
         return real(folder, plan, shard, some())
 
-    monkeypatch.setattr(features, "write_shard", failing)
+    monkeypatch.setattr(shards, "write_shard", failing)
     capsys.readouterr()
     if stop == "killed":
         with pytest.raises(Killed):
@@ -175,7 +175,7 @@ def test_a_capture_that_stopped_goes_on_to_the_same_files(
     with pytest.raises(DominoError, match="2 of 3 shards are written"):
         Features.open(out)
     again = []
-    monkeypatch.setattr(features, "write_shard", lambda *a: again.append(a[2]) or real(*a))
+    monkeypatch.setattr(shards, "write_shard", lambda *a: again.append(a[2]) or real(*a))
     assert capture.main(words(folder, out, "--hidden")) == 0
     assert again == [2]
     assert contents(out) == contents(captured)
@@ -184,8 +184,8 @@ def test_a_capture_that_stopped_goes_on_to_the_same_files(
 
 
 def test_a_finished_shard_that_was_altered_is_captured_again(folder, captured, corpus):
-    before, plan = contents(captured), features.read_header(captured)
-    features.write_header(captured, replace(plan, checksums=(*plan.checksums[:2], None)))
+    before, plan = contents(captured), shards.read_header(captured)
+    shards.write_header(captured, replace(plan, checksums=(*plan.checksums[:2], None)))
     flip(captured / plan.name(0), -200)
     assert capture.main(words(folder, captured, "--hidden")) == 0
     assert contents(captured) == before
@@ -218,7 +218,7 @@ def flip(file, place: int) -> None:
 
 
 def test_what_was_altered_is_noticed(captured, tmp_path):
-    plan = features.read_header(captured)
+    plan = shards.read_header(captured)
     first = captured / plan.name(0)
     good = first.read_bytes()
     flip(first, len(plan.head(0)) + 5)
@@ -336,7 +336,7 @@ def test_a_drafter_is_no_target_and_wrong_words_are_2(folder, tmp_path, capsys):
 
 def test_rows_are_divided_whole():
     lengths = np.array([1, 1, 9, 1, 1, 1])
-    made = features.plan(
+    made = shards.plan(
         lengths, target="", corpus="", taps=(0,), width=4, hidden=0, dtype="", length=9, shard_bytes=3 * 8
     )
     assert sum(made.rows) == 6 and sum(made.tokens) == 14 and min(made.rows) > 0

@@ -30,7 +30,7 @@ from domino_jax import sharding, target
 from domino_jax.config import TargetConfig, default_taps
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target
-from train import data, features
+from train import data, features, shards
 from train.progress import Progress
 
 LINE_SECONDS = 10  # between lines of progress
@@ -96,7 +96,7 @@ def observe(
 def computed(
     frozen: Target,
     config: TargetConfig,
-    plan: features.Plan,
+    plan: shards.Plan,
     ids: np.ndarray,
     starts: np.ndarray,
     lengths: np.ndarray,
@@ -125,7 +125,7 @@ def computed(
             yield row[:length]
 
 
-def check_space(folder: Path, plan: features.Plan) -> str:
+def check_space(folder: Path, plan: shards.Plan) -> str:
     """The disk space that the capture needs, in words.
 
     Raises:
@@ -176,7 +176,7 @@ def run(options: Capture) -> None:
     fitted = sharding.fit(config, model)
     corpus = read_corpus(options, config)
     lengths = features.row_lengths(corpus.starts)
-    plan = features.plan(
+    plan = shards.plan(
         lengths,
         target=features.identity(options.target),
         corpus=corpus.fingerprint,
@@ -195,7 +195,7 @@ def run(options: Capture) -> None:
         return
     frozen = hf.load(options.target, config, dtype, mesh=mesh)
     options.out.mkdir(parents=True, exist_ok=True)
-    features.write_header(options.out, plan)
+    shards.write_header(options.out, plan)
     missing, total = plan.missing, len(plan.rows)
     done = sum(plan.rows) - sum(plan.rows[i] for i in missing)
     with Progress("row") as progress, jax.set_mesh(mesh) if mesh else nullcontext():
@@ -219,7 +219,7 @@ def run(options: Capture) -> None:
                 rows = computed(
                     frozen, fitted, plan, corpus.ids[part], corpus.starts[part], lengths[part], options.batch
                 )
-                plan = features.write_shard(options.out, plan, shard, shown(rows))
+                plan = shards.write_shard(options.out, plan, shard, shown(rows))
         except OSError as error:
             raise DominoError(
                 f"{options.out} can't be written: {error}; {total - len(plan.missing)} of {total} shards are finished: "

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from convert import hf
@@ -16,9 +20,11 @@ from convert.folders import convert
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init
-from train import curves
+from train import capture, config, curves
 from train.__main__ import main
+from train.checkpoint import Checkpoints
 from train.warm import from_drafter
+from train.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,8 +88,8 @@ def test_the_newest_state_of_a_run_becomes_a_drafter(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "earlier")
     shutil.rmtree(tmp_path / "earlier" / "checkpoints" / "20")
     convert(tmp_path / "earlier", tmp_path / "half")
-    config = hf.parse_config(hf.read_json(tmp_path / "half" / "config.json"))
-    half, whole = hf.load(tmp_path / "half", config), hf.load(tmp_path / "drafter", config)
+    draft = hf.parse_config(hf.read_json(tmp_path / "half" / "config.json"))
+    half, whole = hf.load(tmp_path / "half", draft), hf.load(tmp_path / "drafter", draft)
     assert not np.array_equal(half.fc, whole.fc)
     shutil.rmtree(tmp_path / "earlier" / "checkpoints" / "10")
     with pytest.raises(DominoError, match="no checkpoint yet"):
@@ -92,18 +98,18 @@ def test_the_newest_state_of_a_run_becomes_a_drafter(finished, tmp_path):
 
 def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished, tmp_path):
     raw = hf.read_json(finished / "drafter" / "config.json")
-    config = hf.parse_config(raw)
-    assert isinstance(config, DraftConfig)
-    theirs = flatten(hf.load(finished / "drafter", config, jnp.float32))
-    ours = flatten(init(config, jax.random.key(5)))
-    begun = from_drafter(ours, config, finished / "drafter")
+    draft = hf.parse_config(raw)
+    assert isinstance(draft, DraftConfig)
+    theirs = flatten(hf.load(finished / "drafter", draft, jnp.float32))
+    ours = flatten(init(draft, jax.random.key(5)))
+    begun = from_drafter(ours, draft, finished / "drafter")
     assert all(np.array_equal(begun[path], theirs[path]) for path in ours)
-    plain = dataclasses.replace(config, head=None)
+    plain = dataclasses.replace(draft, head=None)
     hf.save(tmp_path / "dflash", init(plain, jax.random.key(6)), plain, plain.to_hf())
-    begun = from_drafter(ours, config, tmp_path / "dflash")
+    begun = from_drafter(ours, draft, tmp_path / "dflash")
     assert np.array_equal(begun["head.proj_in"], ours["head.proj_in"]) and not np.array_equal(begun["fc"], ours["fc"])
     with pytest.raises(DominoError, match="has block_size 4, this one 5"):
-        from_drafter(ours, dataclasses.replace(config, block_size=5), finished / "drafter")
+        from_drafter(ours, dataclasses.replace(draft, block_size=5), finished / "drafter")
     assert main(words(folder, tmp_path / "run", "--begin-as", str(tmp_path / "dflash"), "--steps", "5")) == 0
     shutil.rmtree(tmp_path / "dflash")
     assert main(["--resume", "--out", str(tmp_path / "run")]) == 0, "what it began as is needed no more"
@@ -158,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(folder, t
     monkeypatch.setattr(module, "train_step", poisoned)
     assert main(words(folder, tmp_path / "run")) == 1
     error = capsys.readouterr().err
-    assert "not finite at step 13" in error and "good checkpoint of step 10" in error
+    assert "is not finite (loss" in error and "at step 13" in error and "good checkpoint of step 10" in error
     assert (tmp_path / "run" / "checkpoints" / "10").is_dir()
 
 
@@ -213,9 +219,175 @@ def test_a_resumed_run_may_go_on_more_gently_but_not_on_other_data(folder, finis
     assert main(["--resume", "--out", str(out), "--lr", "1e-3"]) == 0
     before, after = (curves.read(f / "metrics.jsonl")[2]["lr"] for f in (finished, out))
     assert after == pytest.approx(before / 10)
-    settings = hf.read_json(out / "settings.json")
     other = tmp_path / "other.jsonl"
     other.write_text((folder / "data.jsonl").read_text() + '{"input_ids": [1, 2], "tokens": [3, 4]}\n')
-    hf.write_json(out / "settings.json", settings | {"data": str(other)})
-    assert main(["--resume", "--out", str(out)]) == 1
+    assert main(["--resume", "--out", str(out), "--data", str(other)]) == 1
     assert "is not what this run began with" in capsys.readouterr().err
+
+
+def test_a_gradient_that_explodes_stops_with_the_last_good_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    import train.run as module
+    from train import watch
+
+    real = module.train_step
+
+    def exploding(*given):
+        state, metrics = real(*given)
+        norm = metrics.gradient_norm * jnp.where(state.step == 17, 1e6, 1.0)
+        return state, metrics._replace(gradient_norm=norm)
+
+    monkeypatch.setattr(module, "train_step", exploding)
+    monkeypatch.setattr(watch, "LEAST", 5)
+    assert main(words(folder, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert "the gradient has exploded" in error and "at step 17; --resume from the good checkpoint of step 10" in error
+    assert "diverged" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_only_what_is_far_from_usual_is_an_explosion():
+    watch = Watch(10.0)
+    assert watch.wrong(True, 1.0, 500.0) is None  # the first steps say what is usual
+    assert all(watch.wrong(True, 1.0, 1.0 + i / 100) is None for i in range(30))
+    assert watch.wrong(True, 1.0, 9.0) is None
+    assert "exploded (norm 15, usually 1.15" in str(watch.wrong(True, 2.0, 15.0))
+    assert "not finite (loss nan" in str(watch.wrong(False, float("nan"), 1.0))
+
+
+@pytest.fixture(scope="module")
+def validated(folder):
+    """A run that validates at 10, 15 and 20, and keeps one checkpoint besides the best."""
+    rows = [{"input_ids": [i, 3 * i, 5 * i]} for i in range(1, 7)]
+    (folder / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    more = [
+        "--validate-every",
+        "5",
+        "--keep",
+        "1",
+        "--validation-tokens",
+        "12",
+        "--validation-prompts",
+        "4",
+        "--ema",
+        "0.5",
+    ]
+    assert main(words(folder, folder / "validated", "--validation", str(folder / "held.jsonl"), *more)) == 0
+    return folder / "validated"
+
+
+def test_validation_decodes_and_the_best_is_kept(validated):
+    rows = {r["step"]: r for r in curves.read(validated / "metrics.jsonl") if "validation_tau" in r}
+    assert list(rows) == [5, 10, 15, 20]
+    assert all(1 <= r["validation_tau"] <= 5 and 1 <= r["validation_tau_base"] <= 5 for r in rows.values())
+    best = max(rows, key=lambda step: rows[step]["validation_tau"])
+    checkpoints = Checkpoints(validated / "checkpoints")
+    assert checkpoints.best() == (best, rows[best]["validation_tau"])
+    assert {int(f.name) for f in (validated / "checkpoints").iterdir()} == {best, 20}
+    assert (validated / "best" / "model.safetensors").exists()
+    assert f"Best: τ {rows[best]['validation_tau']:.3f} at step {best}" in (validated / "report.md").read_text()
+
+
+def test_the_drafter_of_a_run_with_an_average_is_the_average(validated, tmp_path):
+    convert(validated, tmp_path / "drafter")
+    ours, theirs = ((f / "model.safetensors").read_bytes() for f in (validated / "drafter", tmp_path / "drafter"))
+    assert ours == theirs
+    draft = hf.parse_config(hf.read_json(validated / "drafter" / "config.json"))
+    tree = ocp.StandardCheckpointer().restore((validated / "checkpoints" / "20" / "default").absolute())
+    found = np.asarray(hf.load(validated / "drafter", draft, jnp.float32).fc)
+    far, near = (np.abs(found - tree[part]["fc"]).max() for part in ("weights", "average"))
+    assert near < 2**-9 < far, "to the rounding of bfloat16"
+
+
+def test_a_run_goes_on_on_another_mesh(folder, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "20")
+    assert main(["--resume", "--out", str(out), "--mesh", "data=1,fsdp=2,model=2"]) == 0
+    shutil.rmtree(out / "checkpoints" / "20")
+    ours, theirs = (curves.read(f / "metrics.jsonl")[-1] for f in (out, finished))
+    for key in ("loss", "final_loss", "base_loss", "gradient_norm"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+    assert main(["--resume", "--out", str(out), "--mesh", "model=1"]) == 0  # and back
+    assert curves.read(out / "metrics.jsonl")[-1]["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_captured_features_train_as_computed_ones(folder, finished, tmp_path, capsys):
+    target, rows = ["--target", str(folder / "target")], ["--data", str(folder / "data.jsonl"), "--length", "24"]
+    assert capture.main([*target, *rows, "--out", str(tmp_path / "f"), "--taps", "0", "2"]) == 0
+    assert main(words(folder, tmp_path / "run", "--features", str(tmp_path / "f"))) == 0
+    ours, theirs = (curves.read(f / "metrics.jsonl")[0] for f in (tmp_path / "run", finished))
+    assert ours["loss"] != theirs["loss"]  # stored in bfloat16
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+    capsys.readouterr()
+    assert main(words(folder, tmp_path / "other", "--features", str(tmp_path / "f"), "--taps", "1", "2")) == 1
+    assert "are of the taps [0, 2], the drafter reads [1, 2]" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder, finished, tmp_path, capsys, monkeypatch):
+    """The kernel refuses what the second checkpoint writes; with room again, the run ends as an undisturbed one."""
+    import train.run as module
+
+    real, limits = module.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(*given):
+        state, metrics = real(*given)
+        if int(state.step) == 19:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        return state, metrics
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(module, "train_step", filling)
+    try:
+        assert main(words(folder, out)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "error: " in error and "File too large" in error
+    assert [f.name for f in (out / "checkpoints").iterdir() if f.name.isdecimal()] == ["10"]
+    monkeypatch.setattr(module, "train_step", real)
+    assert main(["--resume", "--out", str(out)]) == 0
+    ours, theirs = ((f / "drafter" / "model.safetensors").read_bytes() for f in (out, finished))
+    assert ours == theirs
+
+
+KILLED = """
+import os, pathlib, sys
+import jax
+from train.__main__ import main
+
+# The process dies at its n-th change of what a folder lists: between two writes, wherever that is.
+last, count = int(sys.argv[1]), 0
+
+def dying(event, arguments):
+    global count
+    if event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove") and "run" in str(arguments[0]):
+        count += 1
+        if count == last:
+            os._exit(9)
+
+sys.addaudithook(dying)
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+status = main(sys.argv[2:])
+print("changes", count)
+sys.exit(status)
+"""
+
+
+def killed(at: int, words: list[str]) -> subprocess.CompletedProcess:
+    """Train in a process of its own, which dies at that change."""
+    command = [sys.executable, "-c", KILLED, str(at), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "at", [pytest.param(n, marks=[] if n == 25 else [pytest.mark.slow]) for n in (3, 6, 10, 15, 20, 25, 30, 35, 40, 45)]
+)
+def test_a_killed_run_resumes_bit_equal(folder, finished, tmp_path, at):
+    out = tmp_path / "run"
+    assert killed(at, words(folder, out)).returncode == 9
+    if (out / "settings.toml").exists():
+        assert main(["--resume", "--out", str(out)]) == 0
+    else:
+        assert main(words(folder, out)) == 0  # it had not begun
+    ours, theirs = ((f / "drafter" / "model.safetensors").read_bytes() for f in (out, finished))
+    assert ours == theirs
+    assert [r["step"] for r in curves.read(out / "metrics.jsonl")] == [5, 10, 15, 20]

@@ -10,7 +10,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from domino_jax.errors import DominoError
 from train.step import TrainState
 
-TAU = "tau"  # what a checkpoint's validation found
+TAU = "tau"  # what a checkpoint's validation found; 0 where there was none, less than any acceptance length
 
 
 class Checkpoints:
@@ -29,7 +29,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DominoError(f"{folder} can't be made: {error}.") from None
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics[TAU], n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics[TAU], n=1)  # of equals the newest
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             best_fn=lambda metrics: metrics[TAU],
@@ -45,8 +45,8 @@ class Checkpoints:
     def best(self) -> tuple[int, float] | None:
         """The step with the highest validated acceptance length, and that; None before a validation."""
         step = self._manager.best_step()
-        metrics = None if step is None else self._manager.metrics(step)
-        return None if step is None or not metrics else (step, float(metrics[TAU]))
+        metrics = {} if step is None else self._manager.metrics(step) or {}
+        return (step, float(metrics[TAU])) if step is not None and metrics.get(TAU) else None
 
     def save(self, state: TrainState, tau: float | None = None) -> None:
         """Write `state` under its step, unless that step is there already.
@@ -60,9 +60,12 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
-        metrics = None if tau is None else {TAU: tau}
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)  # type: ignore[call-arg]
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),  # type: ignore[call-arg]
+                metrics={TAU: tau or 0.0},
+            )
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(self._failed(step, error)) from error
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -133,9 +134,12 @@ def test_each_turn_is_asked_in_the_template_and_answered_as_transformers_answers
     assert len(ends) == 2, "both ways to end were to be seen"
 
 
-def test_a_drafter_changes_no_greedy_answer(folder, greedy, tmp_path, capfd):
+def test_a_drafter_changes_no_greedy_answer_and_its_acceptance_is_told(folder, greedy, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("train.tally.EVERY", 0.0)
     assert run(folder, tmp_path / "a.jsonl", "--temperature", "0", *drafted(folder)) == greedy
-    assert ", τ " in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert ", τ " in out
+    assert re.search(r"^6/10 answers  [\d,]+ tokens/s  τ \d\.\d\d  0:\d\d:\d\d left$", err, re.MULTILINE)
 
 
 @pytest.mark.slow

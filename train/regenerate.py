@@ -188,13 +188,13 @@ class Writer:
 
     def window(self, first: int, end: int) -> None:
         """Answer what is missing of the lines first ... end - 1: their first turns, then their second ones."""
-        turns = self.lines.turns[first:end]
-        numbers = ((first + int(row), turn) for row in np.flatnonzero(turns) for turn in range(turns[row]))
+        counts = self.lines.turns[first:end]
+        numbers = ((first + int(row), turn) for row in np.flatnonzero(counts) for turn in range(counts[row]))
         if all(number in self.answers for number in numbers):
             return
         sources = dict(self.lines.sources(first, end))
         told: dict[int, list[str]] = {row: [] for row in sources}
-        for turn in range(int(turns.max())):
+        for turn in range(int(counts.max())):
             sources = {row: source for row, source in sources.items() if turn < source.turns}
             prompts = []
             for row in list(sources):
@@ -238,8 +238,8 @@ class Writer:
         prompt = answer.prompt
         values = {"input_ids": list(prompt.ids), "tokens": answer.tokens, "finish_reason": answer.finish_reason}
         if source.given is not None:
-            said = {"role": "assistant", "content": turns.decode(self.pair.tokenizer, answer.tokens)}
-            values["messages"] = [*source.messages(prompt.turn, told), said]
+            text = turns.decode(self.pair.tokenizer, answer.tokens)
+            values["messages"] = [*source.messages(prompt.turn, told), {"role": "assistant", "content": text}]
         self.answers.add((prompt.row, prompt.turn), values)
 
 
@@ -258,6 +258,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        print(f"error: {error}; the answers in {options.out} are kept.", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -30,7 +30,7 @@ THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
 
 
 class LeftOut(Exception):
-    """Why a line, or the rest of its conversation, can't be answered; the message goes on "... were left out"."""
+    """Why a line, or the rest of its conversation, can't be answered; the message goes on "3 left out that ..."."""
 
 
 class Source(NamedTuple):

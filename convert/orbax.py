@@ -6,7 +6,9 @@ DIR/weights/                                our tree, each array in our layout a
 A training run's folder is read as well: DIR/config.json is its drafter's, DIR/checkpoints holds its states.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,18 @@ def is_orbax(folder: Path) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether the folder is a training run's."""
     return (folder / CHECKPOINTS).is_dir() and not is_orbax(folder) and not any(folder.glob("*.safetensors"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax misses a file that a training run's checkpoint has one folder further up, and says so each time."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +95,8 @@ class Saved:
         self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         wanted = flatten(shapes(config))
         try:
-            tree: Any = self._checkpointer.metadata(self._path).item_metadata.tree  # type: ignore[union-attr]
+            with _quiet():
+                tree: Any = self._checkpointer.metadata(self._path).item_metadata.tree  # type: ignore[union-attr]
             # Of a run that keeps an average of its weights, that is the drafter.
             averaged = {} if self._nest else dict(tree.get("average") or {})
             found = flatten(tree) if self._nest else dict(tree["weights"]) | averaged
@@ -122,7 +137,8 @@ class Saved:
         tree, arguments = self._stored(form), self._stored(arguments)
         try:
             wanted: Any = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
-            restored = self._checkpointer.restore(self._path, args=wanted)
+            with _quiet():
+                restored = self._checkpointer.restore(self._path, args=wanted)
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
         leaves = flatten(restored) if self._nest else {p: x for part in restored.values() for p, x in part.items()}

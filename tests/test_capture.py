@@ -315,7 +315,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(folder, corpus, t
         (["--length", "500"], "500 is beyond the target's 256 positions"),
         (["--taps", "0", "2"], "layers 0 to 1, found [0, 2]"),
         (["--mesh", "data=4"], "data=4 does not divide --batch 2"),
-        (["--target", "missing"], "config.json does not exist"),
+        (["--target", "missing"], "neither a name"),
     ],
 )
 def test_refusals(folder, corpus, tmp_path, capsys, more, message):

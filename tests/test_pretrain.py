@@ -120,4 +120,4 @@ def test_a_model_is_not_overwritten(text, model):
 
 def test_prompts_without_a_tokenizer_are_refused(tmp_path, capsys):
     assert prompts.main(["--tokenizer", str(tmp_path / "none"), "--out", str(tmp_path / "p.jsonl")]) == 1
-    assert "is not a folder" in capsys.readouterr().err
+    assert "neither a name" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from domino_jax.decode import Params
 from domino_jax.errors import DominoError
 from domino_jax.weights import axes, flatten, init
 from infer.bench import prompts as bench
-from infer.names import DEMO
+from convert.public import DEMO
 from train import loading
 from train.generate import Answer
 from train.heldout import distinct, read_prompts, varied
@@ -204,7 +204,7 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
     found = loading.load(*settle(options), "float32").params.draft
     for path, weight in flatten(found).items():
         np.testing.assert_array_equal(weight, weights[path])
-    assert settle(dataclasses.replace(options, target=Path("elsewhere"))) == (Path("elsewhere"), tmp_path)
+    assert settle(dataclasses.replace(options, target=str(folder / "draft"))) == (folder / "draft", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from convert import hf
+from convert import folders
 from convert.precision import settle as settle_dtype
 from convert.programs import keep_programs
 from convert.tokenizer import load_tokenizer
@@ -31,6 +31,7 @@ from domino_jax.config import TargetConfig, default_taps
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target
 from train import data, features, shards
+from train.loading import find, read_configs
 from train.progress import Progress
 
 LINE_SECONDS = 10  # between lines of progress
@@ -41,8 +42,8 @@ HEADER_BYTES = 2**20  # what else is written, with room to spare
 class Capture:
     """Write a target's features for a corpus to disk."""
 
-    target: Path
-    """folder of the target, Hugging Face files"""
+    target: str
+    """a name such as qwen3-4b, a folder, or org/repo on the Hub"""
     data: tuple[str, ...]
     """training data, as the training gets it"""
     out: Path
@@ -67,9 +68,9 @@ class Capture:
     """devices, such as data=2,model=4; one when not given"""
 
 
-def read_corpus(options: Capture, config: TargetConfig) -> Any:
+def read_corpus(options: Capture, folder: Path, config: TargetConfig) -> Any:
     """The corpus that a training with the same data options reads."""
-    tokenizer = load_tokenizer(options.target)
+    tokenizer = load_tokenizer(folder)
     corpus, summary = data.read(
         options.data, options.length, config.vocab_size, tokenizer, split=options.split, pack=options.pack
     )
@@ -159,9 +160,8 @@ def run(options: Capture) -> None:
     keep_programs()
     if min(options.batch, options.length, options.layers) < 1:
         raise DominoError("--batch, --length and --layers must be at least 1.")
-    config = hf.parse_config(hf.read_json(options.target / "config.json"))
-    if not isinstance(config, TargetConfig):
-        raise DominoError(f"{options.target} is a drafter; --target takes the target model.")
+    folder = find(options.target)
+    config, _, _ = read_configs(folder, None)
     if options.length > config.positions:
         raise DominoError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers
@@ -174,11 +174,11 @@ def run(options: Capture) -> None:
         raise DominoError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
     mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
     fitted = sharding.fit(config, model)
-    corpus = read_corpus(options, config)
+    corpus = read_corpus(options, folder, config)
     lengths = features.row_lengths(corpus.starts)
     plan = shards.plan(
         lengths,
-        target=features.identity(options.target),
+        target=features.identity(folder),
         corpus=corpus.fingerprint,
         taps=taps,
         width=len(taps) * config.hidden_size,
@@ -193,7 +193,7 @@ def run(options: Capture) -> None:
     if not plan.missing:
         print(f"{options.out} is complete")
         return
-    frozen = hf.load(options.target, config, dtype, mesh=mesh)
+    frozen = folders.load(folder, config, dtype, mesh=mesh)
     options.out.mkdir(parents=True, exist_ok=True)
     shards.write_header(options.out, plan)
     missing, total = plan.missing, len(plan.rows)

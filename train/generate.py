@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax import Array
 
+from convert.memory import enough_memory
 from domino_jax import cache, decode, sampling
 from domino_jax.decode import Configs, Params
-from domino_jax.errors import DominoError
 from domino_jax.sharding import MODEL, fetch, put
 
 CYCLES = 8  # a dispatch; plain steps give one token each, so there are more of them
@@ -128,15 +128,11 @@ class _Run(NamedTuple):
         stopping: Callable[[], bool] | None,
     ) -> list[Answer]:
         """One batch, to its end or until `stopping`."""
-        try:
+        with enough_memory(
+            f"the device has too little memory for {self.batch} sequences of this length: lower the batch size or the "
+            "number of new tokens."
+        ):
             return self._answers(group, stop_ids, update, stopping)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DominoError(
-                f"the device has too little memory for {self.batch} sequences of this length: lower the batch size or "
-                "the number of new tokens."
-            ) from None
 
     def _answers(
         self,

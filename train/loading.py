@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
-from convert import folders, hf, orbax
+from convert import folders, hf, orbax, public
+from convert.memory import enough_memory
 from convert.precision import settle
 from convert.tokenizer import load_tokenizer
 from domino_jax.attention import choose
@@ -40,6 +42,15 @@ class Pair:
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this pair are run in."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
+
+
+def find(target: str, flag: str = "--target") -> Path:
+    """The folder of a target by a name such as qwen3-4b, a folder, or org/repo on the Hub, fetched where needed.
+
+    Raises:
+        DominoError: nothing is found under it, or fetching fails.
+    """
+    return public.resolve(target, public.NO_DRAFT, Console(stderr=True), flag=flag)[0]
 
 
 def read_configs(target: Path, draft: Path | None) -> tuple[TargetConfig, DraftConfig | None, list[str]]:
@@ -93,16 +104,10 @@ def load(
         source = orbax if orbax.is_run(folder) else folders
         return source.load(folder, config, kind, bar, spread)
 
-    try:
+    with enough_memory(f"the device has too little memory for the weights in {kind.name}: give more with --mesh."):
         params = Params(
             read(target, config, "target"), read(draft, draft_config, "drafter") if draft is not None else None
         )
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DominoError(
-            f"the device has too little memory for the weights in {kind.name}: spread them over more with --mesh."
-        ) from None
     stop_ids = hf.stop_ids(target, hf.read_json(target / "config.json"))
     return Pair(fitted, params, load_tokenizer(target), stop_ids, kind, spread)
 

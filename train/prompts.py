@@ -15,14 +15,15 @@ import tyro
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
 from train.corpus import read_texts
+from train.loading import find
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Cut prompts out of text, each from the start of a line."""
 
-    tokenizer: Path
-    """folder of a model whose tokenizer counts the tokens"""
+    tokenizer: str
+    """model whose tokenizer counts the tokens: a name such as qwen3-4b, a folder, or org/repo on the Hub"""
     out: Path
     """JSONL file to write, one {"input_ids": [...]} a line"""
     text: Path | None = None
@@ -57,10 +58,8 @@ def cut(texts: list[str], tokenizer, count: int, tokens: int, seed: int) -> list
 def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Prompts, args=argv, prog="python -m train.prompts")
     try:
-        if not options.tokenizer.is_dir():
-            raise DominoError(f"{options.tokenizer} is not a folder; --tokenizer takes a model's folder.")
         train, held_out = read_texts(options.text, options.files)
-        tokenizer = load_tokenizer(options.tokenizer)
+        tokenizer = load_tokenizer(find(options.tokenizer, "--tokenizer"))
         if tokenizer is None:
             raise DominoError(f"{options.tokenizer} has no tokenizer.")
         prompts = cut(held_out if options.held_out else train, tokenizer, options.count, options.tokens, options.seed)

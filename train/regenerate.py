@@ -36,7 +36,7 @@ from domino_jax.errors import DominoError
 from train import turns
 from train.answers import Answers
 from train.generate import Answer, Choice, Prompt, generate
-from train.loading import Pair, identity, load, read_configs
+from train.loading import Pair, find, identity, load, read_configs
 from train.stopping import stop_signals
 from train.tally import Tally
 from train.turns import LeftOut, Lines, Source, encode, said
@@ -48,8 +48,8 @@ WINDOW = 64  # batches of lines that are sorted by length together, and brought 
 class Regenerate:
     """Let the target rewrite the answers of conversations, or continue prompts; the same command resumes."""
 
-    target: Path
-    """folder of the target"""
+    target: str
+    """a name such as qwen3-4b, a folder, or org/repo on the Hub"""
     data: Path
     """JSONL of conversations (messages, or ShareGPT's conversations) or prompts (prompt, input_ids)"""
     out: Path
@@ -102,11 +102,11 @@ def check(options: Regenerate) -> None:
         raise DominoError(f"--out and --data are both {o.out}; the answers need a file of their own.")
 
 
-def decisive(options: Regenerate, lines: Lines) -> dict[str, Any]:
+def decisive(options: Regenerate, target: Path, lines: Lines) -> dict[str, Any]:
     """What decides the answers, for the file beside them."""
     o = options
     return {
-        "target_identity": identity(o.target),
+        "target_identity": identity(target),
         "draft_identity": identity(o.draft) if o.draft else None,
         "data_sha256": lines.sha256,
         **asdict(choice(o)),
@@ -131,15 +131,16 @@ def run(options: Regenerate) -> None:
     """
     check(options)
     keep_programs()
-    config, _, warnings = read_configs(options.target, options.draft)
+    target = find(options.target)
+    config, _, warnings = read_configs(target, options.draft)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     lines = Lines(options.data, config.vocab_size)
-    tokenizer = load_tokenizer(options.target)
+    tokenizer = load_tokenizer(target)
     first = next(lines.sources(0, len(lines)))[1]
     encode_some(first, tokenizer, options)  # a tokenizer or a template that is missing is known before a weight is read
     places = {name: str(getattr(options, name)) for name in ("target", "draft", "data") if getattr(options, name)}
-    with Answers(options.out, decisive(options, lines), places) as answers:
+    with Answers(options.out, decisive(options, target, lines), places) as answers:
         missing = int(lines.turns.sum()) - len(answers)
         if not missing:
             print(f"{options.out} has all {len(answers)} answers already")
@@ -147,7 +148,7 @@ def run(options: Regenerate) -> None:
         if len(answers):
             print(f"{options.out} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
         with bars() as loading:
-            pair = load(options.target, options.draft, options.dtype, options.mesh, loading)
+            pair = load(target, options.draft, options.dtype, options.mesh, loading)
         size = min(options.batch_size, int((lines.turns > 0).sum()))
         with pair.context(), stop_signals() as stopping, Tally("answers", missing, pair.configs.draft) as tally:
             writer = Writer(options, pair, lines, answers, tally, stopping.is_set, size)

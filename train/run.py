@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert import folders, hf, public
+from convert import folders, hf
 from convert.hosts import anywhere
 from convert.memory import enough_memory
 from convert.precision import settle as settle_dtype
@@ -39,6 +39,7 @@ from train.checkpoint import Checkpoints
 from train.config import Train
 from train.features import Captured, Features, identity
 from train.heldout import read_prompts
+from train.loading import find, read_configs
 from train.log import Log
 from train.step import Metrics, Recipe, TrainState, exported, start, train_step
 from train.stopping import stop_signals
@@ -75,10 +76,8 @@ def prepare(options: Train) -> Setup:
     """
     console, wanted = Console(stderr=True), options.data
     assert options.target is not None
-    folder, _ = public.resolve(options.target, public.NO_DRAFT, console, flag="--target")
-    target = folders.read_config(folder)
-    if not isinstance(target, TargetConfig):
-        raise DominoError(f"{folder} is a drafter; --target takes the target model.")
+    folder = find(options.target)
+    target, _, _ = read_configs(folder, None)
     if wanted.length > target.positions:
         raise DominoError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(folder)

@@ -23,9 +23,7 @@ import jax
 import numpy as np
 import tyro
 from jax import Array
-from rich.console import Console
 
-from convert import public
 from convert.programs import keep_programs
 from convert.progress import bars
 from domino_jax.decode import Configs, Params
@@ -34,7 +32,7 @@ from domino_jax.weights import Target, flatten, unflatten
 from train import config
 from train.generate import Prompt, generate
 from train.heldout import read_prompts, varied
-from train.loading import load, read_configs, without_head
+from train.loading import find, load, read_configs, without_head
 
 
 @dataclass(frozen=True)
@@ -149,8 +147,8 @@ class Validate:
     """folder of a training run, of which the newest checkpoint is measured"""
     draft: Path | None = None
     """folder of a drafter"""
-    target: Path | None = None
-    """folder of the target; a run's own when not given"""
+    target: str | None = None
+    """a name such as qwen3-4b, a folder, or org/repo on the Hub; a run's own when not given"""
     num_prompts: int | None = None
     """prompts to measure with, from the file's beginning; all when not given"""
     prompt_tokens: int | None = None
@@ -187,13 +185,11 @@ def settle(options: Validate) -> tuple[Path, Path]:
     if o.draft is not None:
         if o.target is None:
             raise DominoError("give --target, the model that this drafter is for.")
-        return o.target, o.draft
+        return find(o.target), o.draft
     assert o.run is not None
-    if o.target is not None:
-        return o.target, o.run
-    target = config.read(o.run / config.SETTINGS).target
+    target = o.target or config.read(o.run / config.SETTINGS).target
     assert target is not None, "a run has one"
-    return public.resolve(target, public.NO_DRAFT, Console(stderr=True), flag="--target")[0], o.run
+    return find(target), o.run
 
 
 def measure(options: Validate) -> dict[str, Any]:

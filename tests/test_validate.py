@@ -16,13 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import make_draft, make_target
 
 from convert import hf
+from convert.public import DEMO
 from domino_jax import sharding
 from domino_jax.config import DraftConfig
 from domino_jax.decode import Params
 from domino_jax.errors import DominoError
 from domino_jax.weights import axes, flatten, init
 from infer.bench import prompts as bench
-from convert.public import DEMO
 from train import loading
 from train.generate import Answer
 from train.heldout import distinct, read_prompts, varied

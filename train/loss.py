@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import blocks, draft, head, target
+from domino_jax import attention, blocks, draft, head, target
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.sharding import constrain, gathered, row_shards
 from domino_jax.weights import Draft, Head, Target, axes, lm_head
@@ -219,6 +219,8 @@ def target_states(
     """The features [B, S, LD] and, for the KL, the states after the final norm [B, S, D]: captured, or computed."""
     features, hidden, kind = inputs.features, inputs.hidden, objective.loss
     if features is None or (kind == "kl" and hidden is None):
+        if objective.target_attention != "xla":
+            attention.choose(objective.target_attention, (config.head_dim,), frozen.embed.dtype)  # refuses, or not
         hidden, features, _ = target.forward(
             frozen,
             config,

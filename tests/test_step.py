@@ -1,8 +1,13 @@
 """The step: accumulation, what is trained, averages, schedules, and the same on a mesh as on one device."""
 
 import dataclasses
+import os
 import re
+import socket
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -204,6 +209,50 @@ def test_no_logits_cross_between_devices():
     for kind, shape in large:
         assert 20 not in shape and min(n for n in shape if n > 1) <= 16, (kind, shape)
     assert any(kind == "all-gather" for kind, _ in large), "the LM head is gathered over fsdp"
+
+
+PROCESS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from tests import test_step as here
+from train import mesh
+recipe = here.changed("adamw")
+made = mesh.make(sys.argv[3], (here.TARGET, here.DRAFT))
+first, count = mesh.piece(made)
+with jax.set_mesh(made):
+    target, state = mesh.place(here.frozen(), here.TARGET, made), here.begin(recipe)
+    for step in range(2):
+        whole, size = here.rows(step), here.ROWS // count
+        mine = here.Rows(*(x[first * size : (first + 1) * size] for x in whole))
+        state, metrics = here.train_step(recipe, state, target, mesh.put(mine, made))
+print("piece", first, count, float(metrics.report.loss), float(metrics.gradient_norm), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "pieces"), [("fsdp=4", [(0, 2), (1, 2)]), ("model=4", [(0, 1), (0, 1)])])
+def test_two_processes_give_the_steps_of_one(alone, text, pieces):
+    """Each reads its own rows; where `model` lies across both, they read the same."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "XLA_FLAGS": ""}
+    words = [sys.executable, "-c", PROCESS, str(port)]
+    running = [
+        subprocess.Popen([*words, str(i), text], cwd=root, env=environment, text=True, stdout=-1, stderr=-1)
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=240) for process in running]
+    told = alone("adamw")[1]
+    for (out, err), piece in zip(said, pieces, strict=True):
+        assert "piece" in out, err
+        first, count, loss, norm = out.split("piece")[1].split()
+        assert (int(first), int(count)) == piece
+        assert float(loss) == pytest.approx(float(told.report.loss), rel=1e-5)
+        assert float(norm) == pytest.approx(float(told.gradient_norm), rel=1e-5)
 
 
 def test_a_restored_state_knows_its_mesh():

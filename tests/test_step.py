@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import hf
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import parse_training
@@ -271,6 +272,16 @@ def test_a_restored_state_knows_its_mesh():
             leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim > 1 and leaf.sharding.is_fully_replicated
         ]
         assert not whole, "what has a matrix's shape is divided as it is"
+
+
+def test_a_target_is_read_onto_the_mesh_as_it_is_stored(tmp_path):
+    hf.save(tmp_path, frozen(), TARGET, TARGET.to_hf())
+    made = mesh.make(ALL_AXES, (TARGET, DRAFT))
+    target = mesh.place(hf.load(tmp_path, TARGET, jnp.float32, mesh=made), TARGET, made)
+    parts = {path: w.sharding.shard_shape(w.shape) for path, w in flatten(target).items()}
+    assert parts["embed"] == (48, 8) and parts["layers.0.o"] == (4, 6, 8) and parts["layers.0.down"] == (12, 8)
+    assert parts["norm"] == (16,)
+    close(host(flatten(target)), host(flatten(frozen())), 0)
 
 
 def test_meshes_that_do_not_fit_are_refused():

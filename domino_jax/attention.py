@@ -110,10 +110,13 @@ def attend(
     return run(q, k, v, start)
 
 
-def among(q: Array, k: Array, v: Array, starts: Array | None = None) -> Array:
-    """Causal attention of the tokens of a row among themselves, without a cache, as xla; it can be differentiated.
+def among(
+    q: Array, k: Array, v: Array, starts: Array | None = None, form: Form = "xla", implementation: Any = "cudnn"
+) -> Array:
+    """Causal attention of the tokens of a row among themselves, without a cache; it can be differentiated.
 
-    The scores of a part of the queries exist at a time, against the keys up to its end.
+    As xla the scores of a part of the queries exist at a time, against the keys up to its end. As cudnn none do; of
+    packed rows it is told by a mask, [B, 1, T, T]. There is no pallas form: it is xla's.
 
     Args:
         q: [B, T, N, H].
@@ -123,8 +126,11 @@ def among(q: Array, k: Array, v: Array, starts: Array | None = None) -> Array:
     Returns:
         [B, T, N, H].
     """
-    k, v, length = k.swapaxes(1, 2), v.swapaxes(1, 2), q.shape[1]
-    parts = []
+    length = q.shape[1]
+    if form == "cudnn":
+        mask = None if starts is None else (jnp.arange(length, dtype=jnp.int32) >= starts[:, :, None])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+    k, v, parts = k.swapaxes(1, 2), v.swapaxes(1, 2), []
     for at in range(0, length, LARGEST_ALONE):
         end = min(at + LARGEST_ALONE, length)
         since = None if starts is None else starts[:, at:end]

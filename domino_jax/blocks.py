@@ -1,34 +1,48 @@
 """Attention of many blocks over one sequence's context and themselves, for training (SPEC section 7).
 
 A block's queries see the context positions from their conversation's first up to, not including, their anchor, and
-their own block; nothing of other blocks. The two sides are kept apart, so no A·M x A·M mask exists. Two forms:
+their own block; nothing of other blocks. No A·M x A·M mask exists. Three forms:
 
     dense    Scores of all queries against the whole context: what the other is tested against.
     chunked  Some blocks at a time, in a loop whose backward pass computes them again: neither the scores nor a mask of
              A·M x S exist.
+    cudnn    The same groups, each through cuDNN's kernel, for NVIDIA GPUs and 16-bit floats: a group's queries over the
+             context and its own rows, with a mask of that group's size; scores never leave the chip. Blocks of a group
+             see each other's rows as masked keys, ROWS more of them.
+
+Measured: dense and chunked on a CPU. cuDNN's has run on no device; tests hold its mask by JAX's own statement of the
+same function, and "auto" does not choose it.
 """
 
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from domino_jax import attention
 from domino_jax.attention import in_window
+from domino_jax.config import DraftConfig
 from domino_jax.sharding import constrain
 
-Form = Literal["dense", "chunked"]
-Choice = Literal["auto", "dense", "chunked"]
+Form = Literal["dense", "chunked", "cudnn"]
+Choice = Literal["auto", "dense", "chunked", "cudnn"]
 
 ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a time
 
 
-def choose(asked: Choice, blocks: int, size: int) -> Form:
-    """The form to run: "auto" is chunked where there is more than one group of blocks."""
-    if asked != "auto":
-        assert asked in get_args(Form)
-        return asked
-    return "dense" if blocks * size <= ROWS else "chunked"
+def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
+    """The form to run for `count` blocks a sequence: "auto" is chunked where there is more than one group of them.
+
+    Raises:
+        DominoError: what was asked for can't run here; it is never replaced by another form.
+    """
+    if asked == "auto":
+        return "dense" if count * config.block_size <= ROWS else "chunked"
+    if asked == "cudnn":
+        attention.choose("cudnn", (config.head_dim,), dtype)
+    return asked
 
 
 def attend(
@@ -39,6 +53,7 @@ def attend(
     first: Array | None,
     window: int | None,
     form: Form,
+    implementation: Any = "cudnn",
 ) -> Array:
     """softmax(q·k / √H) · v over what each block sees, the softmax in float32.
 
@@ -57,8 +72,9 @@ def attend(
     if first is None:
         first = jnp.zeros_like(anchors)
     group = max(1, ROWS // size)
+    alone = partial(_cudnn, implementation=implementation) if form == "cudnn" else _dense
     if form == "dense" or blocks <= group:
-        return _dense(q, own, context, anchors, first, window)
+        return alone(q, own, context, anchors, first, window)
     # The keys' gradients are summed over the groups: in float32.
     wide = tuple(x.astype(jnp.float32) for x in context)
     groups = -(-blocks // group)
@@ -71,11 +87,48 @@ def attend(
     def one(piece: tuple[Array, tuple[Array, Array], Array, Array]) -> Array:
         q, own, anchors, first = piece
         k, v = (x.astype(q.dtype) for x in wide)
-        return _dense(q, own, (k, v), anchors, first, window)
+        return alone(q, own, (k, v), anchors, first, window)
 
     pieces = (cut(q), (cut(own[0]), cut(own[1])), cut(anchors), cut(first))
     out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
     return constrain(out.reshape(q.shape[0], groups * group, *q.shape[2:])[:, :blocks], "B A M N H")
+
+
+def _visible(anchors: Array, first: Array, size: int, length: int, window: int | None) -> tuple[Array, Array]:
+    """What blocks see of the context [B, A, M, S], and of themselves [M, M]."""
+    offsets, seen = jnp.arange(size, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
+    places = (anchors[..., None] + offsets)[..., None]  # [B, A, M, 1]
+    low, high = first[:, :, None, None], anchors[:, :, None, None]
+    return (seen >= low) & (seen < high) & in_window(places - seen, window), in_window(
+        offsets[:, None] - offsets, window
+    )
+
+
+def _cudnn(
+    q: Array,
+    own: tuple[Array, Array],
+    context: tuple[Array, Array],
+    anchors: Array,
+    first: Array,
+    window: int | None,
+    implementation: Any,
+) -> Array:
+    """One attention of all blocks' rows over [context ; the rows of all blocks], told by a mask what each sees."""
+    batch, blocks, size = q.shape[:3]
+    rows = blocks * size
+    before, inside = _visible(anchors, first, size, context[0].shape[1], window)
+    apart = jnp.eye(blocks, dtype=bool)[:, None, :, None] & inside[None, :, None, :]  # [A, M, A, M]
+    mask = jnp.concatenate(
+        [before.reshape(batch, rows, -1), jnp.broadcast_to(apart.reshape(rows, rows), (batch, rows, rows))], axis=-1
+    )
+    k, v = (
+        jnp.concatenate([ctx, x.reshape(batch, rows, *x.shape[3:])], axis=1)
+        for ctx, x in zip(context, own, strict=True)
+    )
+    out = jax.nn.dot_product_attention(
+        q.reshape(batch, rows, *q.shape[3:]), k, v, mask=mask[:, None], implementation=implementation
+    )
+    return out.reshape(q.shape)
 
 
 def _dense(
@@ -90,11 +143,7 @@ def _dense(
     batch, blocks, size, _, width = q.shape
     (own_k, own_v), (ctx_k, ctx_v) = own, context
     length = ctx_k.shape[1]
-    offsets, seen = jnp.arange(size, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
-    places = anchors[..., None] + offsets  # [B, A, M]
-    low, high = first[:, :, None, None], anchors[:, :, None, None]
-    before = (seen >= low) & (seen < high) & in_window(places[..., None] - seen, window)  # [B, A, M or 1, S]
-    inside = in_window(offsets[:, None] - offsets, window)
+    before, inside = _visible(anchors, first, size, length, window)
     groups = q.reshape(batch, blocks, size, own_k.shape[3], -1, width)
     outer = jnp.einsum("BAMKGH,BSKH->BKGAMS", groups, ctx_k, preferred_element_type=jnp.float32)
     inner = jnp.einsum("BAMKGH,BAXKH->BKGAMX", groups, own_k, preferred_element_type=jnp.float32)

@@ -28,7 +28,7 @@ def forward(
         start: [B] int32, each row's first position; zeros when None.
         cache: earlier keys and values, or None to attend among `tokens` alone (training).
         taps: decoder layers whose output is wanted, in this order.
-        attention: its form, where there is a cache; without one it is xla's, which can be differentiated.
+        attention: its form; without a cache it is xla's, which can be differentiated, or cudnn's.
         starts: [B, T], without a cache: the first position that each token sees, where rows hold several sequences
             (packing); 0 when None.
 
@@ -49,7 +49,7 @@ def forward(
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
         k, v = layers.keys_values(layer, y, angles, config.rms_norm_eps)
         if cache is None:
-            attended = among(q, k, v, starts)
+            attended = among(q, k, v, starts, attention)
         else:
             assert start is not None, "a cache needs the rows' start positions"
             cache = append(cache, i, k, v, start)

@@ -9,7 +9,9 @@ import pytest
 
 from convert.names import entries
 from domino_jax import blocks, target
+from domino_jax.attention import among
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init, unflatten
 from tests import reference
 from train import anchors
@@ -229,6 +231,10 @@ def test_tokens_of_a_packed_row_see_their_own_conversation_only(monkeypatch):
     parts = forward(ids, starts)
     np.testing.assert_allclose(hidden, parts[0], atol=1e-5)
     np.testing.assert_allclose(features, parts[1], atol=1e-5)
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 19, n, 8)) for i, n in enumerate((4, 2, 2)))
+    for given in (starts, None):
+        ours, theirs = (among(q, k, v, given, form, "xla") for form in ("xla", "cudnn"))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for a, b in ((0, 8), (8, 19)):
         alone, _ = forward(ids[:, a:b])
         np.testing.assert_allclose(hidden[:, a:b], alone, atol=2e-5)
@@ -323,8 +329,9 @@ def test_chunked_attention_holds_no_scores_of_all_blocks():
     assert two - one < scores / 8, "what grows are the blocks' own rows"
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_chunked_attention_and_its_gradients_equal_the_dense(monkeypatch, window):
+@pytest.mark.parametrize(("form", "window"), [("chunked", None), ("chunked", 6), ("cudnn", None), ("cudnn", 6)])
+def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form, window):
+    """cuDNN's form by JAX's own statement of the function it calls."""
     monkeypatch.setattr(blocks, "ROWS", 8)  # two blocks at a time, of five
     shapes = {"q": (2, 5, 4, 4, 8), "k": (2, 5, 4, 2, 8), "v": (2, 5, 4, 2, 8), "K": (2, 21, 2, 8), "V": (2, 21, 2, 8)}
     keys = jax.random.split(jax.random.key(0), len(shapes) + 1)
@@ -335,15 +342,18 @@ def test_chunked_attention_and_its_gradients_equal_the_dense(monkeypatch, window
 
     def run(form):
         def loss(q, k, v, K, V):
-            return (blocks.attend(q, (k, v), (K, V), places, first, window, form) * weigh).sum()
+            return (blocks.attend(q, (k, v), (K, V), places, first, window, form, "xla") * weigh).sum()
 
         return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(5))))(*given)
 
-    (dense, expected), (chunked, found) = run("dense"), run("chunked")
-    assert float(chunked) == pytest.approx(float(dense), rel=1e-5)
+    (dense, expected), (value, found) = run("dense"), run(form)
+    assert float(value) == pytest.approx(float(dense), rel=1e-5)
     for name, a, b in zip(shapes, expected, found, strict=True):
         assert np.abs(a).max() > 1e-3 and np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
-    assert blocks.choose("auto", 2, 4) == "dense" and blocks.choose("auto", 3, 4) == "chunked"
+    config = make_draft(True, None)
+    assert [blocks.choose("auto", config, n, jnp.float32) for n in (2, 3)] == ["dense", "chunked"]
+    with pytest.raises(DominoError, match="needs an NVIDIA GPU"):
+        blocks.choose("cudnn", config, 3, jnp.bfloat16)
 
 
 def test_the_chunks_gradients_are_summed_in_float32():

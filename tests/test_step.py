@@ -1,7 +1,13 @@
 """The step: accumulation, what is trained, averages, schedules, and the same on a mesh as on one device."""
 
 import dataclasses
+import os
 import re
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import hf
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import parse_training
@@ -99,7 +106,7 @@ def run(recipe: Recipe, steps: int = 2) -> tuple[Any, Any]:
 @pytest.mark.parametrize("weights", ["exponential", pytest.param("d-pace", marks=pytest.mark.slow)])
 def test_accumulating_gives_the_step_of_the_whole_batch(weights):
     """The parts differ in how much of them is supervised: a mean of their means would be another loss."""
-    recipe = RECIPE._replace(position_weights=weights, remat=True)
+    recipe = RECIPE._replace(position_weights=weights)
     (whole, told), (parts, told_of_parts) = (run(recipe._replace(accumulate=n), 1) for n in (1, 4))
     close(told_of_parts, told)
     # Adam's first moment is the gradient.
@@ -120,9 +127,15 @@ ON_MESHES = [
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    with jax.numpy_dtype_promotion("standard"):
-        return {kind: run(changed(kind)) for kind in KINDS}
+def alone() -> Any:
+    """The steps of one device, by kind."""
+
+    @cache
+    def of(kind: str) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return run(changed(kind))
+
+    return of
 
 
 # Between them: both optimizers, attention in groups, recomputing, accumulating, KL and D-PACE, an average.
@@ -150,7 +163,7 @@ def test_a_mesh_gives_the_steps_of_one_device(alone, kind, text):
     """Loss, gradient (Adam's and Muon's moments, its norm), and what becomes of the weights after two steps."""
     recipe = changed(kind)
     state, metrics = on_mesh(recipe, text)
-    expected, told = alone[kind]
+    expected, told = alone(kind)
     close(host(metrics), told)
     close(host(state.weights), expected.weights, 2e-4 if kind == "muon" else 1e-4)
     moments = [leaf for leaf in jax.tree.leaves(host(state.optimizer)) if leaf.ndim > 1]
@@ -169,8 +182,8 @@ def test_a_mesh_gives_the_steps_of_one_device(alone, kind, text):
 @pytest.mark.slow
 def test_accumulating_on_a_mesh_too(alone):
     state, metrics = on_mesh(changed("adamw")._replace(accumulate=2), ALL_AXES)
-    close(host(metrics), alone["adamw"][1])
-    close(host(state.optimizer), alone["adamw"][0].optimizer)
+    close(host(metrics), alone("adamw")[1])
+    close(host(state.optimizer), alone("adamw")[0].optimizer)
 
 
 COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
@@ -199,6 +212,50 @@ def test_no_logits_cross_between_devices():
     assert any(kind == "all-gather" for kind, _ in large), "the LM head is gathered over fsdp"
 
 
+PROCESS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from tests import test_step as here
+from train import mesh
+recipe = here.changed("adamw")
+made = mesh.make(sys.argv[3], (here.TARGET, here.DRAFT))
+first, count = mesh.piece(made)
+with jax.set_mesh(made):
+    target, state = mesh.place(here.frozen(), here.TARGET, made), here.begin(recipe)
+    for step in range(2):
+        whole, size = here.rows(step), here.ROWS // count
+        mine = here.Rows(*(x[first * size : (first + 1) * size] for x in whole))
+        state, metrics = here.train_step(recipe, state, target, mesh.put(mine, made))
+print("piece", first, count, float(metrics.report.loss), float(metrics.gradient_norm), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "pieces"), [("fsdp=4", [(0, 2), (1, 2)]), ("model=4", [(0, 1), (0, 1)])])
+def test_two_processes_give_the_steps_of_one(alone, text, pieces):
+    """Each reads its own rows; where `model` lies across both, they read the same."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "XLA_FLAGS": ""}
+    words = [sys.executable, "-c", PROCESS, str(port)]
+    running = [
+        subprocess.Popen([*words, str(i), text], cwd=root, env=environment, text=True, stdout=-1, stderr=-1)
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=240) for process in running]
+    told = alone("adamw")[1]
+    for (out, err), piece in zip(said, pieces, strict=True):
+        assert "piece" in out, err
+        first, count, loss, norm = out.split("piece")[1].split()
+        assert (int(first), int(count)) == piece
+        assert float(loss) == pytest.approx(float(told.report.loss), rel=1e-5)
+        assert float(norm) == pytest.approx(float(told.gradient_norm), rel=1e-5)
+
+
 def test_a_restored_state_knows_its_mesh():
     """`shardings` and `shapes` are of the state that `start` makes, so that a checkpoint can be read into them."""
     for recipe in (changed("adamw"), changed("muon"), RECIPE._replace(trains="head")):
@@ -217,11 +274,21 @@ def test_a_restored_state_knows_its_mesh():
         assert not whole, "what has a matrix's shape is divided as it is"
 
 
+def test_a_target_is_read_onto_the_mesh_as_it_is_stored(tmp_path):
+    hf.save(tmp_path, frozen(), TARGET, TARGET.to_hf())
+    made = mesh.make(ALL_AXES, (TARGET, DRAFT))
+    target = mesh.place(hf.load(tmp_path, TARGET, jnp.float32, mesh=made), TARGET, made)
+    parts = {path: w.sharding.shard_shape(w.shape) for path, w in flatten(target).items()}
+    assert parts["embed"] == (48, 8) and parts["layers.0.o"] == (4, 6, 8) and parts["layers.0.down"] == (12, 8)
+    assert parts["norm"] == (16,)
+    close(host(flatten(target)), host(flatten(frozen())), 0)
+
+
 def test_meshes_that_do_not_fit_are_refused():
     for text, message in (
         ("model=8", "model=8 does not divide num_key_value_heads 4"),
         ("fsdp=3", "fsdp=3 does not divide the 16 of embed's axis D"),
-        ("fsdp=16", "needs 16 devices; found 8"),
+        ("data=16", "needs 16 devices; found 8"),
         ("rows=2", "data=1,fsdp=4,model=2"),
     ):
         with pytest.raises(DominoError, match=message):
@@ -247,28 +314,28 @@ def test_head_only_training_leaves_the_backbone_as_it_is():
     }
     assert of_optimizer == head, "no state for what is not trained"
     assert metrics.gradient_norm > 0
-    run(recipe._replace(optimizer="muon"), 1)
+    assert (shapes(recipe._replace(optimizer="muon")).average or {}).keys() == head
     bare = dataclasses.replace(DRAFT, head=None)
     with pytest.raises(DominoError, match="no causal head"):
         begin(recipe._replace(draft=bare))
 
 
 def test_the_average_follows_the_weights():
-    recipe = RECIPE._replace(ema=0.75)
+    recipe = changed("adamw")
     state = begin(recipe)
     mean = host(state.weights)
     for step in range(3):
         state, _ = train_step(recipe, state, frozen(), inputs(step))
-        mean = {path: 0.75 * mean[path] + 0.25 * np.asarray(w) for path, w in state.weights.items()}
+        mean = {path: 0.9 * mean[path] + 0.1 * np.asarray(w) for path, w in state.weights.items()}
     close(host(state.average), mean)
     assert np.abs(mean["fc"] - np.asarray(state.weights["fc"])).max() > 1e-3
-    assert exported(state)["fc"] is state.average["fc"]
+    assert state.average is not None and exported(state)["fc"] is state.average["fc"]
     assert exported(begin(RECIPE)).keys() == mean.keys() and begin(RECIPE).average is None
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing(accumulate):
-    recipe = RECIPE._replace(accumulate=accumulate, ema=0.9)
+    recipe = changed("adamw")._replace(accumulate=accumulate)
     state = begin(recipe)
     state, _ = train_step(recipe, state, frozen(), inputs())
     before = host(state)
@@ -297,7 +364,7 @@ def test_lambda_follows_its_schedule():
     assert values(lambda_base_decay_ratio=0.0) == [pytest.approx(0.8), 0, 0, 0]
 
 
-@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize("lam", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_only_the_branch_that_counts_learns(lam):
     """At λ = 1 the head gets no gradient; at λ = 0 it does."""
     recipe = RECIPE._replace(lambda_base_start=lam, lambda_schedule="constant", weight_decay=0.0)
@@ -309,6 +376,7 @@ def test_only_the_branch_that_counts_learns(lam):
     assert ("fc" in moved) and (head <= moved if lam == 0 else not head & moved)
 
 
+@pytest.mark.slow
 def test_computing_in_bfloat16_keeps_float32_masters():
     state, metrics = run(RECIPE._replace(dtype="bfloat16", accumulate=2, remat=True, block_attention="chunked"))
     _, exact = run(RECIPE)

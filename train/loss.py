@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import blocks, draft, head, target
+from domino_jax import attention, blocks, draft, head, target
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.sharding import constrain, gathered, row_shards
 from domino_jax.weights import Draft, Head, Target, axes, lm_head
 
 PositionWeights = Literal["exponential", "d-pace"]
 Kind = Literal["ce", "kl"]
+TargetAttention = Literal["xla", "cudnn"]
 
 
 class Objective(NamedTuple):
@@ -38,6 +39,7 @@ class Objective(NamedTuple):
     loss: Kind = "ce"  # to the labels, or Σ p (log p - log q) to the target's distribution p where each label stands
     block_attention: blocks.Choice = "auto"
     remat: bool = False  # layers of the drafter are computed again in the backward pass
+    target_attention: TargetAttention = "xla"  # of the frozen target
 
 
 class Inputs(NamedTuple):
@@ -135,9 +137,10 @@ def curriculum(
     loss: Kind = "ce",
     block_attention: blocks.Choice = "auto",
     remat: bool = False,
+    target_attention: TargetAttention = "xla",
 ) -> tuple[Array, Report]:
     """loss = (1 - λ)·loss(final) + λ·loss(base) of one whole batch; the arguments are those of `part`."""
-    objective = Objective(gamma, chunk, position_weights, d_pace_alpha, loss, block_attention, remat)
+    objective = Objective(gamma, chunk, position_weights, d_pace_alpha, loss, block_attention, remat, target_attention)
     inputs = Inputs(ids, mask, starts, features, hidden)
     total = denominator(objective, supervision(configs[1], inputs, anchors, valid))
     value, sums = part(drafter, frozen, configs, objective, inputs, anchors, valid, lam, total)
@@ -165,7 +168,7 @@ def part(
         total: of the whole batch, by `denominator`.
     """
     target_config, config = configs
-    features, hidden = target_states(frozen, target_config, config, inputs, objective.loss)
+    features, hidden = target_states(frozen, target_config, config, inputs, objective)
     proposals = config.num_proposals
     # Row b, anchor a, proposal j: the head eats t_a ... t_{a+j-1}, the label is t_{a+j}.
     places = anchors[..., None] + jnp.arange(proposals + 1, dtype=jnp.int32)  # [B, A, J + 1]
@@ -177,7 +180,7 @@ def part(
     letters = axes(config)
     embed = gathered(frozen.embed, "V D")
     x = constrain(draft.block_inputs(embed, config, tokens[..., 0]), "B A M D")
-    form = blocks.choose(objective.block_attention, anchors.shape[1], config.block_size)
+    form = blocks.choose(objective.block_attention, config, anchors.shape[1], frozen.embed.dtype)
     z = draft.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
     z = draft.proposing(config, z)
     rank, causal = None, None
@@ -211,13 +214,20 @@ def part(
 
 
 def target_states(
-    frozen: Target, config: TargetConfig, drafter: DraftConfig, inputs: Inputs, kind: Kind
+    frozen: Target, config: TargetConfig, drafter: DraftConfig, inputs: Inputs, objective: Objective
 ) -> tuple[Array, Array | None]:
     """The features [B, S, LD] and, for the KL, the states after the final norm [B, S, D]: captured, or computed."""
-    features, hidden = inputs.features, inputs.hidden
+    features, hidden, kind = inputs.features, inputs.hidden, objective.loss
     if features is None or (kind == "kl" and hidden is None):
+        if objective.target_attention != "xla":
+            attention.choose(objective.target_attention, (config.head_dim,), frozen.embed.dtype)  # refuses, or not
         hidden, features, _ = target.forward(
-            frozen, config, inputs.ids, taps=drafter.target_layer_ids, starts=inputs.starts
+            frozen,
+            config,
+            inputs.ids,
+            taps=drafter.target_layer_ids,
+            attention=objective.target_attention,
+            starts=inputs.starts,
         )
     features = jax.lax.stop_gradient(features.astype(frozen.embed.dtype))
     if kind != "kl" or hidden is None:

@@ -118,6 +118,20 @@ def put(batch: Any, mesh: Mesh | None, features: Any = None, hidden: Any = None)
     return jax.tree.map(partial(_put_rows, mesh), given)
 
 
+def laid_rows(inputs: Inputs, mesh: Mesh | None) -> Inputs:
+    """Inputs that each process made alike, divided over the mesh."""
+    if mesh is None:
+        return inputs
+    where = jax.tree.map(lambda x: NamedSharding(mesh, spec(_row_letters(x), mesh)), inputs)
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), inputs, where
+    )
+
+
+def _row_letters(x: Any) -> str:
+    return " ".join(["B", *("-" for _ in x.shape[1:])])
+
+
 def _put_rows(mesh: Mesh, x: np.ndarray) -> Array:
-    sharding = NamedSharding(mesh, spec(" ".join(["B", *("-" for _ in x.shape[1:])]), mesh))
+    sharding = NamedSharding(mesh, spec(_row_letters(x), mesh))
     return jax.make_array_from_process_local_data(sharding, np.asarray(x))

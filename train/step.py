@@ -15,7 +15,19 @@ from domino_jax.errors import DominoError
 from domino_jax.sharding import row_shards, stored
 from domino_jax.weights import Target, axes, flatten, unflatten
 from train import anchors
-from train.loss import Inputs, Kind, Objective, PositionWeights, Report, Sums, denominator, part, report, supervision
+from train.loss import (
+    Inputs,
+    Kind,
+    Objective,
+    PositionWeights,
+    Report,
+    Sums,
+    TargetAttention,
+    denominator,
+    part,
+    report,
+    supervision,
+)
 from train.muon import muon
 
 # Weights that a loop of the loss reads. It casts them itself, so that the gradients of its turns are summed in float32.
@@ -52,6 +64,7 @@ class Recipe(NamedTuple):
     accumulate: int = 1  # parts that a batch is computed in, one after another
     block_attention: blocks.Choice = "auto"
     remat: bool = False  # the drafter's layers are computed again in the backward pass
+    target_attention: TargetAttention = "xla"
 
 
 class TrainState(NamedTuple):

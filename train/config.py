@@ -100,8 +100,11 @@ class Objective:
     """share of the steps over which λ falls to 0"""
     chunk: int = 1024
     """proposals whose logits exist at a time"""
-    block_attention: Literal["auto", "dense", "chunked"] = "auto"
-    """how the blocks attend to their context: with all scores in memory, or some anchors at a time"""
+    block_attention: Literal["auto", "dense", "chunked", "cudnn"] = "auto"
+    """how the blocks attend to their context: with all scores in memory, some anchors at a time, or by cuDNN's kernel
+    (NVIDIA, bfloat16; not measured yet)"""
+    target_attention: Literal["xla", "cudnn"] = "xla"
+    """how the frozen target attends, likewise"""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ HERE = ("out", "config", "resume", "coordinator", "num_processes", "process_id")
 # diverged. The steps are not among them: the schedules depend on them.
 CHANGEABLE = {
     *("target", "data", "features", "validation"),
-    *("mesh", "accumulate", "remat", "block_attention", "chunk"),
+    *("mesh", "accumulate", "remat", "block_attention", "target_attention", "chunk"),
     *("lr", "muon_lr", "clip", "explosion"),
     *("log_every", "save_every", "keep", "validate_every", "validation_tokens", "validation_prompts", "tensorboard"),
 }

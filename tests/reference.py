@@ -553,7 +553,7 @@ def training_loss(
     embed, lm_head = target_embedding(target_w), target_lm_head(target_w, target_cfg)
     target_logits, features = target_forward(target_w, target_cfg, ids, target_layer_ids(draft_cfg))
     rows = proposal_rows(draft_cfg)
-    sums = dict.fromkeys(SUM_KEYS, 0.0)
+    sums: dict[str, float] = dict.fromkeys(SUM_KEYS, 0.0)
     for a in anchors:
         a = int(a)
         z = draft_block(draft_w, draft_cfg, embed, features[:a], ids[a], a)[rows]  # [J, D]

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from tiny import DRAFT, REPEATING, TARGET, make_target
 
+from convert import shapes
+from convert.shapes import SHAPES, Shape
 from domino_jax import decode, prepare, verify, weights
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
 from domino_jax.weights import flatten
 from infer.bench import main as bench
-from infer.bench import plots, roofline, shapes, sweep
+from infer.bench import plots, roofline, sweep
 from infer.bench.report import PHASES
-from infer.bench.shapes import SHAPES, Shape, load_random
+from infer.bench.shapes import load_random
 from infer.bench.sweep import differences
 from infer.engine import Engine, Settings
 from infer.models import Loaded

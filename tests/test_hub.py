@@ -20,8 +20,8 @@ from tiny import make_draft, make_target
 from convert import hf
 from convert import public as names
 from convert.hub import Snapshot
+from convert.shapes import SHAPES
 from domino_jax.errors import DominoError
-from infer.bench.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
 TARGET_REPO, DRAFT_REPO, DFLASH_REPO = (str(repo) for repo in names.TABLE["qwen3-4b"][:3])

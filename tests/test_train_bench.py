@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from convert.shapes import SHAPES, Shape
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.weights import init
 from train import bench
 from train.bench import main
+from train.flops import flops
 from train.loss import curriculum
 
 TINY = "--batch 2 --length 32 --anchors 4 --block-size 4 --gru-hidden-dim 16 --emb-dim 8 --steps 1"
@@ -19,7 +21,18 @@ TINY = "--batch 2 --length 32 --anchors 4 --block-size 4 --gru-hidden-dim 16 --e
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "tiny", (32, 2, 4, 2, 8, 48, 64, False, 1))
+    target = TargetConfig(64, 32, 2, 4, 2, 8, 48, 1e-6, 1e4, 512, tie_word_embeddings=False)
+    layer = target.geometry(num_hidden_layers=1)
+    draft = DraftConfig(
+        **layer,
+        block_size=16,
+        mask_token_id=63,
+        target_layer_ids=(1,),
+        num_target_layers=2,
+        shift_label=True,
+        head=HeadConfig(16, 8, 1),
+    )
+    monkeypatch.setitem(SHAPES, "tiny", Shape(target, draft))
     with jax.numpy_dtype_promotion("standard"):
         yield ["--shapes", "tiny", *TINY.split()]
 
@@ -74,7 +87,7 @@ def test_flops_are_those_of_the_products():
             head=HeadConfig(16, 8, 0),
         )
     rows, length, count = 2, 64, 16
-    counted = bench.flops(target, config, rows, length, count)
+    counted = flops(target, config, rows, length, count)
     whole = init(target, jax.random.key(0)), init(config, jax.random.key(1))
     ids, mask = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), bool)
     places, valid = jnp.zeros((rows, count), jnp.int32), jnp.ones((rows, count), bool)

@@ -266,7 +266,7 @@ def test_the_shipped_pair_has_the_acceptance_that_its_page_says():
         Validate(
             DEMO / "prompts.jsonl",
             draft=DEMO / "draft",
-            target=DEMO / "target",
+            target=str(DEMO / "target"),
             num_prompts=64,
             prompt_tokens=48,
             min_distinct=0.8,

@@ -2,44 +2,39 @@
 
     python -m train.bench --shapes qwen3-8b --out docs/results/train-8b-h200.json
 
-The cost does not depend on the weights' values. FLOPs are counted by `flops`, of the model and not of the program:
-what is computed a second time in the backward pass is not counted a second time.
+The cost does not depend on the weights' values. FLOPs are counted by `train.flops`, of the model and not of the
+program: what is computed a second time in the backward pass is not counted a second time.
 """
 
 import json
-import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
-from jax import Array
 
 from convert.precision import settle
 from convert.programs import keep_programs
+from convert.public import DEMO
+from convert.shapes import find, random_weights
 from domino_jax import blocks, draft
-from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig, default_taps
+from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import stored
-from domino_jax.weights import axes, flatten, is_bias, unflatten
+from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
+from train.flops import flops
+from train.loading import read_configs
 from train.loss import Inputs, Kind, Objective, TargetAttention, denominator, gather, part, supervision, target_states
 from train.step import LOOPED, Recipe, TrainState, start, train_step
 
-# Width, layers, heads, KV heads, head width, MLP width, vocabulary, tied, layers of the drafter (SPEC section 2).
-SHAPES = {
-    "demo": (384, 6, 6, 2, 64, 1024, 4096, True, 2),
-    "qwen3-0.6b": (1024, 28, 16, 8, 128, 3072, 151936, True, 5),
-    "qwen3-4b": (2560, 36, 32, 8, 128, 9728, 151936, True, 5),
-    "qwen3-8b": (4096, 36, 32, 8, 128, 12288, 151936, False, 5),
-}
+DEMO_SHAPE = "demo"
 # Dense bfloat16 TFLOP/s of a device, as its maker states them, by what JAX calls it.
 PEAKS = {
     "NVIDIA H200": 989.0,
@@ -57,8 +52,8 @@ PEAKS = {
 class Bench:
     """Time a training step at a public shape with random weights."""
 
-    shapes: str = "demo"
-    """demo, qwen3-0.6b, qwen3-4b or qwen3-8b"""
+    shapes: str = DEMO_SHAPE
+    """demo, the shipped pair's, or a public one such as qwen3-8b, with a drafter as the public ones"""
     out: Path | None = None
     """JSON file for the figures"""
     batch: int = 2
@@ -66,9 +61,10 @@ class Bench:
     length: int = 768
     anchors: int = 256
     """A, blocks a sequence"""
-    block_size: int = 16
-    gru_hidden_dim: int = 1024
-    emb_dim: int = 256
+    block_size: int | None = None
+    """M; that of the shape's drafter when not given, as the next two"""
+    gru_hidden_dim: int | None = None
+    emb_dim: int | None = None
     accumulate: int = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
     loss: Kind = "ce"
@@ -93,76 +89,23 @@ class Bench:
 
 
 def configs(options: Bench) -> tuple[TargetConfig, DraftConfig]:
-    """The target of a shape, and a drafter like the public ones.
+    """The target of a shape, and its drafter with what the options change of it.
 
     Raises:
-        DominoError: there is no such shape.
+        DominoError: there is no such shape, or a change makes no sense.
     """
-    if options.shapes not in SHAPES:
-        raise DominoError(f"--shapes {options.shapes}: the shapes are {', '.join(SHAPES)}.")
-    width, layers, heads, kv_heads, head_dim, mlp, vocabulary, tied, draft_layers = SHAPES[options.shapes]
-    target = TargetConfig(
-        vocabulary, width, layers, heads, kv_heads, head_dim, mlp, 1e-6, 1e6, 40960, tie_word_embeddings=tied
+    if options.shapes == DEMO_SHAPE:
+        target, drafter, _ = read_configs(DEMO / "target", DEMO / "draft")
+        assert drafter is not None and drafter.head is not None
+    else:
+        target, drafter = find(options.shapes)
+    assert drafter.head is not None
+    head = replace(
+        drafter.head,
+        gru_hidden_dim=options.gru_hidden_dim or drafter.head.gru_hidden_dim,
+        emb_dim=options.emb_dim or drafter.head.emb_dim,
     )
-    drafter = DraftConfig(
-        **target.geometry(num_hidden_layers=draft_layers),
-        block_size=options.block_size,
-        mask_token_id=vocabulary - 1,
-        target_layer_ids=default_taps(layers, draft_layers),
-        num_target_layers=layers,
-        shift_label=True,
-        head=HeadConfig(options.gru_hidden_dim, options.emb_dim, pure_draft_prefix_len=1),
-    )
-    return target, drafter
-
-
-def flops(target: TargetConfig, config: DraftConfig, rows: int, length: int, count: int) -> dict[str, float]:
-    """Floating-point operations of one step over `rows` sequences: 2 for each weight and token of a product.
-
-    target    A forward pass: 2 · (weights of the layers) a token, and attention's two products over the T / 2
-              positions that a query sees on average, 2 · 2 · N·H · T / 2 a token and layer.
-    forward   The drafter's: its layers over A·M rows, fc and each layer's keys and values over the context, attention
-              over T / 2 + M positions (anchors are anywhere), the GRU over A·J tokens, and over A·J proposals the LM
-              head and the head's two projections.
-    backward  One product for the input and one for the weight of each product of the forward pass, less the frozen LM
-              head's weight and fc's input.
-    """
-    sizes, target_sizes = config.sizes, target.sizes
-    tokens, block_rows, proposals = rows * length, rows * count * config.block_size, rows * count * config.num_proposals
-    attention = 4 * config.num_attention_heads * config.head_dim * (length / 2 + config.block_size)
-
-    def layer(config: DecoderConfig) -> int:
-        letters = flatten(axes(config).layers[0])
-        return sum(math.prod(config.sizes[x] for x in names.split()) for names in letters.values() if " " in names)
-
-    target_attention = 4 * target.num_attention_heads * target.head_dim * length / 2
-    of_target = target.num_hidden_layers * (2 * layer(target) + target_attention) * tokens
-    keys_values = 2 * sizes["D"] * sizes["K"] * sizes["H"]
-    fc = 2 * sizes["LD"] * sizes["D"] * tokens
-    layers = config.num_hidden_layers * ((2 * layer(config) + attention) * block_rows + 2 * keys_values * tokens)
-    lm_head = 2 * target_sizes["V"] * target_sizes["D"] * proposals
-    head = 0
-    if config.head:
-        gru = (sizes["D"] + sizes["U"]) * sizes["GU"]
-        head = 2 * (gru + sizes["DU"] * sizes["R"] + sizes["R"] * target_sizes["V"]) * proposals
-    forward = fc + layers + head + lm_head
-    return {"target": of_target, "forward": forward, "backward": fc + 2 * (layers + head) + lm_head}
-
-
-def random_weights(config: DecoderConfig, dtype: Any, made: Any = None) -> Any:
-    """A module of random weights, each made where it belongs: norms are ones, biases zeros, the rest is uniform."""
-    leaves = {}
-    for number, (path, letters) in enumerate(flatten(axes(config)).items()):
-        shape = tuple(config.sizes[letter] for letter in letters.split())
-
-        def make(key: Array, shape: Any = shape, path: str = path) -> Array:
-            if len(shape) == 1 or is_bias(path):
-                return jnp.full(shape, 0 if is_bias(path) else 1, dtype)
-            return jax.random.uniform(key, shape, dtype, -0.02 * 3**0.5, 0.02 * 3**0.5)
-
-        where = None if made is None else jax.sharding.NamedSharding(made, stored(letters, made))
-        leaves[path] = jax.jit(make, out_shardings=where)(jax.random.key(number))
-    return unflatten(config, leaves)
+    return target, replace(drafter, block_size=options.block_size or drafter.block_size, head=head)
 
 
 def measured_peak(dtype: Any) -> float:
@@ -307,6 +250,7 @@ def _run(options: Bench, recipe: Recipe, made: Any) -> dict[str, Any]:
     stats = device.memory_stats() or {}
     return {
         **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        "block_size": config.block_size,
         "dtype": dtype.name,
         "weights": "random",
         "commit": _commit(),

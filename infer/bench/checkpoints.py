@@ -81,7 +81,7 @@ def run(options: Round) -> dict[str, Any]:
 
     from convert import hf
     from convert.folders import convert
-    from infer.bench.shapes import find, random_weights
+    from convert.shapes import find, random_weights
     from infer.engine import Engine
     from infer.models import load
 

@@ -23,13 +23,13 @@ from rich.table import Table
 
 from convert.memory import enough_memory
 from convert.precision import settle
+from convert.shapes import find, random_weights
 from domino_jax import cache as kv
 from domino_jax import layers, target
 from domino_jax.attention import attend
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target
-from infer.bench.shapes import find, random_weights
 
 REPEATS, TRIES = 4, 5
 

@@ -1,96 +1,18 @@
-"""Models of the public shapes with random weights: they cost what the real ones cost, and say nothing of use.
+"""Models of the public shapes with random weights, loaded.
 
 The time of a cycle does not depend on the weights' values. Acceptance does: with random weights next to
 nothing is accepted, and an acceptance length can be stated instead (`--simulate-tau`).
 """
 
-import math
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from typing import Any
 
 from convert.hf import write_json
 from convert.public import NO_DRAFT
-from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, MoeConfig, TargetConfig, default_taps
+from convert.shapes import Shape, find, random_weights
 from domino_jax.errors import DominoError
-from domino_jax.sharding import MODEL, fit, spec
-from domino_jax.weights import axes, flatten, is_bias, unflatten
 from infer.models import Loaded, load
-
-STD = 0.02  # of the random weights, as Qwen3's own were initialised
-DRAFT_LAYERS = 5
-
-
-class Shape(NamedTuple):
-    """A target and a drafter for it."""
-
-    target: TargetConfig
-    draft: DraftConfig
-
-
-def _shape(
-    width: int,
-    layers: int,
-    heads: int,
-    mlp: int,
-    tied: bool = False,
-    kv_heads: int = 8,
-    moe: MoeConfig | None = None,
-) -> Shape:
-    """A Qwen3 of SPEC section 2, and a drafter like the public ones: the target's layers (dense), blocks of 16."""
-    target = TargetConfig(
-        vocab_size=151936,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=128,
-        intermediate_size=mlp,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        tie_word_embeddings=tied,
-        moe=moe,
-    )
-    draft = DraftConfig(
-        **target.geometry(num_hidden_layers=DRAFT_LAYERS),
-        block_size=16,
-        mask_token_id=151669,
-        target_layer_ids=default_taps(layers, DRAFT_LAYERS),
-        num_target_layers=layers,
-        shift_label=True,
-        head=HeadConfig(gru_hidden_dim=1024, emb_dim=256, pure_draft_prefix_len=1),
-    )
-    return Shape(target, draft)
-
-
-SHAPES = {
-    "qwen3-0.6b": _shape(1024, 28, 16, 3072, tied=True),
-    "qwen3-1.7b": _shape(2048, 28, 16, 6144, tied=True),
-    "qwen3-4b": _shape(2560, 36, 32, 9728, tied=True),
-    "qwen3-8b": _shape(4096, 36, 32, 12288),
-    "qwen3-14b": _shape(5120, 40, 40, 17408),
-    "qwen3-32b": _shape(5120, 64, 64, 25600),
-    # The MLP's width is its drafter's alone: every layer of this target has experts.
-    "qwen3-30b-a3b": _shape(2048, 48, 32, 6144, kv_heads=4, moe=MoeConfig(128, 8, 768, norm_topk_prob=True)),
-}
-
-
-def find(name: str) -> Shape:
-    """The shape of a name.
-
-    Raises:
-        DominoError: the table has none.
-    """
-    if name not in SHAPES:
-        raise DominoError(f"--shapes {name}: the shapes are {', '.join(SHAPES)}.")
-    return SHAPES[name]
 
 
 def load_random(name: str, draft: str | None = None, **how: Any) -> Loaded:
@@ -115,34 +37,3 @@ def load_random(name: str, draft: str | None = None, **how: Any) -> Loaded:
             write_json(folders[-1] / "config.json", config.to_hf())
         target, drafter = folders
         return load(target, None if draft == NO_DRAFT else drafter, weights=random_weights, **how)
-
-
-def random_weights(config: DecoderConfig, dtype: Any, mesh: Mesh | None = None) -> Any:
-    """A module (Target or Draft) of random weights, each made where it belongs: nothing crosses from the host.
-
-    Norms are ones and biases zeros, the rest is uniform with standard deviation `STD`. On a mesh they have the shapes
-    that `domino_jax.sharding.spread` gives: KV heads for each device, the vocabulary padded.
-    """
-    model = mesh.shape[MODEL] if mesh else 1
-    sizes = fit(config, model).sizes
-    sizes["V"] = -(-sizes["V"] // model) * model
-    leaves = {}
-    for number, (path, letters) in enumerate(flatten(axes(config)).items()):
-        shape = tuple(sizes[letter] for letter in letters.split())
-        constant = 0 if is_bias(path) else 1 if len(shape) == 1 else None
-        make = _maker(shape, dtype, constant, NamedSharding(mesh, spec(letters)) if mesh else None)
-        leaves[path] = make(jax.random.fold_in(jax.random.key(0), number))
-    return unflatten(config, leaves)
-
-
-@cache
-def _maker(shape: tuple[int, ...], dtype: Any, constant: int | None, sharding: NamedSharding | None) -> Any:
-    """A compiled function from a key to a weight, all of it `constant` or (None) random; layers share it."""
-
-    def make(key: Array) -> Array:
-        if constant is not None:
-            return jnp.full(shape, constant, dtype)
-        most = STD * math.sqrt(3)
-        return jax.random.uniform(key, shape, dtype, -most, most)
-
-    return jax.jit(make, out_shardings=sharding)

@@ -11,7 +11,7 @@ from convert import hf
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init
-from train import curves, demo, mesh, run, step
+from train import curves, demo, mesh, progress, run, step
 from train.checkpoint import Checkpoints
 from train.config import parse
 from train.watch import Watch
@@ -127,3 +127,13 @@ def test_a_drafter_that_is_written_again_is_never_missing(tmp_path, monkeypatch)
     monkeypatch.setattr(hf.Path, "replace", replace)
     hf.save(tmp_path, init(DRAFT, jax.random.key(1)), DRAFT, DRAFT.to_hf())
     assert seen and all(seen)
+
+
+def test_reading_says_how_far_it_is_where_it_takes_long(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    count = progress.counting("lines read", said.append)
+    for lines in range(1000, 6000, 1000):
+        now[0] += 4
+        count(lines)
+    assert said == ["3,000 lines read"]

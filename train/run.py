@@ -41,6 +41,7 @@ from train.features import Captured, Features, identity
 from train.heldout import read_prompts
 from train.loading import find, read_configs
 from train.log import METRICS, Log
+from train.progress import counting
 from train.step import Metrics, Recipe, TrainState, exported, form, start, train_step
 from train.stopping import stop_signals
 from train.validate import Validation
@@ -88,7 +89,13 @@ def prepare(options: Train) -> Setup:
     mesh = settle_mesh(options, target, draft)
     dtype = settle_dtype(options.run.dtype)
     corpus, summary = data.read(
-        wanted.data, wanted.length, target.vocab_size, tokenizer, split=wanted.split, pack=wanted.pack
+        wanted.data,
+        wanted.length,
+        target.vocab_size,
+        tokenizer,
+        split=wanted.split,
+        pack=wanted.pack,
+        progress=counting("lines read", say),
     )
     say(str(summary))
     check_corpus(options, corpus)

@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from convert import hf
+from convert import folders, hf, orbax
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, init
+from domino_jax.sharding import stored
+from domino_jax.weights import axes, flatten, init
 from train import curves, demo, mesh, progress, run, step
 from train.checkpoint import Checkpoints
 from train.config import parse
@@ -127,6 +129,24 @@ def test_a_drafter_that_is_written_again_is_never_missing(tmp_path, monkeypatch)
     monkeypatch.setattr(hf.Path, "replace", replace)
     hf.save(tmp_path, init(DRAFT, jax.random.key(1)), DRAFT, DRAFT.to_hf())
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("kind", ["Hugging Face", "Orbax"])
+def test_a_target_is_divided_while_it_is_read(kind, tmp_path):
+    """A model that fits its devices only in parts never lies whole on one of them."""
+    module = init(TARGET, jax.random.key(0))
+    hf.save(tmp_path, module, TARGET, TARGET.to_hf())
+    if kind == "Orbax":
+        orbax.save(tmp_path, module)
+        (tmp_path / "model.safetensors").unlink()
+    made = mesh.make("data=2,fsdp=2,model=2", [TARGET])
+    read = folders.load(tmp_path, TARGET, None, None, made)
+    placed = flatten(mesh.place(read, TARGET, made))
+    letters = flatten(axes(TARGET))
+    for path, weight in flatten(read).items():
+        assert weight.sharding.is_equivalent_to(NamedSharding(made, stored(letters[path], made)), weight.ndim), path
+        assert placed[path] is weight
+        assert np.array_equal(weight, flatten(module)[path])
 
 
 def test_reading_says_how_far_it_is_where_it_takes_long(monkeypatch):

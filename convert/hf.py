@@ -266,9 +266,10 @@ def write(
             if progress:
                 progress(done, total)
         flush()
-        for earlier in (INDEX, SINGLE):  # of another model: one would be read instead of the other
-            (folder / earlier).unlink(missing_ok=True)
         count = len(files)
+        # Of another model: one would be read instead of the other. A single file gives way at once, whole to whole.
+        for earlier in (INDEX,) if count == 1 else (INDEX, SINGLE):
+            (folder / earlier).unlink(missing_ok=True)
         names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         for name, (file, _) in zip(names, files, strict=True):
             file.replace(folder / name)

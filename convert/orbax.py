@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from convert.hf import Progress, differences, grouped, some
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import DATA, MODEL, grown, spec
+from domino_jax.sharding import DATA, MODEL, grown
+from domino_jax.sharding import stored as stored_as
 from domino_jax.weights import axes, flatten, shapes, unflatten
 
 WEIGHTS = "weights"
@@ -165,7 +166,7 @@ class Saved:
             finer = Mesh(mesh.devices.reshape(mesh.shape[DATA], heads, -1), (DATA, "heads", "copies"))
             part = PartitionSpec(*("heads" if letter == "K" else None for letter in letters))
             return stored, NamedSharding(finer, part)
-        return shape, NamedSharding(mesh, spec(self._letters[path]))
+        return shape, NamedSharding(mesh, stored_as(self._letters[path], mesh))
 
     def _whole(self, path: str, restored: jax.Array, mesh: Mesh | None) -> jax.Array:
         """A restored weight as the mesh has it: its parts are there, copies of KV heads included."""
@@ -174,7 +175,7 @@ class Saved:
         letters = self._letters[path]
         shape = grown(letters.split(), self.shapes[path], self.config, mesh.shape[MODEL])
         parts = [shard.data for shard in restored.addressable_shards]
-        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec(letters)), parts)
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, stored_as(letters, mesh)), parts)
 
 
 def load(

@@ -117,6 +117,13 @@ def constrain(x: Array, letters: str) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
+def keep(x: Array, letters: str) -> Array:
+    """A weight in a program, laid out as it lies in memory (`stored`) where a mesh is in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, stored(letters))
+
+
 def model_devices() -> int:
     """Devices that share the vocabulary, and each layer: the size of the mesh axis `model` in context."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -32,7 +32,7 @@ from domino_jax.errors import DominoError
 from domino_jax.weights import Target
 from train import data, features, shards
 from train.loading import find, read_configs
-from train.progress import Progress
+from train.progress import Progress, counting
 
 LINE_SECONDS = 10  # between lines of progress
 HEADER_BYTES = 2**20  # what else is written, with room to spare
@@ -72,7 +72,13 @@ def read_corpus(options: Capture, folder: Path, config: TargetConfig) -> Any:
     """The corpus that a training with the same data options reads."""
     tokenizer = load_tokenizer(folder)
     corpus, summary = data.read(
-        options.data, options.length, config.vocab_size, tokenizer, split=options.split, pack=options.pack
+        options.data,
+        options.length,
+        config.vocab_size,
+        tokenizer,
+        split=options.split,
+        pack=options.pack,
+        progress=counting("lines read", partial(print, flush=True)),
     )
     print(summary, flush=True)
     return corpus

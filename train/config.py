@@ -376,6 +376,10 @@ def check(options: Train) -> Train:
         raise DominoError("a drafter begins in one way: give --warm or --begin-as, not both.")
     if options.drafter.trains == "head" and not options.drafter.head:
         raise DominoError("--trains head needs a head: leave out --no-head.")
+    if options.drafter.trains == "head" and not (options.drafter.begin_as or options.drafter.warm):
+        raise DominoError(
+            "--trains head leaves the backbone as it began, which is at random: give --begin-as a drafter."
+        )
     return options
 
 

@@ -53,7 +53,7 @@ class Stage(NamedTuple):
     """One command."""
 
     words: list[str]  # after python -m
-    done: Path  # is there once it has ended well; a stage that knows itself what is missing names the run's drafter
+    done: tuple[Path, ...]  # are there once it has ended well; a command that goes on by itself names the run's end
 
 
 def stages(options: Demo) -> Iterator[Stage]:
@@ -63,29 +63,30 @@ def stages(options: Demo) -> Iterator[Stage]:
     target = o.target or str(out / "target")
     if o.target is None:
         words = ["train.pretrain", "--out", target, "--steps", str(o.pretrain_steps), *text]
-        yield Stage(words, out / "target" / "generation_config.json")
+        yield Stage(words, (out / "target" / "generation_config.json",))
     each = o.prompts // len(TEMPERATURES)
     prompts = [out / f"prompts{i}.jsonl" for i in range(len(TEMPERATURES))]
     held = out / "heldout.jsonl"
     cut = ["train.prompts", "--tokenizer", target, *text]
     for seed, path in enumerate(prompts):
-        yield Stage([*cut, "--out", str(path), "--count", str(each), "--seed", str(seed)], path)
+        yield Stage([*cut, "--out", str(path), "--count", str(each), "--seed", str(seed)], (path,))
     seed = len(prompts)
-    yield Stage([*cut, "--out", str(held), "--count", str(o.held_out), "--seed", str(seed), "--held-out"], held)
+    yield Stage([*cut, "--out", str(held), "--count", str(o.held_out), "--seed", str(seed), "--held-out"], (held,))
     answers = [out / f"answers{i}.jsonl" for i in range(len(TEMPERATURES))]
-    drafter = out / "run" / "drafter" / "config.json"
+    # An interrupted training leaves a drafter too; the last step's checkpoint is there when it has ended.
+    trained = out / "run" / "checkpoints" / str(o.steps), out / "run" / "drafter" / "config.json"
     for seed, (temperature, source, path) in enumerate(zip(TEMPERATURES, prompts, answers, strict=True)):
         words = ["train.regenerate", "--target", target, "--data", str(source), "--out", str(path), "--seed", str(seed)]
         words += ["--temperature", str(temperature), "--top-k", "0", "--top-p", "1"]
-        yield Stage([*words, "--max-new-tokens", str(o.new_tokens)], drafter)
+        yield Stage([*words, "--max-new-tokens", str(o.new_tokens)], trained)
     if (out / "run" / SETTINGS).exists():
         words = ["train", "--resume", "--out", str(out / "run")]
     else:
         words = ["train", "--config", "demo", "--target", target, "--data", *map(str, answers), "--steps", str(o.steps)]
         words += ["--validation", str(held), "--out", str(out / "run")]
-    yield Stage(words, drafter)
+    yield Stage(words, trained)
     words = ["train.validate", "--run", str(out / "run"), "--prompts", str(held), "--min-distinct", "0.8"]
-    yield Stage(words, out / "never")
+    yield Stage(words, (out / "never",))
 
 
 def run(options: Demo) -> int:
@@ -101,7 +102,7 @@ def run(options: Demo) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     environment = {"GLIBC_TUNABLES": ALLOCATOR} | os.environ
     for stage in stages(options):
-        if stage.done.exists():
+        if all(path.exists() for path in stage.done):
             continue
         print("\n$ python -m " + " ".join(stage.words), flush=True)
         status = subprocess.run([sys.executable, "-m", *stage.words], env=environment).returncode

@@ -55,8 +55,8 @@ def check(config: DecoderConfig, fsdp: int, model: int) -> None:
 def place(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
     """A module (Target or Draft), laid out for training; as it is without a mesh.
 
-    What `convert.hf.load` put on the mesh is moved between devices where its layout differs; what lies on the host
-    (the same in each process) goes to its devices in parts.
+    What lies so already (`convert` reads weights onto this mesh) stays. What does not is moved between devices, and what
+    is on the host (the same in each process) goes to its devices in parts.
     """
     if mesh is None:
         return module
@@ -68,13 +68,11 @@ def place(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
 def _placed(weight: Any, letters: str, mesh: Mesh) -> Array:
     sharding = NamedSharding(mesh, stored(letters, mesh))
     if isinstance(weight, Array) and weight.sharding.device_set == sharding.device_set:
-        return _moved(sharding)(weight)
+        if weight.sharding.is_equivalent_to(sharding, weight.ndim):
+            return weight
+        return jax.jit(lambda x: x, out_shardings=sharding)(weight)
     host = jax.device_get(weight)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _moved(sharding: NamedSharding) -> Any:
-    return jax.jit(lambda x: x, out_shardings=sharding, donate_argnums=0)
 
 
 def piece(mesh: Mesh | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """How far a run is: a bar with figures at a terminal, a line now and then anywhere else."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,22 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tokens/s",
 }
 SHORT = ("loss", "final_acceptance", "validation_tau", "tokens_per_second")  # what fits beside a bar
+
+
+SECONDS = 10.0  # between two lines of `counting`
+
+
+def counting(what: str, say: Callable[[str], None]) -> Callable[[int], None]:
+    """A function to call with the count so far of what has no known end: a line now and then, none at first."""
+    told = time.perf_counter()
+
+    def count(so_far: int) -> None:
+        nonlocal told
+        if time.perf_counter() - told >= SECONDS:
+            told = time.perf_counter()
+            say(f"{so_far:,} {what}")
+
+    return count
 
 
 def clock(seconds: float) -> str:

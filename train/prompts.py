@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         if tokenizer is None:
             raise DominoError(f"{options.tokenizer} has no tokenizer.")
         prompts = cut(held_out if options.held_out else train, tokenizer, options.count, options.tokens, options.seed)
-        options.out.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
+        temporary = options.out.with_name(f".{options.out.name}.tmp")  # train.demo takes a file that is there for whole
+        temporary.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
+        temporary.replace(options.out)
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from convert import folders, hf
-from convert.hosts import anywhere
+from convert.hosts import agree, anywhere
 from convert.memory import enough_memory
 from convert.precision import settle as settle_dtype
 from convert.programs import keep_programs
@@ -33,19 +33,20 @@ from domino_jax.decode import Configs
 from domino_jax.errors import DominoError
 from domino_jax.sharding import fetch
 from domino_jax.weights import Target, flatten, init, unflatten
-from train import config, data
+from train import config, curves, data
 from train import mesh as meshes
 from train.checkpoint import Checkpoints
 from train.config import Train
 from train.features import Captured, Features, identity
 from train.heldout import read_prompts
 from train.loading import find, read_configs
-from train.log import Log
-from train.step import Metrics, Recipe, TrainState, exported, start, train_step
+from train.log import METRICS, Log
+from train.progress import counting
+from train.step import Metrics, Recipe, TrainState, exported, form, start, train_step
 from train.stopping import stop_signals
 from train.validate import Validation
 from train.warm import from_drafter, from_target
-from train.watch import Watch
+from train.watch import USUAL, Watch
 
 DATA = "data.json"  # what a run's data are known by
 NEWEST, BEST = "drafter", "best"
@@ -88,7 +89,13 @@ def prepare(options: Train) -> Setup:
     mesh = settle_mesh(options, target, draft)
     dtype = settle_dtype(options.run.dtype)
     corpus, summary = data.read(
-        wanted.data, wanted.length, target.vocab_size, tokenizer, split=wanted.split, pack=wanted.pack
+        wanted.data,
+        wanted.length,
+        target.vocab_size,
+        tokenizer,
+        split=wanted.split,
+        pack=wanted.pack,
+        progress=counting("lines read", say),
     )
     say(str(summary))
     check_corpus(options, corpus)
@@ -181,16 +188,16 @@ def held_out(options: Train, target: TargetConfig, tokenizer: Any) -> list[Any]:
 def begin(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     """The state to go on from: the newest checkpoint's where a run is resumed and has one, else a fresh one."""
     options, draft = setup.options, setup.recipe.draft
-    goes_on = options.resume and checkpoints.latest() is not None
+    if options.resume and checkpoints.latest() is not None:
+        return checkpoints.restore(form(setup.recipe))
     weights = flatten(init(draft, jax.random.key(options.run.seed)))
     if draft.head:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
-    if options.drafter.warm and not goes_on:
+    if options.drafter.warm:
         weights = from_target(weights, draft, setup.recipe.target, fetch(setup.frozen))
-    if options.drafter.begin_as and not goes_on:
+    if options.drafter.begin_as:
         weights = from_drafter(weights, draft, options.drafter.begin_as)
-    state = start(setup.recipe, fetch(weights), options.run.seed)
-    return checkpoints.restore(state) if goes_on else state
+    return start(setup.recipe, fetch(weights), options.run.seed)
 
 
 def run(options: Train) -> None:
@@ -219,15 +226,22 @@ class Loop:
         self.setup, self.options = setup, setup.options.run
         self.folder = setup.options.out
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.options.keep)
+        self.best = self.checkpoints.best()  # asked once: of a checkpoint that is still being written it knows nothing
         self.state = begin(setup, self.checkpoints)
         self.first = self.done = int(fetch(self.state.step))
         assert self.options.steps is not None
         self.steps = self.options.steps
-        self.watch = Watch(self.options.explosion)
+        self.watch = Watch(self.options.explosion, self.norms())
         self.pending: list[Metrics] = []  # of steps that were started and not looked at
         self.clock = Clock()
         if setup.features is not None and setup.validation is None:
             setup.frozen.layers = nnx.List([])  # of the target only embeddings and LM head are used from here on
+
+    def norms(self) -> list[float]:
+        """The newest gradient norms in the run's metrics, as its first process has them."""
+        rows = [row for row in curves.read(self.folder / METRICS) if row["step"] <= self.done]
+        found = [row["gradient_norm"] for row in rows if row.get("gradient_norm")][-USUAL:]
+        return [norm for norm in agree([*found, *[0.0] * (USUAL - len(found))]) if norm]
 
     def run(self) -> None:
         """From where the state is to the last step, or to a signal."""
@@ -264,7 +278,7 @@ class Loop:
             self.save(None)
             self.checkpoints.finish()
             self.export(NEWEST)
-            self.tell("interrupted" if stopped else "finished")
+            self.tell("interrupted" if self.done < self.steps else "finished")
         if self.done < self.steps:
             command = f"python -m train --resume --out {self.folder}"
             say(f"interrupted at step {self.done}; continue with: {command}", sys.stderr)
@@ -333,7 +347,6 @@ class Loop:
     def validate(self, metrics: Metrics) -> float | None:
         """Decode the held-out prompts with the drafter as it is; the acceptance length, and a new best is written."""
         assert self.setup.validation is not None
-        before = self.checkpoints.best()
         found = self.setup.validation.run(exported(self.state))
         tau = found.final.tau
         if self.log:
@@ -344,8 +357,9 @@ class Loop:
             self.log.add(
                 {"step": self.done, **figures, "validation_estimated": estimated, "validation_seconds": found.seconds}
             )
-        if tau is not None and (before is None or tau > before[1]):
+        if tau is not None and (self.best is None or tau > self.best[1]):
             self.export(BEST)
+            self.best = self.done, tau
         return tau
 
     def save(self, tau: float | None) -> None:

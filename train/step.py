@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from domino_jax import blocks
 from domino_jax.config import DraftConfig, TargetConfig
@@ -191,6 +191,19 @@ def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     with jax.set_mesh(mesh):
         where = partitions(recipe)
     return jax.tree.map(partial(NamedSharding, mesh), where, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def form(recipe: Recipe) -> TrainState:
+    """What a checkpoint is restored as: jax.ShapeDtypeStruct in the place of each array, with its sharding.
+
+    On the mesh in context, or else on the default device.
+    """
+    whole = shapes(recipe)
+    if jax.sharding.get_abstract_mesh().empty:
+        where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), whole)
+    else:
+        where = shardings(recipe, jax.sharding.get_mesh())
+    return jax.tree.map(lambda x, laid: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid), whole, where)
 
 
 def exported(state: TrainState) -> dict[str, Array]:

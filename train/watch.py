@@ -1,6 +1,7 @@
 """Steps that went wrong: numbers that are not finite, and gradients that explode."""
 
 from collections import deque
+from collections.abc import Iterable
 from statistics import median
 
 USUAL = 100  # steps whose gradient norms say what is usual
@@ -10,17 +11,20 @@ LEAST = 20  # of them, before anything is called unusual
 class Watch:
     """Looks at each step's loss and gradient norm, in order."""
 
-    def __init__(self, explosion: float):
-        """Args: explosion: how many times the median norm of the last steps is too much."""
+    def __init__(self, explosion: float, before: Iterable[float] = ()):
+        """Args:
+        explosion: how many times the median norm of the last steps is too much.
+        before: norms of earlier steps, where a run goes on: a step that it stopped at is no more usual now.
+        """
         self.explosion = explosion
-        self._norms: deque[float] = deque(maxlen=USUAL)
+        self._norms: deque[float] = deque(before, maxlen=USUAL)
 
     def wrong(self, finite: bool, loss: float, norm: float) -> str | None:
         """What is wrong with a step, None if nothing is."""
         if not finite:
             return f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm})"
-        usual = median(self._norms) if len(self._norms) >= LEAST else None
-        if usual is not None and norm > self.explosion * usual:
+        usual = median(self._norms) if len(self._norms) >= LEAST else 0.0  # 0 while λ is 1 and the head alone learns
+        if usual and norm > self.explosion * usual:
             return f"the gradient has exploded (norm {norm:.3g}, usually {usual:.3g}; loss {loss:.3g})"
         self._norms.append(norm)
         return None

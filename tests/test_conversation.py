@@ -388,7 +388,7 @@ def test_after_an_interruption_what_is_whole_is_kept_and_no_more(loaded, fresh, 
     assert_alike(conversation, alone)
 
 
-@pytest.mark.parametrize("program", ["prefill", "speculate"])
+@pytest.mark.parametrize("program", [pytest.param("prefill", marks=pytest.mark.slow), "speculate"])
 def test_after_a_memory_error_nothing_is_kept(fresh, monkeypatch, program):
     conversation = Conversation()
     first = turn(fresh, some(30, 1), conversation)

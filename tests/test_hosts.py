@@ -60,7 +60,7 @@ def alone(words) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("count", "more"),
     [
-        (2, ["--mesh", "data=2"]),
+        pytest.param(2, ["--mesh", "data=2"], marks=pytest.mark.slow),
         # What each measures differs; what they do must not.
         pytest.param(2, ["--mesh", "model=2", "--drafts", "auto"], marks=pytest.mark.slow),
         (4, ["--mesh", "data=2,model=2"]),

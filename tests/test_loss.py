@@ -110,8 +110,8 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("chunk", [pytest.param(1000, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize(("draft", "lam", "ours", "restate"), CASES)
-@pytest.mark.parametrize("chunk", [1000, 7])
 def test_loss_and_report_equal_the_restatement(monkeypatch, draft, lam, ours, restate, chunk):
     monkeypatch.setattr(blocks, "ROWS", 8)
     frozen, drafter = pair(draft)
@@ -134,7 +134,10 @@ def test_loss_and_report_equal_the_restatement(monkeypatch, draft, lam, ours, re
         assert branch.position_accuracy.shape == (draft.num_proposals,)
 
 
-@pytest.mark.parametrize(("draft", "lam", "ours", "restate"), [CASES[i].values for i in (0, 2, 6)])
+@pytest.mark.parametrize(
+    ("draft", "lam", "ours", "restate"),
+    [CASES[0], pytest.param(*CASES[2].values, id=CASES[2].id, marks=pytest.mark.slow), CASES[6]],
+)
 def test_gradients_equal_differences_of_the_restatement(draft, lam, ours, restate):
     """Central differences of the float64 restatement, along a few random directions."""
     frozen, drafter = pair(draft)

@@ -110,7 +110,7 @@ def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished
     assert np.array_equal(begun["head.proj_in"], ours["head.proj_in"]) and not np.array_equal(begun["fc"], ours["fc"])
     with pytest.raises(DominoError, match="has block_size 4, this one 5"):
         from_drafter(ours, dataclasses.replace(draft, block_size=5), finished / "drafter")
-    assert main(words(folder, tmp_path / "run", "--begin-as", str(tmp_path / "dflash"), "--steps", "5")) == 0
+    assert main(words(folder, tmp_path / "run", "--begin-as", str(tmp_path / "dflash"))) == 0
     shutil.rmtree(tmp_path / "dflash")
     assert main(["--resume", "--out", str(tmp_path / "run")]) == 0, "what it began as is needed no more"
     assert main(words(folder, tmp_path / "both", "--begin-as", str(tmp_path / "dflash"), "--warm")) == 1

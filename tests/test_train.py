@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import signal
@@ -27,6 +28,7 @@ from train.warm import from_drafter
 from train.watch import Watch
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -375,7 +377,8 @@ sys.exit(status)
 def killed(at: int, words: list[str]) -> subprocess.CompletedProcess:
     """Train in a process of its own, which dies at that change."""
     command = [sys.executable, "-c", KILLED, str(at), *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # the program of the other runs, to the bit
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(

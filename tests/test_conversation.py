@@ -297,6 +297,7 @@ def test_an_answer_that_gives_drafts_up_keeps_the_context_it_had(loaded, fresh, 
     assert_alike(conversation, alone)
 
 
+@pytest.mark.slow
 def test_calibrating_in_mid_conversation_changes_nothing(loaded, fresh, monkeypatch):
     """The second turn falls into another bucket, which is measured on the live state."""
     monkeypatch.setattr("infer.auto.BUDGET", 0.0)

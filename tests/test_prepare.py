@@ -176,7 +176,7 @@ def test_candidates_are_the_highest_logits():
         pytest.param(1, marks=pytest.mark.slow),
         7,
         pytest.param(88, marks=pytest.mark.slow),
-        89,
+        pytest.param(89, marks=pytest.mark.slow),
         pytest.param(500, marks=pytest.mark.slow),
     ],
 )

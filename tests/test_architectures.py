@@ -49,7 +49,10 @@ TARGETS = {
     "everything": make(attention_bias=True, moe=MIXED, yarn=YARN, head_dim=16),
 }
 SMALL = dataclasses.replace(TARGETS["everything"], num_hidden_layers=2)
-every = pytest.mark.parametrize("config", TARGETS.values(), ids=TARGETS.keys())
+WITHIN = {"experts, not normalised, a dense layer among them", "YaRN", "biases"}  # "everything" has these too
+every = pytest.mark.parametrize(
+    "config", [pytest.param(c, id=n, marks=[pytest.mark.slow] if n in WITHIN else []) for n, c in TARGETS.items()]
+)
 
 forward = jax.jit(target.forward, static_argnums=(1, 5))
 logits = jax.jit(target.logits, static_argnums=1)
@@ -285,7 +288,9 @@ def test_random_biases_begin_at_zero():
 # --- Drafters -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("windows", [(), (7, None), (None, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "windows", [(), (7, None), *(pytest.param(w, marks=pytest.mark.slow) for w in ((None, 2), (1, 1)))], ids=str
+)
 def test_a_drafter_with_yarn_biases_and_windows_is_the_specs(windows):
     """In decoding and in training, anchors beyond YaRN's original positions too."""
     config = factory.draft_config(attention_bias=True, yarn=YARN, head_dim=16, windows=windows)

@@ -139,7 +139,9 @@ def no_transposition_of(buffer: Array, text: str) -> bool:
     return not any(str(buffer.shape[2]) in line for line in lines)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (4, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2), *(pytest.param(n, marks=pytest.mark.slow) for n in ((4, 1), (1, 2)))], ids=str
+)
 def test_on_a_mesh_each_device_has_its_own_part(sizes):
     """The same numbers, nothing gathered."""
     q, k, v = arrays(5, 2, 2, jnp.float32)

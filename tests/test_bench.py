@@ -9,7 +9,6 @@ from infer.bench import main
 from infer.bench.prompts import distinct
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-MODES = [("lean", 0), ("dflash", 2), ("domino", 2), ("dflash", 4), ("domino", 4), ("transformers", 0)]
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +22,15 @@ def words(tmp_path_factory) -> list[str]:
     return [*folders, "--prompts", str(root / "prompts.jsonl"), "--prompt-tokens", "2", "--rounds", "1"]
 
 
-def test_every_mode_is_a_row_of_flat_json(words, tmp_path, capsys):
+@pytest.mark.parametrize("drafts", [[2], pytest.param([2, 4], marks=pytest.mark.slow)], ids=str)
+def test_every_mode_is_a_row_of_flat_json(words, tmp_path, capsys, drafts):
     pytest.importorskip("torch")
     out = tmp_path / "bench.json"
-    more = ["--num-prompts", "4", "--new-tokens", "9", "--batch-sizes", "2", "--drafts", "2", "4"]
+    more = ["--num-prompts", "4", "--new-tokens", "9", "--batch-sizes", "2", "--drafts", *map(str, drafts)]
     assert main([*words, *more, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
-    assert [(r["batch"], r["mode"], r["drafts"]) for r in rows] == [(2, *mode) for mode in MODES]
+    modes = [("lean", 0), *((mode, n) for n in drafts for mode in ("dflash", "domino")), ("transformers", 0)]
+    assert [(r["batch"], r["mode"], r["drafts"]) for r in rows] == [(2, *mode) for mode in modes]
     assert not [v for row in rows for v in row.values() if isinstance(v, dict | list)]
     for row in rows:
         assert row["tokens_per_second"] > 0 and row["ms_per_cycle"] > 0

@@ -297,6 +297,7 @@ def test_an_answer_that_gives_drafts_up_keeps_the_context_it_had(loaded, fresh, 
     assert_alike(conversation, alone)
 
 
+@pytest.mark.slow
 def test_calibrating_in_mid_conversation_changes_nothing(loaded, fresh, monkeypatch):
     """The second turn falls into another bucket, which is measured on the live state."""
     monkeypatch.setattr("infer.auto.BUDGET", 0.0)
@@ -388,7 +389,7 @@ def test_after_an_interruption_what_is_whole_is_kept_and_no_more(loaded, fresh, 
     assert_alike(conversation, alone)
 
 
-@pytest.mark.parametrize("program", ["prefill", "speculate"])
+@pytest.mark.parametrize("program", [pytest.param("prefill", marks=pytest.mark.slow), "speculate"])
 def test_after_a_memory_error_nothing_is_kept(fresh, monkeypatch, program):
     conversation = Conversation()
     first = turn(fresh, some(30, 1), conversation)

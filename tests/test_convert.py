@@ -29,7 +29,7 @@ def write(folder, config, dtype=jnp.float32, **extra):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_round_trip_is_bit_equal(tmp_path, capsys, kind, dtype):
     source = write(tmp_path / "hf", MODELS[kind], jnp.dtype(dtype), torch_dtype=dtype, anything={"kept": [1]})
     (source / "tokenizer.json").write_text('{"a": 1}')

@@ -77,7 +77,12 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("changes", PAIRS.values(), ids=PAIRS.keys())
+LARGER = {"M=2, shifted", "M=16"}  # between the others: what differs from them is a size
+
+
+@pytest.mark.parametrize(
+    "changes", [pytest.param(PAIRS[n], id=n, marks=[pytest.mark.slow] if n in LARGER else []) for n in PAIRS]
+)
 def test_domino_is_transformers_greedy_token_for_token(truth, changes):
     pair = good(**changes)
     config = pair.configs.draft
@@ -96,7 +101,7 @@ def test_domino_is_transformers_greedy_token_for_token(truth, changes):
         assert any(changes["mask_token_id"] in o.tokens[1:-1] for o in outputs)
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("drafts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_fewer_drafts_a_cycle(pair, truth, drafts):
     """The same tokens; from the same place, what is accepted is what a whole block's first drafts give."""
     fewer = Pair(pair.params, dataclasses.replace(pair.configs, drafts=drafts))

@@ -64,7 +64,14 @@ def training_form(params: Params, config: DraftConfig, tokens, anchors, given):
     return draft.training_blocks(params.draft, config, x, anchors, given)
 
 
-@pytest.mark.parametrize("changes", BACKBONES.values(), ids=BACKBONES.keys())
+RARER = {"M=2", "M=16", "window of one", "shifted, P=J-1", "M=2, unshifted, P=0", "DFlash, shifted"}
+
+
+def cases(of: dict[str, Any]) -> list[Any]:
+    return [pytest.param(of[n], id=n, marks=[pytest.mark.slow] if n in RARER else []) for n in of]
+
+
+@pytest.mark.parametrize("changes", cases(BACKBONES))
 def test_backbone_is_the_specs(changes):
     config, pair = make(**changes)
     target_w, _, draft_w, draft_cfg = pair.reference()
@@ -170,7 +177,7 @@ def teacher_forced_logits(params: Params, config: DraftConfig, z, base, eaten):
     return base + jnp.where(corrected, correction, 0.0)
 
 
-@pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("changes", cases(HEADS))
 def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     config, pair = make(num_hidden_layers=1, **changes)
     configs = Configs(pair.configs.target, config)

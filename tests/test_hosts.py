@@ -36,6 +36,7 @@ def words(tmp_path_factory) -> list[str]:
 def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infer")) -> list[tuple[int, str, str]]:
     """Exit status, standard output and standard error of each process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     port = free_port()
     running = []
     for i in range(count):
@@ -60,7 +61,7 @@ def alone(words) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("count", "more"),
     [
-        (2, ["--mesh", "data=2"]),
+        pytest.param(2, ["--mesh", "data=2"], marks=pytest.mark.slow),
         # What each measures differs; what they do must not.
         pytest.param(2, ["--mesh", "model=2", "--drafts", "auto"], marks=pytest.mark.slow),
         (4, ["--mesh", "data=2,model=2"]),

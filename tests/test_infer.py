@@ -86,7 +86,7 @@ def test_json_has_the_promised_keys(run):
     assert row["tokens_per_second"] == pytest.approx(19 / row["seconds"]["decode"])
 
 
-@pytest.mark.parametrize("limit", [1, 2, 7])
+@pytest.mark.parametrize("limit", [1, pytest.param(2, marks=pytest.mark.slow), 7])
 def test_max_new_tokens_is_exact(run, limit):
     row = generated(run, "hello", "--max-new-tokens", str(limit))
     assert len(row["tokens"]) == limit
@@ -157,7 +157,7 @@ def test_standard_input_is_the_prompt_without_its_last_newline(run):
         assert (piped["input_ids"], piped["tokens"]) == (argument["input_ids"], argument["tokens"])
 
 
-@pytest.mark.parametrize("draft", ["draft", "none"])
+@pytest.mark.parametrize("draft", ["draft", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_batch_equals_its_prompts_one_by_one(run, tmp_path, draft):
     file = tmp_path / "prompts.jsonl"
     prompts = [{"prompt": "hello"}, {"input_ids": [50] * 33, "max_new_tokens": 3}, {"prompt": "a much longer prompt"}]
@@ -248,7 +248,10 @@ def command(models: Path, *words: str) -> list[str]:
 
 def buffered() -> dict[str, str]:
     """The environment, with Python's standard output buffered as it usually is."""
-    return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"JAX_PLATFORMS": "cpu"}
+    return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    }
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -110,8 +110,8 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("chunk", [pytest.param(1000, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize(("draft", "lam", "ours", "restate"), CASES)
-@pytest.mark.parametrize("chunk", [1000, 7])
 def test_loss_and_report_equal_the_restatement(monkeypatch, draft, lam, ours, restate, chunk):
     monkeypatch.setattr(blocks, "ROWS", 8)
     frozen, drafter = pair(draft)
@@ -134,7 +134,10 @@ def test_loss_and_report_equal_the_restatement(monkeypatch, draft, lam, ours, re
         assert branch.position_accuracy.shape == (draft.num_proposals,)
 
 
-@pytest.mark.parametrize(("draft", "lam", "ours", "restate"), [CASES[i].values for i in (0, 2, 6)])
+@pytest.mark.parametrize(
+    ("draft", "lam", "ours", "restate"),
+    [CASES[0], pytest.param(*CASES[2].values, id=CASES[2].id, marks=pytest.mark.slow), CASES[6]],
+)
 def test_gradients_equal_differences_of_the_restatement(draft, lam, ours, restate):
     """Central differences of the float64 restatement, along a few random directions."""
     frozen, drafter = pair(draft)
@@ -189,7 +192,7 @@ def test_d_pace_weights_are_the_gradient_of_the_expected_length():
     assert not np.any(jax.grad(lambda x: d_pace(x, on, 0.4).sum())(ce)), "the weights have no gradient"
 
 
-@pytest.mark.parametrize("kind", ["ce", "kl"])
+@pytest.mark.parametrize("kind", [pytest.param("ce", marks=pytest.mark.slow), "kl"])
 def test_a_packed_row_is_its_conversations(kind):
     """Two conversations and padding in one row, against each in a row of its own from position 0 on."""
     draft = make_draft(True, 1, window=5)
@@ -240,7 +243,7 @@ def test_tokens_of_a_packed_row_see_their_own_conversation_only(monkeypatch):
         np.testing.assert_allclose(hidden[:, a:b], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["ce", "kl"])
+@pytest.mark.parametrize("kind", [pytest.param("ce", marks=pytest.mark.slow), "kl"])  # in test_train.py: ce
 def test_captured_states_give_the_same_loss_without_the_target(kind):
     draft = make_draft(True, 1)
     frozen, drafter = pair(draft)
@@ -307,7 +310,7 @@ def temporary_bytes(config, draft, batch: int, length: int, count: int, chunk: i
     return analysis.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("kind", ["ce", "kl"])
+@pytest.mark.parametrize("kind", ["ce", pytest.param("kl", marks=pytest.mark.slow)])
 def test_no_full_set_of_logits_exists(kind):
     """With chunks, no buffer of the compiled step is as large as all logits."""
     config = TargetConfig(4001, 16, 2, 2, 1, 8, 16, 1e-6, 1e4, 64, True)

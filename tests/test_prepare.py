@@ -102,8 +102,15 @@ def test_the_recurrent_part_and_the_norms_stay_as_they_are():
     assert small.params.target is pair.params.target
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", prepare.KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param("int8", jnp.float32, id="int8-float32"),
+        pytest.param("int8", jnp.bfloat16, id="int8-bfloat16", marks=pytest.mark.slow),
+        pytest.param("float8", jnp.float32, id="float8-float32", marks=pytest.mark.slow),
+        pytest.param("float8", jnp.bfloat16, id="float8-bfloat16"),
+    ],
+)
 def test_an_8_bit_drafter_changes_no_token(kind, dtype):
     pair = in_dtype(good(), dtype)
     whole, small = run(pair), run(eight_bits(pair, kind))
@@ -169,7 +176,7 @@ def test_candidates_are_the_highest_logits():
         pytest.param(1, marks=pytest.mark.slow),
         7,
         pytest.param(88, marks=pytest.mark.slow),
-        89,
+        pytest.param(89, marks=pytest.mark.slow),
         pytest.param(500, marks=pytest.mark.slow),
     ],
 )

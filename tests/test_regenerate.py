@@ -174,7 +174,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path
     assert run(folder, out, *words) == sampled
 
 
-@pytest.mark.parametrize("kept", [1, 4, 8])
+@pytest.mark.parametrize("kept", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
 def test_a_killed_run_goes_on(folder, sampled, tmp_path, kept):
     """Whichever lines are there, the others come out as they would have."""
     out, words = tmp_path / "out.jsonl", [*drafted(folder), "--temperature", "1.2"]

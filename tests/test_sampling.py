@@ -297,7 +297,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+@pytest.mark.parametrize(
+    "broken", [pytest.param(BROKEN[n], id=n, marks=[] if n == "residual" else [pytest.mark.slow]) for n in BROKEN]
+)
 def test_the_test_would_catch_a_wrong_sampler(exact, broken):
     samples, _ = sample(make("Domino"), factory.retraced(**broken))
     for tokens, joint in zip(samples, exact, strict=True):

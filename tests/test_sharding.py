@@ -24,7 +24,7 @@ from infer.__main__ import main
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2, num_attention_heads=8)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
 COUNT = 20
-MESHES = [(data, model) for data in (1, 2) for model in (1, 2, 4, 8) if 1 < data * model <= 8]
+MESHES = [(2, 4), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (1, 2), (2, 2), (1, 4), (1, 8)))]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
 LESS_USUAL = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (1, 2), (1, 8))]
 
 
-@pytest.mark.parametrize("form", ["one by one", "grouped"])
+@pytest.mark.parametrize("form", [pytest.param("one by one", marks=pytest.mark.slow), "grouped"])
 @pytest.mark.parametrize(("data", "model"), [(2, 4), *LESS_USUAL], ids=lambda n: str(n))
 def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, monkeypatch, form, data, model):
     """Each device holds its part of the experts and whole routers; biases lie with their heads."""
@@ -164,8 +164,12 @@ COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatt
 
 @pytest.mark.parametrize(
     ("model", "candidates", "form"),
-    [("pair", None, None), ("pair", 1, None), ("moe_pair", None, "one by one"), ("moe_pair", None, "grouped")],
-    ids=["whole head", "candidates", "experts", "experts, grouped"],
+    [
+        pytest.param("pair", None, None, id="whole head"),
+        pytest.param("pair", 1, None, id="candidates"),
+        pytest.param("moe_pair", None, "one by one", id="experts", marks=pytest.mark.slow),
+        pytest.param("moe_pair", None, "grouped", id="experts, grouped"),
+    ],
 )
 def test_nothing_large_crosses_between_devices(request, monkeypatch, model, candidates, form):
     """A cycle moves hidden states and, for each argmax, one candidate a device: no weight and no whole logits.

@@ -118,7 +118,7 @@ def test_accumulating_gives_the_step_of_the_whole_batch(weights):
 ALL_AXES = "data=2,fsdp=2,model=2"
 ON_MESHES = [
     ("adamw", "data=2,model=4"),
-    ("adamw", ALL_AXES),
+    pytest.param("adamw", ALL_AXES, marks=pytest.mark.slow),
     pytest.param("adamw", "fsdp=8", marks=pytest.mark.slow),
     pytest.param("muon", "data=2,model=4", marks=pytest.mark.slow),
     ("muon", ALL_AXES),

@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import attention
+from domino_jax import attention, blocks_pallas
 from domino_jax.attention import in_window
 from domino_jax.config import DraftConfig
+from domino_jax.errors import DominoError
 from domino_jax.sharding import constrain
 
-Form = Literal["dense", "chunked", "cudnn"]
-Choice = Literal["auto", "dense", "chunked", "cudnn"]
+Form = Literal["dense", "chunked", "cudnn", "pallas"]
+Choice = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 
 ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a time
 
@@ -42,6 +43,11 @@ def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
         return "dense" if count * config.block_size <= ROWS else "chunked"
     if asked == "cudnn":
         attention.choose("cudnn", (config.head_dim,), dtype)
+    if asked == "pallas" and jax.devices()[0].platform != "tpu":
+        raise DominoError(
+            f"the blocks' Pallas kernel needs a TPU, found {jax.devices()[0].device_kind}: give --block-attention auto "
+            "or chunked."
+        )
     return asked
 
 
@@ -71,6 +77,8 @@ def attend(
     blocks, size = q.shape[1:3]
     if first is None:
         first = jnp.zeros_like(anchors)
+    if form == "pallas":
+        return blocks_pallas.attend(q, own, context, anchors, first, window)
     group = max(1, ROWS // size)
     alone = partial(_cudnn, implementation=implementation) if form == "cudnn" else _dense
     if form == "dense" or blocks <= group:

@@ -76,8 +76,7 @@ def _attend(
     kv_heads = own[0].shape[3]
     queries = q.reshape(batch, count, size, kv_heads, heads // kv_heads, width)
     each = size * heads // kv_heads
-    step = LANES // math.gcd(LANES, each)  # blocks that fill whole registers
-    tile = step * min(max(ROWS // (each * step), 1), -(-count // step))  # blocks of a tile
+    tile = min(max(ROWS // each, 1), count)  # blocks of a tile
     tiles = -(-count // tile)
 
     def tiled(x: Array) -> Array:
@@ -87,9 +86,13 @@ def _attend(
 
     def whole(x: Array) -> Array:
         """[B, K, tiles, ..., rows of a tile] -> [B, A, M, K, G, ...]."""
-        x = x.reshape(*x.shape[:-1], tile, size, heads // kv_heads)
+        x = x[..., : tile * each].reshape(*x.shape[:-1], tile, size, heads // kv_heads)
         x = x.transpose(0, 2, x.ndim - 3, x.ndim - 2, 1, x.ndim - 1, *range(3, x.ndim - 3))
         return x.reshape(batch, tiles * tile, *x.shape[3:])[:, :count]
+
+    def filled(x: Array) -> Array:
+        """Rows for whole registers; those that are added see nothing."""
+        return jnp.pad(x, (*((0, 0) for _ in x.shape[1:]), (0, -x.shape[-1] % LANES)))
 
     in_lanes = tiled(queries).transpose(0, 4, 1, 6, 2, 3, 5).reshape(batch, kv_heads, tiles, width, tile * each)
     low = jnp.broadcast_to(first[..., None], (batch, count, size))
@@ -97,6 +100,7 @@ def _attend(
         low = jnp.maximum(low, anchors[..., None] + jnp.arange(1 - window, 1 - window + size, dtype=jnp.int32))
     bounds = tiled(jnp.stack([low, jnp.broadcast_to(anchors[..., None], low.shape)], axis=-1))
     bounds = jnp.repeat(bounds.transpose(0, 1, 4, 2, 3), heads // kv_heads, axis=-1).reshape(batch, tiles, 2, -1)
+    in_lanes, bounds = filled(in_lanes), filled(bounds)
     length = context[0].shape[1]
     k, v = (jnp.pad(x, ((0, 0), (0, -length % LANES), (0, 0), (0, 0))).swapaxes(1, 2) for x in context)
     outer, before = map(whole, _context(in_lanes, k, v, bounds, interpret))
@@ -108,9 +112,7 @@ def _attend(
     inner = jnp.where(inside, inner, LEAST)
     largest = jax.lax.stop_gradient(jnp.maximum(inner.max(axis=-1), before))
     weights, kept = jnp.exp(inner - largest[..., None]), jnp.exp(before - largest)
-    out = jnp.einsum(
-        "BAMKGX,BAXKH->BAMKGH", weights.astype(own[1].dtype), own[1], preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("BAMKGX,BAXKH->BAMKGH", weights.astype(own[1].dtype), own[1], preferred_element_type=jnp.float32)
     out = (out + kept[..., None] * outer.astype(jnp.float32)) / (weights.sum(axis=-1) + kept)[..., None]
     return out.astype(q.dtype).reshape(q.shape)
 

@@ -92,17 +92,17 @@ def test_values_and_gradients_are_those_of_the_dense_form(case):
         np.testing.assert_allclose(ours[name], dense[name], atol=1e-5, rtol=0, err_msg=name)
 
 
-def test_in_bfloat16_it_is_as_near_as_the_dense_form():
+def test_in_bfloat16_it_is_as_near_as_rounding_allows():
+    """Eight bits of weights, values and results: 2^-8 of each number at most, by the norm."""
     given = arrays(7, 4, 2, LENGTH, jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in given]
     places, first = positions(SORTED), positions(PACKED)
     exact = differentiated(wide, places, first, None, "dense")
-    dense, ours = (differentiated(given, places, first, None, f) for f in ("dense", "pallas"))
+    ours = differentiated(given, places, first, None, "pallas")
     for name in NAMES:
         assert ours[name].dtype == jnp.bfloat16
-        norm = np.linalg.norm(exact[name])
-        theirs, error = (np.linalg.norm(x[name].astype(jnp.float32) - exact[name]) / norm for x in (dense, ours))
-        assert 1e-4 < error < max(1.5 * theirs, 0.005), name
+        error = np.linalg.norm(ours[name].astype(jnp.float32) - exact[name]) / np.linalg.norm(exact[name])
+        assert 1e-4 < error < 2**-8, name
 
 
 def test_blocks_of_the_context_that_no_tile_sees_are_not_read():
@@ -140,9 +140,9 @@ def test_what_is_visited_is_what_is_seen():
         for t in range(tiles):
             seen = np.flatnonzero(sees[b, t])
             assert (begin[b, t], end[b, t]) == ((seen[0], seen[-1] + 1) if len(seen) else (0, 0))
-        for place in range(count):
-            seen = np.flatnonzero((begin[b] <= place) & (place < end[b]))
-            assert (first[b, place], last[b, place]) == ((seen[0], seen[-1] + 1) if len(seen) else (0, 0))
+        for block in range(count):
+            seen = np.flatnonzero((begin[b] <= block) & (block < end[b]))
+            assert (first[b, block], last[b, block]) == ((seen[0], seen[-1] + 1) if len(seen) else (0, 0))
 
 
 def test_anchors_come_in_order_so_that_tiles_see_no_more_than_half():

@@ -28,4 +28,6 @@ def draw(key: Array, mask: Array, count: int, starts: Array | None = None) -> tu
     score = jnp.where(legal, jax.random.uniform(key, mask.shape), -1.0)
     best, anchors = jax.lax.top_k(score, min(count, mask.shape[1]))
     valid = best >= 0
-    return jax.lax.sort((jnp.where(valid, anchors, 0).astype(jnp.int32), valid), dimension=1, num_keys=1)
+    anchors = jnp.where(valid, anchors, 0).astype(jnp.int32)
+    anchors, valid = jax.lax.sort((anchors, valid), dimension=1, num_keys=1)
+    return anchors, valid

@@ -134,8 +134,8 @@ def test_what_is_visited_is_what_is_seen():
     begin, end = map(np.asarray, spans(jnp.asarray(np.stack([low, high], axis=2), jnp.int32), keys))
     first, last = map(np.asarray, visitors(jnp.asarray(begin), jnp.asarray(end), count))
     place = np.arange(keys * count)
-    sees = (low[..., None] <= place) & (place < high[..., None])
-    sees = sees.any(axis=2).reshape(3, tiles, count, keys).any(axis=3)
+    sees = np.logical_and(low[..., None] <= place, place < high[..., None])
+    sees = np.asarray(sees.reshape(3, tiles, rows, count, keys).any(axis=(2, 4)))
     for b in range(3):
         for t in range(tiles):
             seen = np.flatnonzero(sees[b, t])

@@ -1,17 +1,20 @@
 """Attention of many blocks over one sequence's context and themselves, for training (SPEC section 7).
 
 A block's queries see the context positions from their conversation's first up to, not including, their anchor, and
-their own block; nothing of other blocks. No A·M x A·M mask exists. Three forms:
+their own block; nothing of other blocks. No A·M x A·M mask exists. Four forms:
 
-    dense    Scores of all queries against the whole context: what the other is tested against.
+    dense    Scores of all queries against the whole context: what the others are tested against.
     chunked  Some blocks at a time, in a loop whose backward pass computes them again: neither the scores nor a mask of
-             A·M x S exist.
+             A·M x S exist. Every block meets the whole context, seen or not.
     cudnn    The same groups, each through cuDNN's kernel, for NVIDIA GPUs and 16-bit floats: a group's queries over the
              context and its own rows, with a mask of that group's size; scores never leave the chip. Blocks of a group
              see each other's rows as masked keys, ROWS more of them.
+    pallas   A kernel for TPUs (`blocks_pallas`): scores never leave the chip, no mask exists, and of the context only
+             what a tile of blocks sees is fetched and computed, in the backward pass too.
 
-Measured: dense and chunked on a CPU. cuDNN's has run on no device; tests hold its mask by JAX's own statement of the
-same function, and "auto" does not choose it.
+Measured: dense and chunked, on a CPU. The others have run on no device, and "auto" does not choose them. Tests hold
+cuDNN's mask by JAX's own statement of the same function, and the kernel by interpretation and by its lowering;
+libtpu's compiler takes it for v4, v5e, v5p and v6e (ahead of time, without a chip: it says nothing about speed).
 """
 
 from functools import partial
@@ -21,13 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import attention
+from domino_jax import attention, blocks_pallas
 from domino_jax.attention import in_window
 from domino_jax.config import DraftConfig
+from domino_jax.errors import DominoError
 from domino_jax.sharding import constrain
 
-Form = Literal["dense", "chunked", "cudnn"]
-Choice = Literal["auto", "dense", "chunked", "cudnn"]
+Form = Literal["dense", "chunked", "cudnn", "pallas"]
+Choice = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 
 ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a time
 
@@ -38,10 +42,17 @@ def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
     Raises:
         DominoError: what was asked for can't run here; it is never replaced by another form.
     """
+    # Where there is a device, compare `python -m train.bench --block-attention` chunked with cudnn or pallas: both
+    # should win by what chunked computes for nothing, half of all scores, and by scores that stay on the chip.
     if asked == "auto":
         return "dense" if count * config.block_size <= ROWS else "chunked"
     if asked == "cudnn":
         attention.choose("cudnn", (config.head_dim,), dtype)
+    if asked == "pallas" and jax.devices()[0].platform != "tpu":
+        raise DominoError(
+            f"the blocks' Pallas kernel needs a TPU, found {jax.devices()[0].device_kind}: give --block-attention auto "
+            "or chunked."
+        )
     return asked
 
 
@@ -71,6 +82,8 @@ def attend(
     blocks, size = q.shape[1:3]
     if first is None:
         first = jnp.zeros_like(anchors)
+    if form == "pallas":
+        return blocks_pallas.attend(q, own, context, anchors, first, window)
     group = max(1, ROWS // size)
     alone = partial(_cudnn, implementation=implementation) if form == "cudnn" else _dense
     if form == "dense" or blocks <= group:

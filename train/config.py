@@ -100,9 +100,9 @@ class Objective:
     """share of the steps over which λ falls to 0"""
     chunk: int = 1024
     """proposals whose logits exist at a time"""
-    block_attention: Literal["auto", "dense", "chunked", "cudnn"] = "auto"
-    """how the blocks attend to their context: with all scores in memory, some anchors at a time, or by cuDNN's kernel
-    (NVIDIA, bfloat16; not measured yet)"""
+    block_attention: Literal["auto", "dense", "chunked", "cudnn", "pallas"] = "auto"
+    """how the blocks attend to their context: with all scores in memory, some anchors at a time, by cuDNN's kernel
+    (NVIDIA, bfloat16), or by a kernel for TPUs (neither is measured yet)"""
     target_attention: Literal["xla", "cudnn"] = "xla"
     """how the frozen target attends, likewise"""
 

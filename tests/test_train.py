@@ -394,3 +394,33 @@ def test_a_killed_run_resumes_bit_equal(folder, finished, tmp_path, at):
     ours, theirs = ((f / "drafter" / "model.safetensors").read_bytes() for f in (out, finished))
     assert ours == theirs
     assert [r["step"] for r in curves.read(out / "metrics.jsonl")] == [5, 10, 15, 20]
+
+
+def test_a_signal_during_a_validation_saves_at_once(folder, validated, tmp_path, monkeypatch):
+    import train.run as module
+
+    real, calls = module.Validation.run, []
+
+    def interrupted(self, weights, stopping=None):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, weights, stopping)
+
+    monkeypatch.setattr(module.Validation, "run", interrupted)
+    out = tmp_path / "run"
+    shutil.copytree(validated, out)
+    for step in ("checkpoints", "drafter", "best"):
+        shutil.rmtree(out / step)
+    assert main(["--resume", "--out", str(out)]) == 130
+    assert [r["step"] for r in curves.read(out / "metrics.jsonl") if "validation_tau" in r] == [5]
+    assert Checkpoints(out / "checkpoints").latest() == 10
+
+
+def test_a_resumed_run_has_the_same_target(folder, finished, tmp_path, capsys):
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished, out)
+    config = TargetConfig(40, 32, 3, 4, 2, 8, 48, 1e-6, 1e4, 64, True)
+    hf.save(other, init(config, jax.random.key(1), std=0.2), config, config.to_hf())
+    assert main(["--resume", "--out", str(out), "--target", str(other)]) == 1
+    assert "other is not what this run began with: a resumed run needs the same target" in capsys.readouterr().err

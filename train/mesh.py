@@ -55,8 +55,8 @@ def check(config: DecoderConfig, fsdp: int, model: int) -> None:
 def place(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
     """A module (Target or Draft), laid out for training; as it is without a mesh.
 
-    What lies so already (`convert` reads weights onto this mesh) stays. What does not is moved between devices, and what
-    is on the host (the same in each process) goes to its devices in parts.
+    What lies so already (`convert` reads weights onto this mesh) stays. What does not is moved between devices, and
+    what is on the host (the same in each process) goes to its devices in parts.
     """
     if mesh is None:
         return module

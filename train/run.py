@@ -12,6 +12,8 @@ import time
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jax
@@ -40,15 +42,16 @@ from train.config import Train
 from train.features import Captured, Features, identity
 from train.heldout import read_prompts
 from train.loading import find, read_configs
+from train.loading import identity as digest
 from train.log import METRICS, Log
 from train.progress import counting
 from train.step import Metrics, Recipe, TrainState, exported, form, start, train_step
 from train.stopping import stop_signals
-from train.validate import Validation
+from train.validate import Stopped, Validation
 from train.warm import from_drafter, from_target
 from train.watch import USUAL, Watch
 
-DATA = "data.json"  # what a run's data are known by
+ORIGIN = "origin.json"  # what a run's data and target are known by
 NEWEST, BEST = "drafter", "best"
 
 
@@ -98,7 +101,7 @@ def prepare(options: Train) -> Setup:
         progress=counting("lines read", say),
     )
     say(str(summary))
-    check_corpus(options, corpus)
+    check_origin(options, corpus, folder)
     steps = options.run.steps or math.ceil(options.run.epochs * len(corpus) / options.run.batch)
     options = replaced(options, "run", steps=steps, dtype=dtype.name)
     features = None
@@ -160,20 +163,23 @@ def settle_mesh(options: Train, target: TargetConfig, draft: DraftConfig) -> Mes
     return mesh if mesh.size > 1 else None
 
 
-def check_corpus(options: Train, corpus: data.Corpus) -> None:
-    """Note what the run learns from; a resumed run must have the same.
+def check_origin(options: Train, corpus: data.Corpus, target: Path) -> None:
+    """Note what the run learns from, and whose words; a resumed run must have the same.
 
     Raises:
         DominoError: it has not.
     """
-    path = options.out / DATA
+    path = options.out / ORIGIN
+    now = {"data": corpus.fingerprint, "target": digest(target)}
     if options.resume and path.exists():
-        if hf.read_json(path).get("sha256") != corpus.fingerprint:
-            words = " ".join(options.data.data)
-            raise DominoError(f"{words} is not what this run began with: a resumed run needs the same data.")
+        was = hf.read_json(path)
+        given = {"data": " ".join(options.data.data), "target": str(target)}
+        for what, words in given.items():
+            if was.get(what) != now[what]:
+                raise DominoError(f"{words} is not what this run began with: a resumed run needs the same {what}.")
     elif jax.process_index() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
-        hf.write_json(path, {"sha256": corpus.fingerprint, "rows": len(corpus)})
+        hf.write_json(path, now)
 
 
 def held_out(options: Train, target: TargetConfig, tokenizer: Any) -> list[Any]:
@@ -273,7 +279,7 @@ class Loop:
             stopped = False
             while self.done < self.steps and not stopped:
                 self.step(*next(pairs))
-                stopped = self.between(stopping.is_set())
+                stopped = self.between(stopping)
             self.look()
             self.save(None)
             self.checkpoints.finish()
@@ -300,7 +306,7 @@ class Loop:
             jax.block_until_ready(self.state)
             self.clock.start()  # compiling is not part of the speed
 
-    def between(self, stopping: bool) -> bool:
+    def between(self, stopping: Event) -> bool:
         """What is due after a step: figures, a validation, a checkpoint. Returns whether to stop."""
         o, last = self.options, self.done == self.steps
         logs = last or self.done % o.log_every == 0
@@ -313,7 +319,7 @@ class Loop:
                 self.log.add(
                     row(metrics, self.done, self.clock.pace, self.options.batch * self.setup.options.data.length)
                 )
-            tau = self.validate(metrics) if validates else None
+            tau = self.validate(metrics, stopping) if validates else None
             if saves:
                 self.save(tau)
                 self.tell("running")
@@ -321,7 +327,7 @@ class Loop:
         elif self.log:
             self.log.progress.advance(self.done)
         # Several processes ask each other, which waits for the devices: not at every step.
-        return anywhere(stopping) if jax.process_count() == 1 or logs else False
+        return anywhere(stopping.is_set()) if jax.process_count() == 1 or logs else False
 
     def look(self) -> Metrics:
         """What the steps since the last look reported, fetched; the last one's.
@@ -344,10 +350,18 @@ class Loop:
                 )
         return pending[-1] if pending else None  # type: ignore[return-value]  # after a step there is one
 
-    def validate(self, metrics: Metrics) -> float | None:
-        """Decode the held-out prompts with the drafter as it is; the acceptance length, and a new best is written."""
+    def validate(self, metrics: Metrics, stopping: Event) -> float | None:
+        """Decode the held-out prompts with the drafter as it is; the acceptance length, and a new best is written.
+
+        None where a signal came: what was reached is to be saved soon. Several processes would have to agree on that,
+        and finish instead.
+        """
         assert self.setup.validation is not None
-        found = self.setup.validation.run(exported(self.state))
+        stops = stopping.is_set if jax.process_count() == 1 else None
+        try:
+            found = self.setup.validation.run(exported(self.state), stops)
+        except Stopped:
+            return None
         tau = found.final.tau
         if self.log:
             figures = {"validation_tau": tau, "validation_tau_error": found.final.error}

@@ -97,8 +97,8 @@ def lambda_base(recipe: Recipe, step: Array) -> Array:
     """λ: `lambda_base_start` all along, or from it to 0 over `lambda_base_decay_ratio` of the run, then 0."""
     if recipe.lambda_schedule == "constant":
         return jnp.full((), recipe.lambda_base_start, jnp.float32)
-    span = max(recipe.lambda_base_decay_ratio * recipe.steps, 1e-9)
-    left = jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / span)
+    span = recipe.lambda_base_decay_ratio * recipe.steps
+    left = jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / span) if span else jnp.zeros((), jnp.float32)
     if recipe.lambda_schedule == "cosine":
         left = 0.5 * (1 - jnp.cos(jnp.pi * left))
     return recipe.lambda_base_start * left

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,6 +89,10 @@ class Report(NamedTuple):
         return found | {"validation_seconds": self.seconds}
 
 
+class Stopped(Exception):
+    """A validation was not finished."""
+
+
 class Validation:
     """Prompts to decode again and again with changing drafters: what the first time compiles serves every later one."""
 
@@ -118,23 +122,33 @@ class Validation:
         self.batch = min(batch, len(prompts))
         self._rounded = jax.jit(partial(jax.tree.map, lambda w: w.astype(dtype)))
 
-    def run(self, weights: Mapping[str, Array]) -> Report:
+    def run(self, weights: Mapping[str, Array], stopping: Callable[[], bool] | None = None) -> Report:
         """Decode all prompts with the drafter of these weights, by their paths; runs in the mesh that is in context.
 
         The same weights give the same report, and the weights stay as they are.
+
+        Args:
+            stopping: asked now and then.
+
+        Raises:
+            Stopped: `stopping` said so.
         """
         began = time.perf_counter()
         assert self.configs.draft is not None
         draft = unflatten(self.configs.draft, self._rounded(dict(weights)))
         whole = self.configs, Params(self.target, draft)
-        final = self._decoded(*whole)
-        base = self._decoded(*without_head(*whole)) if self.configs.draft.head else None
+        final = self._decoded(*whole, stopping)
+        base = self._decoded(*without_head(*whole), stopping) if self.configs.draft.head else None
+        if stopping and stopping():
+            raise Stopped
         return Report(final, base, time.perf_counter() - began)
 
-    def _decoded(self, configs: Configs, params: Params) -> Acceptance:
-        answers = generate(params, configs, self.prompts, self.stop_ids, self.dtype, batch=self.batch)
+    def _decoded(self, configs: Configs, params: Params, stopping: Callable[[], bool] | None) -> Acceptance:
+        answers = generate(
+            params, configs, self.prompts, self.stop_ids, self.dtype, batch=self.batch, stopping=stopping
+        )
         accepted = {answer.prompt.row: tuple(answer.accepted) for answer in answers}
-        return Acceptance(tuple(accepted[prompt.row] for prompt in self.prompts))
+        return Acceptance(tuple(accepted.get(prompt.row, ()) for prompt in self.prompts))
 
 
 @dataclass(frozen=True)

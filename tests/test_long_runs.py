@@ -1,5 +1,6 @@
 """What a long run decides from what is on disk: the best drafter, the usual gradient, where a state is restored to."""
 
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_checkpoint_is_restored_without_a_second_state(tmp_path):
 def test_the_best_is_known_while_its_checkpoint_is_still_being_written():
     exported = []
     loop = SimpleNamespace(
-        setup=SimpleNamespace(validation=SimpleNamespace(run=lambda _: report)),
+        setup=SimpleNamespace(validation=SimpleNamespace(run=lambda *_: report)),
         checkpoints=SimpleNamespace(best=lambda: None),  # as Orbax has it until the files have their names
         state=SimpleNamespace(weights={}, average=None),
         log=None,
@@ -67,7 +68,7 @@ def test_the_best_is_known_while_its_checkpoint_is_still_being_written():
     )
     for loop.done, tau in ((20, 1.9), (30, 3.0), (40, 2.5)):
         report = SimpleNamespace(final=SimpleNamespace(tau=tau))
-        assert run.Loop.validate(loop, None) == tau  # type: ignore[arg-type]
+        assert run.Loop.validate(loop, None, Event()) == tau  # type: ignore[arg-type]
     assert exported == [(30, "best")]
 
 

@@ -214,7 +214,11 @@ def test_a_batch_after_one_that_gave_up_begins_plainly_and_calibrates_no_more(lo
 
 
 @pytest.mark.parametrize(
-    "length", [pytest.param(1, id="short"), pytest.param(100, id="bucket nearly full", marks=pytest.mark.slow)]
+    "length",
+    [
+        pytest.param(1, id="short", marks=pytest.mark.slow),
+        pytest.param(100, id="bucket nearly full", marks=pytest.mark.slow),
+    ],
 )
 def test_calibration_leaves_the_state_as_it_was(loaded, monkeypatch, length):
     """Samples after it, of rows of different lengths and one that is over, are those of an engine without it."""

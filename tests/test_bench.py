@@ -22,7 +22,8 @@ def words(tmp_path_factory) -> list[str]:
     return [*folders, "--prompts", str(root / "prompts.jsonl"), "--prompt-tokens", "2", "--rounds", "1"]
 
 
-@pytest.mark.parametrize("drafts", [[2], pytest.param([2, 4], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [[2], [2, 4]], ids=str)
 def test_every_mode_is_a_row_of_flat_json(words, tmp_path, capsys, drafts):
     pytest.importorskip("torch")
     out = tmp_path / "bench.json"

@@ -19,7 +19,7 @@ from infer.__main__ import main
 MEGABYTES = 40
 
 
-@pytest.fixture(scope="module", params=[64, pytest.param(160, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[32, pytest.param(160, marks=pytest.mark.slow)])
 def held_out(request, tmp_path_factory) -> Path:
     """The first of the held-out prompts, or all."""
     lines = (DEMO / "prompts.jsonl").read_text().splitlines(keepends=True)

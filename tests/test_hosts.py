@@ -61,10 +61,10 @@ def alone(words) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("count", "more"),
     [
-        pytest.param(2, ["--mesh", "data=2"], marks=pytest.mark.slow),
+        (2, ["--mesh", "data=2"]),
         # What each measures differs; what they do must not.
         pytest.param(2, ["--mesh", "model=2", "--drafts", "auto"], marks=pytest.mark.slow),
-        (4, ["--mesh", "data=2,model=2"]),
+        pytest.param(4, ["--mesh", "data=2,model=2"], marks=pytest.mark.slow),
     ],
     ids=["2, rows", "2, weights, drafts auto", "4, both"],
 )

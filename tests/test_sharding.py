@@ -210,6 +210,7 @@ def test_a_mesh_that_does_not_fit_is_refused(pair):
             sharding.parse(text)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_mesh(tmp_path, capsys):
     """Also where the last batch does not fill the mesh's data axis."""
     make_target(tmp_path / "target")

@@ -37,6 +37,7 @@ def tiny(monkeypatch):
         yield ["--shapes", "tiny", *TINY.split()]
 
 
+@pytest.mark.slow
 def test_a_row_of_figures(tiny, tmp_path, capsys, quick_compilation):
     out = tmp_path / "new" / "row.json"
     assert main([*tiny, "--out", str(out), "--peak-tflops", "2"]) == 0

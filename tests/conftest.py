@@ -1,6 +1,11 @@
 """Settings of the whole suite: strict dtype promotion, and programs compiled quickly rather than well."""
 
 import os
+import signal
+
+# A shell's background job has Ctrl-C ignored, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is stated in float32 as a CPU computes it
 # Nearly all of the suite's time is LLVM optimising programs that run once.

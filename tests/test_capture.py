@@ -1,6 +1,5 @@
 """Captured features: the same as those computed online, resumable, and refused where they do not belong."""
 
-import inspect
 import json
 import shutil
 from collections import namedtuple
@@ -113,7 +112,6 @@ def test_shards_are_plain_safetensors_without_the_padding(captured, corpus):
     assert sizes == shards.read_header(captured).size < corpus.lengths.sum() * 96 * 2 + 400 * len(files)
 
 
-@pytest.mark.skipif("starts" not in inspect.signature(target.forward).parameters, reason="rows can't be packed")
 def test_a_conversation_of_a_packed_row_does_not_see_the_one_before(folder, corpus, tmp_path, monkeypatch):
     made = make_corpus(packed=True)
     monkeypatch.setattr(capture, "read_corpus", lambda *_: made)

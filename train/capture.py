@@ -94,8 +94,7 @@ def observe(
         ids: [B, S].
         starts: [B, S], the first position that each token sees, where rows are packed; else None.
     """
-    packed: dict[str, Any] = {} if starts is None else {"starts": starts}
-    states, tapped, _ = target.forward(frozen, config, ids, taps=taps, **packed)
+    states, tapped, _ = target.forward(frozen, config, ids, taps=taps, starts=starts)
     kept = jnp.concatenate([tapped, states], axis=-1) if hidden else tapped
     return sharding.constrain(kept.astype(jnp.bfloat16), "B T -")
 

@@ -1,6 +1,5 @@
 """What a run tells while it goes on: metrics.jsonl, TensorBoard events, the report with its curves, and progress."""
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,8 +27,7 @@ class Log(AbstractContextManager["Log"]):
         self.folder, self.settings, self.steps = folder, settings, steps
         self.progress = Progress()
         self._path = folder / METRICS
-        self.rows = [row for row in curves.read(self._path) if row["step"] <= done]
-        curves.write(self.rows, self._path)
+        self.rows = curves.resume(self._path, done)
         self._events = Events(folder / EVENTS, done, self.progress.note) if events else None
         self.progress.start(steps, done)
 
@@ -40,8 +38,7 @@ class Log(AbstractContextManager["Log"]):
             OSError: the disk is full.
         """
         self.rows.append(dict(row))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        curves.append(self.rows[-1], self._path)
         if self._events:
             self._events.write(row)
         self.progress.update(row)

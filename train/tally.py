@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from domino_jax.config import DraftConfig
+from train.progress import clock
 
 EVERY = 30.0  # seconds between two lines
 
@@ -67,8 +68,7 @@ class Tally:
         if not self.answers or self.answers >= self.total:
             return ""
         left = (time.perf_counter() - self._began) / self.answers * (self.total - self.answers)
-        minutes, seconds = divmod(round(left), 60)
-        return f"  {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        return f"  {clock(left)} left"
 
     def _show(self) -> None:
         if not self._lines:

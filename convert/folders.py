@@ -34,8 +34,8 @@ def load(
     progress: hf.Progress | None = None,
     mesh: Mesh | None = None,
 ) -> Any:
-    """The weights of a Hugging Face or Orbax folder as a module; see `hf.load` and `orbax.load`."""
-    read = orbax.load if orbax.is_orbax(folder) else hf.load
+    """The weights of a folder of any form as a module; see `hf.load` and `orbax.load`."""
+    read = hf.load if form(folder) == HF else orbax.load
     return read(folder, config, dtype, progress, mesh)
 
 

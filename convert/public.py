@@ -132,7 +132,7 @@ def resolve(
     if remote:
         from convert import hub
 
-        _, config, draft_config, _ = read_configs(target, drafter)
+        _, config, draft_config, _ = read_configs(target, drafter, flag)
         if check:
             check(config, draft_config)
         hub.fetch(remote, console)
@@ -142,9 +142,12 @@ def resolve(
 
 
 def read_configs(
-    target: Path, draft: Path | None
+    target: Path, draft: Path | None, flag: str = "--model"
 ) -> "tuple[dict[str, Any], TargetConfig, DraftConfig | None, list[str]]":
     """What the config.json files of a pair say: the target's as it is and parsed, the drafter's, and warnings.
+
+    Args:
+        flag: the word that asked for the target.
 
     Raises:
         DominoError: one of them is not of a supported model, or the two do not fit.
@@ -155,7 +158,7 @@ def read_configs(
     raw = hf.read_json(target / "config.json")
     config = hf.parse_config(raw)
     if not isinstance(config, TargetConfig):
-        raise DominoError(f"{target} holds a drafter; give its target with --model and this folder with --draft.")
+        raise DominoError(f"{target} holds a drafter; {flag} takes the target that it is a drafter of.")
     if draft is None:
         return raw, config, None, []
     draft_config = hf.parse_config(hf.read_json(draft / "config.json"), config.num_hidden_layers)

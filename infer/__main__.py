@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from convert import public
+from convert import public, template
 from convert.hosts import join, settle
 from convert.progress import bars
 from domino_jax.errors import DominoError
@@ -24,9 +24,9 @@ from infer import jsonl
 from infer.show import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
+    from convert.models import Loaded
     from infer.conversation import Conversation
     from infer.engine import Engine, Sequence
-    from infer.models import Loaded
 
 DONE, FAILED, WRONG_WORDS, CANCELLED = 0, 1, 2, 130
 COMPARED_RUNS = 3
@@ -299,8 +299,8 @@ class Session:
                 "--compare, --show-drafts, --drafts, --head-candidates and --draft-dtype need a drafter: give one with "
                 "--draft DIR."
             )
+        from convert import models
         from convert.programs import keep_programs
-        from infer import models
         from infer.engine import Engine
 
         keep_programs()
@@ -547,7 +547,7 @@ class Session:
 
         A model without a chat template continues each line by itself.
         """
-        from infer import chat, text
+        from infer import chat
         from infer.conversation import Conversation
 
         say("Chat: Ctrl-C stops an answer, Ctrl-D ends.")
@@ -564,7 +564,7 @@ class Session:
                     self._batch([sequence], 1, 1, conversation)
                 self._summary()
                 said = sequence.text or ""
-                answer = text.final_answer(said) if self.options.thinking else said
+                answer = template.final_answer(said) if self.options.thinking else said
                 messages.append({"role": "assistant", "content": answer})
             except DominoError as error:
                 say(f"error: {error} The conversation starts over.")

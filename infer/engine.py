@@ -13,6 +13,7 @@ import numpy as np
 
 from convert.hosts import agree
 from convert.memory import enough_memory
+from convert.models import Loaded
 from domino_jax import cache, decode
 from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, Params
@@ -21,7 +22,6 @@ from domino_jax.sampling import settings
 from domino_jax.sharding import DATA, fetch, put
 from infer.auto import Acceptance, Chooser, calibrate
 from infer.conversation import Conversation
-from infer.models import Loaded
 from infer.text import TextStream
 
 # A plain step gives one token where a cycle gives several: more steps a dispatch, so that the baseline

@@ -3,19 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from convert.tokenizer import first_line
+from convert.template import decode, has_template, render
 from domino_jax.errors import DominoError
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
 
-THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
-
 Message = dict[str, str]  # {"role": "user", "content": "..."}
-
-
-def has_template(tokenizer: Any) -> bool:
-    """Whether conversations can be rendered; a base model has no template and takes raw text."""
-    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -62,27 +55,9 @@ def _render(tokenizer: Any, messages: Sequence[Message], thinking: bool) -> str:
     if not has_template(tokenizer):
         raise DominoError("this model has no chat template, so it takes raw prompts and no messages.")
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
-    except Exception as error:  # jinja's, and whatever the template itself raises
-        raise DominoError(f"the model's chat template refuses these messages: {first_line(error)}.") from None
-
-
-def final_answer(text: str) -> str:
-    """An answer without the thoughts before it, which later turns are not told; empty where they were cut off.
-
-    Qwen3's own template drops them too, but only those that came to an end.
-    """
-    _, end, answer = text.rpartition(THOUGHTS_END)
-    if end:
-        return answer.lstrip("\n")
-    return "" if text.lstrip().startswith(THOUGHTS_START) else text
-
-
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of tokens, without special ones."""
-    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return render(tokenizer, messages, thinking=thinking)
+    except ValueError as error:
+        raise DominoError(f"the model's chat template refuses these messages: {error}.") from None
 
 
 class Detokenizer:

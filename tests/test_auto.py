@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import TARGET, make_tokenizer
 
+from convert.models import Loaded
 from infer import auto, engine
 from infer.auto import ENOUGH, FIRST_GUESS, PROBE_EVERY, Acceptance, Chooser, calibrate, candidates
 from infer.engine import Engine, Sequence, Settings
-from infer.models import Loaded
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

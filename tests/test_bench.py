@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny import REPEATING, TARGET, make_draft, make_target
 
+from convert.measuring import distinct
 from infer.bench import main
-from infer.bench.prompts import distinct
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

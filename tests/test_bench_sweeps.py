@@ -11,6 +11,7 @@ import pytest
 from tiny import DRAFT, REPEATING, TARGET, make_target
 
 from convert import shapes
+from convert.models import Loaded
 from convert.shapes import SHAPES, Shape
 from domino_jax import decode, prepare, verify, weights
 from domino_jax.decode import Configs, Params
@@ -23,7 +24,6 @@ from infer.bench.report import PHASES
 from infer.bench.shapes import load_random
 from infer.bench.sweep import differences
 from infer.engine import Engine, Settings
-from infer.models import Loaded
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from tiny import CHAT_END, CHAT_START, make_draft, make_target, make_tokenizer
 
+from convert import template
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
 from infer import engine, text
@@ -139,7 +140,7 @@ def test_whether_a_template_knows_thinking_is_found_by_rendering():
     ],
 )
 def test_later_turns_are_told_the_final_answer_only(whole, answer):
-    assert text.final_answer(whole) == answer
+    assert template.final_answer(whole) == answer
 
 
 # --- The flag ------------------------------------------------------------------------------------------------------

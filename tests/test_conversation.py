@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny import TARGET, make_tokenizer
 
+from convert.models import Loaded
 from domino_jax import cache as kv
 from domino_jax import decode, prepare, sharding
 from domino_jax.decode import Params
@@ -20,7 +21,6 @@ from infer import engine
 from infer.auto import Chooser
 from infer.conversation import Conversation
 from infer.engine import Engine, Sequence, Settings
-from infer.models import Loaded
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LIMIT = 40

@@ -81,7 +81,7 @@ CONVERSATION = """
 import json, sys
 from pathlib import Path
 from convert import hosts
-from infer import models
+from convert import models
 from infer.__main__ import parse_mesh
 folder, mesh, *place = sys.argv[1:]
 first = hosts.join(hosts.Hosts(place[1], int(place[3]), int(place[5])) if place else None)

@@ -15,9 +15,10 @@ import pytest
 from factory import hf_greedy
 from tiny import CHAT_END_ID, END_ID, make_draft, make_target
 
+from convert import models, template
 from domino_jax import target
 from domino_jax.sampling import probabilities, settings
-from train import answers, generate, loading, turns
+from train import answers, generate, turns
 from train.generate import Choice, Prompt
 from train.regenerate import main
 
@@ -196,7 +197,7 @@ def test_a_killed_run_goes_on(folder, sampled, tmp_path, kept):
 )
 def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words, name):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("train.regenerate.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("train.regenerate.load", lambda *_, **__: pytest.fail("loaded"))
     out = tmp_path / "out.jsonl"
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)
@@ -205,7 +206,7 @@ def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words
 
 
 def test_other_data_another_target_and_foreign_files_are_refused(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("train.regenerate.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("train.regenerate.load", lambda *_, **__: pytest.fail("loaded"))
     out = tmp_path / "out.jsonl"
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)
@@ -336,14 +337,14 @@ def test_what_is_a_turn(messages, given):
 
 
 def test_later_turns_are_not_told_of_thoughts():
-    assert turns.without_thoughts("<think>hm</think>\n\nYes") == "Yes"
-    assert turns.without_thoughts("<think>cut off") == ""
-    assert turns.without_thoughts("Yes") == "Yes"
+    assert template.final_answer("<think>hm</think>\n\nYes") == "Yes"
+    assert template.final_answer("<think>cut off") == ""
+    assert template.final_answer("Yes") == "Yes"
 
 
 @pytest.fixture(scope="module")
 def pair(folder):
-    return loading.load(folder / "target", folder / "draft", "float32")
+    return models.load(folder / "target", folder / "draft", "float32")
 
 
 def test_samples_follow_the_targets_distribution_with_a_drafter(pair):

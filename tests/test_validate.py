@@ -15,17 +15,16 @@ from factory import Pair, compilations
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import make_draft, make_target
 
-from convert import hf
+from convert import hf, models
+from convert.measuring import distinct
 from convert.public import DEMO
 from domino_jax import sharding
 from domino_jax.config import DraftConfig
 from domino_jax.decode import Params
 from domino_jax.errors import DominoError
 from domino_jax.weights import axes, flatten, init
-from infer.bench import prompts as bench
-from train import loading
 from train.generate import Answer
-from train.heldout import distinct, read_prompts, varied
+from train.heldout import read_prompts, varied
 from train.validate import Acceptance, Validate, Validation, main, measure, settle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -106,7 +105,7 @@ def test_masters_are_rounded_to_the_dtype_of_the_computation(pair, monkeypatch):
 
 
 def test_plain_dflash_has_one_figure(pair):
-    configs, params = loading.without_head(pair.configs, pair.params)
+    configs, params = models.without_head(pair.configs, pair.params)
     report = validation(Pair(params, configs)).run(flatten(params.draft))
     assert report.base is None and "base_tau" not in report.row()
     assert [list(row) for row in report.final.accepted] == restated(pair, head=False)
@@ -175,7 +174,7 @@ def test_the_command_prints_what_validation_gives(folder, capsys):
     words += ["--prompts", str(folder / "held.jsonl"), "--new-tokens", "9", "--batch-size", "3"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    pair = loading.load(folder / "target", folder / "draft", "float32")
+    pair = models.load(folder / "target", folder / "draft", "float32")
     prompts = [[50, 60, 70], [51, 60, 70], [52, 60, 70], pair.tokenizer("def f(")["input_ids"]]
     report = Validation(pair.params.target, pair.configs, prompts, (), pair.dtype, new_tokens=9, batch=3).run(
         flatten(pair.params.draft)
@@ -201,7 +200,7 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
         manager.wait_until_finished()
     options = Validate(folder / "held.jsonl", run=tmp_path)
     assert settle(options) == (folder / "target", tmp_path)
-    found = loading.load(*settle(options), "float32").params.draft
+    found = models.load(*settle(options), "float32").params.draft
     for path, weight in flatten(found).items():
         np.testing.assert_array_equal(weight, weights[path])
     assert settle(dataclasses.replace(options, target=str(folder / "draft"))) == (folder / "draft", tmp_path)
@@ -238,8 +237,11 @@ def test_prompts_are_cut_and_those_without_room_left_out(tmp_path):
 def test_prompts_whose_answers_loop_are_left_out(pair):
     start = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
     lean = factory.autoregress(pair.params, pair.configs, start)
-    shares = [distinct(output.tokens) for output in lean]
-    assert shares == [bench.distinct(output.tokens) for output in lean]
+    shares = []
+    for tokens in (output.tokens for output in lean):
+        grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
+        shares.append(len(set(grams)) / len(grams))
+    assert shares == [distinct(output.tokens) for output in lean]
     least = sorted(shares)[2]
     kept = [p for p, share in zip(PROMPTS, shares, strict=True) if share >= least]
     assert 0 < len(kept) < len(PROMPTS)

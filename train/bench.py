@@ -8,7 +8,6 @@ program: what is computed a second time in the backward pass is not counted a se
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from convert.measuring import commit
 from convert.precision import settle
 from convert.programs import keep_programs
-from convert.public import DEMO
+from convert.public import DEMO, read_configs
 from convert.shapes import find, random_weights
 from domino_jax import blocks, draft
 from domino_jax.config import DraftConfig, TargetConfig
@@ -30,7 +30,6 @@ from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
 from train.flops import flops
-from train.loading import read_configs
 from train.loss import Inputs, Kind, Objective, TargetAttention, denominator, gather, part, supervision, target_states
 from train.step import LOOPED, Recipe, TrainState, start, train_step
 
@@ -95,7 +94,7 @@ def configs(options: Bench) -> tuple[TargetConfig, DraftConfig]:
         DominoError: there is no such shape, or a change makes no sense.
     """
     if options.shapes == DEMO_SHAPE:
-        target, drafter, _ = read_configs(DEMO / "target", DEMO / "draft")
+        _, target, drafter, _ = read_configs(DEMO / "target", DEMO / "draft")
         assert drafter is not None and drafter.head is not None
     else:
         target, drafter = find(options.shapes)
@@ -253,7 +252,7 @@ def _run(options: Bench, recipe: Recipe, made: Any) -> dict[str, Any]:
         "block_size": config.block_size,
         "dtype": dtype.name,
         "weights": "random",
-        "commit": _commit(),
+        "commit": commit(),
         "device": device.device_kind,
         "devices": devices,
         "jax": jax.__version__,
@@ -289,20 +288,6 @@ def _inputs(options: Bench, target: TargetConfig, config: DraftConfig, dtype: An
         return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.loss == "kl" else None)
 
     return mesh.laid_rows(jax.jit(make)(), made)
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, with "+" where files differ from it; None where there is no repository."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def show(row: dict[str, Any]) -> str:

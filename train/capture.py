@@ -25,13 +25,14 @@ import tyro
 from convert import folders
 from convert.precision import settle as settle_dtype
 from convert.programs import keep_programs
+from convert.public import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
 from domino_jax.config import TargetConfig, default_taps
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target
 from train import data, features, shards
-from train.loading import find, read_configs
+from train.loading import find
 from train.progress import Progress, counting
 
 LINE_SECONDS = 10  # between lines of progress
@@ -166,7 +167,7 @@ def run(options: Capture) -> None:
     if min(options.batch, options.length, options.layers) < 1:
         raise DominoError("--batch, --length and --layers must be at least 1.")
     folder = find(options.target)
-    config, _, _ = read_configs(folder, None)
+    _, config, _, _ = read_configs(folder, None, "--target")
     if options.length > config.positions:
         raise DominoError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from convert.tokenizer import first_line
+from convert.template import THOUGHTS_END, THOUGHTS_START, has_template, render
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}, perhaps with reasoning_content, tool_calls, ...
 Tokens = tuple[list[int], list[int]]  # ids, and a mask that is 1 on those to learn
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 KEPT = ("reasoning_content", "tool_calls", "tool_call_id", "name", "weight")  # what else a message may say
-THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"
 ANSWER = "the answer goes here"  # any text that no template changes
 
 
@@ -152,15 +151,13 @@ class Template:
         return after, ids[: ends[0] + 1] if ends else []
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, ask: bool) -> str:
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not has_template(self.tokenizer):
             raise ValueError("it holds messages, and the target has no chat template")
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                plain, tools=tools, tokenize=False, add_generation_prompt=ask, enable_thinking=False
-            )
-        except Exception as error:  # jinja's, and whatever the template itself raises
-            raise ValueError(f"the target's chat template refuses it: {first_line(error)}") from None
+            return render(self.tokenizer, plain, ask=ask, tools=tools)
+        except ValueError as error:
+            raise ValueError(f"the target's chat template refuses it: {error}") from None
 
 
 def _broke_off(message: Message) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.measuring import distinct
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from train.generate import Prompt, generate
@@ -67,9 +68,3 @@ def varied(
         if count is not None and len(chosen) >= count:
             return chosen[:count]
     return chosen
-
-
-def distinct(tokens: Sequence[int], n: int = 4) -> float:
-    """Distinct n-grams as a share of all: 1 where nothing repeats, near 0 in a loop."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0

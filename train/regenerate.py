@@ -28,15 +28,18 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from convert import template
+from convert.models import Loaded, load
 from convert.precision import settle
 from convert.programs import keep_programs
 from convert.progress import bars
+from convert.public import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
-from train import turns
+from domino_jax.sharding import parse
 from train.answers import Answers
 from train.generate import Answer, Choice, Prompt, generate
-from train.loading import Pair, find, identity, load, read_configs
+from train.loading import find, identity
 from train.stopping import stop_signals
 from train.tally import Tally
 from train.turns import LeftOut, Lines, Source, encode, said
@@ -132,7 +135,7 @@ def run(options: Regenerate) -> None:
     check(options)
     keep_programs()
     target = find(options.target)
-    config, _, warnings = read_configs(target, options.draft)
+    _, config, _, warnings = read_configs(target, options.draft, "--target")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     lines = Lines(options.data, config.vocab_size)
@@ -148,7 +151,8 @@ def run(options: Regenerate) -> None:
         if len(answers):
             print(f"{options.out} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
         with bars() as loading:
-            pair = load(target, options.draft, options.dtype, options.mesh, loading)
+            mesh = parse(options.mesh) if options.mesh else None
+            pair = load(target, options.draft, options.dtype, loading, mesh=mesh)
         size = min(options.batch_size, int((lines.turns > 0).sum()))
         with pair.context(), stop_signals() as stopping, Tally("answers", missing, pair.configs.draft) as tally:
             writer = Writer(options, pair, lines, answers, tally, stopping.is_set, size)
@@ -177,7 +181,7 @@ class Writer:
     """What is needed to answer lines of the data and write them down."""
 
     options: Regenerate
-    pair: Pair
+    pair: Loaded
     lines: Lines
     answers: Answers
     tally: Tally
@@ -239,14 +243,14 @@ class Writer:
         prompt = answer.prompt
         values = {"input_ids": list(prompt.ids), "tokens": answer.tokens, "finish_reason": answer.finish_reason}
         if source.given is not None:
-            text = turns.decode(self.pair.tokenizer, answer.tokens)
+            text = template.decode(self.pair.tokenizer, answer.tokens)
             values["messages"] = [*source.messages(prompt.turn, told), {"role": "assistant", "content": text}]
         self.answers.add((prompt.row, prompt.turn), values)
 
 
 def turns_text(tokenizer: Any, tokens: list[int]) -> str:
     """What later turns are told of an answer."""
-    return turns.without_thoughts(turns.decode(tokenizer, tokens))
+    return template.final_answer(template.decode(tokenizer, tokens))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from convert.memory import enough_memory
 from convert.precision import settle as settle_dtype
 from convert.programs import keep_programs
 from convert.progress import bars
+from convert.public import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs
@@ -41,7 +42,7 @@ from train.checkpoint import Checkpoints
 from train.config import Train
 from train.features import Captured, Features, identity
 from train.heldout import read_prompts
-from train.loading import find, read_configs
+from train.loading import find
 from train.loading import identity as digest
 from train.log import METRICS, Log
 from train.progress import counting
@@ -81,7 +82,7 @@ def prepare(options: Train) -> Setup:
     console, wanted = Console(stderr=True), options.data
     assert options.target is not None
     folder = find(options.target)
-    target, _, _ = read_configs(folder, None)
+    raw, target, _, _ = read_configs(folder, None, "--target")
     if wanted.length > target.positions:
         raise DominoError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(folder)
@@ -116,7 +117,7 @@ def prepare(options: Train) -> Setup:
     recipe = Recipe(target, draft, **{name: values[name] for name in Recipe._fields if name not in ("target", "draft")})
     validation = None
     if prompts:
-        stop_ids = hf.stop_ids(folder, hf.read_json(folder / "config.json"))
+        stop_ids = hf.stop_ids(folder, raw)
         tokens = options.run.validation_tokens
         validation = Validation(frozen, Configs(target, draft), prompts, stop_ids, dtype, new_tokens=tokens)
     return Setup(options, recipe, corpus, frozen, features, validation, mesh)

@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.tokenizer import first_line
+from convert.template import has_template, render
 from domino_jax.errors import DominoError
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
 
 
 class LeftOut(Exception):
@@ -136,29 +135,14 @@ def encode(source: Source, turn: int, answers: Sequence[str], tokenizer: Any, th
         raise DominoError("the data holds text, and the target's folder has no tokenizer.")
     if source.text is not None:
         return list(tokenizer(source.text)["input_ids"])
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise DominoError("the target has no chat template, so it takes prompts and no conversations.")
     try:
-        rendered = tokenizer.apply_chat_template(
-            source.messages(turn, answers), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
-    except Exception as error:  # jinja's, and whatever the template itself raises
-        raise LeftOut(f"are refused by the chat template ({first_line(error)})") from None
+        rendered = render(tokenizer, source.messages(turn, answers), thinking=thinking)
+    except ValueError as error:
+        raise LeftOut(f"are refused by the chat template ({error})") from None
     # The template has written the special tokens itself.
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of an answer, without special tokens."""
-    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def without_thoughts(text: str) -> str:
-    """An answer as later turns are told it; empty where its thoughts were cut off."""
-    _, end, answer = text.rpartition(THOUGHTS_END)
-    if end:
-        return answer.lstrip("\n")
-    return "" if text.lstrip().startswith(THOUGHTS_START) else text
 
 
 class Lines:

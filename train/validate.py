@@ -24,15 +24,18 @@ import numpy as np
 import tyro
 from jax import Array
 
+from convert.models import load, without_head
 from convert.programs import keep_programs
 from convert.progress import bars
+from convert.public import read_configs
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
+from domino_jax.sharding import parse
 from domino_jax.weights import Target, flatten, unflatten
 from train import config
 from train.generate import Prompt, generate
 from train.heldout import read_prompts, varied
-from train.loading import find, load, read_configs, without_head
+from train.loading import find
 
 
 @dataclass(frozen=True)
@@ -214,11 +217,11 @@ def measure(options: Validate) -> dict[str, Any]:
     """
     o = options
     target, draft = settle(o)
-    target_config, _, warnings = read_configs(target, draft)
+    _, target_config, _, warnings = read_configs(target, draft, "--target")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with bars() as loading:
-        pair = load(target, draft, o.dtype, o.mesh, loading)
+        pair = load(target, draft, o.dtype, loading, mesh=parse(o.mesh) if o.mesh else None)
     prompts = read_prompts(
         o.prompts, target_config.vocab_size, target_config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
     )

@@ -81,9 +81,9 @@ def run(options: Round) -> dict[str, Any]:
 
     from convert import hf
     from convert.folders import convert
+    from convert.models import load
     from convert.shapes import find, random_weights
     from infer.engine import Engine
-    from infer.models import load
 
     assert options.out is not None
     first, orbax, last = (options.out / name for name in ("hf", "orbax", "hf-again"))
@@ -179,7 +179,7 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
 
 def settings(options: Round) -> dict[str, Any]:
     """What the figures belong to."""
-    from infer.bench.sweep import commit
+    from convert.measuring import commit
 
     return {"commit": commit(), "model": str(options.model or options.shapes), "mesh": options.mesh}
 

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from convert.memory import enough_memory
+from convert.models import load, plan
 from convert.programs import keep_programs
 from convert.public import resolve
 from domino_jax import sharding
@@ -20,7 +21,6 @@ from infer.bench.plots import draw
 from infer.bench.report import show
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure
-from infer.models import load, plan
 
 PIPE_WIDTH = 160
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
+from convert.models import Loaded
 from domino_jax import cache as kv
-from infer.models import Loaded
 
 
 def megabytes(loaded: Loaded, batch: int, positions: int) -> dict[str, float]:

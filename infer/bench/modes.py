@@ -3,11 +3,7 @@
 import dataclasses
 from typing import Literal
 
-import jax
-from flax import nnx
-
-from domino_jax.weights import Draft
-from infer.models import Loaded
+from convert.models import Loaded, without_head
 
 LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
@@ -21,16 +17,8 @@ def with_drafts(loaded: Loaded, drafts: Drafts) -> Loaded:
 
 def head_off(loaded: Loaded) -> Loaded:
     """The same drafter as plain DFlash: its causal head is left out, its proposals are the base logits'."""
-    config, params = loaded.configs.draft, loaded.params.draft
-    assert config is not None and params is not None
-    plain = dataclasses.replace(config, head=None)
-    drafter: Draft = jax.tree.map(lambda x: x, params)  # another module of the same arrays
-    drafter.head = nnx.data(None)
-    return dataclasses.replace(
-        loaded,
-        configs=dataclasses.replace(loaded.configs, draft=plain, candidates=None),
-        params=loaded.params._replace(draft=drafter),
-    )
+    configs, params = without_head(loaded.configs, loaded.params)
+    return dataclasses.replace(loaded, configs=configs, params=params)
 
 
 def drafting(

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from convert.models import Loaded
 from domino_jax import decode, draft, head, verify
 from domino_jax.sampling import probabilities, settings
-from infer.models import Loaded
 
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
 TRIES, ENOUGH_SECONDS = 5, 3.0  # timed runs of such a program: fewer where they take long

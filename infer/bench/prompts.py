@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from convert.measuring import distinct
+from convert.models import Loaded
 from convert.public import DEMO
 from domino_jax.errors import DominoError
 from infer.bench.options import Bench
 from infer.engine import Engine, Settings
-from infer.models import Loaded
 
 RANDOM_IDS = "random ids"
 
@@ -102,9 +103,3 @@ def choose(prompts: list[list[int]], options: Bench, engine: Engine) -> tuple[li
             f"({looping} loop), {options.num_prompts} are wanted: lower --num-prompts or --prompt-tokens."
         )
     return chosen, looping
-
-
-def distinct(tokens: list[int], n: int = 4) -> float:
-    """Distinct n-grams as a share of all: 1 where nothing repeats, near 0 in a loop."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from convert.models import Loaded
 from convert.public import where
 from domino_jax.errors import DominoError
 from infer.bench import plots
 from infer.bench.modes import DFLASH, LEAN
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
 from infer.engine import Engine, Sequence, Settings, tau
-from infer.models import Loaded
 from infer.text import decode, has_template
 
 if TYPE_CHECKING:

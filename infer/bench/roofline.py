@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from convert.models import Loaded
 from domino_jax.decode import Configs, Params
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import FusedLayer, Layer, lm_head
 from infer.bench.modes import LEAN
-from infer.models import Loaded
 
 LOGIT_BYTES = 4  # logits are float32
 CALLS, TRIES = 8, 5  # calls in a row, so that dispatching is not what is measured; the best try counts

@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from convert.hf import write_json
+from convert.models import Loaded, load
 from convert.public import NO_DRAFT
 from convert.shapes import Shape, find, random_weights
 from domino_jax.errors import DominoError
-from infer.models import Loaded, load
 
 
 def load_random(name: str, draft: str | None = None, **how: Any) -> Loaded:
@@ -20,7 +20,7 @@ def load_random(name: str, draft: str | None = None, **how: Any) -> Loaded:
 
     Args:
         draft: None for the shape's drafter, "none" for no drafter.
-        how: what else `infer.models.load` takes (dtype, mesh).
+        how: what else `convert.models.load` takes (dtype, mesh).
 
     Raises:
         DominoError: the table has no such shape, or `load` refuses.

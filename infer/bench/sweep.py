@@ -3,7 +3,6 @@
 import dataclasses
 import platform
 import statistics
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,17 +11,18 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from convert.measuring import commit, distinct
+from convert.models import Loaded
 from infer.bench import roofline
 from infer.bench.memory import megabytes
 from infer.bench.modes import LEAN, TRANSFORMERS, Drafts, drafting, simulated, with_drafts
 from infer.bench.options import Bench
 from infer.bench.parts import phases
-from infer.bench.prompts import distinct, gather
+from infer.bench.prompts import gather
 from infer.bench.report import Row
 from infer.bench.rounds import batches, run_ours, transformers_runner
 from infer.bench.tracing import traced
 from infer.engine import Engine
-from infer.models import Loaded
 
 Key = tuple[str, Drafts]  # a mode, and the drafts of its cycles
 
@@ -204,12 +204,3 @@ def trace(folder: Path, engine: Engine, prompts: list[list[int]], options: Bench
     program = "autoregress" if key[0] == LEAN else "speculate"
     scopes = traced(folder / name, lambda: run_ours(engine, prompts, short, len(prompts), key[0]), program)
     return {"profile": str(folder / name), "profile_scopes": " ".join(scopes)}
-
-
-def commit() -> str:
-    """The source's git commit, marked when files differ from it; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

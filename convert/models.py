@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from convert import hf
@@ -23,6 +24,7 @@ from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh
+from domino_jax.weights import Draft
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,18 @@ def load(
     )
 
 
+def without_head(configs: Configs, params: Params) -> tuple[Configs, Params]:
+    """The pair with the causal head off: the drafter's base logits alone, as plain DFlash proposes."""
+    assert configs.draft is not None and params.draft is not None
+    drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
+    drafter.head = nnx.data(None)
+    plain = dataclasses.replace(configs.draft, head=None)
+    return dataclasses.replace(configs, draft=plain, candidates=None), params._replace(draft=drafter)
+
+
 def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None) -> Any:
-    """The one place where a folder's weights are read, in either of their two forms."""
-    if (folder / "weights").is_dir():
+    """The one place where a folder's weights are read, in any of their forms."""
+    if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
         from convert import folders  # brings in Orbax, which is slow to import
 
         return folders.load(folder, config, dtype, progress, mesh)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from convert import hf
 from convert.memory import enough_memory
-from convert.precision import settle
+from convert.precision import Matrices, settle, stay_narrow
 from convert.public import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
@@ -24,7 +25,7 @@ from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sharding import default_sizes, fit, make_mesh
-from domino_jax.weights import Draft
+from domino_jax.weights import Draft, Narrow
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,16 @@ class Loaded:
     params: Params
     tokenizer: Any  # a transformers tokenizer, or None where the folder has none
     stop_ids: tuple[int, ...]
-    dtype: Any  # of the weights and caches
+    dtype: Any  # of the weights and caches, but for narrow matrices
     warnings: tuple[str, ...]
     seconds: float  # what loading took
     mesh: Mesh | None = None  # where weights and caches are spread; None for one device
+
+    @property
+    def narrow(self) -> bool:
+        """Whether this is a float32 run with matrices in bfloat16."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Narrow))
+        return any(isinstance(leaf, Narrow) for leaf in leaves)
 
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this model are run in."""
@@ -52,6 +59,7 @@ class Plan(NamedTuple):
     fitted: Configs  # to the mesh
     dtype: Any
     mesh: Mesh | None
+    narrow: bool  # matrices stored in bfloat16 stay so
 
 
 def plan(
@@ -64,6 +72,7 @@ def plan(
     attention: Choice = "auto",
     candidates: int | None = None,
     draft_dtype: str | None = None,
+    matrices: Matrices = "auto",
 ) -> Plan:
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
@@ -87,7 +96,7 @@ def plan(
         draft=fit(configs.draft, sizes[1]) if configs.draft else None,
         attention=choose(attention, [c.head_dim for c in models], kind),
     )
-    return Plan(configs, fitted, kind, spread)
+    return Plan(configs, fitted, kind, spread, stay_narrow(matrices, kind))
 
 
 def load(
@@ -101,6 +110,7 @@ def load(
     attention: Choice = "auto",
     candidates: int | None = None,
     draft_dtype: str | None = None,
+    matrices: Matrices = "auto",
     fuse: bool = False,
     weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
 ) -> Loaded:
@@ -115,6 +125,7 @@ def load(
         attention: its form, or what `attention.choose` makes of "auto".
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
+        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.narrow`).
         fuse: one product where several have the same input (see `prepare.fuse`).
         weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
 
@@ -123,7 +134,7 @@ def load(
     """
     began = time.perf_counter()
     raw, config, draft_config, warnings = read_configs(target, draft)
-    configs, fitted, kind, spread = plan(
+    configs, fitted, kind, spread, narrow = plan(
         config,
         draft_config,
         dtype,
@@ -132,16 +143,25 @@ def load(
         attention=attention,
         candidates=candidates,
         draft_dtype=draft_dtype,
+        matrices=matrices,
     )
 
-    def read(folder: Path, config: Any, what: str) -> Any:
+    def read(folder: Path, config: Any, what: str, narrow: bool) -> Any:
         if weights:
-            return weights(config, kind, spread)
-        bar = partial(progress, f"loading {what}") if progress else None
-        return _weights(folder, config, kind, bar, spread)
+            module = weights(config, jnp.bfloat16 if narrow else kind, spread)
+        else:
+            bar = partial(progress, f"loading {what}") if progress else None
+            module = _weights(folder, config, None if narrow else kind, bar, spread)
+        if narrow:
+            with jax.set_mesh(spread) if spread else nullcontext():
+                prepare.narrow(module, config)
+        return module
 
     with enough_memory(f"the device has too little memory for the weights in {kind.name}."):
-        whole = read(target, configs.target, "target"), read(draft, configs.draft, "drafter") if draft else None
+        whole = (
+            read(target, configs.target, "target", narrow),
+            read(draft, configs.draft, "drafter", narrow and draft_dtype is None) if draft else None,
+        )
         params = Params(*whole)
         del whole  # what is made ready below is then held once
         with jax.set_mesh(spread) if spread else nullcontext():

@@ -1,9 +1,15 @@
-"""The dtype that a run computes in."""
+"""The dtype that a run computes in, and how it holds matrices."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+from domino_jax.errors import DominoError
+
+Matrices = Literal["auto", "float32", "bfloat16"]
+CPUS = Path("/proc/cpuinfo")
 
 
 def settle(asked: str | None) -> Any:
@@ -16,3 +22,32 @@ def settle(asked: str | None) -> Any:
     if dtype == jnp.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     return dtype
+
+
+def stay_narrow(asked: Matrices, dtype: Any) -> bool:
+    """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `domino_jax.prepare.narrow`).
+
+    Args:
+        asked: "auto": in float32, on a CPU with units for bfloat16 matrices, where it was measured to be faster. Not
+            with several processes: their CPUs may differ, and all must run the same program.
+
+    Raises:
+        DominoError: asked for in another dtype than float32, in which there is nothing to choose.
+    """
+    if dtype != jnp.float32:
+        if asked != "auto":
+            raise DominoError(f"--matrices is a choice of float32 runs: this one's are {dtype.name}.")
+        return False
+    if asked != "auto":
+        return asked == "bfloat16"
+    return jax.default_backend() == "cpu" and jax.process_count() == 1 and has_bfloat16_matrices()
+
+
+def has_bfloat16_matrices() -> bool:
+    """Whether this CPU says that it has units for products of bfloat16 matrices (Intel's AMX; Linux)."""
+    try:
+        lines = CPUS.read_text().splitlines()
+    except OSError:  # not Linux
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return "amx_bf16" in flags.split()

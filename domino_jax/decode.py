@@ -179,7 +179,7 @@ def begin(
         cache=_resize(caches.target, capacity),
         context=_resize(caches.context, capacity) if caches.context else None,
     )
-    last = zeros((batch, configs.target.hidden_size), params.target.embed.dtype, "B D")
+    last = zeros((batch, configs.target.hidden_size), params.target.norm.dtype, "B D")
     for piece, offset in zip(np.split(tokens, len(offsets), axis=1), offsets, strict=True):
         state, last = prefill(params, configs, state, put(piece, "B T"), np.int32(offset), last)
     return first_token(params, configs, state, last, stop)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.config import DraftConfig
-from domino_jax.layers import scores
+from domino_jax.layers import rows, scores
 from domino_jax.sampling import Sampling, draw, probabilities
 from domino_jax.sharding import constrain, model_devices
-from domino_jax.weights import Draft, Head, Quantized
+from domino_jax.weights import Draft, Head, Narrow
 
 SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
 
@@ -68,7 +68,7 @@ def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
 def propose(
     params: Draft,
     config: DraftConfig,
-    embed: Array,
+    embed: Array | Narrow,
     z: Array,
     base: Array,
     anchor: Array,
@@ -104,17 +104,17 @@ def propose(
         part = block_part(head, z)
     if head and candidates is not None and candidates < base.shape[-1]:
         best, ids = likeliest(base, candidates)  # [B, J, C]
-        few = best, ids, read_rows(head.proj_out, ids)  # the last [B, J, C, R]
+        few = best, ids, rows(head.proj_out, ids)  # the last [B, J, C, R]
     # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
     for j in range(proposals):
         logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
         if head:
-            state = gru_cell(head, embed[token] @ head.gru_in, state)
+            state = gru_cell(head, rows(embed, token) @ head.gru_in, state)
             if j >= prefix:
                 rank = _activated(head, part[:, j], state)
                 if few:
-                    logits, names, rows = (x[:, j] for x in few)
-                    logits += jnp.einsum("BR,BCR->BC", rank, rows, preferred_element_type=jnp.float32)
+                    logits, names, weights = (x[:, j] for x in few)
+                    logits += jnp.einsum("BR,BCR->BC", rank, weights, preferred_element_type=jnp.float32)
                 else:
                     logits = constrain(logits + scores(rank, head.proj_out), "B V")
         distribution = None
@@ -156,13 +156,6 @@ def likeliest(logits: Array, count: int) -> tuple[Array, Array]:
     # Sorted, since jax.lax.top_k would gather the rows of the other devices' batches first.
     lowest, ids = jax.lax.sort((-best, ids), num_keys=1)
     return -lowest[..., :count], ids[..., :count]
-
-
-def read_rows(weight: Array | Quantized, ids: Array) -> Array:
-    """weight [V, R] at ids [...]: [..., R]."""
-    if isinstance(weight, Quantized):
-        return weight.values[ids].astype(weight.scale.dtype) * weight.scale[ids][..., None]
-    return weight[ids]
 
 
 def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:

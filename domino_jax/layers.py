@@ -8,7 +8,7 @@ from jax import Array
 
 from domino_jax import moe
 from domino_jax.config import DecoderConfig, MoeConfig, Yarn
-from domino_jax.weights import FusedLayer, Layer, Quantized
+from domino_jax.weights import FusedLayer, Layer, Narrow, Quantized
 
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
 
@@ -59,18 +59,50 @@ def rotate(x: Array, angles: Rotary) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array | Quantized) -> Array:
+def linear(x: Array, weight: Array | Quantized | Narrow) -> Array:
     """x [..., in] times weight [in, out...]: [..., out...]."""
+    if isinstance(weight, Narrow):
+        return exact_product(x, weight.values)
     if isinstance(weight, Quantized):
         return jnp.tensordot(x, weight.values.astype(x.dtype), 1) * weight.scale
     return jnp.tensordot(x, weight, 1)
 
 
-def scores(x: Array, weight: Array | Quantized) -> Array:
+def scores(x: Array, weight: Array | Quantized | Narrow) -> Array:
     """x [..., in] times a vocabulary's projection [V, in]: [..., V], float32."""
+    if isinstance(weight, Narrow):
+        return exact_product(x, weight.values)
     values = weight.values.astype(x.dtype) if isinstance(weight, Quantized) else weight
     out = jnp.einsum("...D,VD->...V", x, values, preferred_element_type=jnp.float32)
     return out * weight.scale.astype(jnp.float32) if isinstance(weight, Quantized) else out
+
+
+def rows(weight: Array | Quantized | Narrow, ids: Array) -> Array:
+    """A vocabulary's matrix [V, -] at ids [...]: [..., -], in the dtype that is computed in."""
+    if isinstance(weight, Narrow):
+        return weight.values[ids].astype(jnp.float32)
+    if isinstance(weight, Quantized):
+        return weight.values[ids].astype(weight.scale.dtype) * weight.scale[ids][..., None]
+    return weight[ids]
+
+
+def exact_product(x: Array, values: Array) -> Array:
+    """x [..., in] float32 times bfloat16 values [out..., in]: [..., out...], as a float32 product of both would be.
+
+    A float32 is the sum of three bfloat16 numbers (3 · 8 bits of mantissa), and a product of two bfloat16 numbers is a
+    float32: so three products on a processor's bfloat16 units, summed in float32, lose nothing but what any float32
+    sum rounds. (Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For
+    Higher-Precision Computations"; of their nine products six are zero, since the values have one piece.)
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    # Written as a reduction of precision: a conversion there and back is what compilers take away.
+    first = jax.lax.reduce_precision(flat, exponent_bits=8, mantissa_bits=7)
+    rest = flat - first
+    second = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+    pieces = jnp.concatenate([first, second, rest - second]).astype(jnp.bfloat16)  # each conversion is exact
+    matrix = values.reshape(-1, values.shape[-1])
+    sums = jnp.einsum("MD,FD->MF", pieces, matrix, preferred_element_type=jnp.float32).reshape(3, len(flat), -1)
+    return (sums[2] + sums[1] + sums[0]).reshape(*x.shape[:-1], *values.shape[:-1])
 
 
 def queries(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float) -> Array:
@@ -119,8 +151,10 @@ def biased(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias
 
 
-def flat_heads(o: Array | Quantized) -> Array | Quantized:
+def flat_heads(o: Array | Quantized | Narrow) -> Array | Quantized | Narrow:
     """[N, H, D] -> [NH, D]."""
+    if isinstance(o, Narrow):
+        return Narrow(o.values.reshape(o.values.shape[0], -1))
     if isinstance(o, Quantized):
         return o._replace(values=o.values.reshape(-1, o.values.shape[-1]))
     return o.reshape(-1, o.shape[-1])

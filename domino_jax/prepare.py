@@ -1,7 +1,7 @@
-"""Weights made ready for decoding: products of one input fused, the drafter's matrices in 8 bits.
+"""Weights made ready for decoding: products of one input fused, the drafter's matrices in 8 bits, bfloat16 ones narrow.
 
-Neither changes what the target says: a fused product is the same sums, up to rounding, and an 8-bit drafter only
-proposes other tokens (SPEC section 8).
+None of it changes what the target says: fused and narrow products are the same sums, up to float32's rounding, and an
+8-bit drafter only proposes other tokens (SPEC section 8).
 """
 
 from functools import partial
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from domino_jax.config import DraftConfig
+from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.decode import Params
 from domino_jax.sharding import constrain
-from domino_jax.weights import FusedLayer, Quantized, axes, flatten, is_bias, lm_head
+from domino_jax.weights import FusedLayer, Narrow, Quantized, axes, flatten, is_bias, lm_head
 
 KINDS = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
@@ -23,6 +23,38 @@ KINDS = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 WHOLE = ("head.gru_in", "head.gru_state", "head.proj_in")
 # Axes that a product with the weight sums over; the others are outputs, which have a scale each.
 SUMMED = {"D N H": 1, "D K H": 1, "N H D": 2, "D F": 1, "F D": 1, "LD D": 1, "V R": -1, "V D": -1}
+
+
+def narrow(module: Any, config: DecoderConfig) -> None:
+    """Make a Target or Draft as it is stored ready for a float32 run: bfloat16 matrices stay so, all else is float32.
+
+    Products with them are float32's (`layers.exact_product`). Processors that multiply bfloat16 matrices (Intel's AMX)
+    have them sooner, from half the memory; elsewhere they are slow. Experts and the causal head become float32: the
+    products of the first are of another kind, those of the second too small to gain.
+
+    Weight after weight is replaced, so that one at most is held twice.
+    """
+    for path, letters in flatten(axes(config)).items():
+        *parents, name = path.split(".")
+        owner = module
+        for parent in parents:
+            owner = owner[int(parent)] if parent.isdigit() else getattr(owner, parent)
+        weight = getattr(owner, name)
+        if weight.dtype == jnp.bfloat16 and letters in SUMMED and "head" not in parents:
+            weight = _outputs_first(weight, letters)
+        else:
+            weight = weight.astype(jnp.float32)
+        setattr(owner, name, nnx.data(jax.block_until_ready(weight)))
+
+
+@partial(jax.jit, static_argnums=1)
+def _outputs_first(weight: Array, letters: str) -> Narrow:
+    """A matrix with its output axes in front, as the bfloat16 units take it fastest."""
+    names, summed = letters.split(), SUMMED[letters]
+    if summed < 0:  # a vocabulary's: they are
+        return Narrow(constrain(weight, letters))
+    order = [*range(summed, weight.ndim), *range(summed)]
+    return Narrow(constrain(jnp.transpose(weight, order), " ".join(names[i] for i in order)))
 
 
 def fuse(module: Any) -> None:
@@ -44,6 +76,9 @@ def fuse(module: Any) -> None:
 @partial(jax.jit, static_argnums=2)
 def _together(first: Any, second: Any, letters: str) -> Any:
     """Two weights [in, out...] as one [in, 2, out...], laid out by its axis letters."""
+    if isinstance(first, Narrow):
+        values = jnp.stack([first.values, second.values])
+        return Narrow(constrain(values, f"{letters.removeprefix('D ')} D"))
     if isinstance(first, Quantized):
         values, scale = jnp.stack([first.values, second.values], axis=1), jnp.stack([first.scale, second.scale])
         return Quantized(constrain(values, letters), constrain(scale, letters.removeprefix("D ")))
@@ -71,7 +106,9 @@ def quantize(params: Params, config: DraftConfig, kind: str) -> Params:
         return path in WHOLE or is_bias(path) or len(letters[path].split()) == 1
 
     done = [leaf if stays(path) else to_8_bits(leaf, letters[path], kind) for path, leaf in named]
-    return Params(params.target, jax.tree.unflatten(form, done), to_8_bits(lm_head(params.target), "V D", kind))
+    output = lm_head(params.target)
+    output = output.values.astype(jnp.float32) if isinstance(output, Narrow) else output
+    return Params(params.target, jax.tree.unflatten(form, done), to_8_bits(output, "V D", kind))
 
 
 @partial(jax.jit, static_argnums=(1, 2))

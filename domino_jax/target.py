@@ -41,7 +41,7 @@ def forward(
     positions = begin[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [B or 1, T]
     angles = layers.rotary(positions, config)
     letters = axes(config)
-    x = constrain(gathered(params.embed, letters.embed)[tokens], "B T D")
+    x = constrain(layers.rows(gathered(params.embed, letters.embed), tokens), "B T D")
     tapped = {}
     for i, layer in enumerate(params.layers):
         layer = gathered(layer, letters.layers[i])

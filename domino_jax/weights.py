@@ -26,6 +26,12 @@ class Quantized(NamedTuple):
     scale: Array  # of the output axes' shape, in the weight's dtype
 
 
+class Narrow(NamedTuple):
+    """A matrix held in bfloat16 where all else is float32: half the memory, the same precision (`prepare.narrow`)."""
+
+    values: Array  # bfloat16: the weight's output axes, then those that a product sums over
+
+
 class Layer(nnx.Module):
     """One Qwen3 decoder layer; target and drafter share the form.
 
@@ -165,6 +171,6 @@ def unflatten(config: DecoderConfig, leaves: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(form), [leaves[path] for path in flatten(form)])
 
 
-def lm_head(target: Target) -> Array:
+def lm_head(target: Target) -> Array | Narrow:
     """[V, D]: the output projection, the embedding itself where they are tied."""
     return target.embed if target.lm_head is None else target.lm_head

@@ -386,7 +386,7 @@ class Engine:
         self._ready.add(shape)
         state = jax.eval_shape(begin, params, keys, sampling, stop, caches)
         width = (len(prompts), configs.target.hidden_size)
-        last = jax.ShapeDtypeStruct(width, params.target.embed.dtype)
+        last = jax.ShapeDtypeStruct(width, params.target.norm.dtype)
         decode.first_token.lower(params, configs, state, last, stop).compile()
 
 

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from convert.names import entries
-from domino_jax import decode, sharding, weights
+from domino_jax import decode, prepare, sharding, weights
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig
 from domino_jax.decode import Configs, DecodeState, Emitted, Params
 from domino_jax.sampling import Sampling, settings
@@ -135,6 +135,15 @@ class Pair(NamedTuple):
         )
 
 
+def narrow(pair: Pair) -> Pair:
+    """The pair with its weights rounded to bfloat16, and its matrices left so."""
+    assert pair.configs.draft is not None
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pair.params)
+    prepare.narrow(params.target, pair.configs.target)
+    prepare.narrow(params.draft, pair.configs.draft)
+    return Pair(params, pair.configs)
+
+
 def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> Pair:
     """A pair whose drafts are often right, by construction and only if every step is done as SPEC says.
 
@@ -191,7 +200,7 @@ def begin(
         [limits] * batch if isinstance(limits, int) else list(limits),
         settings(batch) if sampling is None else sampling,
         stop,
-        params.target.embed.dtype,
+        params.target.norm.dtype,
     )
 
 

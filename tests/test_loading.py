@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from tiny import make_draft, make_target
 
-from convert import hf, tensors
+from convert import hf, models, precision, tensors
 from convert.__main__ import main as convert_main
 from convert.folders import convert, load
 from convert.tensors import TensorFiles
@@ -22,6 +22,7 @@ from domino_jax.sharding import fit, make_mesh, spec
 from domino_jax.weights import axes, flatten, shapes
 from infer.bench.checkpoints import STEPS
 from infer.bench.checkpoints import main as checkpoints_main
+from infer.engine import Engine
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2, num_attention_heads=8)
@@ -72,6 +73,42 @@ def test_a_mesh_holds_what_one_device_holds_each_device_its_part(tmp_path, kind,
         assert np.array_equal(found, whole), path
         if set(letters[path].split()) & set("NKFV"):
             assert {part.data.nbytes for part in found.addressable_shards} == {whole.nbytes // model}
+
+
+@pytest.mark.parametrize("form", ["Hugging Face", "Orbax"])
+def test_matrices_that_are_stored_in_bfloat16_may_stay_so(tmp_path, monkeypatch, form):
+    """In float32 runs, where it is asked for or the CPU has units for it; what comes out is the same text."""
+    folders = [tmp_path / "target", tmp_path / "draft"]
+    for folder, make in zip(folders[::-1], (make_draft, make_target), strict=True):
+        config = make(tmp_path / "float32")
+        hf.save(folder, hf.load(tmp_path / "float32", config), config, config.to_hf(), jnp.bfloat16)
+    if form == "Orbax":
+        folders = [tmp_path / "orbax", tmp_path / "orbax-draft"]
+        for name, folder in zip(("target", "draft"), folders, strict=True):
+            convert(tmp_path / name, folder)
+
+    def tokens(loaded: models.Loaded) -> list[int]:
+        engine = Engine(loaded)
+        sequence, _ = engine.sequence([5, 6, 7], 20)
+        engine.generate([sequence])
+        return sequence.tokens
+
+    whole = models.load(folders[0], folders[1], "float32", matrices="float32")
+    narrow = models.load(folders[0], folders[1], "float32", matrices="bfloat16")
+    assert narrow.narrow and not whole.narrow
+    held = [sum(x.nbytes for x in jax.tree.leaves(one.params)) for one in (narrow, whole)]
+    assert held[0] < 0.7 * held[1]
+    assert tokens(narrow) == tokens(whole)
+    for flags, expected in (("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16", False)):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+        monkeypatch.setattr(precision, "CPUS", tmp_path / "cpuinfo")
+        assert models.load(folders[0], folders[1], "float32").narrow == expected
+        assert not models.load(folders[0], folders[1], "bfloat16").narrow
+    monkeypatch.setattr(precision, "CPUS", tmp_path / "nowhere")
+    assert not models.load(folders[0], folders[1], "float32").narrow
+    assert not models.load(tmp_path / "float32", dtype="float32", matrices="bfloat16").narrow, "it would be rounded"
+    with pytest.raises(DominoError, match="a choice of float32 runs: this one's are bfloat16"):
+        models.load(folders[0], folders[1], "bfloat16", matrices="bfloat16")
 
 
 def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What makes a cycle cheaper and must not change the output: fused products, 8-bit drafters, head candidates."""
+"""What makes a cycle cheaper and must not change the output: narrow and fused products, 8-bit drafters, candidates."""
 
 import dataclasses
 from functools import partial
@@ -11,11 +11,11 @@ import pytest
 from factory import Output, Pair
 
 from domino_jax import decode, head, layers, prepare
-from domino_jax.config import DecoderConfig
+from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
-from domino_jax.weights import Quantized, build, flatten
+from domino_jax.weights import Narrow, Quantized, build, flatten
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
@@ -63,7 +63,7 @@ def test_every_matrix_comes_back_to_within_its_columns_step(config: DecoderConfi
         assert small.values.dtype == prepare.KINDS[kind] and small.values.shape == weight.shape
         if names[0] == "V":  # in the einsum and in the gather
             whole = small.values.astype(jnp.float32) * small.scale[:, None]
-            np.testing.assert_array_equal(head.read_rows(small, jnp.arange(sizes["V"])), whole)
+            np.testing.assert_array_equal(layers.rows(small, jnp.arange(sizes["V"])), whole)
             x = jax.random.normal(jax.random.key(0), (3, weight.shape[1]))
             np.testing.assert_allclose(layers.scores(x, small), x @ whole.T, atol=1e-4)
             column = jnp.abs(weight).max(axis=1, keepdims=True)
@@ -84,7 +84,7 @@ def test_an_output_of_zeros_stays_zero(kind):
     """As in a head that has learned nothing yet, and in rows that only pad a vocabulary."""
     weight = jnp.zeros((6, 4)).at[1].set(jnp.arange(4.0)).at[2].set(1e-38)
     small = prepare.to_8_bits(weight, "V R", kind)
-    whole = np.asarray(head.read_rows(small, jnp.arange(6)))
+    whole = np.asarray(layers.rows(small, jnp.arange(6)))
     assert np.isfinite(np.asarray(small.scale)).all()
     np.testing.assert_allclose(whole, weight, atol=0.2)
     assert (whole[3:] == 0).all()
@@ -116,6 +116,83 @@ def test_an_8_bit_drafter_changes_no_token(kind, dtype):
     whole, small = run(pair), run(eight_bits(pair, kind))
     assert [o.tokens for o in small] == [o.tokens for o in whole]
     assert tau(small) > 0.8 * tau(whole) > 1.4, "an 8-bit drafter should propose nearly as well"
+
+
+# --- Narrow matrices ----------------------------------------------------------------------------------------------
+
+
+def test_a_float32_is_the_sum_of_its_pieces():
+    """Times one, and nothing else, every float32 comes back as it was, bit for bit."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(64, 16)) * 10.0 ** rng.integers(-25, 30, (64, 16))).astype(np.float32)
+    x[0, :4] = 0, 1, -(2**24 - 1), np.float32(1) / 3
+    one = jnp.eye(16, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(layers.exact_product)(x, one), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (8, 300), (3, 5, 300)], ids=str)
+def test_narrow_products_are_as_exact_as_float32s(shape):
+    """Against float64: no worse than the float32 product; x rounded to bfloat16 would be 50 times as far off."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=shape).astype(np.float32)
+    w = jnp.asarray(rng.normal(size=(7, 11, 300)), jnp.bfloat16)
+    true = np.einsum("...D,abD->...ab", x.astype(np.float64), np.asarray(w, np.float64))
+
+    def error(y) -> float:
+        assert y.dtype == jnp.float32 and y.shape == true.shape
+        return float(np.abs(np.asarray(y, np.float64) - true).max())
+
+    plain = error(jnp.einsum("...D,abD->...ab", x, w.astype(jnp.float32)))
+    assert error(jax.jit(layers.linear)(x, Narrow(w))) < 2 * plain
+    rounded = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+    assert error(jnp.einsum("...D,abD->...ab", rounded, w.astype(jnp.float32))) > 50 * plain
+
+
+def narrowed(pair: Pair) -> tuple[Pair, Pair]:
+    """A pair of bfloat16 weights: in float32, and with narrow matrices."""
+    return in_dtype(in_dtype(pair, jnp.bfloat16), jnp.float32), factory.narrow(pair)
+
+
+def test_matrices_stay_narrow_and_the_rest_is_float32():
+    whole, narrow = narrowed(good())
+    for module, other in zip(whole.params[:2], narrow.params[:2], strict=True):
+        before, after = flatten(module), flatten(other)
+        for path, weight in before.items():
+            matrix = weight.ndim > 1 and not path.startswith("head.")
+            values = after[f"{path}.values" if matrix else path]
+            assert values.dtype == (jnp.bfloat16 if matrix else jnp.float32) and values.size == weight.size
+        assert after["layers.0.down.values"].shape == before["layers.0.down"].shape[::-1]
+    in_float32 = good().params.target
+    prepare.narrow(in_float32, TARGET)
+    assert not any(path.endswith("values") for path in flatten(in_float32)), "these would have to be rounded"
+
+
+@pytest.mark.parametrize("more", ["alone", "fused", "int8", "candidates"])
+def test_narrow_matrices_change_no_token(more):
+    whole, narrow = narrowed(good())
+    drafter = narrow.configs.draft
+    assert drafter is not None
+    if more == "int8":
+        mixed = narrow.params._replace(draft=whole.params.draft)
+        narrow = Pair(prepare.quantize(mixed, drafter, "int8"), narrow.configs)
+    if more == "candidates":
+        narrow = Pair(narrow.params, dataclasses.replace(narrow.configs, candidates=7))
+    if more == "fused":
+        for module in narrow.params[:2]:
+            prepare.fuse(module)
+        assert {"layers.0.gate_up.values", "layers.1.kv.values"} <= set(flatten(narrow.params.target))
+    expected, found = run(whole), run(narrow)
+    assert [o.tokens for o in found] == [o.tokens for o in expected]
+    assert tau(found) > 0.8 * tau(expected) > 1.4
+
+
+def test_experts_stay_float32_beside_narrow_matrices():
+    target = dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True))
+    whole, narrow = narrowed(Pair.make(factory.draft_config(target), target))
+    layer = narrow.params.target.layers[0]
+    assert isinstance(layer.q, Narrow) and layer.router is not None
+    assert layer.gate.dtype == layer.router.dtype == jnp.float32
+    assert [o.tokens for o in run(narrow)] == [o.tokens for o in run(whole)]
 
 
 # --- Fused products -----------------------------------------------------------------------------------------------

@@ -105,6 +105,21 @@ def test_a_mesh_gives_the_tokens_of_one_device_with_candidates_too(pair, alone_c
     assert parts["output.values"][0] == -(-89 // model)
 
 
+@pytest.mark.parametrize(("data", "model"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
+def test_a_mesh_gives_the_tokens_of_one_device_with_narrow_matrices_too(pair, data, model):
+    """Each device holds its part of every narrow matrix, outputs first."""
+
+    expected = run(factory.narrow(pair))
+    mesh = sharding.make_mesh(data, model)
+    with jax.set_mesh(mesh):
+        ours = factory.narrow(spread(pair, mesh))
+        assert run(ours) == expected
+    parts = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in flatten(ours.params).items()}
+    assert parts["target.layers.0.q.values"] == (8 // model, 6, 32)
+    assert parts["target.layers.0.down.values"] == (32, 40 // model)
+    assert parts["target.embed.values"][0] == -(-89 // model)
+
+
 @pytest.mark.parametrize(("data", "model"), MESHES, ids=lambda n: str(n))
 def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     """In float32, with what was accepted; weights, caches and vocabulary lie where the table says."""

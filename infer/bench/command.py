@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             "attention": options.attention,
             "candidates": None if options.head_candidates == "all" else options.head_candidates,
             "draft_dtype": options.draft_dtype,
+            "matrices": options.matrices,
             "fuse": options.fuse,
         }
         if options.shapes:

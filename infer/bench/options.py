@@ -56,6 +56,9 @@ class Bench:
     draft_dtype: Literal["int8", "float8"] | None = None
     """8 bits for the drafter's matrices: other drafts, the same output (of samples the distribution); --dtype when not
     given"""
+    matrices: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of float32 runs: how matrices are held that are stored in bfloat16. So is half the memory, at the same precision;
+    auto is bfloat16 where this CPU has units for it (AMX), and float32 elsewhere"""
     fuse: FlagCreatePairsOff[bool] = False
     """one matrix product for keys and values, and one for the MLP's gate and up"""
     mesh: str | None = None

@@ -19,6 +19,7 @@ from jax import Array
 
 from convert.models import Loaded
 from domino_jax.decode import Configs, Params
+from domino_jax.layers import exact_product
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import FusedLayer, Layer, lm_head
 from infer.bench.modes import LEAN
@@ -50,8 +51,12 @@ def probe_sizes() -> tuple[int, int]:
     return (256 << 20, 1536) if jax.default_backend() == "cpu" else (2 << 30, 8192)
 
 
-def measure_device(dtype: Any) -> Machine:
-    """Measure the first device: the best of several ways to go through memory, and one large product."""
+def measure_device(dtype: Any, narrow: bool = False) -> Machine:
+    """Measure the first device: the best of several ways to go through memory, and one large product.
+
+    Args:
+        narrow: products are float32 ones with bfloat16 matrices (`layers.exact_product`).
+    """
     size, side = probe_sizes()
     width = 4096
     x = jnp.ones((size // (width * jnp.dtype(dtype).itemsize), width), dtype)
@@ -62,7 +67,9 @@ def measure_device(dtype: Any) -> Machine:
         (2, jax.jit(lambda x: x + 1), (x,)),  # reads and writes
     )
     bandwidth = max(times * x.nbytes / _best(run, arguments) for times, run, arguments in ways)
-    return Machine(bandwidth, 2 * side**3 / _best(jax.jit(jnp.dot), (square, square)))
+    multiply = exact_product if narrow else jnp.dot
+    pair = square, square.astype(jnp.bfloat16 if narrow else dtype)
+    return Machine(bandwidth, 2 * side**3 / _best(jax.jit(multiply), pair))
 
 
 def _best(run: Callable[..., Array], arguments: tuple[Array, ...]) -> float:
@@ -91,10 +98,10 @@ def work(
         sampled: the drafter's distributions are read in verifying too.
     """
     target, rows = configs.target, batch / mesh[0]
-    itemsize = params.target.embed.dtype.itemsize  # the caches are of the weights' dtype
+    itemsize = params.target.norm.dtype.itemsize  # the caches are of the dtype that is computed in
     proposals, tokens = configs.proposals, configs.proposals + 1
     output = lm_head(params.target)
-    vocabulary = _shape(output)[0]
+    vocabulary = _shape(jax.tree.leaves(output)[0])[0]
 
     def attending(config: Any, queries: int, positions: int) -> Work:
         """All layers' attention of `queries` over `positions`, without its projections."""

@@ -48,7 +48,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
     machine = None
     if options.roofline:
         with console.status("measuring the device"):
-            machine = roofline.measure_device(loaded.dtype)
+            machine = roofline.measure_device(loaded.dtype, loaded.narrow)
         common |= {"bandwidth_gb_s": machine.bandwidth / 1e9, "peak_tflop_s": machine.flops / 1e12}
     first = True
     for context in options.contexts or (options.prompt_tokens,):
@@ -105,6 +105,7 @@ def circumstances(options: Bench, loaded: Loaded) -> Row:
         "attention": loaded.configs.attention,
         "head_candidates": str(options.head_candidates),
         "draft_dtype": options.draft_dtype or "",
+        "matrices": "bfloat16" if loaded.narrow else loaded.dtype.name,
         "fused": options.fuse,
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,

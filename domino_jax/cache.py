@@ -44,7 +44,9 @@ def init(config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> KVCach
 def write(buffer: Array, new: Array, start: Array) -> Array:
     """Write `new` [B, T, K, H] into `buffer` [B, K, S, H], row b from position start[b] on.
 
-    The caller keeps start + T ≤ S for every row that still matters (XLA would clamp the start).
+    A single position may be written with the one behind it, which nothing has seen yet.
+
+    The caller keeps start + max(T, 2) ≤ S for every row that still matters (XLA would clamp the start).
     """
     new = new.astype(buffer.dtype).swapaxes(1, 2)
 
@@ -52,7 +54,11 @@ def write(buffer: Array, new: Array, start: Array) -> Array:
         return jax.lax.dynamic_update_slice(buffer, new, (0, start, 0))
 
     if buffer.shape[0] == 1:  # a plain slice update instead of a scatter
-        return row(buffer[0], new[0], start[0])[None]
+        if new.shape[2] == 1:
+            # XLA on a CPU fuses the update of one position into both of its readers, and then copies the whole buffer
+            # four times a step to do so (0.10, 0.11; tests/test_decode.py counts).
+            new = jnp.concatenate([new, new], axis=2)
+        return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
     return jax.vmap(row)(buffer, new, start)
 
 

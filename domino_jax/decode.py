@@ -82,8 +82,8 @@ class Configs:
 
     @property
     def reach(self) -> int:
-        """Positions from a row's anchor on that one cycle may write: the block, or anchor and drafts."""
-        return max(self.draft.block_size if self.draft else 0, self.proposals + 1)
+        """Positions from a row's anchor on that one cycle may write: the block, or anchor and drafts; 2 at least."""
+        return max(self.draft.block_size if self.draft else 0, self.proposals + 1, 2)
 
 
 class Params(NamedTuple):

@@ -80,7 +80,9 @@ def scores(x: Array, weight: Array | Quantized | Narrow) -> Array:
 def rows(weight: Array | Quantized | Narrow, ids: Array) -> Array:
     """A vocabulary's matrix [V, -] at ids [...]: [..., -], in the dtype that is computed in."""
     if isinstance(weight, Narrow):
-        return weight.values[ids].astype(jnp.float32)
+        # By its bits: a CPU's gather of bfloat16 would first convert the whole matrix.
+        bits = jax.lax.bitcast_convert_type(weight.values, jnp.uint16)[ids]
+        return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
     if isinstance(weight, Quantized):
         return weight.values[ids].astype(weight.scale.dtype) * weight.scale[ids][..., None]
     return weight[ids]
@@ -95,14 +97,30 @@ def exact_product(x: Array, values: Array) -> Array:
     Higher-Precision Computations"; of their nine products six are zero, since the values have one piece.)
     """
     flat = x.reshape(-1, x.shape[-1])
-    # Written as a reduction of precision: a conversion there and back is what compilers take away.
-    first = jax.lax.reduce_precision(flat, exponent_bits=8, mantissa_bits=7)
-    rest = flat - first
-    second = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
-    pieces = jnp.concatenate([first, second, rest - second]).astype(jnp.bfloat16)  # each conversion is exact
     matrix = values.reshape(-1, values.shape[-1])
-    sums = jnp.einsum("MD,FD->MF", pieces, matrix, preferred_element_type=jnp.float32).reshape(3, len(flat), -1)
+    sums = jnp.einsum("MD,FD->MF", pieces(flat).reshape(-1, x.shape[-1]), matrix, preferred_element_type=jnp.float32)
+    sums = sums.reshape(3, len(flat), -1)
     return (sums[2] + sums[1] + sums[0]).reshape(*x.shape[:-1], *values.shape[:-1])
+
+
+def pieces(x: Array) -> Array:
+    """x [...] float32 as three bfloat16 numbers whose sum is x, bit for bit: [3, ...].
+
+    By its bits, since compilers take away a conversion to bfloat16 and back; and by a choice for each element, which a
+    CPU's kernels have sooner than a concatenation.
+    """
+
+    def upper(x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16
+
+    def without(x: Array) -> Array:
+        """What is left of x without its first piece."""
+        return x - jax.lax.bitcast_convert_type(upper(x) << 16, jnp.float32)
+
+    rest = without(x)
+    number = jax.lax.broadcasted_iota(jnp.uint32, (3, *x.shape), 0)
+    chosen = jnp.where(number == 0, x, jnp.where(number == 1, rest, without(rest)))
+    return jax.lax.bitcast_convert_type(upper(chosen).astype(jnp.uint16), jnp.bfloat16)
 
 
 def queries(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float) -> Array:

@@ -214,7 +214,7 @@ class Output(NamedTuple):
 Dispatch = Callable[[DecodeState], tuple[DecodeState, Emitted]]
 
 
-def finish(state: DecodeState, dispatch: Dispatch, reach: int = 1) -> list[Output]:
+def finish(state: DecodeState, dispatch: Dispatch, reach: int = 2) -> list[Output]:
     """Dispatch until all rows are done, growing the length bucket where it is full, as an engine does."""
     rows = [Output([int(t)], []) for t in jax.device_get(state.token)]
     done, dispatches = jax.device_get(state.done), 0

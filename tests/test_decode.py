@@ -1,6 +1,7 @@
 """Decoding: the fused Domino cycle against transformers' greedy output, and the promises of its loop."""
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -391,6 +392,36 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
     text = program.lower(pair.params, pair.configs, start(pair), NO_STOP, 8, True).as_text()
     assert "while" in text
     assert not [word for word in ("callback", "infeed", "outfeed", "send", "recv") if word in text]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA for CPUs makes of it")
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("loop", [decode.speculate, decode.autoregress], ids=["cycles", "steps"])
+def test_no_cycle_copies_a_cache(pair, loop: Any, rows):
+    """Else its cost would follow the bucket, in steps of one row five times over."""
+    state = start(pair, [COUNT] * rows, prompts=PROMPTS[:rows])
+    text = loop.lower(pair.params, pair.configs, state, NO_STOP, 8, True).compile().as_text()
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
+    assert " while(" in text and copied, "this is how they are written"
+    caches = {buffer.shape for buffer in jax.tree.leaves((state.cache, state.context))}
+    sizes = {(rows * heads, *rest) for rows, heads, *rest in caches} | caches
+    assert not sizes & {tuple(map(int, shape.split(","))) for shape in copied}
+
+
+def test_single_steps_of_one_row_to_the_very_end_of_a_bucket(pair, truth, monkeypatch):
+    monkeypatch.setattr(kv, "SMALLEST_BUCKET", 32)
+    lean = Pair(pair.params.lean, pair.configs.lean)
+    state = start(lean, COUNT + 6, prompts=PROMPTS[:1])
+    ends = []
+
+    def dispatch(state: DecodeState) -> tuple[DecodeState, Emitted]:
+        state, emitted = decode.autoregress(lean.params, lean.configs, state, NO_STOP, 40, True)
+        ends.append((int(state.length[0]), state.cache.capacity))
+        return state, emitted
+
+    (output,) = factory.finish(state, dispatch)
+    assert output.tokens == truth[0][: COUNT + 6]
+    assert ends[0] == (31, 32) and len(ends) == 2
 
 
 # --- Other forms of attention ---------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def load(
         with jax.set_mesh(spread) if spread else nullcontext():
             if draft_dtype is not None and fitted.draft:
                 params = prepare.quantize(params, fitted.draft, draft_dtype)
+            prepare.fuse_head(params, 0 if spread else prepare.LARGEST_TABLE)  # its rows are on all devices
             if fuse:
                 for module in filter(None, params[:2]):
                     prepare.fuse(module)

@@ -12,36 +12,21 @@ from domino_jax.config import DraftConfig
 from domino_jax.layers import rows, scores
 from domino_jax.sampling import Sampling, draw, probabilities
 from domino_jax.sharding import constrain, model_devices
-from domino_jax.weights import Draft, Head, Narrow
+from domino_jax.weights import Draft, FusedHead, Head, Narrow
 
 SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
 
 
-def gru_cell(head: Head, inputs: Array, state: Array) -> Array:
-    """One GRU step from the input's gates (x · W_i) [..., GU] and the state [..., U]; PyTorch's gate order.
+def gru_cell(inputs: Array, recurrent: Array, state: Array) -> Array:
+    """One GRU step from what the input and the state [..., U] give the gates, each [..., GU]; PyTorch's gate order.
 
     r = σ(W_ir x + W_hr h);  u = σ(W_iz x + W_hz h);  n = tanh(W_in x + r ∘ W_hn h);  h' = (1 - u) ∘ n + u ∘ h
     """
     reset_x, update_x, new_x = jnp.split(inputs, 3, axis=-1)
-    # Training keeps this matrix in float32, so that its gradient is summed over the steps in float32.
-    reset_h, update_h, new_h = jnp.split(state @ head.gru_state.astype(state.dtype), 3, axis=-1)
+    reset_h, update_h, new_h = jnp.split(recurrent, 3, axis=-1)
     update = jax.nn.sigmoid(update_x + update_h)
     new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
     return (1 - update) * new + update * state
-
-
-def projected(head: Head, z: Array, state: Array) -> Array:
-    """SiLU(embed_proj.0([z ; h])): z [..., D], state [..., U] -> [..., R]."""
-    return _activated(head, block_part(head, z), state)
-
-
-def block_part(head: Head, z: Array) -> Array:
-    """What z [..., D] adds inside the SiLU [..., R]: no token changes it, so a block needs it once."""
-    return z @ head.proj_in[: z.shape[-1]]
-
-
-def _activated(head: Head, part: Array, state: Array) -> Array:
-    return jax.nn.silu(part + state @ head.proj_in[-state.shape[-1] :])
 
 
 def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
@@ -58,11 +43,33 @@ def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
     start = jnp.zeros((*gates.shape[1:-1], head.gru_state.shape[0]), z.dtype)
 
     def step(state: Array, x: Array) -> tuple[Array, Array]:
-        state = gru_cell(head, x, state)
+        # Training keeps this matrix in float32, so that its gradient is summed over the steps in float32.
+        state = gru_cell(x, state @ head.gru_state.astype(state.dtype), state)
         return state, state
 
     _, states = jax.lax.scan(step, start, gates)
-    return projected(head, z, jnp.moveaxis(states, 0, -2))
+    block, state = jnp.split(head.proj_in, [z.shape[-1]])
+    return jax.nn.silu(z @ block + jnp.moveaxis(states, 0, -2) @ state)
+
+
+def fused(head: Head, embed: Array | Narrow | None = None) -> FusedHead:
+    """The head as `propose` takes it.
+
+    Args:
+        embed: [V, D], to look up what each token gives the gates; None to compute it for every proposal.
+    """
+    hidden = head.gru_state.shape[0]
+    block, state = jnp.split(head.proj_in, [head.proj_in.shape[0] - hidden])
+    gates = None if embed is None else rows(embed, jnp.arange(jax.tree.leaves(embed)[0].shape[0])) @ head.gru_in
+    return FusedHead(head, jnp.concatenate([head.gru_state, state], axis=1), block, gates)
+
+
+def eaten(head: FusedHead, embed: Array | Narrow, token: Array) -> Array:
+    """What tokens [...] give the gates: [..., GU]."""
+    if head.gates is not None:
+        return head.gates[token]
+    assert head.gru_in is not None
+    return rows(embed, token) @ head.gru_in
 
 
 def propose(
@@ -93,15 +100,17 @@ def propose(
     Returns:
         drafts [B, J] int32; the distributions they were drawn from [B, J, V], None if greedy.
     """
-    head, proposals = params.head, z.shape[1]
+    proposals = z.shape[1]
+    head = fused(params.head) if isinstance(params.head, Head) else params.head
     prefix = config.head.pure_draft_prefix_len if config.head else proposals
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.split(key, proposals))(keys)
     token, drafts, distributions = anchor, [], []
-    state, part, few = z, z, None
+    state, given, part, few = z, z, z, None
     if head:
-        state = jnp.zeros((anchor.shape[0], head.gru_state.shape[0]), z.dtype)
-        part = block_part(head, z)
+        state = jnp.zeros((anchor.shape[0], head.state.shape[0]), z.dtype)
+        given = state @ head.state  # to the next gates, and inside the SiLU
+        part = z @ head.block  # no token changes it, so a block needs it once
     if head and candidates is not None and candidates < base.shape[-1]:
         best, ids = likeliest(base, candidates)  # [B, J, C]
         few = best, ids, rows(head.proj_out, ids)  # the last [B, J, C, R]
@@ -109,9 +118,10 @@ def propose(
     for j in range(proposals):
         logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
         if head:
-            state = gru_cell(head, rows(embed, token) @ head.gru_in, state)
+            state = gru_cell(eaten(head, embed, token), given[:, : 3 * state.shape[-1]], state)
+            given = state @ head.state
             if j >= prefix:
-                rank = _activated(head, part[:, j], state)
+                rank = jax.nn.silu(part[:, j] + given[:, 3 * state.shape[-1] :])
                 if few:
                     logits, names, weights = (x[:, j] for x in few)
                     logits += jnp.einsum("BR,BCR->BC", rank, weights, preferred_element_type=jnp.float32)

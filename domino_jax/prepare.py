@@ -14,13 +14,15 @@ from jax import Array
 
 from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.decode import Params
+from domino_jax.head import fused
 from domino_jax.sharding import constrain
-from domino_jax.weights import FusedLayer, Narrow, Quantized, axes, flatten, is_bias, lm_head
+from domino_jax.weights import FusedLayer, Head, Narrow, Quantized, axes, flatten, is_bias, lm_head
 
 KINDS = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 # The recurrent part stays as it is: it is small, and its error would be carried from proposal to proposal.
 WHOLE = ("head.gru_in", "head.gru_state", "head.proj_in")
+LARGEST_TABLE = 32 << 20  # bytes
 # Axes that a product with the weight sums over; the others are outputs, which have a scale each.
 SUMMED = {"D N H": 1, "D K H": 1, "N H D": 2, "D F": 1, "F D": 1, "LD D": 1, "V R": -1, "V D": -1}
 
@@ -71,6 +73,21 @@ def fuse(module: Any) -> None:
         layers[i] = FusedLayer(layer, _together(layer.k, layer.v, "D - K H"), kv_bias, gate_up)
         del layer
     module.layers = nnx.List(layers)
+
+
+def fuse_head(params: Params, largest: int = LARGEST_TABLE) -> None:
+    """Replace the drafter's causal head, if it has one, by a FusedHead: fewer products between two proposals.
+
+    Args:
+        largest: bytes that the table of what every token gives the GRU's gates may take; 0 for none. At a vocabulary
+            of 151,936 it would be a gigabyte.
+    """
+    head = params.draft.head if params.draft else None
+    if params.draft is None or not isinstance(head, Head):
+        return
+    vocabulary = jax.tree.leaves(params.target.embed)[0].shape[0]
+    small = vocabulary * head.gru_in.shape[1] * head.gru_in.dtype.itemsize <= largest
+    params.draft.head = jax.jit(fused)(head, params.target.embed if small else None)  # type: ignore[assignment]
 
 
 @partial(jax.jit, static_argnums=2)

@@ -106,6 +106,21 @@ class Head(nnx.Module):
         self.proj_out: Array = leaf("V R")
 
 
+class FusedHead(nnx.Module):
+    """A Head as decoding takes it: one product with a GRU state instead of two (see `prepare.fuse_head`).
+
+    Where the vocabulary is small, `gates` holds what each token gives the GRU's gates, and `gru_in` is None.
+    """
+
+    def __init__(self, head: Head, state: Array, block: Array, gates: Array | None):
+        """Args: state: [U, GU + R], for the gates and the projection; block: [D, R]; gates: [V, GU] or None."""
+        self.gates: Array | None = nnx.data(gates)
+        self.gru_in: Array | None = nnx.data(head.gru_in if gates is None else None)
+        self.state: Array = nnx.data(state)
+        self.block: Array = nnx.data(block)
+        self.proj_out: Array = nnx.data(head.proj_out)
+
+
 class Draft(nnx.Module):
     """The block-parallel backbone, with its causal head or (plain DFlash) without."""
 

@@ -71,8 +71,9 @@ def test_random_weights_are_made_in_their_dtype_and_are_sane():
     assert loaded.configs == Configs(TARGET, DRAFT) and loaded.stop_ids == () and loaded.tokenizer is None
     for module, config in ((loaded.params.target, TARGET), (loaded.params.draft, DRAFT)):
         expected = flatten(weights.shapes(config, jnp.bfloat16))
-        found = flatten(module)
-        assert {k: (v.shape, v.dtype) for k, v in found.items()} == {k: (v.shape, v.dtype) for k, v in expected.items()}
+        found = {path: leaf for path, leaf in flatten(module).items() if not path.startswith("head.")}
+        for path, leaf in expected.items():  # the head is made ready for decoding
+            assert path.startswith("head.") or (leaf.shape, leaf.dtype) == (found[path].shape, found[path].dtype), path
         for path, leaf in found.items():
             values = np.asarray(leaf, np.float32)
             assert (values == 1).all() if leaf.ndim == 1 else 0.015 < values.std() < 0.025, path
@@ -83,7 +84,7 @@ def test_random_weights_are_made_in_their_dtype_and_are_sane():
 
 def test_random_weights_lie_on_a_mesh_in_parts():
     """The shapes and layout are those of loaded weights: a mesh pads the vocabulary and repeats KV heads."""
-    loaded = load_random("wide", mesh=(1, 4))
+    loaded = load_random("wide", mesh=(1, 4), matrices="float32")
     embed, k = loaded.params.target.embed, loaded.params.target.layers[0].k
     assert embed.shape == (264, 32) and embed.sharding.shard_shape(embed.shape) == (66, 32)
     assert k.shape == (32, 4, 8) and k.sharding.shard_shape(k.shape) == (32, 1, 8)

@@ -251,5 +251,5 @@ def test_gru_is_pytorchs():
     ours, weights = np.zeros((2, 14), np.float32), pair.params.draft.head
     cell = jax.jit(head.gru_cell)
     for t in range(6):
-        ours = cell(weights, x[:, t] @ np.asarray(weights.gru_in), ours)
+        ours = cell(x[:, t] @ np.asarray(weights.gru_in), ours @ np.asarray(weights.gru_state), ours)
         np.testing.assert_allclose(ours, expected[:, t], atol=1e-5, rtol=0)

@@ -15,7 +15,7 @@ from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
-from domino_jax.weights import Narrow, Quantized, build, flatten
+from domino_jax.weights import FusedHead, Narrow, Quantized, build, flatten
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
@@ -214,6 +214,23 @@ def test_fused_products_are_the_same_sums():
     for a, b in zip(step(pair.params, pair.configs, state), step(fused.params, fused.configs, state), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
     assert run(fused) == run(pair)
+
+
+@pytest.mark.parametrize("largest", [0, prepare.LARGEST_TABLE], ids=["computed", "looked up"])
+@pytest.mark.parametrize("kind", ["whole", "narrow", "int8"])
+def test_a_fused_head_proposes_the_same(kind, largest):
+    whole = factory.narrow(good()) if kind == "narrow" else eight_bits(good(), "int8") if kind == "int8" else good()
+    expected = run(whole)
+    prepare.fuse_head(whole.params, largest)
+    head = whole.params.draft.head if whole.params.draft else None
+    assert isinstance(head, FusedHead) and (head.gates is None) == (largest == 0) == (head.gru_in is not None)
+    assert run(whole) == expected
+    assert tau(expected) > 1.4
+    prepare.fuse_head(whole.params, largest)  # there is nothing left to do, nor is there without a head
+    plain = good(head=None, shift_label=False)
+    prepare.fuse_head(plain.params)
+    prepare.fuse_head(plain.params.lean)
+    assert plain.params.draft is not None and plain.params.draft.head is None
 
 
 def test_fused_and_8_bit_together():

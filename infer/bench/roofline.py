@@ -21,7 +21,7 @@ from convert.models import Loaded
 from domino_jax.decode import Configs, Params
 from domino_jax.layers import exact_product
 from domino_jax.sharding import DATA, MODEL
-from domino_jax.weights import FusedLayer, Layer, lm_head
+from domino_jax.weights import FusedLayer, Head, Layer, lm_head
 from infer.bench.modes import LEAN
 
 LOGIT_BYTES = 4  # logits are float32
@@ -149,8 +149,9 @@ def work(
         head, corrected = drafter.head, max(0, proposals - config.head.pure_draft_prefix_len)
         phases["head"] = _sum(
             phases["head"],
-            products([head.gru_in, head.gru_state], proposals),  # small: read once, then they stay in the cache
-            products([head.proj_in], corrected),
+            # Small: read once, then they stay in the cache. Of a table only rows are read.
+            products([head.gru_in, head.gru_state if isinstance(head, Head) else head.state], proposals),
+            products([head.proj_in if isinstance(head, Head) else head.block], corrected),
             # Each proposal scores the vocabulary or its candidates, and needs the token before it to do so.
             *[Work(*(scored * x for x in products([head.proj_out], 1)))] * corrected,
         )

@@ -112,6 +112,7 @@ def load(
     draft_dtype: str | None = None,
     matrices: Matrices = "auto",
     fuse: bool = False,
+    plain: bool = False,
     weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
 ) -> Loaded:
     """Load a target and its drafter; both configs are checked before any weight is read.
@@ -127,6 +128,7 @@ def load(
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
         matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.narrow`).
         fuse: one product where several have the same input (see `prepare.fuse`).
+        plain: leave the weights in the form of `weights.axes`, which is what trains; none is made ready for decoding.
         weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
 
     Raises:
@@ -145,6 +147,7 @@ def load(
         draft_dtype=draft_dtype,
         matrices=matrices,
     )
+    narrow = narrow and not plain
 
     def read(folder: Path, config: Any, what: str, narrow: bool) -> Any:
         if weights:
@@ -167,7 +170,8 @@ def load(
         with jax.set_mesh(spread) if spread else nullcontext():
             if draft_dtype is not None and fitted.draft:
                 params = prepare.quantize(params, fitted.draft, draft_dtype)
-            prepare.fuse_head(params, 0 if spread else prepare.LARGEST_TABLE)  # its rows are on all devices
+            if not plain:
+                prepare.fuse_head(params, 0 if spread else prepare.LARGEST_TABLE)  # its rows are on all devices
             if fuse:
                 for module in filter(None, params[:2]):
                     prepare.fuse(module)

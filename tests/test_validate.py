@@ -174,7 +174,7 @@ def test_the_command_prints_what_validation_gives(folder, capsys):
     words += ["--prompts", str(folder / "held.jsonl"), "--new-tokens", "9", "--batch-size", "3"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    pair = models.load(folder / "target", folder / "draft", "float32")
+    pair = models.load(folder / "target", folder / "draft", "float32", plain=True)
     prompts = [[50, 60, 70], [51, 60, 70], [52, 60, 70], pair.tokenizer("def f(")["input_ids"]]
     report = Validation(pair.params.target, pair.configs, prompts, (), pair.dtype, new_tokens=9, batch=3).run(
         flatten(pair.params.draft)
@@ -200,7 +200,7 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
         manager.wait_until_finished()
     options = Validate(folder / "held.jsonl", run=tmp_path)
     assert settle(options) == (folder / "target", tmp_path)
-    found = models.load(*settle(options), "float32").params.draft
+    found = models.load(*settle(options), "float32", plain=True).params.draft
     for path, weight in flatten(found).items():
         np.testing.assert_array_equal(weight, weights[path])
     assert settle(dataclasses.replace(options, target=str(folder / "draft"))) == (folder / "draft", tmp_path)

@@ -1,6 +1,6 @@
 """Make the shipped pair, or its drafter alone, from nothing: one command for the commands of its model card.
 
-    python -m train.demo --out work                     # target, data, drafter: two hours on two cores
+    python -m train.demo --out work                     # target, data, drafter: three to four hours on two cores
     python -m train.demo --out work --target demo       # data and drafter for the target that is shipped
 
 Each command is printed before it runs. What an earlier start has finished is not run again, and what it began goes on.
@@ -39,13 +39,13 @@ class Demo:
     files: str = "modeling_*.py"
     """pattern for the names of the files to read in it"""
     pretrain_steps: int = 700
-    prompts: int = 6400
+    prompts: int = 12800
     """for the target to continue: the drafter's data"""
     held_out: int = 160
     """prompts to measure with"""
     new_tokens: int = 144
     """of each continuation"""
-    steps: int = 2300
+    steps: int = 6200
     """of the drafter"""
 
 

@@ -221,7 +221,7 @@ def measure(options: Validate) -> dict[str, Any]:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with bars() as loading:
-        pair = load(target, draft, o.dtype, loading, mesh=parse(o.mesh) if o.mesh else None)
+        pair = load(target, draft, o.dtype, loading, mesh=parse(o.mesh) if o.mesh else None, plain=True)
     prompts = read_prompts(
         o.prompts, target_config.vocab_size, target_config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
     )

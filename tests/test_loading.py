@@ -75,9 +75,9 @@ def test_a_mesh_holds_what_one_device_holds_each_device_its_part(tmp_path, kind,
             assert {part.data.nbytes for part in found.addressable_shards} == {whole.nbytes // model}
 
 
-@pytest.mark.parametrize("form", ["Hugging Face", "Orbax"])
-def test_matrices_that_are_stored_in_bfloat16_may_stay_so(tmp_path, monkeypatch, form):
-    """In float32 runs, where it is asked for or the CPU has units for it; what comes out is the same text."""
+@pytest.mark.parametrize("form", ["Hugging Face", pytest.param("Orbax", marks=pytest.mark.slow)])
+def test_matrices_that_are_stored_in_bfloat16_may_stay_so(tmp_path, form):
+    """In float32 runs; what comes out is the same text."""
     folders = [tmp_path / "target", tmp_path / "draft"]
     for folder, make in zip(folders[::-1], (make_draft, make_target), strict=True):
         config = make(tmp_path / "float32")
@@ -99,16 +99,24 @@ def test_matrices_that_are_stored_in_bfloat16_may_stay_so(tmp_path, monkeypatch,
     held = [sum(x.nbytes for x in jax.tree.leaves(one.params)) for one in (narrow, whole)]
     assert held[0] < 0.7 * held[1]
     assert tokens(narrow) == tokens(whole)
-    for flags, expected in (("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16", False)):
-        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
-        monkeypatch.setattr(precision, "CPUS", tmp_path / "cpuinfo")
-        assert models.load(folders[0], folders[1], "float32").narrow == expected
-        assert not models.load(folders[0], folders[1], "bfloat16").narrow
-    monkeypatch.setattr(precision, "CPUS", tmp_path / "nowhere")
-    assert not models.load(folders[0], folders[1], "float32").narrow
     assert not models.load(tmp_path / "float32", dtype="float32", matrices="bfloat16").narrow, "it would be rounded"
+
+
+def test_where_matrices_stay_narrow(tmp_path, monkeypatch):
+    """Where it is asked for, or the CPU has units for it; never in other runs than float32's."""
+    for flags, expected in (("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16", False), (None, False)):
+        cpus = tmp_path / f"{expected} {flags}"
+        if flags:
+            cpus.write_text(f"processor : 0\nflags\t\t: {flags}\n")
+        monkeypatch.setattr(precision, "CPUS", cpus)
+        assert precision.stay_narrow("auto", jnp.float32) == expected
+        assert precision.stay_narrow("bfloat16", jnp.float32) and not precision.stay_narrow("float32", jnp.float32)
+        assert not precision.stay_narrow("auto", jnp.bfloat16)
     with pytest.raises(DominoError, match="a choice of float32 runs: this one's are bfloat16"):
-        models.load(folders[0], folders[1], "bfloat16", matrices="bfloat16")
+        precision.stay_narrow("bfloat16", jnp.dtype(jnp.bfloat16))
+    monkeypatch.setattr(precision, "CPUS", tmp_path / "True fpu amx_bf16 amx_tile")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not precision.stay_narrow("auto", jnp.float32), "all processes run the same program"
 
 
 def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, monkeypatch):

@@ -167,7 +167,9 @@ def test_matrices_stay_narrow_and_the_rest_is_float32():
     assert not any(path.endswith("values") for path in flatten(in_float32)), "these would have to be rounded"
 
 
-@pytest.mark.parametrize("more", ["alone", "fused", "int8", "candidates"])
+@pytest.mark.parametrize(
+    "more", ["alone", "fused", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "candidates"))]
+)
 def test_narrow_matrices_change_no_token(more):
     whole, narrow = narrowed(good())
     drafter = narrow.configs.draft
@@ -186,6 +188,7 @@ def test_narrow_matrices_change_no_token(more):
     assert tau(found) > 0.8 * tau(expected) > 1.4
 
 
+@pytest.mark.slow
 def test_experts_stay_float32_beside_narrow_matrices():
     target = dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True))
     whole, narrow = narrowed(Pair.make(factory.draft_config(target), target))
@@ -217,7 +220,7 @@ def test_fused_products_are_the_same_sums():
 
 
 @pytest.mark.parametrize("largest", [0, prepare.LARGEST_TABLE], ids=["computed", "looked up"])
-@pytest.mark.parametrize("kind", ["whole", "narrow", "int8"])
+@pytest.mark.parametrize("kind", ["whole", "narrow", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_fused_head_proposes_the_same(kind, largest):
     whole = factory.narrow(good()) if kind == "narrow" else eight_bits(good(), "int8") if kind == "int8" else good()
     expected = run(whole)

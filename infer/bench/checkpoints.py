@@ -99,7 +99,7 @@ def run(options: Round) -> dict[str, Any]:
         source = first if options.step == "load" else orbax
         loaded: list[Any] = []
         jax.devices()
-        figures = measured(lambda: loaded.append(load(source, dtype="float32", mesh=mesh)))
+        figures = measured(lambda: loaded.append(load(source, dtype="float32", mesh=mesh, matrices="float32")))
         engine = Engine(loaded[0])
         sequence, _ = engine.sequence(PROMPT, NEW_TOKENS)
         engine.generate([sequence])

@@ -108,7 +108,7 @@ def test_the_recurrent_part_and_the_norms_stay_as_they_are():
         pytest.param("int8", jnp.float32, id="int8-float32"),
         pytest.param("int8", jnp.bfloat16, id="int8-bfloat16", marks=pytest.mark.slow),
         pytest.param("float8", jnp.float32, id="float8-float32", marks=pytest.mark.slow),
-        pytest.param("float8", jnp.bfloat16, id="float8-bfloat16"),
+        pytest.param("float8", jnp.bfloat16, id="float8-bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_an_8_bit_drafter_changes_no_token(kind, dtype):

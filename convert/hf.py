@@ -6,7 +6,7 @@ Only safetensors are read. A pickle can run code when it is opened, so it is ref
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from convert.names import Entry, entries
 from convert.tensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import spread
+from domino_jax.sharding import spread, within
 from domino_jax.weights import flatten, unflatten
 
 SINGLE = "model.safetensors"
@@ -133,7 +133,7 @@ def load(
         DominoError: tensors are missing, unexpected or misshapen (all are named), or a file is damaged.
     """
     table = entries(config)
-    with TensorFiles(tensor_files(folder)) as files, jax.set_mesh(mesh) if mesh else nullcontext():
+    with TensorFiles(tensor_files(folder)) as files, within(mesh):
         where = today(files)
         problems = account(config, where)
         if problems:

@@ -11,6 +11,7 @@ back in parts.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -108,6 +109,11 @@ def row_shards() -> int:
     """Parts that the batch is divided into: the devices of `data` and `fsdp` of the mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in (DATA, FSDP) if name in mesh.axis_names)
+
+
+def within(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """What to run programs in: the mesh, or nothing for the default device."""
+    return jax.set_mesh(mesh) if mesh else nullcontext()
 
 
 def constrain(x: Array, letters: str) -> Array:

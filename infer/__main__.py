@@ -345,9 +345,7 @@ class Session:
 
     def _is_chat(self) -> bool:
         """Whether prompts go through the model's chat template."""
-        from infer import text
-
-        return not self.options.raw and text.has_template(self.loaded.tokenizer)
+        return not self.options.raw and template.has_template(self.loaded.tokenizer)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids that the model is given."""

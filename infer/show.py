@@ -95,7 +95,8 @@ def show_drafts(console: Console, s: "Sequence", tokenizer: Any) -> None:
     """
     from rich.text import Text
 
-    from infer.text import Detokenizer, decode
+    from convert.template import decode
+    from infer.text import Detokenizer
 
     stream = Detokenizer(tokenizer) if tokenizer is not None else None
     out = Text()

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "infer": {"domino_jax", "convert"},
 }
 # domino_jax is pure functions over arrays: no files, no arguments, no tokenizers.
-CORE_MAY_USE = {"__future__", "collections", "dataclasses", "functools", "typing", "math", "flax", "jax", "numpy"}
+CORE_MAY_USE = {"collections", "contextlib", "dataclasses", "functools", "typing", "math", "flax", "jax", "numpy"}
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,7 +203,7 @@ def run(options: Capture) -> None:
     shards.write_header(options.out, plan)
     missing, total = plan.missing, len(plan.rows)
     done = sum(plan.rows) - sum(plan.rows[i] for i in missing)
-    with Progress("row") as progress, jax.set_mesh(mesh) if mesh else nullcontext():
+    with Progress("row") as progress, sharding.within(mesh):
         progress.start(sum(plan.rows), done)
 
         def shown(rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

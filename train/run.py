@@ -9,7 +9,7 @@ import dataclasses
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs
 from domino_jax.errors import DominoError
-from domino_jax.sharding import fetch
+from domino_jax.sharding import fetch, within
 from domino_jax.weights import Target, flatten, init, unflatten
 from train import config, curves, data
 from train import mesh as meshes
@@ -70,7 +70,7 @@ class Setup:
 
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this run are run in."""
-        return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
+        return within(self.mesh)
 
 
 def prepare(options: Train) -> Setup:

@@ -23,12 +23,12 @@ from rich.table import Table
 
 from convert.models import Loaded
 from convert.public import where
+from convert.template import decode, has_template
 from domino_jax.errors import DominoError
 from infer.bench import plots
 from infer.bench.modes import DFLASH, LEAN
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
 from infer.engine import Engine, Sequence, Settings, tau
-from infer.text import decode, has_template
 
 if TYPE_CHECKING:
     from infer.bench.options import Bench

@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from convert.template import has_template
 from domino_jax.errors import DominoError
 from infer import jsonl
-from infer.text import Message, encode, encode_chat, has_template
+from infer.text import Message, encode, encode_chat
 
 
 @dataclass(frozen=True)

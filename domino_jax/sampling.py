@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+DIGIT = 4  # bits of a score that one pass over the vocabulary finds
+
 
 class Sampling(NamedTuple):
     """Settings of each row; a batch may mix them."""
@@ -38,32 +40,52 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
     Returns:
         [B, T, V] float32, each [V] summing to one.
     """
-    vocab = logits.shape[-1]
     temperature, top_k, top_p, min_p = (x[:, None, None] for x in sampling)
-    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), vocab, dtype=jnp.float32)
+    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
     scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
 
     def truncate(scaled: Array) -> Array:
-        descending = -jnp.sort(-scaled, axis=-1)
-        # Top-k: drop what is below the k-th largest; ties with it stay.
-        k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-        kept = jnp.where(jnp.arange(vocab) < k, descending, -jnp.inf)
-        kth = jnp.min(jnp.where(jnp.isfinite(kept), kept, jnp.inf), axis=-1, keepdims=True)
-        scaled = jnp.where(scaled >= kth, scaled, -jnp.inf)
-        # Top-p: keep a token while the mass of the likelier ones is below p; the first always stays.
-        descending = jnp.where(descending >= kth, descending, -jnp.inf)
-        mass = jax.nn.softmax(descending, axis=-1)
-        inside = (jnp.cumsum(mass, axis=-1) - mass < top_p) | (jnp.arange(vocab) == 0) | (top_p >= 1)
-        lowest = jnp.min(jnp.where(inside & jnp.isfinite(descending), descending, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(scaled >= lowest, scaled, -jnp.inf)
+        # Top-k: drop what k others are above. Top-p: keep a token while the mass of the likelier ones is below p.
+        most = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
+        scaled = jnp.where(outweighed(scaled, jnp.ones_like(scaled), most), -jnp.inf, scaled)
+        mass = jnp.where(top_p < 1, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny), jnp.inf)  # the first always stays
+        return jnp.where(outweighed(scaled, jax.nn.softmax(scaled, axis=-1), mass), -jnp.inf, scaled)
 
-    # Sorting the vocabulary costs more than all the rest here: only when some row asks for it.
+    # Searching the vocabulary costs more than all the rest here: only when some row asks for it.
     needed = jnp.any((sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1)))
     scaled = jax.lax.cond(needed, truncate, lambda s: s, scaled)
     probs = jax.nn.softmax(scaled, axis=-1)
     probs = jnp.where(probs >= min_p * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
     probs /= jnp.sum(probs, axis=-1, keepdims=True)
     return jnp.where(temperature > 0, probs, greedy)
+
+
+def outweighed(scores: Array, weights: Array, limit: Array) -> Array:
+    """Whether the weights of all higher scores reach `limit` together, for each score.
+
+    A search instead of a sort: the lowest score that stays is found digit by digit of its bits, from sums over the
+    vocabulary. Where that is sharded, the sums alone cross between devices.
+
+    Args:
+        scores, weights: [B, T, V] float32.
+        limit: [B, 1, 1], above 0.
+
+    Returns:
+        [B, T, V] bool; False for the highest score.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)  # one zero, not two
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # of the integers as of the floats
+    digits = jnp.arange(1 << DIGIT, dtype=jnp.uint32)
+
+    def narrower(i: Array, found: Array) -> Array:
+        """The next digit of the lowest score that stays: the least one of which the highest score would stay."""
+        shift = (32 - DIGIT * (i + 1)).astype(jnp.uint32)
+        highest = found | (digits << shift) | ((jnp.uint32(1) << shift) - 1)
+        above = jnp.sum(jnp.where(order[..., None] > highest[..., None, :], weights[..., None], 0.0), axis=-2)
+        return found | (jnp.argmax(above < limit, axis=-1, keepdims=True).astype(jnp.uint32) << shift)
+
+    lowest = jax.lax.fori_loop(0, 32 // DIGIT, narrower, jnp.zeros_like(order[..., :1]))
+    return order < lowest
 
 
 def draw(keys: Array, weights: Array) -> Array:

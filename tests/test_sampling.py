@@ -18,7 +18,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from domino_jax import cache as kv
 from domino_jax import decode, verify
 from domino_jax.config import HeadConfig
-from domino_jax.sampling import Sampling, draw, probabilities, settings
+from domino_jax.sampling import Sampling, draw, outweighed, probabilities, settings
 
 jitted_probabilities = jax.jit(probabilities)
 
@@ -99,6 +99,21 @@ def test_ties():
     assert greedy.tolist() == [0, 1, 0, 0, 0]
     np.testing.assert_allclose(top, transformers_probabilities(logits[0], 1.0, 3, 1.0, 0.0)[0], atol=1e-6)
     assert (top > 0).tolist() == [True, True, True, False, True]
+
+
+def test_what_outweighs_a_score_is_what_a_sort_says():
+    """Over the whole range of floats, with ties, zeros of both signs and minus infinity."""
+    rng = np.random.default_rng(0)
+    scores = (rng.normal(size=(40, 2, 64)) * 10.0 ** rng.integers(-30, 30, (40, 2, 1))).astype(np.float32)
+    scores[:10] = rng.integers(-3, 3, (10, 2, 64))
+    scores[3, :, ::2], scores[4, :, ::2], scores[5] = -0.0, -np.inf, -7
+    weights = rng.integers(0, 5, scores.shape).astype(np.float32)
+    limits = rng.integers(1, 140, (40, 1, 1)).astype(np.float32)
+    limits[6:8] = np.inf
+    found = jax.jit(outweighed)(scores, weights, limits)
+    above = np.where(scores[..., None, :] > scores[..., :, None], weights[..., None, :], 0).sum(axis=-1)
+    np.testing.assert_array_equal(found, above >= limits)
+    assert 0.2 < np.mean(found) < 0.8
 
 
 def test_greedy_verification_is_the_loop_written_out():

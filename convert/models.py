@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert import hf
+from convert.fastest import fastest
 from convert.memory import enough_memory
 from convert.precision import Matrices, settle, stay_narrow
 from convert.public import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
-from domino_jax.attention import Choice, choose
+from domino_jax.attention import Choice, Form, choices
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
-from domino_jax.sharding import default_sizes, fit, make_mesh
-from domino_jax.weights import Draft, Narrow
+from domino_jax.sharding import default_sizes, fit, make_mesh, part, within
+from domino_jax.weights import Draft, OutputsFirst
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Loaded:
     @property
     def narrow(self) -> bool:
         """Whether this is a float32 run with matrices in bfloat16."""
-        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Narrow))
-        return any(isinstance(leaf, Narrow) for leaf in leaves)
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, OutputsFirst))
+        return any(isinstance(leaf, OutputsFirst) and leaf.values.dtype != self.dtype for leaf in leaves)
 
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this model are run in."""
-        return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
+        return within(self.mesh)
 
 
 class Plan(NamedTuple):
@@ -59,7 +60,9 @@ class Plan(NamedTuple):
     fitted: Configs  # to the mesh
     dtype: Any
     mesh: Mesh | None
+    forms: tuple[Form, ...]  # of attention, of which the fastest here is to be found
     narrow: bool  # matrices stored in bfloat16 stay so
+    draft_dtype: str | None  # of the drafter's matrices, where not `dtype`
 
 
 def plan(
@@ -76,7 +79,14 @@ def plan(
 ) -> Plan:
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
-    Args: see `load`.
+    Args:
+        dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
+        drafts: proposals a cycle verifies; all that the drafter makes when None.
+        mesh: sizes of its axes data and model; for the devices found when None.
+        attention: its form; "auto" leaves the choice among those that can run here.
+        candidates: tokens that the causal head scores; the whole vocabulary when None.
+        draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
+        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.outputs_first`).
 
     Raises:
         DominoError: a setting does not fit the pair or these devices.
@@ -94,9 +104,9 @@ def plan(
         configs,
         target=fit(configs.target, sizes[1]),
         draft=fit(configs.draft, sizes[1]) if configs.draft else None,
-        attention=choose(attention, [c.head_dim for c in models], kind),
     )
-    return Plan(configs, fitted, kind, spread, stay_narrow(matrices, kind))
+    forms = choices(attention, [c.head_dim for c in models], kind)
+    return Plan(configs, fitted, kind, spread, forms, stay_narrow(matrices, kind), draft_dtype)
 
 
 def load(
@@ -105,81 +115,67 @@ def load(
     dtype: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     *,
-    drafts: int | None = None,
-    mesh: tuple[int, int] | None = None,
-    attention: Choice = "auto",
-    candidates: int | None = None,
-    draft_dtype: str | None = None,
-    matrices: Matrices = "auto",
     fuse: bool = False,
     plain: bool = False,
     weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
+    **how: Any,
 ) -> Loaded:
     """Load a target and its drafter; both configs are checked before any weight is read.
 
     Args:
         target, draft: folders.
-        dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
+        dtype: see `plan`.
         progress: called with what is loaded, bytes done, bytes in all.
-        drafts: proposals a cycle verifies; all that the drafter makes when None.
-        mesh: sizes of its axes data and model; for the devices found when None.
-        attention: its form, or what `attention.choose` makes of "auto".
-        candidates: tokens that the causal head scores; the whole vocabulary when None.
-        draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
-        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.narrow`).
         fuse: one product where several have the same input (see `prepare.fuse`).
         plain: leave the weights in the form of `weights.axes`, which is what trains; none is made ready for decoding.
         weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
+        how: what else `plan` takes.
 
     Raises:
-        DominoError: a folder is not a whole supported model, the two do not fit, or `attention` can't run here.
+        DominoError: a folder is not a whole supported model, the two do not fit, or something of `how` can't run here.
     """
     began = time.perf_counter()
     raw, config, draft_config, warnings = read_configs(target, draft)
-    configs, fitted, kind, spread, narrow = plan(
-        config,
-        draft_config,
-        dtype,
-        drafts=drafts,
-        mesh=mesh,
-        attention=attention,
-        candidates=candidates,
-        draft_dtype=draft_dtype,
-        matrices=matrices,
-    )
-    narrow = narrow and not plain
+    chosen = plan(config, draft_config, dtype, **how)
+    kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
 
-    def read(folder: Path, config: Any, what: str, narrow: bool) -> Any:
+    narrow = chosen.narrow and not plain
+    turned = narrow or (kind == jnp.float32 and jax.default_backend() == "cpu" and not plain)
+
+    def read(folder: Path, config: Any, what: str, whole: bool = False) -> Any:
+        """The weights of a model; where `whole`, as arrays of `kind`."""
+        stored = narrow and not whole
         if weights:
-            module = weights(config, jnp.bfloat16 if narrow else kind, spread)
+            module = weights(config, jnp.bfloat16 if stored else kind, mesh)
         else:
             bar = partial(progress, f"loading {what}") if progress else None
-            module = _weights(folder, config, None if narrow else kind, bar, spread)
-        if narrow:
-            with jax.set_mesh(spread) if spread else nullcontext():
-                prepare.narrow(module, config)
+            module = _weights(folder, config, None if stored else kind, bar, mesh)
+        if turned and not whole:
+            with within(mesh):
+                prepare.outputs_first(module, config)
         return module
 
     with enough_memory(f"the device has too little memory for the weights in {kind.name}."):
-        whole = (
-            read(target, configs.target, "target", narrow),
-            read(draft, configs.draft, "drafter", narrow and draft_dtype is None) if draft else None,
+        modules = (
+            read(target, chosen.configs.target, "target"),
+            read(draft, chosen.configs.draft, "drafter", whole=eight_bits is not None) if draft else None,
         )
-        params = Params(*whole)
-        del whole  # what is made ready below is then held once
-        with jax.set_mesh(spread) if spread else nullcontext():
-            if draft_dtype is not None and fitted.draft:
-                params = prepare.quantize(params, fitted.draft, draft_dtype)
+        params = Params(*modules)
+        del modules  # what is made ready below is then held once
+        with within(mesh):
+            if eight_bits is not None and chosen.fitted.draft:
+                params = prepare.quantize(params, chosen.fitted.draft, eight_bits)
             if not plain:
-                prepare.fuse_head(params, 0 if spread else prepare.LARGEST_TABLE)  # its rows are on all devices
+                prepare.fuse_head(params, 0 if mesh else prepare.LARGEST_TABLE)  # its rows are on all devices
             if fuse:
                 for module in filter(None, params[:2]):
                     prepare.fuse(module)
         jax.block_until_ready(params)
-    tokenizer = load_tokenizer(target)
-    return Loaded(
-        fitted, params, tokenizer, hf.stop_ids(target, raw), kind, tuple(warnings), time.perf_counter() - began, spread
-    )
+    form, notes = fastest(chosen.forms, part(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1)
+    configs = dataclasses.replace(chosen.fitted, attention=form)
+    tokenizer, stop_ids = load_tokenizer(target), hf.stop_ids(target, raw)
+    seconds = time.perf_counter() - began
+    return Loaded(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)
 
 
 def without_head(configs: Configs, params: Params) -> tuple[Configs, Params]:

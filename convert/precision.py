@@ -25,7 +25,7 @@ def settle(asked: str | None) -> Any:
 
 
 def stay_narrow(asked: Matrices, dtype: Any) -> bool:
-    """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `domino_jax.prepare.narrow`).
+    """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `prepare.outputs_first`).
 
     Args:
         asked: "auto": in float32, on a CPU with units for bfloat16 matrices, where it was measured to be faster. Not

@@ -42,7 +42,7 @@ class Configs:
     this mean acceptance length (bonus included), whatever the target says. The output is worthless; nothing that
     generates text for a user sets it.
 
-    `attention` is its form on this device (`attention.choose`).
+    `attention` is its form on this device (`attention.choices`).
 
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals, `simulated_tau` not from 1 to one more,

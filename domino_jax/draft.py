@@ -15,7 +15,7 @@ from domino_jax.attention import Form, attend
 from domino_jax.cache import KVCache, append
 from domino_jax.config import DraftConfig
 from domino_jax.sharding import constrain, gathered
-from domino_jax.weights import Draft, Layer, Narrow, axes
+from domino_jax.weights import Draft, Layer, OutputsFirst, axes
 
 
 def context(params: Draft, config: DraftConfig, features: Array) -> Array:
@@ -23,7 +23,7 @@ def context(params: Draft, config: DraftConfig, features: Array) -> Array:
     return layers.rms_norm(layers.linear(features, params.fc), params.context_norm, config.rms_norm_eps)
 
 
-def block_inputs(embed: Array | Narrow, config: DraftConfig, anchor: Array) -> Array:
+def block_inputs(embed: Array | OutputsFirst, config: DraftConfig, anchor: Array) -> Array:
     """The target's embeddings of [anchor, MASK, ..., MASK]: anchor [...] -> [..., M, D]."""
     masks = jnp.full((*anchor.shape, config.block_size - 1), config.mask_token_id, anchor.dtype)
     return layers.rows(embed, jnp.concatenate([anchor[..., None], masks], axis=-1))

@@ -12,7 +12,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.layers import rows, scores
 from domino_jax.sampling import Sampling, draw, probabilities
 from domino_jax.sharding import constrain, model_devices
-from domino_jax.weights import Draft, FusedHead, Head, Narrow
+from domino_jax.weights import Draft, FusedHead, Head, OutputsFirst
 
 SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
 
@@ -52,7 +52,7 @@ def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
     return jax.nn.silu(z @ block + jnp.moveaxis(states, 0, -2) @ state)
 
 
-def fused(head: Head, embed: Array | Narrow | None = None) -> FusedHead:
+def fused(head: Head, embed: Array | OutputsFirst | None = None) -> FusedHead:
     """The head as `propose` takes it.
 
     Args:
@@ -64,7 +64,7 @@ def fused(head: Head, embed: Array | Narrow | None = None) -> FusedHead:
     return FusedHead(head, jnp.concatenate([head.gru_state, state], axis=1), block, gates)
 
 
-def eaten(head: FusedHead, embed: Array | Narrow, token: Array) -> Array:
+def eaten(head: FusedHead, embed: Array | OutputsFirst, token: Array) -> Array:
     """What tokens [...] give the gates: [..., GU]."""
     if head.gates is not None:
         return head.gates[token]
@@ -75,7 +75,7 @@ def eaten(head: FusedHead, embed: Array | Narrow, token: Array) -> Array:
 def propose(
     params: Draft,
     config: DraftConfig,
-    embed: Array | Narrow,
+    embed: Array | OutputsFirst,
     z: Array,
     base: Array,
     anchor: Array,
@@ -106,10 +106,10 @@ def propose(
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.split(key, proposals))(keys)
     token, drafts, distributions = anchor, [], []
-    state, given, part, few = z, z, z, None
+    state, recurrent, part, few = z, z, z, None
     if head:
         state = jnp.zeros((anchor.shape[0], head.state.shape[0]), z.dtype)
-        given = state @ head.state  # to the next gates, and inside the SiLU
+        recurrent = jnp.zeros((anchor.shape[0], 3 * state.shape[1]), z.dtype)  # what a state of zeros gives the gates
         part = z @ head.block  # no token changes it, so a block needs it once
     if head and candidates is not None and candidates < base.shape[-1]:
         best, ids = likeliest(base, candidates)  # [B, J, C]
@@ -118,10 +118,10 @@ def propose(
     for j in range(proposals):
         logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
         if head:
-            state = gru_cell(eaten(head, embed, token), given[:, : 3 * state.shape[-1]], state)
-            given = state @ head.state
+            state = gru_cell(eaten(head, embed, token), recurrent, state)
+            recurrent, inner = jnp.split(state @ head.state, [recurrent.shape[1]], axis=1)
             if j >= prefix:
-                rank = jax.nn.silu(part[:, j] + given[:, 3 * state.shape[-1] :])
+                rank = jax.nn.silu(part[:, j] + inner)
                 if few:
                     logits, names, weights = (x[:, j] for x in few)
                     logits += jnp.einsum("BR,BCR->BC", rank, weights, preferred_element_type=jnp.float32)

@@ -8,7 +8,7 @@ from jax import Array
 
 from domino_jax import moe
 from domino_jax.config import DecoderConfig, MoeConfig, Yarn
-from domino_jax.weights import FusedLayer, Layer, Narrow, Quantized
+from domino_jax.weights import FusedLayer, Layer, OutputsFirst, Quantized
 
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
 
@@ -59,33 +59,50 @@ def rotate(x: Array, angles: Rotary) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array | Quantized | Narrow) -> Array:
+def linear(x: Array, weight: Array | Quantized | OutputsFirst) -> Array:
     """x [..., in] times weight [in, out...]: [..., out...]."""
-    if isinstance(weight, Narrow):
-        return exact_product(x, weight.values)
+    if isinstance(weight, OutputsFirst):
+        return product(x, weight.values)
     if isinstance(weight, Quantized):
         return jnp.tensordot(x, weight.values.astype(x.dtype), 1) * weight.scale
     return jnp.tensordot(x, weight, 1)
 
 
-def scores(x: Array, weight: Array | Quantized | Narrow) -> Array:
+def scores(x: Array, weight: Array | Quantized | OutputsFirst) -> Array:
     """x [..., in] times a vocabulary's projection [V, in]: [..., V], float32."""
-    if isinstance(weight, Narrow):
-        return exact_product(x, weight.values)
+    if isinstance(weight, OutputsFirst):
+        return product(x, weight.values)
     values = weight.values.astype(x.dtype) if isinstance(weight, Quantized) else weight
     out = jnp.einsum("...D,VD->...V", x, values, preferred_element_type=jnp.float32)
     return out * weight.scale.astype(jnp.float32) if isinstance(weight, Quantized) else out
 
 
-def rows(weight: Array | Quantized | Narrow, ids: Array) -> Array:
+def rows(weight: Array | Quantized | OutputsFirst, ids: Array) -> Array:
     """A vocabulary's matrix [V, -] at ids [...]: [..., -], in the dtype that is computed in."""
-    if isinstance(weight, Narrow):
+    if isinstance(weight, OutputsFirst):
+        if weight.values.dtype == jnp.float32:
+            return weight.values[ids]
         # By its bits: a CPU's gather of bfloat16 would first convert the whole matrix.
-        bits = jax.lax.bitcast_convert_type(weight.values, jnp.uint16)[ids]
-        return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+        return _widened(jax.lax.bitcast_convert_type(weight.values, jnp.uint16)[ids])
     if isinstance(weight, Quantized):
         return weight.values[ids].astype(weight.scale.dtype) * weight.scale[ids][..., None]
     return weight[ids]
+
+
+def product(x: Array, values: Array) -> Array:
+    """x [..., in] float32 times an OutputsFirst's values [out..., in]: [..., out...]."""
+    return turned_product(x, values) if values.dtype == jnp.float32 else exact_product(x, values)
+
+
+def turned_product(x: Array, values: Array) -> Array:
+    """x [..., in] times values [out..., in]: [..., out...], computed as values · xᵀ.
+
+    A CPU's kernels first put the right factor of a product in an order of their own. Here that is the few rows of x,
+    and not the matrix; the barriers keep XLA from turning it round.
+    """
+    matrix, columns = values.reshape(-1, values.shape[-1]), x.reshape(-1, x.shape[-1]).T
+    out = jax.lax.optimization_barrier(matrix @ jax.lax.optimization_barrier(columns))
+    return out.T.reshape(*x.shape[:-1], *values.shape[:-1])
 
 
 def exact_product(x: Array, values: Array) -> Array:
@@ -96,31 +113,32 @@ def exact_product(x: Array, values: Array) -> Array:
     sum rounds. (Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For
     Higher-Precision Computations"; of their nine products six are zero, since the values have one piece.)
     """
-    flat = x.reshape(-1, x.shape[-1])
     matrix = values.reshape(-1, values.shape[-1])
-    sums = jnp.einsum("MD,FD->MF", pieces(flat).reshape(-1, x.shape[-1]), matrix, preferred_element_type=jnp.float32)
-    sums = sums.reshape(3, len(flat), -1)
+    sums = jnp.einsum("P...D,FD->P...F", pieces(x), matrix, preferred_element_type=jnp.float32)
     return (sums[2] + sums[1] + sums[0]).reshape(*x.shape[:-1], *values.shape[:-1])
 
 
 def pieces(x: Array) -> Array:
-    """x [...] float32 as three bfloat16 numbers whose sum is x, bit for bit: [3, ...].
+    """x [...] float32 as three bfloat16 numbers whose sum is x, bit for bit (below 1e-33 nearly): [3, ...].
 
     By its bits, since compilers take away a conversion to bfloat16 and back; and by a choice for each element, which a
     CPU's kernels have sooner than a concatenation.
     """
-
-    def upper(x: Array) -> Array:
-        return jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16
-
-    def without(x: Array) -> Array:
-        """What is left of x without its first piece."""
-        return x - jax.lax.bitcast_convert_type(upper(x) << 16, jnp.float32)
-
-    rest = without(x)
+    rest = x - _widened(_upper(x))
+    last = rest - _widened(_upper(rest))
     number = jax.lax.broadcasted_iota(jnp.uint32, (3, *x.shape), 0)
-    chosen = jnp.where(number == 0, x, jnp.where(number == 1, rest, without(rest)))
-    return jax.lax.bitcast_convert_type(upper(chosen).astype(jnp.uint16), jnp.bfloat16)
+    chosen = jnp.where(number == 0, x, jnp.where(number == 1, rest, last))
+    return jax.lax.bitcast_convert_type(_upper(chosen), jnp.bfloat16)
+
+
+def _upper(x: Array) -> Array:
+    """The upper half of each float32: the bits of a bfloat16, as uint16."""
+    return (jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16)
+
+
+def _widened(upper: Array) -> Array:
+    """The float32 whose upper half this is."""
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def queries(layer: Layer | FusedLayer, x: Array, angles: Rotary, eps: float) -> Array:
@@ -169,10 +187,10 @@ def biased(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias
 
 
-def flat_heads(o: Array | Quantized | Narrow) -> Array | Quantized | Narrow:
+def flat_heads(o: Array | Quantized | OutputsFirst) -> Array | Quantized | OutputsFirst:
     """[N, H, D] -> [NH, D]."""
-    if isinstance(o, Narrow):
-        return Narrow(o.values.reshape(o.values.shape[0], -1))
+    if isinstance(o, OutputsFirst):
+        return OutputsFirst(o.values.reshape(o.values.shape[0], -1))
     if isinstance(o, Quantized):
         return o._replace(values=o.values.reshape(-1, o.values.shape[-1]))
     return o.reshape(-1, o.shape[-1])

@@ -1,7 +1,7 @@
-"""Weights made ready for decoding: products of one input fused, the drafter's matrices in 8 bits, bfloat16 ones narrow.
+"""Weights made ready for decoding: in the order a CPU wants, products of one input fused, the drafter in 8 bits.
 
-None of it changes what the target says: fused and narrow products are the same sums, up to float32's rounding, and an
-8-bit drafter only proposes other tokens (SPEC section 8).
+None of it changes what the target says: the products are the same sums, up to float32's rounding, and an 8-bit drafter
+only proposes other tokens (SPEC section 8).
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.decode import Params
 from domino_jax.head import fused
 from domino_jax.sharding import constrain
-from domino_jax.weights import FusedLayer, Head, Narrow, Quantized, axes, flatten, is_bias, lm_head
+from domino_jax.weights import FusedLayer, Head, OutputsFirst, Quantized, axes, flatten, is_bias, lm_head
 
 KINDS = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
@@ -27,12 +27,13 @@ LARGEST_TABLE = 32 << 20  # bytes
 SUMMED = {"D N H": 1, "D K H": 1, "N H D": 2, "D F": 1, "F D": 1, "LD D": 1, "V R": -1, "V D": -1}
 
 
-def narrow(module: Any, config: DecoderConfig) -> None:
-    """Make a Target or Draft as it is stored ready for a float32 run: bfloat16 matrices stay so, all else is float32.
+def outputs_first(module: Any, config: DecoderConfig) -> None:
+    """Make a Target or Draft ready for a float32 run on a CPU: its matrices become OutputsFirst.
 
-    Products with them are float32's (`layers.exact_product`). Processors that multiply bfloat16 matrices (Intel's AMX)
-    have them sooner, from half the memory; elsewhere they are slow. Experts and the causal head become float32: the
-    products of the first are of another kind, those of the second too small to gain.
+    Those in bfloat16 stay so, all else becomes float32. Products are float32's either way (`layers.product`).
+    Processors that multiply bfloat16 matrices (Intel's AMX) have them sooner, from half the memory; elsewhere they are
+    slow. Experts and the causal head become float32 and stay in their order: the products of the first are of another
+    kind, those of the second too small to gain.
 
     Weight after weight is replaced, so that one at most is held twice.
     """
@@ -42,7 +43,7 @@ def narrow(module: Any, config: DecoderConfig) -> None:
         for parent in parents:
             owner = owner[int(parent)] if parent.isdigit() else getattr(owner, parent)
         weight = getattr(owner, name)
-        if weight.dtype == jnp.bfloat16 and letters in SUMMED and "head" not in parents:
+        if letters in SUMMED and "head" not in parents:
             weight = _outputs_first(weight, letters)
         else:
             weight = weight.astype(jnp.float32)
@@ -50,13 +51,13 @@ def narrow(module: Any, config: DecoderConfig) -> None:
 
 
 @partial(jax.jit, static_argnums=1)
-def _outputs_first(weight: Array, letters: str) -> Narrow:
-    """A matrix with its output axes in front, as the bfloat16 units take it fastest."""
+def _outputs_first(weight: Array, letters: str) -> OutputsFirst:
+    """A matrix with its output axes in front."""
     names, summed = letters.split(), SUMMED[letters]
     if summed < 0:  # a vocabulary's: they are
-        return Narrow(constrain(weight, letters))
+        return OutputsFirst(constrain(weight, letters))
     order = [*range(summed, weight.ndim), *range(summed)]
-    return Narrow(constrain(jnp.transpose(weight, order), " ".join(names[i] for i in order)))
+    return OutputsFirst(constrain(jnp.transpose(weight, order), " ".join(names[i] for i in order)))
 
 
 def fuse(module: Any) -> None:
@@ -93,9 +94,9 @@ def fuse_head(params: Params, largest: int = LARGEST_TABLE) -> None:
 @partial(jax.jit, static_argnums=2)
 def _together(first: Any, second: Any, letters: str) -> Any:
     """Two weights [in, out...] as one [in, 2, out...], laid out by its axis letters."""
-    if isinstance(first, Narrow):
+    if isinstance(first, OutputsFirst):
         values = jnp.stack([first.values, second.values])
-        return Narrow(constrain(values, f"{letters.removeprefix('D ')} D"))
+        return OutputsFirst(constrain(values, f"{letters.removeprefix('D ')} D"))
     if isinstance(first, Quantized):
         values, scale = jnp.stack([first.values, second.values], axis=1), jnp.stack([first.scale, second.scale])
         return Quantized(constrain(values, letters), constrain(scale, letters.removeprefix("D ")))
@@ -124,7 +125,7 @@ def quantize(params: Params, config: DraftConfig, kind: str) -> Params:
 
     done = [leaf if stays(path) else to_8_bits(leaf, letters[path], kind) for path, leaf in named]
     output = lm_head(params.target)
-    output = output.values.astype(jnp.float32) if isinstance(output, Narrow) else output
+    output = output.values.astype(jnp.float32) if isinstance(output, OutputsFirst) else output
     return Params(params.target, jax.tree.unflatten(form, done), to_8_bits(output, "V D", kind))
 
 

@@ -233,6 +233,13 @@ def fit(config: Config, model: int) -> Config:
     return dataclasses.replace(config, num_key_value_heads=heads * copies)
 
 
+def part(config: Config, mesh: Mesh | None) -> Config:
+    """The config with the heads that one device of the mesh has."""
+    model = mesh.shape[MODEL] if mesh else 1
+    heads, kv_heads = config.num_attention_heads // model, config.num_key_value_heads // model
+    return dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
+
+
 def grown(letters: Sequence[str], shape: Sequence[int], config: DecoderConfig, model: int) -> tuple[int, ...]:
     """The shape that a stored array has on a mesh of `model` devices: more KV heads (see `fit`), padded vocabulary.
 

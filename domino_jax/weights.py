@@ -26,10 +26,13 @@ class Quantized(NamedTuple):
     scale: Array  # of the output axes' shape, in the weight's dtype
 
 
-class Narrow(NamedTuple):
-    """A matrix held in bfloat16 where all else is float32: half the memory, the same precision (`prepare.narrow`)."""
+class OutputsFirst(NamedTuple):
+    """A matrix of a float32 run in the order that CPUs multiply fastest (see `prepare.outputs_first`).
 
-    values: Array  # bfloat16: the weight's output axes, then those that a product sums over
+    Float32, or bfloat16 as it is stored: half the memory, the same precision (`layers.exact_product`).
+    """
+
+    values: Array  # the weight's output axes, then those that a product sums over
 
 
 class Layer(nnx.Module):
@@ -186,6 +189,6 @@ def unflatten(config: DecoderConfig, leaves: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(form), [leaves[path] for path in flatten(form)])
 
 
-def lm_head(target: Target) -> Array | Narrow:
+def lm_head(target: Target) -> Array | OutputsFirst:
     """[V, D]: the output projection, the embedding itself where they are tied."""
     return target.embed if target.lm_head is None else target.lm_head

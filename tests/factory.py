@@ -135,13 +135,18 @@ class Pair(NamedTuple):
         )
 
 
-def narrow(pair: Pair) -> Pair:
-    """The pair with its weights rounded to bfloat16, and its matrices left so."""
+def turned(pair: Pair) -> Pair:
+    """The pair with its matrices as a float32 run on a CPU holds them; those in bfloat16 stay so."""
     assert pair.configs.draft is not None
-    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pair.params)
-    prepare.narrow(params.target, pair.configs.target)
-    prepare.narrow(params.draft, pair.configs.draft)
+    params = jax.tree.map(lambda w: w, pair.params)  # other modules of the same arrays
+    prepare.outputs_first(params.target, pair.configs.target)
+    prepare.outputs_first(params.draft, pair.configs.draft)
     return Pair(params, pair.configs)
+
+
+def narrow(pair: Pair) -> Pair:
+    """The same with weights rounded to bfloat16, and matrices left so."""
+    return turned(Pair(jax.tree.map(lambda w: w.astype(jnp.bfloat16), pair.params), pair.configs))
 
 
 def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> Pair:

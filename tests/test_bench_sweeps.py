@@ -85,9 +85,10 @@ def test_random_weights_are_made_in_their_dtype_and_are_sane():
 def test_random_weights_lie_on_a_mesh_in_parts():
     """The shapes and layout are those of loaded weights: a mesh pads the vocabulary and repeats KV heads."""
     loaded = load_random("wide", mesh=(1, 4), matrices="float32")
-    embed, k = loaded.params.target.embed, loaded.params.target.layers[0].k
+    leaves = flatten(loaded.params.target)
+    embed, k = leaves["embed.values"], leaves["layers.0.k.values"]
     assert embed.shape == (264, 32) and embed.sharding.shard_shape(embed.shape) == (66, 32)
-    assert k.shape == (32, 4, 8) and k.sharding.shard_shape(k.shape) == (32, 1, 8)
+    assert k.shape == (4, 8, 32) and k.sharding.shard_shape(k.shape) == (1, 8, 32)
     sequence, _ = Engine(loaded).sequence([1, 2, 3], 9)
     Engine(loaded).generate([sequence])
     assert len(sequence.tokens) == 9 and max(sequence.tokens) < 261

@@ -1,7 +1,8 @@
-"""What makes a cycle cheaper and must not change the output: narrow and fused products, 8-bit drafters, candidates."""
+"""What makes a cycle cheaper and must not change the output: turned, narrow and fused products, 8 bits, candidates."""
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import factory
 import jax
@@ -15,7 +16,7 @@ from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
-from domino_jax.weights import FusedHead, Narrow, Quantized, build, flatten
+from domino_jax.weights import FusedHead, OutputsFirst, Quantized, build, flatten
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
@@ -118,7 +119,7 @@ def test_an_8_bit_drafter_changes_no_token(kind, dtype):
     assert tau(small) > 0.8 * tau(whole) > 1.4, "an 8-bit drafter should propose nearly as well"
 
 
-# --- Narrow matrices ----------------------------------------------------------------------------------------------
+# --- Turned and narrow matrices -----------------------------------------------------------------------------------
 
 
 def test_a_float32_is_the_sum_of_its_pieces():
@@ -143,7 +144,7 @@ def test_narrow_products_are_as_exact_as_float32s(shape):
         return float(np.abs(np.asarray(y, np.float64) - true).max())
 
     plain = error(jnp.einsum("...D,abD->...ab", x, w.astype(jnp.float32)))
-    assert error(jax.jit(layers.linear)(x, Narrow(w))) < 2 * plain
+    assert error(jax.jit(layers.linear)(x, OutputsFirst(w))) < 2 * plain
     rounded = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
     assert error(jnp.einsum("...D,abD->...ab", rounded, w.astype(jnp.float32))) > 50 * plain
 
@@ -162,9 +163,35 @@ def test_matrices_stay_narrow_and_the_rest_is_float32():
             values = after[f"{path}.values" if matrix else path]
             assert values.dtype == (jnp.bfloat16 if matrix else jnp.float32) and values.size == weight.size
         assert after["layers.0.down.values"].shape == before["layers.0.down"].shape[::-1]
-    in_float32 = good().params.target
-    prepare.narrow(in_float32, TARGET)
-    assert not any(path.endswith("values") for path in flatten(in_float32)), "these would have to be rounded"
+    for path, weight in flatten(factory.turned(good()).params.target).items():
+        assert weight.dtype == jnp.float32, f"{path} would have been rounded"
+
+
+def test_turned_products_are_the_same_sums():
+    """Of every kind of weight, and whole: logits, features and drafts are those of matrices in their own order."""
+    pair = good()
+    turned = factory.turned(pair)
+    layer: Any = turned.params.target.layers[0]
+    assert layer.down.values.shape == pair.params.target.layers[0].down.shape[::-1]
+    x = jax.random.normal(jax.random.key(0), (2, 3, TARGET.hidden_size))
+    for name in ("q", "k", "v", "gate", "up"):
+        expected = layers.linear(x, getattr(pair.params.target.layers[0], name))
+        np.testing.assert_allclose(layers.linear(x, getattr(layer, name)), expected, atol=1e-5)
+    ids = jnp.array([[3, 0], [1, 3]])
+    embed = pair.params.target.embed
+    np.testing.assert_array_equal(layers.rows(turned.params.target.embed, ids), embed[ids])
+    np.testing.assert_allclose(layers.scores(x, turned.params.target.embed), layers.scores(x, embed), atol=1e-5)
+    assert run(turned) == run(pair)
+    for module in turned.params[:2]:
+        prepare.fuse(module)
+    assert run(turned) == run(pair)
+
+
+def test_a_turned_product_has_the_matrix_on_its_left():
+    """As compiled: XLA would take x's columns for rows again, and have its kernels put the matrix in order instead."""
+    program = jax.jit(layers.turned_product).lower(jnp.zeros((8, 64)), jnp.zeros((96, 64))).compile()
+    (product,) = [line for line in (program.as_text() or "").splitlines() if " dot(" in line]
+    assert "= f32[96,8]" in product and "lhs_contracting_dims={1}, rhs_contracting_dims={0}" in product
 
 
 @pytest.mark.parametrize(
@@ -193,7 +220,7 @@ def test_experts_stay_float32_beside_narrow_matrices():
     target = dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True))
     whole, narrow = narrowed(Pair.make(factory.draft_config(target), target))
     layer = narrow.params.target.layers[0]
-    assert isinstance(layer.q, Narrow) and layer.router is not None
+    assert isinstance(layer.q, OutputsFirst) and layer.router is not None
     assert layer.gate.dtype == layer.router.dtype == jnp.float32
     assert [o.tokens for o in run(narrow)] == [o.tokens for o in run(whole)]
 

@@ -105,14 +105,15 @@ def test_a_mesh_gives_the_tokens_of_one_device_with_candidates_too(pair, alone_c
     assert parts["output.values"][0] == -(-89 // model)
 
 
+@pytest.mark.parametrize("form", [factory.turned, factory.narrow], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("data", "model"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
-def test_a_mesh_gives_the_tokens_of_one_device_with_narrow_matrices_too(pair, data, model):
-    """Each device holds its part of every narrow matrix, outputs first."""
-
-    expected = run(factory.narrow(pair))
+def test_a_mesh_gives_the_tokens_of_one_device_with_outputs_first_too(pair, alone, data, model, form):
+    """As a CPU holds matrices, in either dtype: each device has its part of every one."""
+    expected = run(form(pair))
+    assert form is factory.narrow or expected == alone
     mesh = sharding.make_mesh(data, model)
     with jax.set_mesh(mesh):
-        ours = factory.narrow(spread(pair, mesh))
+        ours = form(spread(pair, mesh))
         assert run(ours) == expected
     parts = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in flatten(ours.params).items()}
     assert parts["target.layers.0.q.values"] == (8 // model, 6, 32)
@@ -155,6 +156,14 @@ def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, mo
     assert parts["layers.0.q_bias"] == (8 // model, 6) and parts["layers.0.o_bias"] == (32,)
 
 
+SAMPLING = Sampling(
+    temperature=jnp.array([1.0, 0.7, 0.0, 1.3], jnp.float32),
+    top_k=jnp.array([0, 20, 0, 0], jnp.int32),
+    top_p=jnp.array([1.0, 0.9, 1.0, 1.0], jnp.float32),
+    min_p=jnp.array([0.0, 0.0, 0.0, 0.02], jnp.float32),
+)
+
+
 @pytest.mark.slow
 def test_samples_on_a_mesh_are_those_of_one_device():
     """With a vocabulary that needs no padding the random numbers are the same, and so are the draws."""
@@ -162,35 +171,30 @@ def test_samples_on_a_mesh_are_those_of_one_device():
     pair = factory.good_pair(
         target, 1, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, intermediate_size=40
     )
-    sampling = Sampling(
-        temperature=jnp.array([1.0, 0.7, 0.0, 1.3], jnp.float32),
-        top_k=jnp.array([0, 20, 0, 0], jnp.int32),
-        top_p=jnp.array([1.0, 0.9, 1.0, 1.0], jnp.float32),
-        min_p=jnp.array([0.0, 0.0, 0.0, 0.02], jnp.float32),
-    )
-    expected = run(pair, sampling)
+    expected = run(pair, SAMPLING)
     mesh = sharding.make_mesh(2, 2)
     with jax.set_mesh(mesh):
-        assert run(spread(pair, mesh), sampling) == expected
+        assert run(spread(pair, mesh), SAMPLING) == expected
 
 
 COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
 
 
 @pytest.mark.parametrize(
-    ("model", "candidates", "form"),
+    ("model", "candidates", "form", "sampling"),
     [
-        pytest.param("pair", None, None, id="whole head"),
-        pytest.param("pair", 1, None, id="candidates"),
-        pytest.param("moe_pair", None, "one by one", id="experts", marks=pytest.mark.slow),
-        pytest.param("moe_pair", None, "grouped", id="experts, grouped"),
+        pytest.param("pair", None, None, None, id="whole head"),
+        pytest.param("pair", None, None, SAMPLING, id="samples"),
+        pytest.param("pair", 1, None, None, id="candidates"),
+        pytest.param("moe_pair", None, "one by one", None, id="experts", marks=pytest.mark.slow),
+        pytest.param("moe_pair", None, "grouped", None, id="experts, grouped"),
     ],
 )
-def test_nothing_large_crosses_between_devices(request, monkeypatch, model, candidates, form):
-    """A cycle moves hidden states and, for each argmax, one candidate a device: no weight and no whole logits.
+def test_nothing_large_crosses_between_devices(request, monkeypatch, model, candidates, form, sampling):
+    """A cycle moves hidden states and, for each argmax or draw, one candidate a device: no weight, no whole logits.
 
-    A head over candidates moves those as well, and their rows of its projection. Experts add nothing: what they say is
-    summed where an MLP's parts are.
+    A head over candidates moves those as well, and their rows of its projection. Top-k and top-p move sums over the
+    vocabulary. Experts add nothing: what they say is summed where an MLP's parts are.
     """
     if form:
         monkeypatch.setattr(moe, "choose", lambda: form)
@@ -199,7 +203,9 @@ def test_nothing_large_crosses_between_devices(request, monkeypatch, model, cand
     with jax.set_mesh(mesh):
         ours = spread(request.getfixturevalue(model), mesh)
         ours = Pair(ours.params, dataclasses.replace(ours.configs, candidates=candidates))
-        text = decode.speculate.lower(ours.params, ours.configs, start(ours), NO_STOP, 8, True).compile().as_text()
+        state = start(ours, sampling)
+        program = decode.speculate.lower(ours.params, ours.configs, state, NO_STOP, 8, sampling is None)
+        text = program.compile().as_text()
     moved: dict[str, list[int]] = {}
     for shapes, kind, _ in COLLECTIVE.findall(text or ""):
         for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):

@@ -16,7 +16,8 @@ Three forms, one meaning:
             length are neither fetched nor computed. (JAX's own GPU kernels for decoding are Triton ones, a backend that
             JAX 0.11 declared deprecated: none is used.)
 
-Measured: xla on a CPU. The other two have run on no device here. cuDNN's is held by JAX's statement of the same
+"auto" is the fastest of those that can run, as measured on the device at hand (`convert.fastest`). The other two have
+run on no device here. cuDNN's is held by JAX's statement of the same
 function, ours by interpretation, both by what they lower to; see tests/test_attention.py, which also runs on a device.
 """
 
@@ -45,41 +46,40 @@ LANES = 128  # the width of a TPU's vector registers
 SUBLANES = 16  # their height, for 16-bit floats
 
 
-def choose(asked: Choice, head_dims: Iterable[int], dtype: Any) -> Form:
-    """The form to run on this process's devices.
+def choices(asked: Choice, head_dims: Iterable[int], dtype: Any) -> tuple[Form, ...]:
+    """The forms that may run on this process's devices: the one asked for, or with "auto" all that can, xla first.
 
     Args:
-        asked: a form, or "auto": what has been measured to be right and no slower than the others. Today that is xla
-            everywhere, since the others have run on no device.
         head_dims: H of each model that will run.
         dtype: of queries and caches.
 
     Raises:
         DominoError: what was asked for can't run here; it is never replaced by another form.
     """
+    head_dims = tuple(head_dims)
     if asked == "auto":
-        return "xla"
+        return tuple(form for form in get_args(Form) if not _refusal(form, head_dims, dtype))
+    refusal = _refusal(asked, head_dims, dtype)
+    if refusal:
+        raise DominoError(f"{refusal}: give --attention auto or xla.")
+    return (asked,)
+
+
+def _refusal(form: Form, head_dims: Iterable[int], dtype: Any) -> str | None:
+    """Why a form can't run here, or None."""
     device = jax.devices()[0]
-    if asked == "cudnn":
-        if "cuda" not in device.client.platform_version.lower():
-            raise DominoError(
-                f"cuDNN's attention needs an NVIDIA GPU, found {device.device_kind}: give --attention auto or xla."
-            )
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-            raise DominoError(
-                f"cuDNN's attention takes bfloat16, found {jnp.dtype(dtype).name}: give --attention auto or xla."
-            )
-        wrong = [width for width in head_dims if width % 8 or width > WIDEST_CUDNN_HEAD]
-        if wrong:
-            raise DominoError(
-                f"cuDNN's attention takes heads of a multiple of 8 up to {WIDEST_CUDNN_HEAD}, found head_dim "
-                f"{wrong[0]}: give --attention auto or xla."
-            )
-    if asked == "pallas" and device.platform != "tpu":
-        raise DominoError(
-            f"the Pallas attention kernel needs a TPU, found {device.device_kind}: give --attention auto or xla."
-        )
-    return asked
+    if form == "pallas" and device.platform != "tpu":
+        return f"the Pallas attention kernel needs a TPU, found {device.device_kind}"
+    if form != "cudnn":
+        return None
+    if "cuda" not in device.client.platform_version.lower():
+        return f"cuDNN's attention needs an NVIDIA GPU, found {device.device_kind}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's attention takes bfloat16, found {jnp.dtype(dtype).name}"
+    wrong = [width for width in head_dims if width % 8 or width > WIDEST_CUDNN_HEAD]
+    if wrong:
+        return f"cuDNN's attention takes heads of a multiple of 8 up to {WIDEST_CUDNN_HEAD}, found head_dim {wrong[0]}"
+    return None
 
 
 def attend(

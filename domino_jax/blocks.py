@@ -47,7 +47,7 @@ def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
     if asked == "auto":
         return "dense" if count * config.block_size <= ROWS else "chunked"
     if asked == "cudnn":
-        attention.choose("cudnn", (config.head_dim,), dtype)
+        attention.choices("cudnn", (config.head_dim,), dtype)
     if asked == "pallas" and jax.devices()[0].platform != "tpu":
         raise DominoError(
             f"the blocks' Pallas kernel needs a TPU, found {jax.devices()[0].device_kind}: give --block-attention auto "

@@ -3,6 +3,7 @@
 On a machine with a GPU or a TPU, `JAX_PLATFORMS=cuda pytest tests/test_attention.py` also runs that device's form.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -17,8 +18,9 @@ from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from tiny import make_target
 
+from convert.fastest import fastest
 from domino_jax import attention, decode, sharding
-from domino_jax.attention import attend, choose
+from domino_jax.attention import attend, choices
 from domino_jax.errors import DominoError
 from infer.__main__ import main
 
@@ -158,7 +160,7 @@ def test_on_a_mesh_each_device_has_its_own_part(sizes):
 def test_the_form_of_this_device(form):
     """On a GPU or a TPU its own form, compiled, against xla's, both in bfloat16."""
     try:
-        choose(form, [128], jnp.bfloat16)
+        choices(form, [128], jnp.bfloat16)
     except DominoError as error:
         pytest.skip(str(error))
     for tokens, group, kv_heads, causal, window in CASES.values():
@@ -170,11 +172,11 @@ def test_the_form_of_this_device(form):
 
 
 def test_what_cannot_run_here_is_refused(monkeypatch):
-    assert choose("auto", [6], jnp.float32) == choose("xla", [6], jnp.float32) == "xla"
+    assert choices("auto", [6], jnp.float32) == choices("xla", [6], jnp.float32) == ("xla",)
     with pytest.raises(DominoError, match=r"needs a TPU, found cpu"):
-        choose("pallas", [128], jnp.bfloat16)
+        choices("pallas", [128], jnp.bfloat16)
     with pytest.raises(DominoError, match=r"needs an NVIDIA GPU, found cpu"):
-        choose("cudnn", [128], jnp.bfloat16)
+        choices("cudnn", [128], jnp.bfloat16)
 
     class Gpu:
         platform, device_kind = "gpu", "NVIDIA H200"
@@ -183,15 +185,48 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
             platform_version = "PJRT C API\ncuda 13000"
 
     monkeypatch.setattr(jax, "devices", lambda: [Gpu])
-    assert choose("auto", [128], jnp.bfloat16) == "xla"
-    assert choose("cudnn", [128, 64], jnp.bfloat16) == "cudnn"
+    assert choices("auto", [128], jnp.bfloat16) == ("xla", "cudnn")
+    assert choices("auto", [128], jnp.float32) == choices("auto", [128, 100], jnp.bfloat16) == ("xla",)
+    assert choices("cudnn", [128, 64], jnp.bfloat16) == ("cudnn",)
     with pytest.raises(DominoError, match="takes bfloat16, found float32"):
-        choose("cudnn", [128], jnp.float32)
+        choices("cudnn", [128], jnp.float32)
     for width in (100, 256):
         with pytest.raises(DominoError, match=f"up to 128, found head_dim {width}"):
-            choose("cudnn", [128, width], jnp.bfloat16)
+            choices("cudnn", [128, width], jnp.bfloat16)
     with pytest.raises(DominoError, match="needs a TPU, found NVIDIA H200"):
-        choose("pallas", [128], jnp.bfloat16)
+        choices("pallas", [128], jnp.bfloat16)
+
+
+def test_auto_is_the_fastest_form_that_says_the_same(monkeypatch):
+    """Measured: xla is made slow, and the other forms are what a backend might turn out to have."""
+    plain, config = attention.xla, dataclasses.replace(factory.TARGET, head_dim=16)
+
+    def slow(*args: Any) -> Array:
+        return sum((plain(*args) for _ in range(40)), start=jnp.float32(0)) / 40
+
+    def wrong(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:
+        return plain(q, k, v, start + 9, how["causal"], how["window"])
+
+    def broken(*_: Any, **__: Any) -> Array:
+        raise NotImplementedError("no such kernel\nand more")
+
+    monkeypatch.setattr(attention, "xla", slow)
+    monkeypatch.setattr(
+        attention, "cudnn", lambda q, k, v, start, causal, window: plain(q, k, v, start, causal, window)
+    )
+    monkeypatch.setattr(attention, "pallas", wrong)
+    run = partial(fastest, config=config, dtype=jnp.float32, tokens=8)
+    form, notes = run(("xla", "cudnn", "pallas"))
+    assert form == "cudnn" and len(notes) == 1
+    assert "pallas" in notes[0] and "says something else here than xla" in notes[0]
+    monkeypatch.setattr(attention, "xla", plain)
+    monkeypatch.setattr(attention, "cudnn", broken)
+    assert run(("xla", "cudnn")) == (
+        "xla",
+        ("attention by cudnn is left out, since it fails here: no such kernel.",),
+    )
+    monkeypatch.setattr(attention, "xla", broken)
+    assert run(("xla",)) == ("xla", ()), "where there is no choice nothing is run"
 
 
 def test_the_command_line_refuses_too(tmp_path, capsys):

@@ -220,7 +220,7 @@ def target_states(
     features, hidden, kind = inputs.features, inputs.hidden, objective.loss
     if features is None or (kind == "kl" and hidden is None):
         if objective.target_attention != "xla":
-            attention.choose(objective.target_attention, (config.head_dim,), frozen.embed.dtype)  # refuses, or not
+            attention.choices(objective.target_attention, (config.head_dim,), frozen.embed.dtype)  # refuses, or not
         hidden, features, _ = target.forward(
             frozen,
             config,

@@ -113,6 +113,7 @@ class Chooser:
     # A batch lasts until its slowest row is through, and drafts let rows differ: the pace of a batch over the mean
     # pace of its rows, as it has been lately.
     evenness: float = 1.0
+    batches: int = 0  # that told about it
     owed: int = field(init=False)  # cycles of a row still to be seen before drafts may be given up
     plain_batches: int = 0  # since drafts were last tried
 
@@ -175,7 +176,8 @@ class Chooser:
         """Note how even a batch was that drafts were used for throughout, by each row's tokens and cycles."""
         if max(cycles, default=0) > 0:
             even = (sum(cycles) / max(cycles)) / (sum(tokens) / max(tokens))
-            self.evenness = (self.evenness + even) / 2
+            self.evenness = (self.evenness + even) / 2 if self.batches else even
+            self.batches += 1
 
     def __str__(self) -> str:
         plain, most = self.times[0] * 1e3, max(self.times)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from convert.hosts import agree
+from convert.tokenizer import first_line
 from domino_jax.attention import Form, attend
 from domino_jax.cache import bucket
 from domino_jax.config import DecoderConfig
@@ -54,7 +55,7 @@ def fastest(forms: Sequence[Form], config: DecoderConfig, dtype: Any, tokens: in
             programs[form](*inputs).block_until_ready()
         except Exception as error:  # whatever a kernel that does not compile or run here raises
             del programs[form]
-            notes.append(f"attention by {form} is left out, since it fails here: {str(error).splitlines()[0]}.")
+            notes.append(f"attention by {form} is left out, since it fails here: {first_line(error)}.")
             continue
         expected = said if expected is None else expected
         if not np.abs(said - expected).max() <= ROUNDING * np.abs(expected).max():

@@ -43,10 +43,11 @@ def outputs_first(module: Any, config: DecoderConfig) -> None:
         for parent in parents:
             owner = owner[int(parent)] if parent.isdigit() else getattr(owner, parent)
         weight = getattr(owner, name)
-        if letters in SUMMED and "head" not in parents:
-            weight = _outputs_first(weight, letters)
-        else:
+        turned = letters in SUMMED and "head" not in parents
+        if not turned or weight.dtype != jnp.bfloat16:
             weight = weight.astype(jnp.float32)
+        if turned:
+            weight = _outputs_first(weight, letters)
         setattr(owner, name, nnx.data(jax.block_until_ready(weight)))
 
 

@@ -79,8 +79,8 @@ class Generate:
     dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and caches; by default float32 on CPU, bfloat16 elsewhere"""
     attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
-    """its form: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto is xla until another has been
-    measured"""
+    """its form: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto times those that this device
+    can run, and takes the fastest"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4": rows over data, weights over model; by default those found (one CPU)"""
     coordinator: str | None = None

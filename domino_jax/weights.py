@@ -2,8 +2,8 @@
 
 A module is built by a function from axis letters to a leaf: `axes(config)` builds the tree of the
 letters themselves, `shapes` and `init` derive from that tree, and so do the checks of files. Matrices
-are [in, out], as XLA multiplies them well (a float32 run on a CPU turns them: OutputsFirst); the two vocabulary projections are [V, in], because
-they are read by row as well.
+are [in, out] (a float32 run on a CPU turns them, see OutputsFirst); the two vocabulary projections are
+[V, in], because they are read by row as well.
 """
 
 from collections.abc import Callable

@@ -10,6 +10,8 @@ from domino_jax import moe
 from domino_jax.config import DecoderConfig, MoeConfig, Yarn
 from domino_jax.weights import FusedLayer, Layer, OutputsFirst, Quantized
 
+FEW_PIECES = 192  # rows of bfloat16 pieces, three for each of x: up to here they are the right factor of a product
+
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
 
 
@@ -112,22 +114,33 @@ def exact_product(x: Array, values: Array) -> Array:
     float32: so three products on a processor's bfloat16 units, summed in float32, lose nothing but what any float32
     sum rounds. (Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For
     Higher-Precision Computations"; of their nine products six are zero, since the values have one piece.)
+
+    Few rows are the right factor, as in `turned_product`: with the matrix there, XLA would hold a transposed copy of it
+    through every loop of decoding, made anew for each. The kernels for many rows want it there.
     """
-    matrix = values.reshape(-1, values.shape[-1])
-    sums = jnp.einsum("P...D,FD->P...F", pieces(x), matrix, preferred_element_type=jnp.float32)
-    return (sums[2] + sums[1] + sums[0]).reshape(*x.shape[:-1], *values.shape[:-1])
+    matrix, parts = values.reshape(-1, values.shape[-1]), pieces(x)
+    parts = parts.reshape(-1, parts.shape[-1])
+    if parts.shape[0] <= FEW_PIECES:
+        columns = jax.lax.optimization_barrier(parts)
+        sums = jnp.einsum("FD,RD->FR", matrix, columns, preferred_element_type=jnp.float32)
+        sums = jax.lax.optimization_barrier(sums).T
+    else:
+        sums = jnp.einsum("RD,FD->RF", parts, matrix, preferred_element_type=jnp.float32)
+    sums = sums.reshape(*x.shape[:-1], 3, -1)
+    return (sums[..., 2, :] + sums[..., 1, :] + sums[..., 0, :]).reshape(*x.shape[:-1], *values.shape[:-1])
 
 
 def pieces(x: Array) -> Array:
-    """x [...] float32 as three bfloat16 numbers whose sum is x, bit for bit (below 1e-33 nearly): [3, ...].
+    """x [..., D] float32 as three bfloat16 numbers whose sum it is, bit for bit (below 1e-33 nearly): [..., 3, D].
 
     By its bits, since compilers take away a conversion to bfloat16 and back; and by a choice for each element, which a
     CPU's kernels have sooner than a concatenation.
     """
     rest = x - _widened(_upper(x))
     last = rest - _widened(_upper(rest))
-    number = jax.lax.broadcasted_iota(jnp.uint32, (3, *x.shape), 0)
-    chosen = jnp.where(number == 0, x, jnp.where(number == 1, rest, last))
+    whole, rest, last = (part[..., None, :] for part in (x, rest, last))
+    number = jax.lax.broadcasted_iota(jnp.uint32, (*x.shape[:-1], 3, x.shape[-1]), x.ndim - 1)
+    chosen = jnp.where(number == 0, whole, jnp.where(number == 1, rest, last))
     return jax.lax.bitcast_convert_type(_upper(chosen), jnp.bfloat16)
 
 

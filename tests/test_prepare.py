@@ -187,11 +187,27 @@ def test_turned_products_are_the_same_sums():
     assert run(turned) == run(pair)
 
 
-def test_a_turned_product_has_the_matrix_on_its_left():
-    """As compiled: XLA would take x's columns for rows again, and have its kernels put the matrix in order instead."""
-    program = jax.jit(layers.turned_product).lower(jnp.zeros((8, 64)), jnp.zeros((96, 64))).compile()
-    (product,) = [line for line in (program.as_text() or "").splitlines() if " dot(" in line]
-    assert "= f32[96,8]" in product and "lhs_contracting_dims={1}, rhs_contracting_dims={0}" in product
+@pytest.mark.parametrize(
+    ("product", "dtype", "columns"),
+    [
+        pytest.param(layers.turned_product, jnp.float32, 8, id="float32"),
+        pytest.param(layers.exact_product, jnp.bfloat16, 24, id="bfloat16"),
+    ],
+)
+def test_a_product_in_a_loop_has_the_matrix_on_its_left(product, dtype, columns):
+    """As compiled: XLA would take x's columns for rows again, and have its kernels put the matrix in order instead.
+
+    Or it would make a transposed copy of the matrix before each loop.
+    """
+
+    @jax.jit
+    def run(x, matrix, times):
+        return jax.lax.fori_loop(0, times, lambda _, x: jnp.tanh(product(x, matrix))[:, :64], x)
+
+    program = run.lower(jnp.zeros((8, 64)), jnp.zeros((96, 64), dtype), 5).compile().as_text() or ""
+    (line,) = [line for line in program.splitlines() if " dot(" in line]
+    assert f"= f32[96,{columns}]" in line and "lhs_contracting_dims={1}" in line
+    assert "[64,96]" not in program
 
 
 @pytest.mark.parametrize(

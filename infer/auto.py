@@ -1,22 +1,28 @@
 """How many drafts a cycle should verify, or none: chosen from measured times and observed acceptance.
 
 Verifying J drafts costs t[J] and gives E[J] tokens on average, a plain step costs t[0] and gives one. The best
-choice is the greatest E[J] / t[J]. The times are measured once for each number of rows (`Engine`); E is estimated
-from the drafts accepted so far (`Acceptance`); `Chooser` puts the two together before each dispatch.
+choice is the greatest E[J] / t[J]. The times are measured at the first batch of each number of rows (`Engine`), and
+those that decide now and then again; E is estimated from the drafts accepted so far (`Acceptance`); `Chooser` puts the
+two together before each dispatch.
 
 Everything here is arithmetic on numbers that are the same in every process, so that all take the same decisions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 MOST_CANDIDATES = 7  # each is a program to compile
 BUDGET = 1.5  # seconds of calibration on the device, about
-DISPATCH = 0.02  # seconds of one timed dispatch, if it can be had by whole cycles
+DISPATCH = 0.015  # seconds of one timed dispatch, if it can be had by whole cycles
 ROUNDS = 2, 5  # of timings in turn, least and most; the shortest counts: what else the machine does can only add
 IN_A_ROW = 3  # dispatches of a program, of which the first finds the machine's caches full of another's data
+
+# One calibration may be wrong by more than choices differ by: what else the machine did was not the same for all.
+SHARE, LATER_SHARE = 0.02, 0.005  # of the time of decoding that goes to timing again, until it was timed TIMINGS times
+CLOSE = 1.25  # choices that differ by less are timed again
+TIMINGS = 5  # the last of a choice, of which the median counts
 
 # Before anything is seen each draft counts as accepted with this chance, and what is seen is weighed against it, or
 # against the chance of the draft before, as if that had been seen so many times.
@@ -24,7 +30,9 @@ FIRST_GUESS, GUESS_WEIGHT = 0.7, 2.0
 HALF_LIFE = 512.0  # cycles of a row after which what they told counts half: prompts differ
 ENOUGH = 8  # cycles of a row to be seen before drafts are given up
 MARGIN = 1.03  # by how much another choice has to be better
-PROBE_EVERY = 16  # batches of plain steps, after which some cycles are drafted again
+# Batches of plain steps after which drafts are tried again: twice as many after each try, but no more than so many.
+FIRST_PROBE, LAST_PROBE = 16, 256
+STEADY = 8  # batches, the mean of which is how even batches are
 
 
 def candidates(most: int) -> list[int]:
@@ -51,7 +59,7 @@ def calibrate(
     for drafts in choices:  # compiles
         time(drafts, 1)
     once = agree([time(drafts, 1) for drafts in choices])
-    counts = [max(1, min(longest(j), round(DISPATCH / seconds))) for j, seconds in zip(choices, once, strict=True)]
+    counts = [_cycles(longest(j), seconds) for j, seconds in zip(choices, once, strict=True)]
     whole = sum(count * seconds for count, seconds in zip(counts, once, strict=True))
     if whole > BUDGET:  # a cycle this long needs no repetition
         return dict(zip(choices, once, strict=True))
@@ -61,6 +69,11 @@ def calibrate(
         for drafts, count in zip(choices, counts, strict=True):
             shortest[drafts] = min(shortest[drafts], *(time(drafts, count) for _ in range(IN_A_ROW)))
     return dict(zip(choices, agree(list(shortest.values())), strict=True))
+
+
+def _cycles(longest: int, seconds: float) -> int:
+    """How many cycles, which take so many seconds each, a timed dispatch has."""
+    return max(1, min(longest, round(DISPATCH / seconds)))
 
 
 class Acceptance:
@@ -107,7 +120,7 @@ class Chooser:
     Once a batch takes plain steps it goes on with them: they do not fill the drafter's context.
     """
 
-    times: Mapping[int, float]  # seconds of a cycle by its drafts, 0 for a plain step
+    times: dict[int, float]  # seconds of a cycle by its drafts, 0 for a plain step
     acceptance: Acceptance  # shared by all numbers of rows
     drafts: int = -1  # the choice; 0 for plain steps, -1 before the first
     # A batch lasts until its slowest row is through, and drafts let rows differ: the pace of a batch over the mean
@@ -116,9 +129,14 @@ class Chooser:
     batches: int = 0  # that told about it
     owed: int = field(init=False)  # cycles of a row still to be seen before drafts may be given up
     plain_batches: int = 0  # since drafts were last tried
+    patience: int = FIRST_PROBE  # of them before the next try
+    unchecked: float = 0.0  # seconds of decoding since times were last measured
+    # Of each choice, over a plain step of about the same moment: what else slows the machine down slows both.
+    timings: dict[int, list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.owed = max(0, ENOUGH - self.acceptance.seen)
+        self.timings = {j: [seconds / self.times[0]] for j, seconds in self.times.items()}
 
     @property
     def worthwhile(self) -> list[int]:
@@ -134,13 +152,44 @@ class Chooser:
         """Whether a new batch is to begin with drafts."""
         if not self.worthwhile:
             self.drafts = 0
-        elif not self.owed and self._best(alone=False) == 0:
+        elif not self.owed and self._best(alone=False):
+            self.patience = FIRST_PROBE
+        elif not self.owed:
             self.plain_batches += 1
-            if self.plain_batches > PROBE_EVERY:
+            if self.plain_batches > self.patience:
                 # Look again: the texts may have changed, and what they were like counts half from here on.
                 self.acceptance.fade(0.5)
                 self.evenness, self.owed = (1 + self.evenness) / 2, ENOUGH
-        return bool(self.worthwhile) and (self.owed > 0 or self.drafts > 0)
+                self.patience = min(2 * self.patience, LAST_PROBE)
+        return bool(self.worthwhile) and (self.owed > 0 or self.drafts > 0 or self.due)
+
+    @property
+    def rival(self) -> int:
+        """The best drafts, if another choice is so close to them that their time decides; else 0."""
+        first, second = sorted(self.rates().items(), key=lambda choice: -choice[1])[:2]
+        return (first[0] or second[0]) if second[1] * CLOSE > first[1] else 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the rival is to be timed again, which is done before a batch takes plain steps."""
+        if not self.rival:
+            return False
+        share = SHARE if len(self.timings[self.rival]) < TIMINGS else LATER_SHARE
+        return sum(2 * max(DISPATCH, self.times[j]) for j in (0, self.rival)) < share * self.unchecked
+
+    def recheck(self, time: Time, longest: Callable[[int], int], agree: Callable[[list[float]], list[float]]) -> None:
+        """Time plain steps and the rival in turn; see `calibrate` for what it is given.
+
+        The best is often the one that was timed too short. That is found out, and then the next best is the rival.
+        """
+        choices = 0, self.rival
+        counts = [_cycles(longest(j), self.times[j]) for j in choices]
+        # The first of two finds the machine's caches full of another's data.
+        plain, drafts = agree([min(time(j, n), time(j, n)) for j, n in zip(choices, counts, strict=True)])
+        timings = self.timings[self.rival]
+        timings.append(drafts / plain)
+        self.times[self.rival] = self.times[0] * float(np.median(timings[-TIMINGS:]))
+        self.unchecked = 0.0
 
     def next(self, active: int, longest: int) -> tuple[int, int]:
         """J of the next dispatch (0 for plain steps from here on), and its number of cycles.
@@ -172,12 +221,18 @@ class Chooser:
             self.acceptance.add(accepted, self.drafts)
             self.owed = max(0, self.owed - len(accepted))
 
-    def finish(self, tokens: list[int], cycles: list[int]) -> None:
-        """Note how even a batch was that drafts were used for throughout, by each row's tokens and cycles."""
+    def finish(self, tokens: list[int], cycles: list[int], seconds: float) -> None:
+        """Note how a batch went.
+
+        Args:
+            tokens, cycles: of each row, where drafts were used throughout: they tell how even the batch was.
+            seconds: that decoding took.
+        """
+        self.unchecked += seconds
         if max(cycles, default=0) > 0:
             even = (sum(cycles) / max(cycles)) / (sum(tokens) / max(tokens))
-            self.evenness = (self.evenness + even) / 2 if self.batches else even
             self.batches += 1
+            self.evenness += (even - self.evenness) / min(self.batches, STEADY)
 
     def __str__(self) -> str:
         plain, most = self.times[0] * 1e3, max(self.times)

@@ -20,7 +20,7 @@ from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
 from domino_jax.sharding import DATA, fetch, put
-from infer.auto import Acceptance, Chooser, calibrate
+from infer.auto import Acceptance, Chooser, Time, calibrate
 from infer.conversation import Conversation
 from infer.text import TextStream
 
@@ -253,10 +253,14 @@ class Engine:
             self._note(sequences, seconds)
             for s, token in zip(sequences, first.tolist(), strict=False):
                 s.take([token], loaded.stop_ids)
-            if auto and chooser is None and any(s.finish_reason is None for s in sequences):
-                with _timed(seconds, "calibrate"):
-                    chooser, state = self._calibrate(params, configs, state, greedy)
-                self.choosers[case] = chooser
+            if auto and any(s.finish_reason is None for s in sequences):
+                if chooser is None:
+                    with _timed(seconds, "calibrate"):
+                        chooser, state = self._calibrate(params, configs, state, greedy)
+                    self.choosers[case] = chooser
+                elif chooser.due:  # and so with a drafter's context
+                    with _timed(seconds, "decode"):
+                        state = self._recheck(chooser, params, configs, state, greedy)
             yield
 
             # A stop string, which the device knows nothing of, has ended a row.
@@ -299,8 +303,10 @@ class Engine:
                 if chooser:
                     chooser.observe(accepted)
                 yield
-            if chooser and speculative:
-                chooser.finish([len(s.tokens) - 1 for s in sequences], [len(s.cycles) for s in sequences])
+            if chooser:
+                drafted = sequences if speculative else []  # throughout
+                tokens, cycles = [len(s.tokens) - 1 for s in drafted], [len(s.cycles) for s in drafted]
+                chooser.finish(tokens, cycles, *agree([seconds["decode"]]))
         except Exception:  # the device's: what its caches hold is not known
             conversation = None
             raise
@@ -323,13 +329,32 @@ class Engine:
     def _calibrate(
         self, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
     ) -> tuple[Chooser, decode.DecodeState]:
-        """Time plain steps and cycles of few and many drafts, with the programs and on the state that generation uses.
+        """A chooser for batches like this one, from times of plain steps and of cycles of few and many drafts."""
+        rows, most = state.token.shape[0], configs.proposals
+        self._report(f"calibrating --drafts auto for {rows} sequence{'s' * (rows > 1)} at a time")
+        measure, longest, finish = self._stopwatch(params, configs, state, greedy)
+        times = calibrate(measure, most, longest, agree)
+        return Chooser(times, self._acceptance.setdefault(greedy, Acceptance(most))), finish()
 
-        The state comes back as it was: what a timed cycle wrote lies beyond each row's length, like a rejected draft,
-        and will be written again before it is seen. A copy would need room for a second set of caches.
+    def _recheck(
+        self, chooser: Chooser, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
+    ) -> decode.DecodeState:
+        """Measure again the times that decide."""
+        measure, longest, finish = self._stopwatch(params, configs, state, greedy)
+        chooser.recheck(measure, longest, agree)
+        return finish()
+
+    def _stopwatch(
+        self, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
+    ) -> tuple[Time, Callable[[int], int], Callable[[], decode.DecodeState]]:
+        """What times cycles, with the programs and on the state that generation uses; see `auto.calibrate`.
+
+        Returns:
+            time and longest; and a function that gives the state back as it was: what a timed cycle wrote lies beyond
+            each row's length, like a rejected draft, and will be written again before it is seen. A copy would need
+            room for a second set of caches.
         """
         rows = state.token.shape[0]
-        self._report(f"calibrating --drafts auto for {rows} sequence{'s' * (rows > 1)} at a time")
         needed = int(fetch(state.length).max()) + self.cycles * (configs.proposals + 1) + configs.reach
         if needed > state.cache.capacity:  # where a dispatch soon ends for want of room, its cost is all that is seen
             state = decode.grow(state, cache.bucket(needed))
@@ -357,10 +382,10 @@ class Engine:
                 state = state._replace(context=context)
             return took / int(emitted.cycles)
 
-        most = configs.proposals
-        acceptance = self._acceptance.setdefault(greedy, Acceptance(most))
-        times = calibrate(measure, most, lambda drafts: self._longest(configs if drafts else configs.lean), agree)
-        return Chooser(times, acceptance), state._replace(**kept)
+        def longest(drafts: int) -> int:
+            return self._longest(configs if drafts else configs.lean)
+
+        return measure, longest, lambda: state._replace(**kept)
 
     @staticmethod
     def _note(sequences: list[Sequence], seconds: dict[str, float]) -> None:

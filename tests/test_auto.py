@@ -11,7 +11,7 @@ from tiny import TARGET, make_tokenizer
 
 from convert.models import Loaded
 from infer import auto, engine
-from infer.auto import ENOUGH, FIRST_GUESS, PROBE_EVERY, Acceptance, Chooser, calibrate, candidates
+from infer.auto import ENOUGH, FIRST_GUESS, FIRST_PROBE, TIMINGS, Acceptance, Chooser, calibrate, candidates
 from infer.engine import Engine, Sequence, Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -76,7 +76,7 @@ def test_the_most_tokens_a_second_win():
 def test_where_the_best_acceptance_would_not_pay_nothing_is_drafted():
     chooser = make({0: 1.0, 2: 3.0, 4: 5.5}, seen=0)
     assert chooser.next(4, 8) == (0, 8)
-    assert not any(chooser.start() for _ in range(3 * PROBE_EVERY))
+    assert not any(chooser.start() for _ in range(3 * FIRST_PROBE))
 
 
 def test_small_gains_do_not_change_the_choice():
@@ -95,28 +95,73 @@ def test_drafts_are_tried_before_they_are_given_up_and_again_later():
     assert chooser.next(1, 8) == (4, ENOUGH - 3)
     chooser.observe([0] * (ENOUGH - 3))
     assert chooser.next(3, 8) == (0, 8)
-    assert [chooser.start() for _ in range(PROBE_EVERY + 1)] == [False] * PROBE_EVERY + [True]
+    assert [chooser.start() for _ in range(FIRST_PROBE + 1)] == [False] * FIRST_PROBE + [True]
+    assert chooser.next(1, 8) == (4, ENOUGH)
+    chooser.observe([0] * ENOUGH)  # the second time later than the first
+    assert chooser.next(1, 8) == (0, 8)
+    assert [chooser.start() for _ in range(2 * FIRST_PROBE + 1)] == [False] * 2 * FIRST_PROBE + [True]
     assert chooser.next(1, 8) == (4, ENOUGH)
     for _ in range(6):  # the texts have become easy
         chooser.observe([4] * ENOUGH)
     assert chooser.next(1, 8) == (4, 8)
     assert chooser.start() and chooser.start()
+    assert chooser.patience == FIRST_PROBE
 
 
 def test_a_batch_waits_for_its_slowest_row():
     """Where one row of two needs all the cycles, drafts give the batch less than the mean says."""
     chooser = make({0: 1.0, 4: 4.0})
     assert chooser.next(2, 8)[0] == 4
-    chooser.finish([20, 20], [4, 20])
+    chooser.finish([20, 20], [4, 20], 1.0)
     assert chooser.evenness == pytest.approx(0.6), "the first batch that tells is believed"
     assert chooser.next(2, 8)[0] == 0
-    chooser.finish([20, 20], [20, 20])
-    assert chooser.evenness == pytest.approx(0.8), "later ones count half"
+    chooser.finish([20, 20], [20, 20], 1.0)
+    assert chooser.evenness == pytest.approx(0.8), "later ones make a mean"
+    chooser.finish([], [], 1.0)  # of plain steps, it tells nothing
+    assert chooser.evenness == pytest.approx(0.8)
     chooser.drafts = 4
     assert chooser.next(1, 8)[0] == 4  # one row waits for nobody
     even = make({0: 1.0, 4: 4.0})
-    even.finish([40, 10], [8, 2])  # limits differ: plain steps suffer as much
+    even.finish([40, 10], [8, 2], 1.0)  # limits differ: plain steps suffer as much
     assert even.evenness == 1
+
+
+@pytest.mark.parametrize("slower", [1.0, 3.0], ids=["as calibrated", "machine slower since"])
+def test_a_calibration_that_was_wrong_is_found_out(slower):
+    """Drafts seemed cheap, or dear; timed again beside plain steps they are not, however fast the machine is now."""
+    true = {0: 1.0, 2: 4.0, 4: 6.0}
+    for wrong in ({0: 1.0, 2: 4.0, 4: 4.5}, {0: 1.3, 2: 4.0, 4: 6.0}):  # 4 drafts give 5 tokens
+        chooser = make(dict(wrong))
+        assert chooser.next(1, 8)[0] == 4
+        checks = 0
+        while chooser.rival:
+            while not chooser.due:  # a small share of the time, or it would not pay
+                chooser.finish([100], [20], 1.0)
+            chooser.recheck(lambda j, _: slower * true[j], lambda _: 8, lambda numbers: numbers)
+            checks += 1
+            if chooser.next(1, 8)[0] == 0:
+                break
+        assert chooser.drafts == 0 and checks <= 2
+
+
+def test_times_are_checked_where_they_decide_and_seldom():
+    far = make({0: 1.0, 2: 2.0, 4: 2.2})
+    assert far.next(1, 8)[0] == 4
+    far.finish([100], [20], 1e6)
+    assert not far.rival and not far.due
+    close = make({0: 1.0, 2: 4.0, 4: 4.5})
+    waits = []
+    for _ in range(2 * TIMINGS):
+        close.finish([100], [20], 50.0)
+        while not close.due:
+            close.finish([100], [20], 50.0)
+        waits.append(close.unchecked)
+        close.recheck(lambda j, _: close.times[j], lambda _: 8, lambda numbers: numbers)
+    assert sorted(waits) == waits and waits[-1] > 3 * waits[0]
+    assert 0.03 * waits[0] > 2 * (1.0 + 4.5)
+    told = make({0: 1.0, 2: 4.0, 4: 4.5})
+    told.recheck(lambda j, _: 1.0, lambda _: 8, lambda numbers: [1.0, 9.0])
+    assert told.times[4] == (4.5 + 9.0) / 2
 
 
 def test_calibration_takes_the_shortest_of_several_and_agrees():
@@ -212,6 +257,23 @@ def test_a_batch_after_one_that_gave_up_begins_plainly_and_calibrates_no_more(lo
     assert [(s.cycles, s.steps) for s in again] == [([], 11)] * 3
     assert [s.tokens for s in again] == [s.tokens for s in generate(Engine(loaded), [12] * 3, speculative=False)]
     assert len(measured) == 1
+
+
+@pytest.mark.parametrize("drafts", [2, 0])
+def test_times_measured_again_change_no_token(loaded, monkeypatch, drafts):
+    """Also where a batch takes plain steps: it begins with drafts then, since their time is wanted."""
+    monkeypatch.setattr(engine, "calibrate", lambda *_: {0: 1.0, 2: 1.9, 4: 2.2})
+    monkeypatch.setattr(Chooser, "due", True)
+    monkeypatch.setattr(
+        Chooser, "next", lambda self, active, longest: (setattr(self, "drafts", drafts), (drafts, longest))[1]
+    )
+    running, limits = Engine(loaded, auto=True), [40, 1, 21]
+    first, again = generate(running, limits), generate(running, limits)
+    (chooser,) = running.choosers.values()
+    assert sum(len(timings) - 1 for timings in chooser.timings.values()) == 1, "the first batch was calibrated for"
+    plain = [s.tokens for s in generate(Engine(loaded), limits, speculative=False)]
+    assert [s.tokens for s in first] == [s.tokens for s in again] == plain
+    assert (again[0].steps == 0) == (drafts > 0)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,17 @@ def agree(numbers: list[float]) -> list[float]:
     return [float(x) for x in broadcast_one_to_all(np.array(numbers, np.float32))]
 
 
+def largest(numbers: list[float]) -> list[float]:
+    """Each number as it is in the process where it is largest; all of them must ask."""
+    import jax
+
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental.multihost_utils import process_allgather
+
+    return [float(x) for x in np.max(process_allgather(np.array(numbers, np.float32)), axis=0)]
+
+
 def anywhere(here: bool) -> bool:
     """Whether something is so in any process; all of them must ask."""
     import jax

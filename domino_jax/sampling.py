@@ -1,5 +1,7 @@
 """Temperature, top-k, top-p and min-p: logits to the distribution that is drawn from (SPEC section 6)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -40,20 +42,25 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
     Returns:
         [B, T, V] float32, each [V] summing to one.
     """
-    temperature, top_k, top_p, min_p = (x[:, None, None] for x in sampling)
+    temperature, min_p = (x[:, None, None] for x in (sampling.temperature, sampling.min_p))
     greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
     scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
 
-    def truncate(scaled: Array) -> Array:
-        # Top-k: drop what k others are above. Top-p: keep a token while the mass of the likelier ones is below p.
-        most = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
-        scaled = jnp.where(outweighed(scaled, jnp.ones_like(scaled), most), -jnp.inf, scaled)
-        mass = jnp.where(top_p < 1, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny), jnp.inf)  # the first always stays
-        return jnp.where(outweighed(scaled, jax.nn.softmax(scaled, axis=-1), mass), -jnp.inf, scaled)
+    def kept(scaled: Array, asked: Array, weights: Callable[[Array], Array], limit: Array) -> Array:
+        """Without what others outweigh; searched for, which costs more than all the rest, only if a row asks."""
+        limit = jnp.where(asked, limit, jnp.inf)[:, None, None]
+        searched = jnp.any(asked & (sampling.temperature > 0))
 
-    # Searching the vocabulary costs more than all the rest here: only when some row asks for it.
-    needed = jnp.any((sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1)))
-    scaled = jax.lax.cond(needed, truncate, lambda s: s, scaled)
+        def drop(scaled: Array) -> Array:
+            return jnp.where(outweighed(scaled, weights(scaled), limit), -jnp.inf, scaled)
+
+        return jax.lax.cond(searched, drop, lambda scaled: scaled, scaled)
+
+    # Top-k: drop what k others are above. Top-p: keep a token while the mass of the likelier ones is below p, which is
+    # never 0: the likeliest always stays.
+    scaled = kept(scaled, sampling.top_k > 0, jnp.ones_like, sampling.top_k.astype(jnp.float32))
+    most = jnp.maximum(sampling.top_p, jnp.finfo(jnp.float32).tiny)
+    scaled = kept(scaled, sampling.top_p < 1, partial(jax.nn.softmax, axis=-1), most)
     probs = jax.nn.softmax(scaled, axis=-1)
     probs = jnp.where(probs >= min_p * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
     probs /= jnp.sum(probs, axis=-1, keepdims=True)

@@ -18,6 +18,7 @@ from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from tiny import make_target
 
+from convert import fastest as fastest_module
 from convert.fastest import fastest
 from domino_jax import attention, decode, sharding
 from domino_jax.attention import attend, choices
@@ -207,6 +208,9 @@ def test_auto_is_the_fastest_form_that_says_the_same(monkeypatch):
     def wrong(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:
         return plain(q, k, v, start + 9, how["causal"], how["window"])
 
+    def wrong_in_a_window(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:
+        return plain(q, k, v, start, how["causal"], None)
+
     def broken(*_: Any, **__: Any) -> Array:
         raise NotImplementedError("no such kernel\nand more")
 
@@ -219,6 +223,10 @@ def test_auto_is_the_fastest_form_that_says_the_same(monkeypatch):
     form, notes = run(("xla", "cudnn", "pallas"))
     assert form == "cudnn" and len(notes) == 1
     assert "pallas" in notes[0] and "says something else here than xla" in notes[0]
+    monkeypatch.setattr(attention, "pallas", wrong_in_a_window)
+    assert run(("xla", "pallas")) == ("xla", notes), "a drafter may need it"
+    monkeypatch.setattr(fastest_module, "MARGIN", 0.0)
+    assert run(("xla", "cudnn")) == ("xla", ()), "the first stays unless another is clearly faster"
     monkeypatch.setattr(attention, "xla", plain)
     monkeypatch.setattr(attention, "cudnn", broken)
     assert run(("xla", "cudnn")) == (

@@ -35,7 +35,7 @@ def words(tmp_path_factory) -> list[str]:
 
 def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infer")) -> list[tuple[int, str, str]]:
     """Exit status, standard output and standard error of each process."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     port = free_port()
     running = []

@@ -36,6 +36,15 @@ print(*resolve(model, draft, Console(stderr=True), *revisions), sep="\\n")
 """
 
 
+# The command line several times in one process, since starting one takes seconds.
+SEVERAL = """
+import json, sys
+from infer.__main__ import main
+for words in json.loads(sys.argv[1]):
+    print("exit status", main(words), file=sys.stderr, flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """Folders as a repository may have them: target, sharded (with other files beside), other; draft, dflash."""
@@ -110,6 +119,15 @@ class Machine:
         assert "Traceback" not in done.stderr
         last = done.stderr.splitlines()[-1]
         assert last.startswith("error: "), done.stderr
+        return last
+
+    def refuse_all(self, *commands: Sequence[str]) -> list[str]:
+        """`refuse` for each of several runs in one process."""
+        done = ran([sys.executable, "-c", SEVERAL, json.dumps([[*WORDS, *words] for words in commands])], self.env)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        lines = done.stderr.splitlines()
+        last = [lines[i - 1] for i, line in enumerate(lines) if line == "exit status 1"]
+        assert len(last) == len(commands) and all(line.startswith("error: ") for line in last), done.stderr
         return last
 
     def begun(self, least: int = 10_000) -> list[int]:
@@ -375,25 +393,27 @@ def test_a_drafter_that_does_not_fit_costs_no_weights(hub, machine, tmp_path, ca
     assert hub.names() == {"config.json"} and not hub.received()
 
 
-@pytest.mark.parametrize(
-    ("change", "says"), [({"target_layer_ids": [0, 2]}, "target_layer_ids"), ({"mask_token_id": 260}, "mask_token_id")]
-)
-def test_a_drafter_that_taps_or_masks_what_is_not_there_costs_no_weights(hub, machine, models, tmp_path, change, says):
-    raw = hf.read_json(models / "draft" / "config.json")
-    raw["dflash_config"] |= change
-    hf.write_json(tmp_path / "config.json", raw)
-    (tmp_path / "model.safetensors").write_text("weights")
-    hub.add("my/drafter", tmp_path)
+def test_a_drafter_that_taps_or_masks_what_is_not_there_costs_no_weights(hub, machine, models, tmp_path):
+    changes = {"target_layer_ids": [0, 2], "mask_token_id": 260}
+    for name, value in changes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        raw = hf.read_json(models / "draft" / "config.json")
+        raw["dflash_config"][name] = value
+        hf.write_json(folder / "config.json", raw)
+        (folder / "model.safetensors").write_text("weights")
+        hub.add(f"my/{name}", folder)
     # A folder's target is checked as well before anything of a drafter is fetched.
-    assert says in machine.refuse("--model", str(models / "target"), "--draft", "my/drafter")
+    target = ("--model", str(models / "target"))
+    errors = machine.refuse_all(*((*target, "--draft", f"my/{name}") for name in changes))
+    assert all(name in error for name, error in zip(changes, errors, strict=True))
     assert hub.names() == {"config.json"}
 
 
-@pytest.mark.parametrize(
-    ("words", "says"), [(("--mesh", "model=7"), "needs 7 devices"), (("--attention", "cudnn"), "needs an NVIDIA GPU")]
-)
-def test_what_can_not_run_here_costs_no_weights(hub, machine, words, says):
-    assert says in machine.refuse("--model", "qwen3-4b", *words)
+def test_what_can_not_run_here_costs_no_weights(hub, machine):
+    cases = {("--mesh", "model=7"): "needs 7 devices", ("--attention", "cudnn"): "needs an NVIDIA GPU"}
+    errors = machine.refuse_all(*(("--model", "qwen3-4b", *words) for words in cases))
+    assert all(says in error for says, error in zip(cases.values(), errors, strict=True)), errors
     assert hub.names() == {"config.json"} and not hub.received()
 
 
@@ -407,21 +427,22 @@ def test_an_index_that_names_anything_but_safetensors_is_refused(tmp_path):
 
 
 def test_what_is_not_there_is_one_sentence(hub, machine, models, tmp_path):
-    assert "Qwen/Qwen3-8B is no folder here and no repository on the Hub" in machine.refuse("--model", "qwen3-8b")
-    error = machine.refuse("--model", "qwen3-4b", "--revision", "nowhere")
-    assert f"{TARGET_REPO} has no revision 'nowhere'" in error
-    error = machine.refuse("--model", "qwen3-4b", "--draft-revision", "elsewhere")
-    assert f"{DRAFT_REPO} has no revision 'elsewhere'" in error
-    hub.gated.add(DRAFT_REPO)
-    assert f"{DRAFT_REPO} is gated: accept its terms at {hub.url}/{DRAFT_REPO}" in machine.refuse("--model", "qwen3-4b")
-    hub.gated.clear()
     (tmp_path / "pickles").mkdir()
     (tmp_path / "pickles" / "config.json").write_text((models / "target" / "config.json").read_text())
     (tmp_path / "pickles" / "pytorch_model.bin").write_text("pickle")
     hub.add("my/pickles", tmp_path / "pickles")
-    assert "my/pickles has no weights as safetensors" in machine.refuse("--model", "my/pickles")
+    hub.gated.add(DFLASH_REPO)
+    cases = {
+        ("qwen3-8b",): "Qwen/Qwen3-8B is no folder here and no repository on the Hub",
+        ("qwen3-4b", "--revision", "nowhere"): f"{TARGET_REPO} has no revision 'nowhere'",
+        ("qwen3-4b", "--draft-revision", "elsewhere"): f"{DRAFT_REPO} has no revision 'elsewhere'",
+        ("qwen3-4b", "--draft", DFLASH_REPO): f"{DFLASH_REPO} is gated: accept its terms at {hub.url}/{DFLASH_REPO}",
+        ("my/pickles",): "my/pickles has no weights as safetensors",
+        ("qwen3-14b", "--compare"): "need a drafter",
+    }
+    errors = machine.refuse_all(*(("--model", *words) for words in cases))
+    assert all(says in error for says, error in zip(cases.values(), errors, strict=True)), errors
     assert "pytorch_model.bin" not in hub.names("HEAD") | hub.names()
-    assert "need a drafter" in machine.refuse("--model", "qwen3-14b", "--compare")
     assert not hub.received()
 
 

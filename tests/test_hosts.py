@@ -1,10 +1,12 @@
 """Several processes on loopback that run one model: the answers of one process, printed by the first."""
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tiny import make_draft, make_target
 
 from convert import hosts
 from domino_jax.errors import DominoError
+from infer.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,9 +56,9 @@ def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infe
 
 @pytest.fixture(scope="module")
 def alone(words) -> list[list[int]]:
-    ((status, out, err),) = launch(words, 1)
-    assert status == 0, err
-    return [json.loads(line)["tokens"] for line in out.splitlines()]
+    with redirect_stdout(io.StringIO()) as out:
+        assert main([*words, "--mesh", "data=1,model=1"]) == 0
+    return [json.loads(line)["tokens"] for line in out.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize(

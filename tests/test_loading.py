@@ -100,6 +100,9 @@ def test_matrices_that_are_stored_in_bfloat16_may_stay_so(tmp_path, form):
     assert held[0] < 0.7 * held[1]
     assert tokens(narrow) == tokens(whole)
     assert not models.load(tmp_path / "float32", dtype="float32", matrices="bfloat16").narrow, "it would be rounded"
+    hf.save(tmp_path / "float16", hf.load(tmp_path / "float32", config), config, config.to_hf(), jnp.float16)
+    half = models.load(tmp_path / "float16", dtype="float32", matrices="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.float32)}, "16 bits of another kind"
 
 
 def test_where_matrices_stay_narrow(tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ class Chooser:
                 self.acceptance.fade(0.5)
                 self.evenness, self.owed = (1 + self.evenness) / 2, ENOUGH
                 self.patience = min(2 * self.patience, LAST_PROBE)
-        return bool(self.worthwhile) and (self.owed > 0 or self.drafts > 0 or self.due)
+        return self.due or (bool(self.worthwhile) and (self.owed > 0 or self.drafts > 0))
 
     @property
     def rival(self) -> int:

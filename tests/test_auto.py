@@ -159,6 +159,11 @@ def test_times_are_checked_where_they_decide_and_seldom():
         close.recheck(lambda j, _: close.times[j], lambda _: 8, lambda numbers: numbers)
     assert sorted(waits) == waits and waits[-1] > 3 * waits[0]
     assert 0.03 * waits[0] > 2 * (1.0 + 4.5)
+    hopeless = make({0: 1.0, 2: 3.1, 4: 5.5})  # as timed; the check begins with drafts all the same
+    hopeless.finish([], [], 1e6)
+    assert not hopeless.worthwhile and hopeless.rival and hopeless.due and hopeless.start()
+    hopeless.recheck(lambda j, _: 1.0 + j / 10, lambda _: 8, lambda numbers: numbers)
+    assert hopeless.worthwhile
     told = make({0: 1.0, 2: 4.0, 4: 4.5})
     told.recheck(lambda j, _: 1.0, lambda _: 8, lambda numbers: [1.0, 9.0])
     assert told.times[4] == (4.5 + 9.0) / 2

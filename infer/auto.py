@@ -172,23 +172,23 @@ class Chooser:
     @property
     def due(self) -> bool:
         """Whether the rival is to be timed again, which is done before a batch takes plain steps."""
-        if not self.rival:
+        rival = self.rival
+        if not rival:
             return False
-        share = SHARE if len(self.timings[self.rival]) < TIMINGS else LATER_SHARE
-        return sum(2 * max(DISPATCH, self.times[j]) for j in (0, self.rival)) < share * self.unchecked
+        share = SHARE if len(self.timings[rival]) < TIMINGS else LATER_SHARE
+        return sum(2 * max(DISPATCH, self.times[j]) for j in (0, rival)) < share * self.unchecked
 
     def recheck(self, time: Time, longest: Callable[[int], int], agree: Callable[[list[float]], list[float]]) -> None:
         """Time plain steps and the rival in turn; see `calibrate` for what it is given.
 
         The best is often the one that was timed too short. That is found out, and then the next best is the rival.
         """
-        choices = 0, self.rival
-        counts = [_cycles(longest(j), self.times[j]) for j in choices]
+        rival = self.rival
+        counts = {j: _cycles(longest(j), self.times[j]) for j in (0, rival)}
         # The first of two finds the machine's caches full of another's data.
-        plain, drafts = agree([min(time(j, n), time(j, n)) for j, n in zip(choices, counts, strict=True)])
-        timings = self.timings[self.rival]
-        timings.append(drafts / plain)
-        self.times[self.rival] = self.times[0] * float(np.median(timings[-TIMINGS:]))
+        plain, drafts = agree([min(time(j, count), time(j, count)) for j, count in counts.items()])
+        self.timings[rival].append(drafts / plain)
+        self.times[rival] = self.times[0] * float(np.median(self.timings[rival][-TIMINGS:]))
         self.unchecked = 0.0
 
     def next(self, active: int, longest: int) -> tuple[int, int]:

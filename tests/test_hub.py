@@ -125,6 +125,7 @@ class Machine:
         """`refuse` for each of several runs in one process."""
         done = ran([sys.executable, "-c", SEVERAL, json.dumps([[*WORDS, *words] for words in commands])], self.env)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert "Traceback" not in done.stderr
         lines = done.stderr.splitlines()
         last = [lines[i - 1] for i, line in enumerate(lines) if line == "exit status 1"]
         assert len(last) == len(commands) and all(line.startswith("error: ") for line in last), done.stderr

@@ -188,13 +188,13 @@ def test_turned_products_are_the_same_sums():
 
 
 @pytest.mark.parametrize(
-    ("product", "dtype", "columns"),
+    ("product", "dtype", "columns", "summed"),
     [
-        pytest.param(layers.turned_product, jnp.float32, 8, id="float32"),
-        pytest.param(layers.exact_product, jnp.bfloat16, 24, id="bfloat16"),
+        pytest.param(layers.turned_product, jnp.float32, 8, 0, id="float32"),
+        pytest.param(layers.exact_product, jnp.bfloat16, 24, 1, id="bfloat16"),
     ],
 )
-def test_a_product_in_a_loop_has_the_matrix_on_its_left(product, dtype, columns):
+def test_a_product_in_a_loop_has_the_matrix_on_its_left(product, dtype, columns, summed):
     """As compiled: XLA would take x's columns for rows again, and have its kernels put the matrix in order instead.
 
     Or it would make a transposed copy of the matrix before each loop.
@@ -206,7 +206,8 @@ def test_a_product_in_a_loop_has_the_matrix_on_its_left(product, dtype, columns)
 
     program = run.lower(jnp.zeros((8, 64)), jnp.zeros((96, 64), dtype), 5).compile().as_text() or ""
     (line,) = [line for line in program.splitlines() if " dot(" in line]
-    assert f"= f32[96,{columns}]" in line and "lhs_contracting_dims={1}" in line
+    assert f"= f32[96,{columns}]" in line
+    assert f"lhs_contracting_dims={{1}}, rhs_contracting_dims={{{summed}}}" in line
     assert "[64,96]" not in program
 
 

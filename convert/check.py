@@ -15,11 +15,11 @@ import numpy as np
 
 from convert import hf, orbax
 from convert.folders import HF, depth, form, load, read_config
-from convert.tensors import TensorFiles
-from convert.tokenizer import first_line, load_tokenizer
+from convert.safetensors import TensorFiles
+from convert.tokenizer import load_tokenizer
 from domino_jax import target
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 TEXT = "def greet(name):\n    return 'Hello, ' + name\n\n\nThe capital of France is"
 LARGEST_DIFFERENCE = 1e-3  # of the largest logit, in float32: two orders above what rounding gives

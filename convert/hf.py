@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert.names import Entry, entries
-from convert.tensors import Stored, TensorFiles
+from convert.safetensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import spread, within

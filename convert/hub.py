@@ -21,8 +21,8 @@ from rich.progress import Progress
 
 from convert import hf
 from convert.progress import byte_bars
-from convert.tokenizer import TOKENIZER_FILES, first_line
-from domino_jax.errors import DominoError
+from convert.tokenizer import TOKENIZER_FILES
+from domino_jax.errors import DominoError, first_line
 
 CONFIG = "config.json"
 # What a model's folder needs beside config.json and weights. All else stays where it is; pickles and code above all,

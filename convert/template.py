@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.tokenizer import first_line
+from domino_jax.errors import first_line
 
 THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
 

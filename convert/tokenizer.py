@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -21,8 +21,3 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its errors are of many kinds, and all mean the same here
         raise DominoError(f"the tokenizer in {folder} can't be loaded: {first_line(error)}.") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

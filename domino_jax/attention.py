@@ -16,9 +16,10 @@ Three forms, one meaning:
             length are neither fetched nor computed. (JAX's own GPU kernels for decoding are Triton ones, a backend that
             JAX 0.11 declared deprecated: none is used.)
 
-"auto" is the fastest of those that can run, as measured on the device at hand (`convert.fastest`). The other two have
-run on no device here. cuDNN's is held by JAX's statement of the same
-function, ours by interpretation, both by what they lower to; see tests/test_attention.py, which also runs on a device.
+"auto" is the fastest of those that can run, as measured on the device at hand (`domino_jax.runtime.autotune`). The
+other two have run on no device here. cuDNN's is held by JAX's statement of the same
+function, ours by interpretation, both by what they lower to; see tests/domino_jax/test_attention.py,
+which also runs on a device.
 """
 
 import math

@@ -56,7 +56,7 @@ def write(buffer: Array, new: Array, start: Array) -> Array:
     if buffer.shape[0] == 1:  # a plain slice update instead of a scatter
         if new.shape[2] == 1:
             # XLA on a CPU fuses the update of one position into both of its readers, and then copies the whole buffer
-            # four times a step to do so (0.10, 0.11; tests/test_decode.py counts).
+            # four times a step to do so (0.10, 0.11; tests/domino_jax/test_decode.py counts).
             new = jnp.concatenate([new, new], axis=2)
         return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
     return jax.vmap(row)(buffer, new, start)

@@ -15,10 +15,12 @@ import numpy as np
 from jax import Array
 
 from domino_jax import cache as kv
-from domino_jax import draft, head, target, verify
+from domino_jax import target, verify
 from domino_jax.attention import Form
 from domino_jax.cache import KVCache
 from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters import block
+from domino_jax.drafters.heads import domino
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling, draw, probabilities
 from domino_jax.sharding import put, zeros
@@ -230,7 +232,7 @@ def prefill(
     context = state.context
     if configs.draft:
         assert params.draft is not None and context is not None
-        context = draft.append_context(params.draft, configs.draft, context, features, start)
+        context = block.append_context(params.draft, configs.draft, context, features, start)
     index = state.length - 1 - offset
     here = (index >= 0) & (index < tokens.shape[1])
     picked = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
@@ -285,7 +287,7 @@ def speculate(
                 accepted = jnp.where(accepted < 0, accepted, stated)
         with jax.named_scope("context"):
             # Rejected positions are written too; they lie beyond the new length and are never seen.
-            context = draft.append_context(drafter, config, context, features, state.length)
+            context = block.append_context(drafter, config, context, features, state.length)
         state = state._replace(keys=keys, cache=cache, context=context)
         sequence = jnp.pad(drafts, ((0, 0), (0, 1)))
         sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
@@ -308,7 +310,9 @@ def propose(
     z, base, context = draft_block(params, configs, state)
     with jax.named_scope("head"):
         embed = params.target.embed
-        drafts, q = head.propose(drafter, config, embed, z, base, state.token, state.sampling, keys, configs.candidates)
+        drafts, q = domino.propose(
+            drafter, config, embed, z, base, state.token, state.sampling, keys, configs.candidates
+        )
     return drafts, q, context
 
 
@@ -317,9 +321,9 @@ def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[A
     drafter, config = params.draft, configs.draft
     assert drafter is not None and config is not None and state.context is not None
     with jax.named_scope("draft"):
-        x = draft.block_inputs(params.target.embed, config, state.token)
-        z, context = draft.block(drafter, config, x, state.length, state.context, configs.attention)
-        z = draft.proposing(config, z)[:, : configs.proposals]
+        x = block.block_inputs(params.target.embed, config, state.token)
+        z, context = block.block(drafter, config, x, state.length, state.context, configs.attention)
+        z = block.proposing(config, z)[:, : configs.proposals]
         return z, target.logits(params.target, configs.target, z, params.output), context
 
 

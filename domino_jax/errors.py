@@ -6,3 +6,8 @@ class DominoError(Exception):
 
     The command lines print it without a traceback and exit with status 1.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

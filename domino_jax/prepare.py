@@ -14,7 +14,7 @@ from jax import Array
 
 from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.decode import Params
-from domino_jax.head import fused
+from domino_jax.drafters.heads.domino import fused
 from domino_jax.sharding import constrain
 from domino_jax.weights import FusedLayer, Head, OutputsFirst, Quantized, axes, flatten, is_bias, lm_head
 

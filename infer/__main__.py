@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from convert import public, template
-from convert.hosts import join, settle
+from convert import registry, template
 from convert.progress import bars
 from domino_jax.errors import DominoError
-from infer import jsonl
-from infer.show import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
+from domino_jax.runtime import files
+from domino_jax.runtime.processes import join, settle
+from infer.output import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
-    from convert.models import Loaded
+    from convert.loading import Loaded
     from infer.conversation import Conversation
     from infer.engine import Engine, Sequence
 
@@ -38,10 +38,10 @@ class Generate:
 
     prompt: Positional[str | None] = None
     """the prompt; "-" (or none, in a pipe) reads standard input without its last newline, none at a terminal chats"""
-    model: Annotated[str, arg(help=public.MODEL_HELP)] = "demo"
-    draft: Annotated[str | None, arg(help=public.DRAFT_HELP)] = None
-    revision: Annotated[str | None, arg(help=public.REVISION_HELP)] = None
-    draft_revision: Annotated[str | None, arg(help=public.DRAFT_REVISION_HELP)] = None
+    model: Annotated[str, arg(help=registry.MODEL_HELP)] = "demo"
+    draft: Annotated[str | None, arg(help=registry.DRAFT_HELP)] = None
+    revision: Annotated[str | None, arg(help=registry.REVISION_HELP)] = None
+    draft_revision: Annotated[str | None, arg(help=registry.DRAFT_REVISION_HELP)] = None
     drafts: int | Literal["auto"] | None = None
     """proposals that a cycle verifies, from 1 to all of a block; all when not given. "auto" goes by what they cost here
     and how many are accepted, and drafts none where that is faster; give a number for samples that a seed repeats"""
@@ -155,7 +155,7 @@ def contradictions(options: Generate, chat: bool) -> str | None:
             wrong = f"--input-ids takes whole numbers with commas between them, found {o.input_ids!r}"
     if wrong is None and (o.revision or o.draft_revision) is not None:
         try:
-            public.check_revisions(o.model, o.draft, o.revision, o.draft_revision)
+            registry.check_revisions(o.model, o.draft, o.revision, o.draft_revision)
         except DominoError as error:
             wrong = str(error).rstrip(".")
     if wrong is None and o.mesh is not None:
@@ -224,7 +224,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         DominoError: it can't be read, or a row is not of the form that --prompts takes.
     """
-    return [_parse_row(row, where) for row, where in jsonl.read(path, "prompts")]
+    return [_parse_row(row, where) for row, where in files.read(path, "prompts")]
 
 
 def _parse_row(row: Any, where: str) -> Prompt:
@@ -238,7 +238,7 @@ def _parse_row(row: Any, where: str) -> Prompt:
         raise DominoError(
             f'{where} must have one of "prompt" (a string), "messages" (a list of objects) and "input_ids" (integers).'
         )
-    limit = jsonl.max_new_tokens(row, where)
+    limit = files.max_new_tokens(row, where)
     return Prompt(row.get("prompt"), row.get("messages"), row.get("input_ids"), limit, where)
 
 
@@ -297,13 +297,13 @@ class Session:
         o = self.options
         fewer = o.head_candidates != "all" or o.draft_dtype is not None
         drafting = o.compare or o.show_drafts or o.drafts is not None or fewer
-        if drafting and public.where(o.model, o.draft)[1] is None:  # before anything is fetched
+        if drafting and registry.where(o.model, o.draft)[1] is None:  # before anything is fetched
             raise DominoError(
                 "--compare, --show-drafts, --drafts, --head-candidates and --draft-dtype need a drafter: give one with "
                 "--draft DIR."
             )
-        from convert import models
-        from convert.programs import keep_programs
+        from convert import loading
+        from domino_jax.runtime.compile_cache import keep_programs
         from infer.engine import Engine
 
         keep_programs()
@@ -316,10 +316,10 @@ class Session:
             "draft_dtype": o.draft_dtype,
             "matrices": o.matrices,
         }
-        check = partial(models.plan, **how)
-        target, draft = public.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
+        check = partial(loading.plan, **how)
+        target, draft = registry.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
         with bars(self.notes) as progress:
-            self.loaded = models.load(target, draft, progress=progress, fuse=o.fuse, **how)
+            self.loaded = loading.load(target, draft, progress=progress, fuse=o.fuse, **how)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded, auto=o.drafts == "auto", report=say)
         if o.system is not None and not self._is_chat():

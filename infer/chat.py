@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 
-from infer.show import say
+from infer.output import say
 
 
 def lines() -> Iterator[str]:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.hosts import agree
-from convert.memory import enough_memory
-from convert.models import Loaded
+from convert.loading import Loaded
 from domino_jax import cache, decode
 from domino_jax.config import DecoderConfig
 from domino_jax.decode import Configs, Params
 from domino_jax.errors import DominoError
+from domino_jax.runtime.memory import enough_memory
+from domino_jax.runtime.processes import agree
 from domino_jax.sampling import settings
 from domino_jax.sharding import DATA, fetch, put
 from infer.auto import Acceptance, Chooser, Time, calibrate

@@ -7,8 +7,8 @@ python -m train --resume --out runs/drafter
 
 import sys
 
-from convert.hosts import join, settle
 from domino_jax.errors import DominoError
+from domino_jax.runtime.processes import join, settle
 from train.config import parse
 
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from convert.memory import enough_memory
 from domino_jax import cache, decode, sampling
 from domino_jax.decode import Configs, Params
+from domino_jax.runtime.memory import enough_memory
 from domino_jax.sharding import MODEL, fetch, put
 
 CYCLES = 8  # a dispatch; plain steps give one token each, so there are more of them

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convert import orbax, public
+from convert import orbax, registry
 from domino_jax.errors import DominoError
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file, for `identity`
@@ -17,7 +17,7 @@ def find(target: str, flag: str = "--target") -> Path:
     Raises:
         DominoError: nothing is found under it, or fetching fails.
     """
-    return public.resolve(target, public.NO_DRAFT, Console(stderr=True), flag=flag)[0]
+    return registry.resolve(target, registry.NO_DRAFT, Console(stderr=True), flag=flag)[0]
 
 
 def identity(folder: Path) -> str:

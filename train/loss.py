@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import attention, blocks, draft, head, target
+from domino_jax import attention, target
 from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters import block, training_attention
+from domino_jax.drafters.heads import domino
 from domino_jax.sharding import constrain, gathered, row_shards
 from domino_jax.weights import Draft, Head, Target, axes, lm_head
 
@@ -37,7 +39,7 @@ class Objective(NamedTuple):
     position_weights: PositionWeights = "exponential"
     d_pace_alpha: float = 0.5  # α
     loss: Kind = "ce"  # to the labels, or Σ p (log p - log q) to the target's distribution p where each label stands
-    block_attention: blocks.Choice = "auto"
+    block_attention: training_attention.Choice = "auto"
     remat: bool = False  # layers of the drafter are computed again in the backward pass
     target_attention: TargetAttention = "xla"  # of the frozen target
 
@@ -135,7 +137,7 @@ def curriculum(
     position_weights: PositionWeights = "exponential",
     d_pace_alpha: float = 0.5,
     loss: Kind = "ce",
-    block_attention: blocks.Choice = "auto",
+    block_attention: training_attention.Choice = "auto",
     remat: bool = False,
     target_attention: TargetAttention = "xla",
 ) -> tuple[Array, Report]:
@@ -179,15 +181,15 @@ def part(
 
     letters = axes(config)
     embed = gathered(frozen.embed, "V D")
-    x = constrain(draft.block_inputs(embed, config, tokens[..., 0]), "B A M D")
-    form = blocks.choose(objective.block_attention, config, anchors.shape[1], frozen.embed.dtype)
-    z = draft.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
-    z = draft.proposing(config, z)
+    x = constrain(block.block_inputs(embed, config, tokens[..., 0]), "B A M D")
+    form = training_attention.choose(objective.block_attention, config, anchors.shape[1], frozen.embed.dtype)
+    z = block.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
+    z = block.proposing(config, z)
     rank, causal = None, None
     if drafter.head is not None and config.head is not None:
         causal = gathered(drafter.head, letters.head)
         eaten = constrain(embed[tokens[..., :-1]], "B A J D")
-        rank = constrain(head.teacher_forced(causal, z, eaten), "B A J R")
+        rank = constrain(domino.teacher_forced(causal, z, eaten), "B A J R")
         corrected = jnp.arange(proposals) >= config.head.pure_draft_prefix_len
         rank = jnp.where(corrected[:, None], rank, 0)  # a zero rank vector leaves the base logits as they are
     seen = None if hidden is None else gather(hidden, places[..., :-1])  # where p of each label stands

@@ -24,33 +24,35 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from convert import folders, hf
-from convert.hosts import agree, anywhere
-from convert.memory import enough_memory
-from convert.precision import settle as settle_dtype
-from convert.programs import keep_programs
 from convert.progress import bars
-from convert.public import read_configs
+from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import Configs
 from domino_jax.errors import DominoError
+from domino_jax.runtime.compile_cache import keep_programs
+from domino_jax.runtime.memory import enough_memory
+from domino_jax.runtime.precision import settle as settle_dtype
+from domino_jax.runtime.processes import agree, anywhere
 from domino_jax.sharding import fetch, within
 from domino_jax.weights import Target, flatten, init, unflatten
-from train import config, curves, data
+from train import config
 from train import mesh as meshes
 from train.checkpoint import Checkpoints
 from train.config import Train
-from train.features import Captured, Features, identity
-from train.heldout import read_prompts
+from train.data import dataset
+from train.evaluate.prompts import read_prompts
+from train.evaluate.validate import Stopped, Validation
+from train.features.store import Captured, Features, identity
+from train.init import from_drafter, from_target
 from train.loading import find
 from train.loading import identity as digest
-from train.log import METRICS, Log
-from train.progress import counting
+from train.monitor import curves
+from train.monitor.divergence import USUAL, Watch
+from train.monitor.log import METRICS, Log
+from train.monitor.progress import counting
 from train.step import Metrics, Recipe, TrainState, exported, form, start, train_step
 from train.stopping import stop_signals
-from train.validate import Stopped, Validation
-from train.warm import from_drafter, from_target
-from train.watch import USUAL, Watch
 
 ORIGIN = "origin.json"  # what a run's data and target are known by
 NEWEST, BEST = "drafter", "best"
@@ -62,7 +64,7 @@ class Setup:
 
     options: Train  # settled: nothing in it is left to be found out
     recipe: Recipe
-    corpus: data.Corpus
+    corpus: dataset.Corpus
     frozen: Target
     features: Features | None
     validation: Validation | None
@@ -92,7 +94,7 @@ def prepare(options: Train) -> Setup:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     mesh = settle_mesh(options, target, draft)
     dtype = settle_dtype(options.run.dtype)
-    corpus, summary = data.read(
+    corpus, summary = dataset.read(
         wanted.data,
         wanted.length,
         target.vocab_size,
@@ -164,7 +166,7 @@ def settle_mesh(options: Train, target: TargetConfig, draft: DraftConfig) -> Mes
     return mesh if mesh.size > 1 else None
 
 
-def check_origin(options: Train, corpus: data.Corpus, target: Path) -> None:
+def check_origin(options: Train, corpus: dataset.Corpus, target: Path) -> None:
     """Note what the run learns from, and whose words; a resumed run must have the same.
 
     Raises:
@@ -292,7 +294,7 @@ class Loop:
             raise KeyboardInterrupt
         say(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
 
-    def step(self, batch: data.Batch, captured: Captured | None) -> None:
+    def step(self, batch: dataset.Batch, captured: Captured | None) -> None:
         """Start one step; nothing waits for it."""
         setup = self.setup
         features = captured.features if captured else None

@@ -9,8 +9,8 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from domino_jax import blocks
 from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters import training_attention
 from domino_jax.errors import DominoError
 from domino_jax.sharding import row_shards, stored
 from domino_jax.weights import Target, axes, flatten, unflatten
@@ -28,7 +28,7 @@ from train.loss import (
     report,
     supervision,
 )
-from train.muon import muon
+from train.optimizer import muon
 
 # Weights that a loop of the loss reads. It casts them itself, so that the gradients of its turns are summed in float32.
 LOOPED = ("head.proj_out", "head.gru_state")
@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
     ema: float = 0.0  # decay of the weights' moving average, 0 for none
     trains: Trains = "all"  # or the causal "head" alone, on a backbone that stays as it is
     accumulate: int = 1  # parts that a batch is computed in, one after another
-    block_attention: blocks.Choice = "auto"
+    block_attention: training_attention.Choice = "auto"
     remat: bool = False  # the drafter's layers are computed again in the backward pass
     target_attention: TargetAttention = "xla"
 

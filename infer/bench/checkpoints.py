@@ -81,7 +81,7 @@ def run(options: Round) -> dict[str, Any]:
 
     from convert import hf
     from convert.folders import convert
-    from convert.models import load
+    from convert.loading import load
     from convert.shapes import find, random_weights
     from infer.engine import Engine
 
@@ -125,7 +125,7 @@ def compare(first: Path, last: Path) -> dict[str, Any]:
         DominoError: they do not.
     """
     from convert import hf
-    from convert.tensors import TensorFiles
+    from convert.safetensors import TensorFiles
 
     one, other = (TensorFiles(hf.tensor_files(folder)) for folder in (first, last))
     if one.stored.keys() - {"lm_head.weight"} != other.stored.keys() - {"lm_head.weight"}:  # tied models may hold it
@@ -179,7 +179,7 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
 
 def settings(options: Round) -> dict[str, Any]:
     """What the figures belong to."""
-    from convert.measuring import commit
+    from domino_jax.runtime.provenance import commit
 
     return {"commit": commit(), "model": str(options.model or options.shapes), "mesh": options.mesh}
 

@@ -8,12 +8,12 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from convert.memory import enough_memory
-from convert.models import load, plan
-from convert.programs import keep_programs
-from convert.public import resolve
+from convert.loading import load, plan
+from convert.registry import resolve
 from domino_jax import sharding
 from domino_jax.errors import DominoError
+from domino_jax.runtime.compile_cache import keep_programs
+from domino_jax.runtime.memory import enough_memory
 from infer.bench import quality
 from infer.bench.modes import drafting
 from infer.bench.options import Bench, check

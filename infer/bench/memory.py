@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from convert.models import Loaded
+from convert.loading import Loaded
 from domino_jax import cache as kv
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from convert.models import Loaded, without_head
+from convert.loading import Loaded, without_head
 
 LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies

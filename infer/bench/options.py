@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from convert import public
+from convert import registry
 from domino_jax.errors import DominoError
 from infer.bench.quality import Sweep
 from infer.bench.tracing import writable
@@ -17,10 +17,10 @@ from infer.bench.tracing import writable
 class Bench:
     """Measure decoding with and without speculation, in one alternating run."""
 
-    model: Annotated[str, tyro.conf.arg(help=public.MODEL_HELP)] = "demo"
-    draft: Annotated[str | None, tyro.conf.arg(help=public.DRAFT_HELP)] = None
-    revision: Annotated[str | None, tyro.conf.arg(help=public.REVISION_HELP)] = None
-    draft_revision: Annotated[str | None, tyro.conf.arg(help=public.DRAFT_REVISION_HELP)] = None
+    model: Annotated[str, tyro.conf.arg(help=registry.MODEL_HELP)] = "demo"
+    draft: Annotated[str | None, tyro.conf.arg(help=registry.DRAFT_HELP)] = None
+    revision: Annotated[str | None, tyro.conf.arg(help=registry.REVISION_HELP)] = None
+    draft_revision: Annotated[str | None, tyro.conf.arg(help=registry.DRAFT_REVISION_HELP)] = None
     shapes: str | None = None
     """instead of --model, a public shape such as qwen3-8b, with a drafter as the public ones: with --random-weights"""
     random_weights: bool = False

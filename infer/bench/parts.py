@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert.models import Loaded
-from domino_jax import decode, draft, head, verify
+from convert.loading import Loaded
+from domino_jax import decode, verify
+from domino_jax.drafters import block
+from domino_jax.drafters.heads import domino
 from domino_jax.sampling import probabilities, settings
 
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
@@ -70,7 +72,7 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
     z, base, _ = decode.draft_block(params, configs, state)
     draft_keys = None if greedy else keys
     embed, few = params.target.embed, configs.candidates
-    drafts, q = head.propose(drafter, config, embed, z, base, state.token, sampling, draft_keys, few)
+    drafts, q = domino.propose(drafter, config, embed, z, base, state.token, sampling, draft_keys, few)
     logits, features, _ = decode.run_target(params, configs, state, drafts)
 
     def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
@@ -84,7 +86,7 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
     def proposed(p: decode.Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None
         how = s.sampling, None if greedy else s.keys, configs.candidates
-        return s, head.propose(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
+        return s, domino.propose(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
 
     def verified(p: decode.Params, s: decode.DecodeState) -> Any:
         seen = anew(logits, s)
@@ -96,7 +98,7 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
 
     def remembered(p: decode.Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None and s.context is not None
-        return s._replace(context=draft.append_context(p.draft, config, s.context, anew(features, s), s.length)), ()
+        return s._replace(context=block.append_context(p.draft, config, s.context, anew(features, s), s.length)), ()
 
     parts = {"draft": drafted, "head": proposed, "target": verified_by(drafts), "verify": verified}
     return {f"{name}_ms": timed(run) for name, run in (parts | {"context": remembered}).items()}

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.measuring import distinct
-from convert.models import Loaded
-from convert.public import DEMO
+from convert.loading import Loaded
+from convert.registry import DEMO
 from domino_jax.errors import DominoError
+from domino_jax.runtime.provenance import distinct
 from infer.bench.options import Bench
 from infer.engine import Engine, Settings
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from convert.models import Loaded
-from convert.public import where
+from convert.loading import Loaded
+from convert.registry import where
 from convert.template import decode, has_template
 from domino_jax.errors import DominoError
 from infer.bench import plots

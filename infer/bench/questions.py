@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from convert.template import has_template
 from domino_jax.errors import DominoError
-from infer import jsonl
+from domino_jax.runtime import files
 from infer.text import Message, encode, encode_chat
 
 
@@ -70,7 +70,7 @@ def parse(row: Any, where: str) -> Question:
     """
     if not isinstance(row, dict):
         raise DominoError(f"{where} is not a JSON object but {type(row).__name__}.")
-    limit = jsonl.max_new_tokens(row, where)
+    limit = files.max_new_tokens(row, where)
     messages, ids = row.get("messages"), row.get("input_ids")
     if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
         return Question(where, ids=tuple(ids), limit=limit)
@@ -115,7 +115,7 @@ def read_sets(words: tuple[str, ...], limit: int | None) -> list[QuestionSet]:
         name = name if equals else path.stem
         if not name or name in [one.name for one in sets]:
             raise DominoError(f"--quality {word} needs a name of its own: write NAME=FILE.")
-        rows = islice(jsonl.read(path, "questions"), limit)
+        rows = islice(files.read(path, "questions"), limit)
         sets.append(QuestionSet(name, path, [parse(row, where) for row, where in rows]))
     return sets
 

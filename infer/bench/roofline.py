@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from convert.models import Loaded
+from convert.loading import Loaded
 from domino_jax.decode import Configs, Params
 from domino_jax.layers import exact_product
 from domino_jax.sharding import DATA, MODEL

@@ -21,14 +21,14 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
-from convert.memory import enough_memory
-from convert.precision import settle
 from convert.shapes import find, random_weights
 from domino_jax import cache as kv
 from domino_jax import layers, target
 from domino_jax.attention import attend
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
+from domino_jax.runtime.memory import enough_memory
+from domino_jax.runtime.precision import settle
 from domino_jax.weights import Target
 
 REPEATS, TRIES = 4, 5

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from convert.hf import write_json
-from convert.models import Loaded, load
-from convert.public import NO_DRAFT
+from convert.loading import Loaded, load
+from convert.registry import NO_DRAFT
 from convert.shapes import Shape, find, random_weights
 from domino_jax.errors import DominoError
 
@@ -20,7 +20,7 @@ def load_random(name: str, draft: str | None = None, **how: Any) -> Loaded:
 
     Args:
         draft: None for the shape's drafter, "none" for no drafter.
-        how: what else `convert.models.load` takes (dtype, mesh).
+        how: what else `convert.loading.load` takes (dtype, mesh).
 
     Raises:
         DominoError: the table has no such shape, or `load` refuses.

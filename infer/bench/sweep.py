@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from convert.measuring import commit, distinct
-from convert.models import Loaded
+from convert.loading import Loaded
+from domino_jax.runtime.provenance import commit, distinct
 from infer.bench import roofline
 from infer.bench.memory import megabytes
 from infer.bench.modes import LEAN, TRANSFORMERS, Drafts, drafting, simulated, with_drafts

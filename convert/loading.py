@@ -1,0 +1,196 @@
+"""Loading a target, its drafter and its tokenizer from folders."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert import hf
+from convert.registry import read_configs
+from convert.tokenizer import load_tokenizer
+from domino_jax import prepare
+from domino_jax.attention import Choice, Form, choices
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.decode import Configs, Params
+from domino_jax.errors import DominoError
+from domino_jax.runtime.autotune import fastest
+from domino_jax.runtime.memory import enough_memory
+from domino_jax.runtime.precision import Matrices, settle, stay_narrow
+from domino_jax.sharding import default_sizes, fit, make_mesh, part, within
+from domino_jax.weights import Draft, OutputsFirst
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run."""
+
+    configs: Configs
+    params: Params
+    tokenizer: Any  # a transformers tokenizer, or None where the folder has none
+    stop_ids: tuple[int, ...]
+    dtype: Any  # of the weights and caches, but for narrow matrices
+    warnings: tuple[str, ...]
+    seconds: float  # what loading took
+    mesh: Mesh | None = None  # where weights and caches are spread; None for one device
+
+    @property
+    def narrow(self) -> bool:
+        """Whether this is a float32 run with matrices in bfloat16."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, OutputsFirst))
+        return any(isinstance(leaf, OutputsFirst) and leaf.values.dtype != self.dtype for leaf in leaves)
+
+    def context(self) -> AbstractContextManager[Any]:
+        """What programs of this model are run in."""
+        return within(self.mesh)
+
+
+class Plan(NamedTuple):
+    """How a pair will run."""
+
+    configs: Configs  # as in the files
+    fitted: Configs  # to the mesh
+    dtype: Any
+    mesh: Mesh | None
+    forms: tuple[Form, ...]  # of attention, of which the fastest here is to be found
+    narrow: bool  # matrices stored in bfloat16 stay so
+    draft_dtype: str | None  # of the drafter's matrices, where not `dtype`
+
+
+def plan(
+    config: TargetConfig,
+    draft_config: DraftConfig | None,
+    dtype: str | None = None,
+    *,
+    drafts: int | None = None,
+    mesh: tuple[int, int] | None = None,
+    attention: Choice = "auto",
+    candidates: int | None = None,
+    draft_dtype: str | None = None,
+    matrices: Matrices = "auto",
+) -> Plan:
+    """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
+
+    Args:
+        dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
+        drafts: proposals a cycle verifies; all that the drafter makes when None.
+        mesh: sizes of its axes data and model; for the devices found when None.
+        attention: its form; "auto" leaves the choice among those that can run here.
+        candidates: tokens that the causal head scores; the whole vocabulary when None.
+        draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
+        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.outputs_first`).
+
+    Raises:
+        DominoError: a setting does not fit the pair or these devices.
+    """
+    configs = Configs(config)
+    if draft_config:
+        configs = Configs(config, draft_config, drafts, candidates)
+    elif candidates is not None or draft_dtype is not None:
+        raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
+    kind = settle(dtype)
+    models = [c for c in (configs.target, configs.draft) if c]
+    sizes = mesh or default_sizes(models)
+    spread = make_mesh(*sizes) if sizes != (1, 1) else None
+    fitted = dataclasses.replace(
+        configs,
+        target=fit(configs.target, sizes[1]),
+        draft=fit(configs.draft, sizes[1]) if configs.draft else None,
+    )
+    forms = choices(attention, [c.head_dim for c in models], kind)
+    return Plan(configs, fitted, kind, spread, forms, stay_narrow(matrices, kind), draft_dtype)
+
+
+def load(
+    target: Path,
+    draft: Path | None = None,
+    dtype: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    fuse: bool = False,
+    plain: bool = False,
+    weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
+    **how: Any,
+) -> Loaded:
+    """Load a target and its drafter; both configs are checked before any weight is read.
+
+    Args:
+        target, draft: folders.
+        dtype: see `plan`.
+        progress: called with what is loaded, bytes done, bytes in all.
+        fuse: one product where several have the same input (see `prepare.fuse`).
+        plain: leave the weights in the form of `weights.axes`, which is what trains; none is made ready for decoding.
+        weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
+        how: what else `plan` takes.
+
+    Raises:
+        DominoError: a folder is not a whole supported model, the two do not fit, or something of `how` can't run here.
+    """
+    began = time.perf_counter()
+    raw, config, draft_config, warnings = read_configs(target, draft)
+    chosen = plan(config, draft_config, dtype, **how)
+    kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
+
+    narrow = chosen.narrow and not plain
+    turned = narrow or (kind == jnp.float32 and jax.default_backend() == "cpu" and not plain)
+
+    def read(folder: Path, config: Any, what: str, whole: bool = False) -> Any:
+        """The weights of a model; where `whole`, as arrays of `kind`."""
+        stored = narrow and not whole
+        if weights:
+            module = weights(config, jnp.bfloat16 if stored else kind, mesh)
+        else:
+            bar = partial(progress, f"loading {what}") if progress else None
+            module = _weights(folder, config, None if stored else kind, bar, mesh)
+        if turned and not whole:
+            with within(mesh):
+                prepare.outputs_first(module, config)
+        return module
+
+    with enough_memory(f"the device has too little memory for the weights in {kind.name}."):
+        modules = (
+            read(target, chosen.configs.target, "target"),
+            read(draft, chosen.configs.draft, "drafter", whole=eight_bits is not None) if draft else None,
+        )
+        params = Params(*modules)
+        del modules  # what is made ready below is then held once
+        with within(mesh):
+            if eight_bits is not None and chosen.fitted.draft:
+                params = prepare.quantize(params, chosen.fitted.draft, eight_bits)
+            if not plain:
+                prepare.fuse_head(params, 0 if mesh else prepare.LARGEST_TABLE)  # its rows are on all devices
+            if fuse:
+                for module in filter(None, params[:2]):
+                    prepare.fuse(module)
+        jax.block_until_ready(params)
+    form, notes = fastest(chosen.forms, part(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1)
+    configs = dataclasses.replace(chosen.fitted, attention=form)
+    tokenizer, stop_ids = load_tokenizer(target), hf.stop_ids(target, raw)
+    seconds = time.perf_counter() - began
+    return Loaded(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)
+
+
+def without_head(configs: Configs, params: Params) -> tuple[Configs, Params]:
+    """The pair with the causal head off: the drafter's base logits alone, as plain DFlash proposes."""
+    assert configs.draft is not None and params.draft is not None
+    drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
+    drafter.head = nnx.data(None)
+    plain = dataclasses.replace(configs.draft, head=None)
+    return dataclasses.replace(configs, draft=plain, candidates=None), params._replace(draft=drafter)
+
+
+def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None) -> Any:
+    """The one place where a folder's weights are read, in any of their forms."""
+    if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
+        from convert import folders  # brings in Orbax, which is slow to import
+
+        return folders.load(folder, config, dtype, progress, mesh)
+    return hf.load(folder, config, dtype, progress, mesh)

@@ -1,0 +1,202 @@
+"""Which model to run: the one table of public names, and from what the user wrote to folders of this machine."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from domino_jax.errors import DominoError
+
+if TYPE_CHECKING:  # slow to import, and the command line is checked first
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from convert.hub import Snapshot
+    from domino_jax.config import DraftConfig, TargetConfig
+
+DEMO = Path(__file__).parent / "demo"
+NO_DRAFT = "none"
+
+
+class Public(NamedTuple):
+    """A target and the drafters published for it: folders, or Hub repositories as "org/repo"."""
+
+    target: str
+    domino: str | None = None
+    dflash: str | None = None
+    shape: tuple[int, int] | None = None  # width and layers of a target with drafters, to know it in a folder
+
+
+TABLE = {
+    "demo": Public(str(DEMO / "target"), str(DEMO / "draft")),
+    "qwen3-0.6b": Public("Qwen/Qwen3-0.6B"),
+    "qwen3-1.7b": Public("Qwen/Qwen3-1.7B"),
+    "qwen3-4b": Public("Qwen/Qwen3-4B", "Huang2020/Qwen3-4B-Domino-b16", "z-lab/Qwen3-4B-DFlash-b16", (2560, 36)),
+    "qwen3-8b": Public("Qwen/Qwen3-8B", "Huang2020/Qwen3-8B-Domino-b16", "z-lab/Qwen3-8B-DFlash-b16", (4096, 36)),
+    "qwen3-14b": Public("Qwen/Qwen3-14B"),
+    "qwen3-32b": Public("Qwen/Qwen3-32B"),
+    "qwen3-30b-a3b": Public("Qwen/Qwen3-30B-A3B"),
+}
+# A target's name stands for its Domino drafter after --draft; its DFlash one has a name of its own.
+DFLASH = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash}
+DRAFTERS = {name: public.domino for name, public in TABLE.items() if public.domino} | DFLASH
+# What --help says, here and in the benchmark.
+MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, or org/repo on the Hub"
+DRAFT_HELP = (
+    f"drafter: {', '.join(DRAFTERS)}, a folder or org/repo, or none for plain decoding; by default the public one of "
+    "the model's name or repository (a folder has none)"
+)
+REVISION_HELP = "branch, tag or commit of the target's repository; its main branch when not given"
+DRAFT_REVISION_HELP = "likewise of the drafter's"
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+
+
+def where(model: str, draft: str | None = None) -> tuple[str, str | None]:
+    """Where a target and its drafter are: folders or Hub repositories, by the words of --model and --draft.
+
+    Args:
+        model: a name of the table, a folder, or "org/repo" on the Hub.
+        draft: likewise; "none" for no drafter; None for the public one of `model`, by either of its names.
+
+    Raises:
+        DominoError: `model` is a drafter's name, or `draft` that of a target without one.
+    """
+    if model in DFLASH:
+        raise DominoError(f"{model} is a drafter: give it with --draft, and its target with --model.")
+    # A folder of this name would be taken by its path, "./demo": the table comes first.
+    target = TABLE[model].target if model in TABLE else model
+    if draft is None:
+        # A folder has no public drafter, not even one that is called as a repository is.
+        public = model in TABLE or not _is_folder(target)
+        return target, next((p.domino for p in TABLE.values() if public and p.target == target), None)
+    if draft == NO_DRAFT:
+        return target, None
+    if draft in TABLE and draft not in DRAFTERS:
+        raise DominoError(
+            f"no drafter is public for {draft}: give a folder with --draft DIR, or one of {', '.join(DRAFTERS)}."
+        )
+    return target, DRAFTERS.get(draft, draft)
+
+
+def check_revisions(model: str, draft: str | None, revision: str | None, draft_revision: str | None) -> None:
+    """Refuse a revision of what has none.
+
+    Raises:
+        DominoError: it is a folder, or there is no drafter.
+    """
+    flags = ("--revision", "--draft-revision")
+    for flag, given, place in zip(flags, (revision, draft_revision), where(model, draft), strict=True):
+        if given is None:
+            continue
+        if place is None:
+            raise DominoError(f"{flag} needs a drafter on the Hub, and there is no drafter: give one with --draft.")
+        if _is_folder(place):
+            raise DominoError(f"{flag} chooses a revision of a Hub repository, and {place} is a folder.")
+
+
+def resolve(
+    model: str,
+    draft: str | None,
+    console: "Console",
+    revision: str | None = None,
+    draft_revision: str | None = None,
+    check: "Callable[[TargetConfig, DraftConfig | None], object] | None" = None,
+    flag: str = "--model",
+) -> tuple[Path, Path | None]:
+    """The folders of a target and its drafter, fetched from the Hub where needed.
+
+    Both config.json files come first: a pair that does not fit is refused before any weight is fetched.
+
+    Args:
+        model, draft: see `where`.
+        console: standard error, for notes and progress.
+        revision, draft_revision: branch, tag or commit of a Hub repository; its main branch when None.
+        check: raises if the pair can't run as asked; called before weights are fetched.
+        flag: the word that asked for the target.
+
+    Raises:
+        DominoError: nothing is found under one of them, the two do not fit, or fetching fails.
+    """
+    check_revisions(model, draft, revision, draft_revision)
+    places = where(model, draft)
+    found = [
+        _open(place, asked or model, flag, which, console)
+        for place, asked, flag, which in zip(
+            places, (model, draft), (flag, "--draft"), (revision, draft_revision), strict=True
+        )
+        if place is not None
+    ]
+    folders = [place if isinstance(place, Path) else place.configure() for place in found]
+    target, drafter = folders[0], folders[1] if len(folders) > 1 else None
+    remote = [place for place in found if not isinstance(place, Path)]
+    if remote:
+        from convert import hub
+
+        _, config, draft_config, _ = read_configs(target, drafter, flag)
+        if check:
+            check(config, draft_config)
+        hub.fetch(remote, console)
+    if drafter is None and draft is None:
+        console.print(_plainly(model, target), markup=False, highlight=False, soft_wrap=True)
+    return target, drafter
+
+
+def read_configs(
+    target: Path, draft: Path | None, flag: str = "--model"
+) -> "tuple[dict[str, Any], TargetConfig, DraftConfig | None, list[str]]":
+    """What the config.json files of a pair say: the target's as it is and parsed, the drafter's, and warnings.
+
+    Args:
+        flag: the word that asked for the target.
+
+    Raises:
+        DominoError: one of them is not of a supported model, or the two do not fit.
+    """
+    from convert import hf
+    from domino_jax.config import DraftConfig, TargetConfig, check_pair
+
+    raw = hf.read_json(target / "config.json")
+    config = hf.parse_config(raw)
+    if not isinstance(config, TargetConfig):
+        raise DominoError(f"{target} holds a drafter; {flag} takes the target that it is a drafter of.")
+    if draft is None:
+        return raw, config, None, []
+    draft_config = hf.parse_config(hf.read_json(draft / "config.json"), config.num_hidden_layers)
+    if not isinstance(draft_config, DraftConfig):
+        raise DominoError(f"{draft} is not a drafter (its config.json has no dflash_config); see --draft.")
+    return raw, config, draft_config, check_pair(config, draft_config)
+
+
+def _is_folder(place: str) -> bool:
+    try:
+        return Path(place).is_dir()
+    except OSError as error:
+        raise DominoError(f"{place} can't be read: {error}.") from None
+
+
+def _open(place: str, asked: str, flag: str, revision: str | None, console: "Console") -> "Path | Snapshot":
+    """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote."""
+    if _is_folder(place):
+        return Path(place)
+    if place.startswith(str(DEMO)):
+        raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
+    if not re.fullmatch(REPOSITORY, place):
+        known = DRAFTERS if flag == "--draft" else TABLE
+        raise DominoError(
+            f"{asked!r} is neither a name ({', '.join(known)}) nor a folder here nor org/repo on the Hub; "
+            f"give a folder with {flag} DIR."
+        )
+    from convert import hub
+
+    return hub.open_snapshot(place, revision, flag, console)
+
+
+def _plainly(model: str, target: Path) -> str:
+    """Why there is no drafter, and how to give one."""
+    _, config, _, _ = read_configs(target, None)
+    shape = config.hidden_size, config.num_hidden_layers
+    fitting = next((name for name, public in TABLE.items() if public.shape == shape), None)
+    known = any(model in (name, public.target) for name, public in TABLE.items())
+    return f"no drafter{f' is public for {model}' if known else ''}: decoding plainly; give one with --draft DIR" + (
+        f", or {fitting}'s, made for a target of this shape, with --draft {fitting}." if fitting else "."
+    )

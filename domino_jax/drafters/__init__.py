@@ -1,0 +1,1 @@
+"""Drafters: what proposes a block of tokens for the target to verify."""

@@ -1,0 +1,120 @@
+"""The block-parallel drafter over tapped target context (DFlash; SPEC section 3).
+
+The context side of attention is a function of its position alone, so in decoding each layer's
+context keys and values are cached, and a cycle adds the positions it committed.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax import layers
+from domino_jax.attention import Form, attend
+from domino_jax.cache import KVCache, append
+from domino_jax.config import DraftConfig
+from domino_jax.drafters import training_attention
+from domino_jax.sharding import constrain, gathered
+from domino_jax.weights import Draft, Layer, OutputsFirst, axes
+
+
+def context(params: Draft, config: DraftConfig, features: Array) -> Array:
+    """c = hidden_norm(fc(features)): [..., LD] -> [..., D]."""
+    return layers.rms_norm(layers.linear(features, params.fc), params.context_norm, config.rms_norm_eps)
+
+
+def block_inputs(embed: Array | OutputsFirst, config: DraftConfig, anchor: Array) -> Array:
+    """The target's embeddings of [anchor, MASK, ..., MASK]: anchor [...] -> [..., M, D]."""
+    masks = jnp.full((*anchor.shape, config.block_size - 1), config.mask_token_id, anchor.dtype)
+    return layers.rows(embed, jnp.concatenate([anchor[..., None], masks], axis=-1))
+
+
+def proposing(config: DraftConfig, rows: Array) -> Array:
+    """Those of a block's rows [..., M, D] that make proposals 1 to J: [..., J, D] (SPEC section 4)."""
+    return rows if config.shift_label else rows[..., 1:, :]
+
+
+def append_context(params: Draft, config: DraftConfig, cache: KVCache, features: Array, start: Array) -> KVCache:
+    """Write the context keys and values of features [B, T, LD] at positions from start [B] on."""
+    c = context(params, config, features)
+    positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
+    angles = layers.rotary(positions, config)
+    for i, layer in enumerate(params.layers):
+        cache = append(cache, i, *layers.keys_values(layer, c, angles, config.rms_norm_eps), start)
+    return cache
+
+
+def block(
+    params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVCache, attention: Form = "xla"
+) -> tuple[Array, KVCache]:
+    """Run one block a row in decoding.
+
+    The block's own keys and values are written behind the context (positions from `start` on), where
+    attention finds both sides in one buffer; the next context overwrites them.
+
+    Args:
+        x: block inputs [B, M, D].
+        start: [B] anchor positions a; the cache holds the context of positions 0 to a - 1.
+        attention: its form.
+
+    Returns:
+        z = norm(block states) [B, M, D], and the cache.
+    """
+    positions = start[:, None] + jnp.arange(config.block_size, dtype=jnp.int32)
+    angles = layers.rotary(positions, config)
+    for i, (layer, window) in enumerate(zip(params.layers, config.windows, strict=True)):
+        y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        q = layers.queries(layer, y, angles, config.rms_norm_eps)
+        cache = append(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
+        # Every block position sees the whole context and the whole block: no causal mask.
+        attended = attend(q, cache.k[i], cache.v[i], start, causal=False, window=window, form=attention)
+        x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B M D")
+    return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
+
+
+def training_blocks(
+    params: Draft,
+    config: DraftConfig,
+    x: Array,
+    anchors: Array,
+    features: Array,
+    first: Array | None = None,
+    form: training_attention.Form = "dense",
+    remat: bool = False,
+) -> Array:
+    """Run all blocks of a sequence in one pass (SPEC section 7).
+
+    The queries of a block see the context strictly before its anchor and their own block.
+
+    Args:
+        x: block inputs [B, A, M, D].
+        anchors: [B, A] absolute positions a; 0 is legal and sees no context.
+        features: [B, S, LD] of the whole sequence.
+        first: [B, A], the first position that each block sees, where rows hold several sequences; 0 when None.
+        form: of attention, see `blocks`.
+        remat: keep of each layer only what goes into it, and compute the rest again in the backward pass.
+
+    Returns:
+        z [B, A, M, D].
+    """
+    letters, eps = axes(config), config.rms_norm_eps
+    fc = gathered(params.fc, letters.fc)
+    c = layers.rms_norm(layers.linear(features, fc), params.context_norm, eps)
+    positions = anchors[..., None] + jnp.arange(config.block_size, dtype=jnp.int32)  # [B, A, M]
+    angles = layers.rotary(positions, config)
+    context_angles = layers.rotary(jnp.arange(features.shape[1], dtype=jnp.int32), config)
+
+    def run(number: int, layer: Layer, x: Array, c: Array) -> Array:
+        layer = gathered(layer, letters.layers[number])
+        y = layers.rms_norm(x, layer.input_norm, eps)
+        q = layers.queries(layer, y, angles, eps)
+        own = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
+        seen = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
+        attended = training_attention.attend(q, own, seen, anchors, first, config.windows[number], form)
+        return constrain(layers.residual(layer, x, attended, eps), "B A M D")
+
+    for number, layer in enumerate(params.layers):
+        step = partial(run, number)
+        x = (jax.checkpoint(step) if remat else step)(layer, x, c)
+    return layers.rms_norm(x, params.norm, eps)

@@ -1,0 +1,1 @@
+"""Heads that correct the logits of a block drafter."""

@@ -1,0 +1,170 @@
+"""Attention of many blocks over one sequence's context and themselves, for training (SPEC section 7).
+
+A block's queries see the context positions from their conversation's first up to, not including, their anchor, and
+their own block; nothing of other blocks. No A·M x A·M mask exists. Four forms:
+
+    dense    Scores of all queries against the whole context: what the others are tested against.
+    chunked  Some blocks at a time, in a loop whose backward pass computes them again: neither the scores nor a mask of
+             A·M x S exist. Every block meets the whole context, seen or not.
+    cudnn    The same groups, each through cuDNN's kernel, for NVIDIA GPUs and 16-bit floats: a group's queries over the
+             context and its own rows, with a mask of that group's size; scores never leave the chip. Blocks of a group
+             see each other's rows as masked keys, ROWS more of them.
+    pallas   A kernel for TPUs (`blocks_pallas`): scores never leave the chip, no mask exists, and of the context only
+             what a tile of blocks sees is fetched and computed, in the backward pass too.
+
+Measured: dense and chunked, on a CPU. The others have run on no device, and "auto" does not choose them. Tests hold
+cuDNN's mask by JAX's own statement of the same function, and the kernel by interpretation and by its lowering;
+libtpu's compiler takes it for v4, v5e, v5p and v6e (ahead of time, without a chip: it says nothing about speed).
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax import attention
+from domino_jax.attention import in_window
+from domino_jax.config import DraftConfig
+from domino_jax.errors import DominoError
+from domino_jax.kernels import training_attention_tpu
+from domino_jax.sharding import constrain
+
+Form = Literal["dense", "chunked", "cudnn", "pallas"]
+Choice = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
+
+ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a time
+
+
+def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
+    """The form to run for `count` blocks a sequence: "auto" is chunked where there is more than one group of them.
+
+    Raises:
+        DominoError: what was asked for can't run here; it is never replaced by another form.
+    """
+    # Where there is a device, compare `python -m train.bench --block-attention` chunked with cudnn or pallas: both
+    # should win by what chunked computes for nothing, half of all scores, and by scores that stay on the chip.
+    if asked == "auto":
+        return "dense" if count * config.block_size <= ROWS else "chunked"
+    if asked == "cudnn":
+        attention.choices("cudnn", (config.head_dim,), dtype)
+    if asked == "pallas" and jax.devices()[0].platform != "tpu":
+        raise DominoError(
+            f"the blocks' Pallas kernel needs a TPU, found {jax.devices()[0].device_kind}: give --block-attention auto "
+            "or chunked."
+        )
+    return asked
+
+
+def attend(
+    q: Array,
+    own: tuple[Array, Array],
+    context: tuple[Array, Array],
+    anchors: Array,
+    first: Array | None,
+    window: int | None,
+    form: Form,
+    implementation: Any = "cudnn",
+) -> Array:
+    """softmax(q·k / √H) · v over what each block sees, the softmax in float32.
+
+    Args:
+        q: [B, A, M, N, H].
+        own: keys and values of the blocks, each [B, A, M, K, H].
+        context: of the sequences, each [B, S, K, H].
+        anchors: [B, A] absolute positions.
+        first: [B, A], the first context position that each block sees; 0 when None.
+        window: of a sliding layer: a query at p sees the W positions up to p, in its block too.
+
+    Returns:
+        [B, A, M, N, H].
+    """
+    blocks, size = q.shape[1:3]
+    if first is None:
+        first = jnp.zeros_like(anchors)
+    if form == "pallas":
+        return training_attention_tpu.attend(q, own, context, anchors, first, window)
+    group = max(1, ROWS // size)
+    alone = partial(_cudnn, implementation=implementation) if form == "cudnn" else _dense
+    if form == "dense" or blocks <= group:
+        return alone(q, own, context, anchors, first, window)
+    # The keys' gradients are summed over the groups: in float32.
+    wide = tuple(x.astype(jnp.float32) for x in context)
+    groups = -(-blocks // group)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, groups * group - blocks), *((0, 0) for _ in x.shape[2:])))
+        return jnp.moveaxis(x.reshape(x.shape[0], groups, group, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(piece: tuple[Array, tuple[Array, Array], Array, Array]) -> Array:
+        q, own, anchors, first = piece
+        k, v = (x.astype(q.dtype) for x in wide)
+        return alone(q, own, (k, v), anchors, first, window)
+
+    pieces = (cut(q), (cut(own[0]), cut(own[1])), cut(anchors), cut(first))
+    out = jnp.moveaxis(jax.lax.map(one, pieces), 0, 1)
+    return constrain(out.reshape(q.shape[0], groups * group, *q.shape[2:])[:, :blocks], "B A M N H")
+
+
+def _visible(anchors: Array, first: Array, size: int, length: int, window: int | None) -> tuple[Array, Array]:
+    """What blocks see of the context [B, A, M, S], and of themselves [M, M]."""
+    offsets, seen = jnp.arange(size, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
+    places = (anchors[..., None] + offsets)[..., None]  # [B, A, M, 1]
+    low, high = first[:, :, None, None], anchors[:, :, None, None]
+    return (seen >= low) & (seen < high) & in_window(places - seen, window), in_window(
+        offsets[:, None] - offsets, window
+    )
+
+
+def _cudnn(
+    q: Array,
+    own: tuple[Array, Array],
+    context: tuple[Array, Array],
+    anchors: Array,
+    first: Array,
+    window: int | None,
+    implementation: Any,
+) -> Array:
+    """One attention of all blocks' rows over [context ; the rows of all blocks], told by a mask what each sees."""
+    batch, blocks, size = q.shape[:3]
+    rows = blocks * size
+    before, inside = _visible(anchors, first, size, context[0].shape[1], window)
+    apart = jnp.eye(blocks, dtype=bool)[:, None, :, None] & inside[None, :, None, :]  # [A, M, A, M]
+    mask = jnp.concatenate(
+        [before.reshape(batch, rows, -1), jnp.broadcast_to(apart.reshape(rows, rows), (batch, rows, rows))], axis=-1
+    )
+    k, v = (
+        jnp.concatenate([ctx, x.reshape(batch, rows, *x.shape[3:])], axis=1)
+        for ctx, x in zip(context, own, strict=True)
+    )
+    out = jax.nn.dot_product_attention(
+        q.reshape(batch, rows, *q.shape[3:]), k, v, mask=mask[:, None], implementation=implementation
+    )
+    return out.reshape(q.shape)
+
+
+def _dense(
+    q: Array,
+    own: tuple[Array, Array],
+    context: tuple[Array, Array],
+    anchors: Array,
+    first: Array,
+    window: int | None,
+) -> Array:
+    """All scores at once, in two pieces: [M, S] and [M, M] a block."""
+    batch, blocks, size, _, width = q.shape
+    (own_k, own_v), (ctx_k, ctx_v) = own, context
+    length = ctx_k.shape[1]
+    before, inside = _visible(anchors, first, size, length, window)
+    groups = q.reshape(batch, blocks, size, own_k.shape[3], -1, width)
+    outer = jnp.einsum("BAMKGH,BSKH->BKGAMS", groups, ctx_k, preferred_element_type=jnp.float32)
+    inner = jnp.einsum("BAMKGH,BAXKH->BKGAMX", groups, own_k, preferred_element_type=jnp.float32)
+    least = jnp.finfo(jnp.float32).min
+    scores = jnp.concatenate([jnp.where(before[:, None, None], outer, least), jnp.where(inside, inner, least)], axis=-1)
+    # The block always sees itself, so no query is without a key.
+    weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(ctx_v.dtype)
+    attended = jnp.einsum("BKGAMS,BSKH->BAMKGH", weights[..., :length], ctx_v)
+    attended += jnp.einsum("BKGAMX,BAXKH->BAMKGH", weights[..., length:], own_v)
+    return attended.reshape(q.shape)

@@ -1,0 +1,1 @@
+"""Kernels for one kind of device, chosen only where they were tested on it."""

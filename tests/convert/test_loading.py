@@ -1,0 +1,342 @@
+"""Weights on their way from disk: each device's part and no more, from either form, onto any mesh, bit for bit."""
+
+import dataclasses
+import json
+from typing import Any
+
+import factory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from tiny import make_draft, make_target
+
+from convert import hf, loading, safetensors
+from convert.__main__ import main as convert_main
+from convert.folders import convert, load
+from convert.safetensors import TensorFiles
+from domino_jax.config import DecoderConfig
+from domino_jax.errors import DominoError
+from domino_jax.runtime import precision
+from domino_jax.sharding import fit, make_mesh, spec
+from domino_jax.weights import axes, flatten, shapes
+from infer.bench.checkpoints import STEPS
+from infer.bench.checkpoints import main as checkpoints_main
+from infer.engine import Engine
+
+# An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
+TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2, num_attention_heads=8)
+MODELS: dict[str, Any] = {
+    "target": TARGET,
+    "untied": dataclasses.replace(TARGET, tie_word_embeddings=False),
+    "vocabulary of few": dataclasses.replace(TARGET, vocab_size=10),
+    "drafter": factory.draft_config(
+        TARGET,
+        num_hidden_layers=1,
+        target_layer_ids=(0, 1),
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=40,
+    ),
+}
+
+
+def expected(leaf: np.ndarray, letters: str, config: DecoderConfig, model: int) -> np.ndarray:
+    """A weight as a mesh has it, by whole arrays."""
+    for axis, letter in enumerate(letters.split()):
+        if letter == "K":
+            copies = fit(config, model).num_key_value_heads // config.num_key_value_heads
+            leaf = np.repeat(leaf, copies, axis=axis)
+        if letter == "V":
+            leaf = np.pad(leaf, [(0, -leaf.shape[i] % model if i == axis else 0) for i in range(leaf.ndim)])
+    return leaf
+
+
+@pytest.mark.parametrize("form", ["Hugging Face", "Orbax"])
+@pytest.mark.parametrize(("data", "model"), [(2, 4), *(pytest.param(1, n, marks=pytest.mark.slow) for n in (2, 8))])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_mesh_holds_what_one_device_holds_each_device_its_part(tmp_path, kind, data, model, form):
+    config = MODELS[kind]
+    module = factory.random_weights(config, 0)
+    hf.save(tmp_path / "hf", module, config, config.to_hf(), jnp.bfloat16)
+    folder = tmp_path / "hf"
+    if form == "Orbax":
+        convert(folder, tmp_path / "orbax")
+        folder = tmp_path / "orbax"
+    mesh = make_mesh(data, model)
+    placed, letters = flatten(load(folder, config, jnp.float32, mesh=mesh)), flatten(axes(config))
+    for path, leaf in flatten(module).items():
+        stored = np.asarray(leaf).astype(jnp.bfloat16).astype(np.float32)
+        whole, found = expected(stored, letters[path], config, model), placed[path]
+        assert found.dtype == jnp.float32
+        assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec(letters[path])), found.ndim)
+        assert np.array_equal(found, whole), path
+        if set(letters[path].split()) & set("NKFV"):
+            assert {part.data.nbytes for part in found.addressable_shards} == {whole.nbytes // model}
+
+
+@pytest.mark.parametrize("form", ["Hugging Face", pytest.param("Orbax", marks=pytest.mark.slow)])
+def test_matrices_that_are_stored_in_bfloat16_may_stay_so(tmp_path, form):
+    """In float32 runs; what comes out is the same text."""
+    folders = [tmp_path / "target", tmp_path / "draft"]
+    for folder, make in zip(folders[::-1], (make_draft, make_target), strict=True):
+        config = make(tmp_path / "float32")
+        hf.save(folder, hf.load(tmp_path / "float32", config), config, config.to_hf(), jnp.bfloat16)
+    if form == "Orbax":
+        folders = [tmp_path / "orbax", tmp_path / "orbax-draft"]
+        for name, folder in zip(("target", "draft"), folders, strict=True):
+            convert(tmp_path / name, folder)
+
+    def tokens(loaded: loading.Loaded) -> list[int]:
+        engine = Engine(loaded)
+        sequence, _ = engine.sequence([5, 6, 7], 20)
+        engine.generate([sequence])
+        return sequence.tokens
+
+    whole = loading.load(folders[0], folders[1], "float32", matrices="float32")
+    narrow = loading.load(folders[0], folders[1], "float32", matrices="bfloat16")
+    assert narrow.narrow and not whole.narrow
+    held = [sum(x.nbytes for x in jax.tree.leaves(one.params)) for one in (narrow, whole)]
+    assert held[0] < 0.7 * held[1]
+    assert tokens(narrow) == tokens(whole)
+    assert not loading.load(tmp_path / "float32", dtype="float32", matrices="bfloat16").narrow, "it would be rounded"
+    hf.save(tmp_path / "float16", hf.load(tmp_path / "float32", config), config, config.to_hf(), jnp.float16)
+    half = loading.load(tmp_path / "float16", dtype="float32", matrices="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.float32)}, "16 bits of another kind"
+
+
+def test_where_matrices_stay_narrow(tmp_path, monkeypatch):
+    """Where it is asked for, or the CPU has units for it; never in other runs than float32's."""
+    for flags, expected in (("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16", False), (None, False)):
+        cpus = tmp_path / f"{expected} {flags}"
+        if flags:
+            cpus.write_text(f"processor : 0\nflags\t\t: {flags}\n")
+        monkeypatch.setattr(precision, "CPUS", cpus)
+        assert precision.stay_narrow("auto", jnp.float32) == expected
+        assert precision.stay_narrow("bfloat16", jnp.float32) and not precision.stay_narrow("float32", jnp.float32)
+        assert not precision.stay_narrow("auto", jnp.bfloat16)
+    with pytest.raises(DominoError, match="a choice of float32 runs: this one's are bfloat16"):
+        precision.stay_narrow("bfloat16", jnp.dtype(jnp.bfloat16))
+    monkeypatch.setattr(precision, "CPUS", tmp_path / "True fpu amx_bf16 amx_tile")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not precision.stay_narrow("auto", jnp.float32), "all processes run the same program"
+
+
+def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, monkeypatch):
+    config = MODELS["untied"]
+    hf.save(tmp_path, factory.random_weights(config, 0), config, config.to_hf())
+    read: dict[str, int] = {}
+    plain = TensorFiles.read
+
+    def counted(self: TensorFiles, tensor: safetensors.Stored, index: Any = None) -> np.ndarray:
+        part = plain(self, tensor, index)
+        read[tensor.name] = read.get(tensor.name, 0) + part.nbytes
+        return part
+
+    monkeypatch.setattr(TensorFiles, "read", counted)
+    load(tmp_path, config, mesh=make_mesh(2, 4))
+    with TensorFiles(hf.tensor_files(tmp_path)) as files:
+        for name, stored in files.stored.items():
+            # Four devices share two KV heads: two read each, and the tensor is read twice.
+            assert read[name] == stored.bytes * (2 if "k_proj" in name or "v_proj" in name else 1), name
+
+
+def test_files_are_unmapped_as_reading_goes_on(tmp_path, monkeypatch):
+    config = MODELS["target"]
+    monkeypatch.setattr(hf, "SHARD_BYTES", 9000)
+    module = factory.random_weights(config, 0)
+    hf.save(tmp_path, module, config, config.to_hf())
+    monkeypatch.setattr(safetensors, "MOST_MAPPED", 4000)
+    opened = []
+    plain = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda file, **how: opened.append(file) or plain(file, **how))
+    again = flatten(hf.load(tmp_path, config))
+    assert all(np.array_equal(again[path], leaf) for path, leaf in flatten(module).items())
+    assert len(opened) > 2 * len(set(opened)) > 4
+
+
+def test_each_step_of_a_checkpoints_way_through_every_form(tmp_path, capsys):
+    make_target(folder := tmp_path / "tiny")
+    words = ["--model", str(folder), "--mesh", "data=2,model=2", "--out", str(tmp_path), "--step"]
+    figures = {}
+    for step in STEPS:
+        assert checkpoints_main([*words, step]) == 0
+        figures[step] = json.loads(capsys.readouterr().out)
+    assert figures["load"]["tokens"] == figures["load_mesh"]["tokens"] and len(figures["load"]["tokens"]) == 8
+    assert figures["compare"]["identical"] == len(TensorFiles(hf.tensor_files(folder)).stored)
+    assert figures["load_mesh"]["device_bytes"] < figures["load"]["device_bytes"]
+    change(tmp_path / "hf-again", model__norm__weight=np.ones(32, np.float32) * 2)
+    assert checkpoints_main([*words, "compare"]) == 1
+    assert "model.norm.weight came back different" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_sends_a_checkpoint_through_every_form(tmp_path, capsys):
+    make_target(folder := tmp_path / "tiny")
+    words = ["--model", str(folder), "--mesh", "data=2,model=2", "--json", str(tmp_path / "round.json")]
+    assert checkpoints_main(words) == 0
+    assert "came back bit for bit" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "round.json").read_text())
+    assert figures["load"]["tokens"] == figures["load_mesh"]["tokens"] and len(figures["load"]["tokens"]) == 8
+    assert figures["compare"]["identical"] == len(TensorFiles(hf.tensor_files(folder)).stored)
+    assert figures["load_mesh"]["device_bytes"] < figures["load"]["device_bytes"]
+
+
+# --- python -m convert --check ----------------------------------------------------------------------------------
+
+
+def checked(capsys, *words: Any) -> tuple[int, str]:
+    code = convert_main(["--check", *map(str, words)])
+    return code, capsys.readouterr().out
+
+
+def change(folder, **changes: Any) -> None:
+    """Replace tensors (None removes one), "__" standing for a dot."""
+    from safetensors.numpy import load_file, save_file
+
+    held = load_file(folder / hf.SINGLE) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({name: value for name, value in held.items() if value is not None}, folder / hf.SINGLE)
+
+
+def test_a_sound_target_is_compared_with_transformers(tmp_path, capsys):
+    make_target(folder := tmp_path / "target")
+    code, out = checked(capsys, folder)
+    assert code == 0 and out.splitlines()[-1] == "sound"
+    line = next(line for line in out.splitlines() if line.startswith("transformers"))
+    assert float(line.split("at most ")[1].split(",")[0]) < 1e-4
+    assert "260 tokens" in out and "Hugging Face" in out and "all finite" in out
+
+
+def test_both_forms_are_checked(tmp_path, capsys):
+    make_target(folder := tmp_path / "target")
+    convert(folder, tmp_path / "orbax")
+    code, out = checked(capsys, tmp_path / "orbax")
+    assert code == 0 and "Orbax" in out and out.splitlines()[-1] == "sound"
+
+
+def test_what_is_wrong_with_the_tensors_is_listed(tmp_path, capsys):
+    make_target(folder := tmp_path / "target")
+    nan = np.full(32, np.nan, np.float32)
+    change(folder, model__norm__weight=nan, extra=nan, model__layers__0__input_layernorm__weight=nan[:5])
+    change(folder, model__layers__1__mlp__up_proj__weight=None)
+    code, out = checked(capsys, folder)
+    assert code == 1 and out.splitlines()[-1] == "6 problems"
+    for problem in (
+        "missing model.layers.1.mlp.up_proj.weight",
+        "unexpected extra",
+        "model.layers.0.input_layernorm.weight has shape [5], expected [32]",
+        "model.norm.weight has 32 non-finite values of 32",
+    ):
+        assert f"problem      {problem}" in out
+    assert "transformers" not in out
+
+
+def test_a_drafter_is_checked_against_its_target(tmp_path, capsys):
+    make_target(target := tmp_path / "target")
+    make_draft(draft := tmp_path / "draft")
+    code, out = checked(capsys, draft, "--target", target)
+    assert code == 0 and "Domino drafter" in out and "fits" in out
+    other = hf.read_json(target / "config.json") | {"num_hidden_layers": 7}
+    hf.write_json(target / "config.json", other)
+    code, out = checked(capsys, draft, "--target", target)
+    assert code == 1 and "made for another target" in out
+
+
+@pytest.mark.parametrize("words", [[], ["a"], ["a", "b", "--check", "c"], ["a", "b", "--target", "c"]])
+def test_contradicting_words_are_refused(words, capsys):
+    assert convert_main(words) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_drafter_that_does_not_state_its_targets_depth_is_checked_against_the_target(tmp_path, capsys):
+    make_target(target := tmp_path / "target", num_hidden_layers=3)
+    make_draft(draft := tmp_path / "draft", num_target_layers=3)
+    raw = hf.read_json(draft / "config.json")
+    del raw["num_target_layers"]
+    hf.write_json(draft / "config.json", raw)
+    code, out = checked(capsys, draft, "--target", target)
+    assert code == 0 and "fits" in out
+
+
+def test_what_infer_refuses_is_not_called_sound(tmp_path, capsys):
+    make_target(folder := tmp_path / "target")
+    (folder / "generation_config.json").write_text("{")
+    code, out = checked(capsys, folder)
+    assert code == 1 and "generation_config.json can't be read" in out
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer.json").write_text("{")
+    code, out = checked(capsys, folder)
+    assert code == 1 and "the tokenizer in" in out and "all finite" in out
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float64])
+def test_weights_that_are_no_floats_of_16_or_32_bits_are_refused(tmp_path, dtype):
+    make_target(folder := tmp_path / "target")
+    change(folder, model__norm__weight=np.ones(32, dtype))
+    config = hf.parse_config(hf.read_json(folder / "config.json"))
+    with pytest.raises(DominoError, match=r"model.norm.weight holds \w+, expected F32, F16 or BF16"):
+        hf.load(folder, config)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_an_empty_destination_is_filled(tmp_path, kind):
+    make_draft(source := tmp_path / "draft")
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    destination = tmp_path / "link" if kind == "link" else place
+    if kind == "link":
+        destination.symlink_to(place)
+    assert convert(source, destination) == ("Hugging Face", "Orbax")
+    assert destination.is_symlink() == (kind == "link")
+    assert {file.name for file in place.iterdir()} == {"config.json", "weights"}
+
+
+def test_checkpoints_beside_weights_do_not_make_a_training_run(tmp_path, capsys):
+    make_draft(folder := tmp_path / "draft")
+    (folder / "checkpoints").mkdir()
+    code, out = checked(capsys, folder)
+    assert code == 0 and "Hugging Face" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rope_theta": 1}, "rope_theta of 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": float("inf")}}, "YaRN factor of inf"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1}}, "beta_fast of -1"),
+    ],
+)
+def test_positions_that_can_not_be_computed_are_refused(change, says):
+    with pytest.raises(DominoError, match=says):
+        hf.parse_config(TARGET.to_hf() | change)
+
+
+def test_one_model_replaces_another_whatever_their_number_of_files(tmp_path, monkeypatch):
+    config = MODELS["drafter"]
+    for seed, most in enumerate((10**9, 3000, 10**9)):
+        monkeypatch.setattr(hf, "SHARD_BYTES", most)
+        module = factory.random_weights(config, seed)
+        hf.save(tmp_path, module, config, config.to_hf())
+        assert np.array_equal(hf.load(tmp_path, config).fc, module.fc)
+
+
+@pytest.mark.slow
+def test_a_weight_above_a_gigabyte_goes_both_ways(tmp_path):
+    """Orbax refuses an array that its limits of memory do not hold."""
+    config = dataclasses.replace(TARGET, vocab_size=260_000, hidden_size=1024, num_hidden_layers=1)
+    hf.save(tmp_path / "hf", jax.tree.map(lambda s: jnp.zeros(s.shape), shapes(config)), config, config.to_hf())
+    convert(tmp_path / "hf", tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "back")
+    with TensorFiles(hf.tensor_files(tmp_path / "back")) as files:
+        assert files.stored["model.embed_tokens.weight"].bytes > 10**9
+
+
+def test_converting_can_change_the_dtype(tmp_path, capsys):
+    make_draft(source := tmp_path / "draft")
+    assert convert_main([str(source), str(tmp_path / "orbax"), "--dtype", "bfloat16"]) == 0
+    assert convert_main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
+    assert hf.read_json(tmp_path / "back" / "config.json")["torch_dtype"] == "bfloat16"
+    _, out = checked(capsys, tmp_path / "back")
+    assert "BF16" in out and "F32" not in out
+    assert jax.default_backend() == "cpu"

@@ -1,0 +1,384 @@
+"""What makes a cycle cheaper and must not change the output: turned, narrow and fused products, 8 bits, candidates."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import factory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factory import Output, Pair
+
+from domino_jax import decode, layers, prepare
+from domino_jax.config import DecoderConfig, MoeConfig
+from domino_jax.decode import Configs, Params
+from domino_jax.drafters.heads import domino
+from domino_jax.errors import DominoError
+from domino_jax.sampling import settings
+from domino_jax.weights import FusedHead, OutputsFirst, Quantized, build, flatten
+
+TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
+PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
+COUNT = 24
+good = partial(factory.good_pair, TARGET, 1, num_hidden_layers=1)
+
+
+def in_dtype(pair: Pair, dtype) -> Pair:
+    return Pair(jax.tree.map(lambda w: w.astype(dtype), pair.params), pair.configs)
+
+
+def run(pair: Pair, **more) -> list[Output]:
+    return factory.speculate(
+        pair.params, pair.configs, factory.begin(pair.params, pair.configs, PROMPTS, COUNT), **more
+    )
+
+
+def tau(outputs: list[Output]) -> float:
+    accepted = [m for o in outputs for m in o.accepted]
+    return sum(accepted) / len(accepted) + 1
+
+
+def eight_bits(pair: Pair, kind: str) -> Pair:
+    assert pair.configs.draft is not None
+    return Pair(prepare.quantize(pair.params, pair.configs.draft, kind), pair.configs)
+
+
+# --- 8-bit drafters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.5 / 127), ("float8", 2**-4)])
+@pytest.mark.parametrize("config", [TARGET, good().configs.draft], ids=["target", "drafter"])
+def test_every_matrix_comes_back_to_within_its_columns_step(config: DecoderConfig, kind, bound):
+    """Each kind of weight there is: the error of a value is at most `bound` of the largest of its output's column."""
+    sizes = config.sizes
+    seen = set()
+
+    def check(letters: str) -> None:
+        names = letters.split()
+        if len(names) == 1 or letters in seen or letters not in prepare.SUMMED:
+            return
+        seen.add(letters)
+        weight = jax.random.normal(jax.random.key(len(seen)), tuple(sizes[a] for a in names))
+        small = prepare.to_8_bits(weight, letters, kind)
+        assert small.values.dtype == prepare.KINDS[kind] and small.values.shape == weight.shape
+        if names[0] == "V":  # in the einsum and in the gather
+            whole = small.values.astype(jnp.float32) * small.scale[:, None]
+            np.testing.assert_array_equal(layers.rows(small, jnp.arange(sizes["V"])), whole)
+            x = jax.random.normal(jax.random.key(0), (3, weight.shape[1]))
+            np.testing.assert_allclose(layers.scores(x, small), x @ whole.T, atol=1e-4)
+            column = jnp.abs(weight).max(axis=1, keepdims=True)
+        else:
+            if names[0] == "N":
+                weight, small = weight.reshape(-1, sizes["D"]), layers.flat_heads(small)
+            whole = layers.linear(jnp.eye(weight.shape[0]), small)
+            column = jnp.abs(weight).max(axis=0)
+        assert (jnp.abs(whole - weight) <= bound * column * 1.01).all()
+        assert (jnp.abs(whole - weight) > bound * column / 10).any(), "nothing was rounded"
+
+    build(config, check)
+    assert len(seen) >= 5
+
+
+@pytest.mark.parametrize("kind", prepare.KINDS)
+def test_an_output_of_zeros_stays_zero(kind):
+    """As in a head that has learned nothing yet, and in rows that only pad a vocabulary."""
+    weight = jnp.zeros((6, 4)).at[1].set(jnp.arange(4.0)).at[2].set(1e-38)
+    small = prepare.to_8_bits(weight, "V R", kind)
+    whole = np.asarray(layers.rows(small, jnp.arange(6)))
+    assert np.isfinite(np.asarray(small.scale)).all()
+    np.testing.assert_allclose(whole, weight, atol=0.2)
+    assert (whole[3:] == 0).all()
+
+
+def test_the_recurrent_part_and_the_norms_stay_as_they_are():
+    pair = good()
+    small = eight_bits(pair, "int8")
+    before, after = flatten(pair.params.draft), flatten(small.params.draft)
+    for path, weight in before.items():
+        stays = weight.ndim == 1 or path in prepare.WHOLE
+        assert (path in after) == stays
+        assert not stays or after[path] is weight
+    assert isinstance(small.params.output, Quantized)
+    assert small.params.target is pair.params.target
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param("int8", jnp.float32, id="int8-float32"),
+        pytest.param("int8", jnp.bfloat16, id="int8-bfloat16", marks=pytest.mark.slow),
+        pytest.param("float8", jnp.float32, id="float8-float32", marks=pytest.mark.slow),
+        pytest.param("float8", jnp.bfloat16, id="float8-bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_an_8_bit_drafter_changes_no_token(kind, dtype):
+    pair = in_dtype(good(), dtype)
+    whole, small = run(pair), run(eight_bits(pair, kind))
+    assert [o.tokens for o in small] == [o.tokens for o in whole]
+    assert tau(small) > 0.8 * tau(whole) > 1.4, "an 8-bit drafter should propose nearly as well"
+
+
+# --- Turned and narrow matrices -----------------------------------------------------------------------------------
+
+
+def test_a_float32_is_the_sum_of_its_pieces():
+    """Times one, and nothing else, every float32 comes back as it was, bit for bit."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(64, 16)) * 10.0 ** rng.integers(-25, 30, (64, 16))).astype(np.float32)
+    x[0, :4] = 0, 1, -(2**24 - 1), np.float32(1) / 3
+    one = jnp.eye(16, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(layers.exact_product)(x, one), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (8, 300), (3, 5, 300)], ids=str)
+def test_narrow_products_are_as_exact_as_float32s(shape):
+    """Against float64: no worse than the float32 product; x rounded to bfloat16 would be 50 times as far off."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=shape).astype(np.float32)
+    w = jnp.asarray(rng.normal(size=(7, 11, 300)), jnp.bfloat16)
+    true = np.einsum("...D,abD->...ab", x.astype(np.float64), np.asarray(w, np.float64))
+
+    def error(y) -> float:
+        assert y.dtype == jnp.float32 and y.shape == true.shape
+        return float(np.abs(np.asarray(y, np.float64) - true).max())
+
+    plain = error(jnp.einsum("...D,abD->...ab", x, w.astype(jnp.float32)))
+    assert error(jax.jit(layers.linear)(x, OutputsFirst(w))) < 2 * plain
+    rounded = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+    assert error(jnp.einsum("...D,abD->...ab", rounded, w.astype(jnp.float32))) > 50 * plain
+
+
+def narrowed(pair: Pair) -> tuple[Pair, Pair]:
+    """A pair of bfloat16 weights: in float32, and with narrow matrices."""
+    return in_dtype(in_dtype(pair, jnp.bfloat16), jnp.float32), factory.narrow(pair)
+
+
+def test_matrices_stay_narrow_and_the_rest_is_float32():
+    whole, narrow = narrowed(good())
+    for module, other in zip(whole.params[:2], narrow.params[:2], strict=True):
+        before, after = flatten(module), flatten(other)
+        for path, weight in before.items():
+            matrix = weight.ndim > 1 and not path.startswith("head.")
+            values = after[f"{path}.values" if matrix else path]
+            assert values.dtype == (jnp.bfloat16 if matrix else jnp.float32) and values.size == weight.size
+        assert after["layers.0.down.values"].shape == before["layers.0.down"].shape[::-1]
+    for path, weight in flatten(factory.turned(good()).params.target).items():
+        assert weight.dtype == jnp.float32, f"{path} would have been rounded"
+
+
+def test_turned_products_are_the_same_sums():
+    """Of every kind of weight, and whole: logits, features and drafts are those of matrices in their own order."""
+    pair = good()
+    turned = factory.turned(pair)
+    layer: Any = turned.params.target.layers[0]
+    assert layer.down.values.shape == pair.params.target.layers[0].down.shape[::-1]
+    x = jax.random.normal(jax.random.key(0), (2, 3, TARGET.hidden_size))
+    for name in ("q", "k", "v", "gate", "up"):
+        expected = layers.linear(x, getattr(pair.params.target.layers[0], name))
+        np.testing.assert_allclose(layers.linear(x, getattr(layer, name)), expected, atol=1e-5)
+    ids = jnp.array([[3, 0], [1, 3]])
+    embed = pair.params.target.embed
+    np.testing.assert_array_equal(layers.rows(turned.params.target.embed, ids), embed[ids])
+    np.testing.assert_allclose(layers.scores(x, turned.params.target.embed), layers.scores(x, embed), atol=1e-5)
+    assert run(turned) == run(pair)
+    for module in turned.params[:2]:
+        prepare.fuse(module)
+    assert run(turned) == run(pair)
+
+
+@pytest.mark.parametrize(
+    ("product", "dtype", "columns", "summed"),
+    [
+        pytest.param(layers.turned_product, jnp.float32, 8, 0, id="float32"),
+        pytest.param(layers.exact_product, jnp.bfloat16, 24, 1, id="bfloat16"),
+    ],
+)
+def test_a_product_in_a_loop_has_the_matrix_on_its_left(product, dtype, columns, summed):
+    """As compiled: XLA would take x's columns for rows again, and have its kernels put the matrix in order instead.
+
+    Or it would make a transposed copy of the matrix before each loop.
+    """
+
+    @jax.jit
+    def run(x, matrix, times):
+        return jax.lax.fori_loop(0, times, lambda _, x: jnp.tanh(product(x, matrix))[:, :64], x)
+
+    program = run.lower(jnp.zeros((8, 64)), jnp.zeros((96, 64), dtype), 5).compile().as_text() or ""
+    (line,) = [line for line in program.splitlines() if " dot(" in line]
+    assert f"= f32[96,{columns}]" in line
+    assert f"lhs_contracting_dims={{1}}, rhs_contracting_dims={{{summed}}}" in line
+    assert "[64,96]" not in program
+
+
+@pytest.mark.parametrize(
+    "more", ["alone", "fused", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "candidates"))]
+)
+def test_narrow_matrices_change_no_token(more):
+    whole, narrow = narrowed(good())
+    drafter = narrow.configs.draft
+    assert drafter is not None
+    if more == "int8":
+        mixed = narrow.params._replace(draft=whole.params.draft)
+        narrow = Pair(prepare.quantize(mixed, drafter, "int8"), narrow.configs)
+    if more == "candidates":
+        narrow = Pair(narrow.params, dataclasses.replace(narrow.configs, candidates=7))
+    if more == "fused":
+        for module in narrow.params[:2]:
+            prepare.fuse(module)
+        assert {"layers.0.gate_up.values", "layers.1.kv.values"} <= set(flatten(narrow.params.target))
+    expected, found = run(whole), run(narrow)
+    assert [o.tokens for o in found] == [o.tokens for o in expected]
+    assert tau(found) > 0.8 * tau(expected) > 1.4
+
+
+@pytest.mark.slow
+def test_experts_stay_float32_beside_narrow_matrices():
+    target = dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True))
+    whole, narrow = narrowed(Pair.make(factory.draft_config(target), target))
+    layer = narrow.params.target.layers[0]
+    assert isinstance(layer.q, OutputsFirst) and layer.router is not None
+    assert layer.gate.dtype == layer.router.dtype == jnp.float32
+    assert [o.tokens for o in run(narrow)] == [o.tokens for o in run(whole)]
+
+
+# --- Fused products -----------------------------------------------------------------------------------------------
+
+
+def test_fused_products_are_the_same_sums():
+    pair, fused = good(), good()
+    prepare.fuse(fused.params.target)
+    prepare.fuse(fused.params.draft)
+    names = set(flatten(fused.params.target)) | set(flatten(fused.params.draft))
+    assert "layers.0.kv" in names and not {"layers.0.k", "layers.0.v", "layers.0.gate", "layers.1.up"} & names
+
+    @partial(jax.jit, static_argnums=1)
+    def step(params: Params, configs: Configs, state):
+        drafts, _, _ = decode.propose(params, configs, state, None)
+        return drafts, *decode.run_target(params, configs, state, drafts)[:2]
+
+    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    for a, b in zip(step(pair.params, pair.configs, state), step(fused.params, fused.configs, state), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+    assert run(fused) == run(pair)
+
+
+@pytest.mark.parametrize("largest", [0, prepare.LARGEST_TABLE], ids=["computed", "looked up"])
+@pytest.mark.parametrize("kind", ["whole", "narrow", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_fused_head_proposes_the_same(kind, largest):
+    whole = factory.narrow(good()) if kind == "narrow" else eight_bits(good(), "int8") if kind == "int8" else good()
+    expected = run(whole)
+    prepare.fuse_head(whole.params, largest)
+    head = whole.params.draft.head if whole.params.draft else None
+    assert isinstance(head, FusedHead) and (head.gates is None) == (largest == 0) == (head.gru_in is not None)
+    assert run(whole) == expected
+    assert tau(expected) > 1.4
+    prepare.fuse_head(whole.params, largest)  # there is nothing left to do, nor is there without a head
+    plain = good(head=None, shift_label=False)
+    prepare.fuse_head(plain.params)
+    prepare.fuse_head(plain.params.lean)
+    assert plain.params.draft is not None and plain.params.draft.head is None
+
+
+def test_fused_and_8_bit_together():
+    pair = good()
+    expected = run(pair)
+    small = eight_bits(pair, "int8")
+    alone = run(small)
+    prepare.fuse(small.params.target)
+    prepare.fuse(small.params.draft)
+    assert run(small) == alone
+    assert [o.tokens for o in run(small)] == [o.tokens for o in expected]
+
+
+# --- Head candidates ----------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_the_highest_logits():
+    """Exactly where the vocabulary is small; nearly, and always with the highest of all, where it is in buckets."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 96)).astype(np.float32)
+    values, ids = jax.jit(domino.likeliest, static_argnums=1)(logits, 10)
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[..., :10])
+    np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[..., :10])
+
+    logits = rng.normal(size=(2, 3, 4096)).astype(np.float32)
+    values, ids = jax.jit(domino.likeliest, static_argnums=1)(logits, 16)
+    np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(ids), axis=-1), values)
+    np.testing.assert_array_equal(ids[..., 0], logits.argmax(axis=-1))
+    best = np.argsort(-logits, axis=-1)[..., :16]
+    kept = [len(set(a) & set(b)) for a, b in zip(best.reshape(-1, 16), np.asarray(ids).reshape(-1, 16), strict=True)]
+    assert np.mean(kept) > 14.5 and min(kept) < 16, "buckets lose one now and then"
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        7,
+        pytest.param(88, marks=pytest.mark.slow),
+        pytest.param(89, marks=pytest.mark.slow),
+        pytest.param(500, marks=pytest.mark.slow),
+    ],
+)
+def test_the_head_scores_its_candidates_alone(candidates):
+    """Proposal for proposal what a walk over the masked logits gives; the tokens do not change."""
+    pair = good()
+    config = pair.configs.draft
+    few = Pair(pair.params, dataclasses.replace(pair.configs, candidates=candidates))
+    assert config is not None and pair.params.draft is not None
+    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+
+    @jax.jit
+    def both(params: Params, state):
+        _, base, _ = decode.draft_block(params, pair.configs, state)
+        return base, decode.propose(params, few.configs, state, None)[0]
+
+    base, drafts = jax.device_get(both(pair.params, state))
+    # All but the candidates' base logits at -inf: the head over the whole vocabulary then does the same.
+    lowest = -np.sort(-base, axis=-1)[..., min(candidates, 89) - 1 :][..., :1]
+    masked = np.where(base >= lowest, base, -np.inf)
+    z = jax.jit(lambda p, s: decode.draft_block(p, pair.configs, s)[0])(pair.params, state)
+    embed = pair.params.target.embed
+    plain = jax.jit(partial(domino.propose, config=config, keys=None))
+    masked[:, 0] = base[:, 0]  # P = 1
+    expected, _ = plain(pair.params.draft, embed=embed, z=z, base=masked, anchor=state.token, sampling=state.sampling)
+    np.testing.assert_array_equal(drafts, expected)
+    outputs, whole = run(few), run(pair)
+    assert [o.tokens for o in outputs] == [o.tokens for o in whole]
+    assert tau(outputs) <= tau(whole) and (candidates < 89 or outputs == whole)
+
+
+def test_a_draw_from_candidates_says_what_it_was_drawn_from():
+    """q is what the head over the whole vocabulary gives with all but the candidates at minus infinity."""
+    pair = good()
+    configs = dataclasses.replace(pair.configs, candidates=6)
+    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=settings(4, temperature=8.0))
+    keys = jax.random.split(jax.random.key(5), 4)
+
+    @jax.jit
+    def both(params: Params, state):
+        assert params.draft is not None and configs.draft is not None
+        z, base, _ = decode.draft_block(params, pair.configs, state)
+        kept = base >= -jnp.sort(-base, axis=-1)[..., 5:6]
+        masked = jnp.where(kept | (jnp.arange(5) == 0)[:, None], base, -jnp.inf)  # P = 1
+        how = params.target.embed, z, masked, state.token, state.sampling, keys
+        return kept, domino.propose(params.draft, configs.draft, *how), decode.propose(params, configs, state, keys)
+
+    kept, (whole, expected), (drafts, q, _) = jax.device_get(both(pair.params, state))
+    np.testing.assert_array_equal(drafts[:, 0], whole[:, 0])
+    np.testing.assert_allclose(q[:, :2], expected[:, :2], atol=1e-5)  # what follows depends on what was drawn
+    np.testing.assert_allclose(q.sum(axis=-1), 1, atol=1e-5)
+    assert ((q > 0) == kept)[:, 1:].all()
+    assert np.take_along_axis(kept, drafts[..., None], axis=-1)[:, 1:].all()
+    assert len(set(drafts[:, 1:].ravel().tolist())) > 3
+
+
+def test_what_candidates_need():
+    configs = good().configs
+    with pytest.raises(DominoError, match="at least 1, found 0"):
+        dataclasses.replace(configs, candidates=0)
+    plain = good(head=None, shift_label=False).configs
+    with pytest.raises(DominoError, match="need a drafter with a causal head"):
+        dataclasses.replace(plain, candidates=4)

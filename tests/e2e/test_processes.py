@@ -1,0 +1,138 @@
+"""Several processes on loopback that run one model: the answers of one process, printed by the first."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_draft, make_target
+
+from domino_jax.errors import DominoError
+from domino_jax.runtime import processes
+from infer.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    root = tmp_path_factory.mktemp("hosts")
+    make_target(root / "target")
+    make_draft(root / "draft")
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two", "three")))
+    words = ["--model", str(root / "target"), "--draft", str(root / "draft"), "--prompts", str(root / "prompts.jsonl")]
+    return [*words, "--json", "--max-new-tokens", "20"]
+
+
+def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infer")) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and standard error of each process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    port = free_port()
+    running = []
+    for i in range(count):
+        place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(i)]
+        command = [sys.executable, *program, *words, *(place if count > 1 else [])]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
+    done = []
+    for process in running:
+        out, err = process.communicate(timeout=240)
+        done.append((process.returncode, out, err))
+    return done
+
+
+@pytest.fixture(scope="module")
+def alone(words) -> list[list[int]]:
+    with redirect_stdout(io.StringIO()) as out:
+        assert main([*words, "--mesh", "data=1,model=1"]) == 0
+    return [json.loads(line)["tokens"] for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("count", "more"),
+    [
+        (2, ["--mesh", "data=2"]),
+        # What each measures differs; what they do must not.
+        pytest.param(2, ["--mesh", "model=2", "--drafts", "auto"], marks=pytest.mark.slow),
+        pytest.param(4, ["--mesh", "data=2,model=2"], marks=pytest.mark.slow),
+    ],
+    ids=["2, rows", "2, weights, drafts auto", "4, both"],
+)
+def test_processes_together_give_the_tokens_of_one(words, alone, count, more):
+    first, *others = launch([*words, *more], count)
+    assert first[0] == 0, first[2]
+    assert [json.loads(line)["tokens"] for line in first[1].splitlines()] == alone
+    for status, out, err in others:
+        assert (status, out) == (0, ""), err
+        assert "tokens" not in err
+
+
+CONVERSATION = """
+import json, sys
+from pathlib import Path
+from convert import hosts
+from convert import models
+from infer.__main__ import parse_mesh
+folder, mesh, *place = sys.argv[1:]
+first = hosts.join(hosts.Hosts(place[1], int(place[3]), int(place[5])) if place else None)
+from infer.conversation import Conversation
+from infer.engine import Engine
+loaded = models.load(Path(folder) / "target", Path(folder) / "draft", mesh=parse_mesh(mesh))
+engine, conversation, ids, turns = Engine(loaded), Conversation(), [50, 60, 70] * 20, []
+for _ in range(2):
+    turn, _ = engine.sequence(ids, 6)
+    engine.generate([turn], conversation=conversation)
+    turns.append([turn.tokens, turn.accepted, turn.reused])
+    ids = [*turn.ids, *[90] * 15]
+if first:
+    print(json.dumps(turns))
+"""
+
+
+@pytest.mark.slow
+def test_a_conversation_keeps_its_caches_in_every_process(words):
+    folder = str(Path(words[1]).parent)
+    (alone,) = launch([folder, "data=1,model=1"], 1, ("-c", CONVERSATION))
+    assert alone[0] == 0, alone[2]
+    first, other = launch([folder, "data=1,model=2"], 2, ("-c", CONVERSATION))
+    assert (first[0], other[0]) == (0, 0), first[2] + other[2]
+    assert json.loads(first[1]) == json.loads(alone[1]) and other[1] == ""
+    assert json.loads(first[1])[1][-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("here:1", None, None), "--num-processes (or JAX_NUM_PROCESSES) and --process-id"),
+        (("here:1", 2, 2), "from 0 to 1"),
+    ],
+)
+def test_half_of_a_place_is_refused(given, says, monkeypatch):
+    for name in processes.VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DominoError) as error:
+        processes.settle(*given)
+    assert says in str(error.value)
+
+
+def test_the_environment_counts_where_flags_are_silent(monkeypatch):
+    for name, value in zip(processes.VARIABLES.values(), ("there:9", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert processes.settle(None, None, None) == processes.Hosts("there:9", 4, 3)
+    assert processes.settle(None, None, 1) == processes.Hosts("there:9", 4, 1)
+    monkeypatch.setenv("JAX_PROCESS_ID", "three")
+    with pytest.raises(DominoError, match="whole numbers"):
+        processes.settle(None, None, None)

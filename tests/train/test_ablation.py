@@ -1,0 +1,96 @@
+"""The commands made of commands: the ablation, and the shipped pair from nothing."""
+
+import json
+
+import pytest
+from tiny import make_target
+
+from train import config
+from train.demo import command
+from train.evaluate import ablation
+from train.monitor import curves
+
+
+def test_the_table_has_mean_and_spread():
+    taus = {"dflash": (2.0, 2.2), "joint": (3.0, 3.0), "curriculum": (3.1, 3.5)}
+    rows = [
+        {"kind": kind, "seed": seed, "final_tau": tau, "base_tau": None if kind == "dflash" else tau - 1}
+        for kind, both in taus.items()
+        for seed, tau in enumerate(both)
+    ]
+    assert ablation.table(rows).splitlines() == [
+        "| | seed 0 | seed 1 | τ, mean ± sd over seeds | head off |",
+        "|---|---|---|---|---|",
+        "| dflash | 2.000 | 2.200 | **2.100 ± 0.141** |  |",
+        "| joint | 3.000 | 3.000 | **3.000 ± 0.000** | 2.000 ± 0.000 |",
+        "| curriculum | 3.100 | 3.500 | **3.300 ± 0.283** | 2.300 ± 0.283 |",
+    ]
+
+
+def test_a_run_that_stopped_early_is_not_finished(tmp_path):
+    assert ablation.unfinished(tmp_path, 10)
+    curves.write([{"step": 5}], tmp_path / "metrics.jsonl")
+    assert ablation.unfinished(tmp_path, 10) and not ablation.unfinished(tmp_path, 5)
+
+
+RECIPE = """
+[data]
+length = 24
+[drafter]
+layers = 1
+block_size = 4
+taps = [0, 1]
+gru_hidden_dim = 8
+emb_dim = 6
+mask_token_id = 3
+[objective]
+anchors = 4
+[run]
+batch = 4
+log_every = 2
+"""
+
+
+@pytest.mark.slow
+def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
+    make_target(tmp_path / "target")
+    lines = [{"input_ids": [5, i], "tokens": [(i + 3 * k) % 30 + 5 for k in range(20)]} for i in range(5, 25)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"input_ids": [7, i]}) + "\n" for i in range(5, 9)))
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    words = f"--target {tmp_path}/target --config {tmp_path}/tiny.toml --data {tmp_path}/data.jsonl --steps 4"
+    words += f" --prompts {tmp_path}/held.jsonl --out {tmp_path}/runs --seeds 0 --num-prompts 4 --prompt-tokens 2"
+    words += " --new-tokens 8 --min-distinct 0"
+    assert ablation.main(words.split()) == 0
+    rows = json.loads((tmp_path / "runs" / "ablation.json").read_text())
+    assert [row["kind"] for row in rows] == list(ablation.KINDS)
+    assert rows[0]["base_tau"] is None if "base_tau" in rows[0] else True
+    for kind, head, start in (("dflash", False, 1.0), ("joint", True, 0.0), ("curriculum", True, 1.0)):
+        settings = config.flat(config.read(tmp_path / "runs" / f"{kind}-0" / "settings.toml"))
+        assert (settings["head"], settings["lambda_base_start"]) == (head, start)
+    assert (tmp_path / "runs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "runs" / "ablation.md").read_text() in capfd.readouterr().out
+    assert ablation.main(words.split()) == 0
+    assert "python -m train " not in capfd.readouterr().out, "what is finished is not run again"
+
+
+@pytest.mark.slow
+def test_the_shipped_drafter_from_nothing(tmp_path, capfd):
+    """The one command, with a hundredth of the work; the second start finds everything done but the measuring."""
+    words = f"--out {tmp_path} --target demo --prompts 16 --held-out 4 --new-tokens 24 --steps 4".split()
+    assert command.main(words) == 0
+    said = capfd.readouterr().out
+    order = ["train.prompts", "train.regenerate", "train --config demo", "train.validate"]
+    places = [said.index(f"$ python -m {command}") for command in order]
+    assert places == sorted(places) and "head off" in said
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+    assert command.main(words) == 0
+    assert [line.split()[3] for line in capfd.readouterr().out.splitlines() if line.startswith("$")] == [
+        "train.validate"
+    ]
+
+
+def test_the_demo_names_every_command_from_the_text_to_the_measure(tmp_path):
+    found = [stage.words[0] for stage in command.stages(command.Demo(tmp_path))]
+    assert found == ["train.pretrain", *["train.prompts"] * 3, *["train.regenerate"] * 2, "train", "train.validate"]
+    assert command.main(["--out", str(tmp_path), "--prompts", "1"]) == 1

@@ -1,0 +1,413 @@
+"""Rewriting answers: what is asked and answered, drafts, interruptions, refusals, meshes."""
+
+import errno
+import json
+import os
+import re
+import signal
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factory import hf_greedy
+from tiny import CHAT_END_ID, END_ID, make_draft, make_target
+
+from convert import loading, template
+from domino_jax import target
+from domino_jax.sampling import probabilities, settings
+from train import generate
+from train.generate import Choice, Prompt
+from train.regenerate import output, prompts
+from train.regenerate.command import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# As Qwen3's, but short: earlier answers without thoughts, and something before the next one if thinking is off.
+TEMPLATE = """
+{%- for m in messages %}
+    {%- if m.content == 'refuse me' %}{{ raise_exception('no such thing') }}{% endif %}
+    {%- set said = m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content %}
+    {{- '<|im_start|>' + m.role[0] + ':' + said + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>a:' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '~~' }}{%- endif %}
+{%- endif %}"""
+STOPS = (END_ID, CHAT_END_ID, 4, 60, 61)  # several, so that random answers end
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+DATA = [
+    {"messages": [{"role": "system", "content": "Be brief."}, user("Hi"), said("old"), user("Why?"), said("older")]},
+    {
+        "conversations": [
+            {"from": "human", "value": "One"},
+            {"from": "gpt", "value": "old"},
+            {"from": "human", "value": "2"},
+        ]
+    },
+    {"prompt": "def f("},
+    {"input_ids": [40, 41, 42]},
+    {"messages": [user("a"), said("b"), user("c"), said("d"), user("e"), said("f")]},
+    {"messages": [user("x " * 20), said("y")]},
+]
+TURNS = [2, 2, 1, 1, 3, 1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A target with a template, a drafter, and data."""
+    root = tmp_path_factory.mktemp("regenerate")
+    make_target(root / "target", template=TEMPLATE, eos=STOPS)
+    make_draft(root / "draft")
+    write(root / "data.jsonl", DATA)
+    return root
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))  # blank lines do not count
+    return path
+
+
+def run(folder: Path, out: Path, *words: str, data: Path | None = None, status: int = 0) -> list[dict]:
+    """The command's lines, by their numbers."""
+    given = ["--target", str(folder / "target"), "--data", str(data or folder / "data.jsonl"), "--out", str(out)]
+    assert main([*given, "--max-new-tokens", "9", "--batch-size", "3", *words]) == status
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return sorted(rows, key=lambda row: (row["row"], row["turn"]))
+
+
+def drafted(folder: Path) -> tuple[str, str]:
+    return "--draft", str(folder / "draft")
+
+
+@pytest.fixture(scope="module")
+def greedy(folder, tmp_path_factory) -> list[dict]:
+    return run(folder, tmp_path_factory.mktemp("greedy") / "out.jsonl", "--temperature", "0")
+
+
+@pytest.fixture(scope="module")
+def sampled(folder, tmp_path_factory) -> list[dict]:
+    return run(folder, tmp_path_factory.mktemp("sampled") / "out.jsonl", *drafted(folder), "--temperature", "1.2")
+
+
+def test_each_turn_is_asked_in_the_template_and_answered_as_transformers_answers_it(folder, greedy):
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "target", dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    assert [(row["row"], row["turn"]) for row in greedy] == [(r, t) for r, n in enumerate(TURNS) for t in range(n)]
+    conversations = {
+        0: [DATA[0]["messages"][0], user("Hi"), None, user("Why?"), None],
+        1: [user("One"), None, user("2"), None],
+        4: [user("a"), None, user("c"), None, user("e"), None],
+        5: [user("x " * 20), None],
+    }
+    ends = Counter()
+    for row in greedy:
+        if row["row"] in conversations:
+            messages = conversations[row["row"]]
+            place = messages.index(None)
+            asked = tokenizer.apply_chat_template(
+                messages[:place], add_generation_prompt=True, enable_thinking=False, return_dict=False
+            )
+            messages[place] = said(tokenizer.decode(row["tokens"], skip_special_tokens=True))
+            assert row["messages"] == messages[: place + 1]
+        else:
+            asked = [40, 41, 42] if row["row"] == 3 else tokenizer("def f(")["input_ids"]
+            assert "messages" not in row
+        assert row["input_ids"] == asked
+        assert row["tokens"] == hf_greedy(model, asked, 9, STOPS)
+        ended = row["tokens"][-1] in STOPS
+        assert row["finish_reason"] == ("stop" if ended else "length")
+        assert ended or len(row["tokens"]) == 9
+        ends[row["finish_reason"]] += 1
+    assert len(ends) == 2, "both ways to end were to be seen"
+
+
+def test_a_drafter_changes_no_greedy_answer_and_its_acceptance_is_told(folder, greedy, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("train.monitor.decoding_progress.EVERY", 0.0)
+    assert run(folder, tmp_path / "a.jsonl", "--temperature", "0", *drafted(folder)) == greedy
+    out, err = capfd.readouterr()
+    assert ", τ " in out
+    assert re.search(r"^6/10 answers  [\d,]+ tokens/s  τ \d\.\d\d  0:\d\d:\d\d left$", err, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_no_greedy_answer(folder, greedy, tmp_path):
+    mesh = ("--mesh", "data=2,model=2", "--dtype", "float32")
+    assert run(folder, tmp_path / "b.jsonl", "--temperature", "0", *drafted(folder), *mesh) == greedy
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path, monkeypatch, capfd):
+    assert len({tuple(row["tokens"]) for row in sampled}) > 6, "samples were to be expected"
+    out, words = tmp_path / "out.jsonl", [*drafted(folder), "--temperature", "1.2"]
+    seen, count = set(), 0
+    update = generate.fetch
+
+    def interrupt(tree):
+        nonlocal count
+        count += 1
+        if count in (2, 5):  # within the first batch of this run, and of a later one
+            os.kill(os.getpid(), signal.SIGTERM if count == 2 else signal.SIGINT)
+        return update(tree)
+
+    monkeypatch.setattr(generate, "fetch", interrupt)
+    for _ in range(2):
+        seen.add(len(run(folder, out, *words, status=130)))
+        assert "the same command goes on" in capfd.readouterr().err
+    assert max(seen) < len(sampled)
+    whole = out.read_bytes()
+    if whole:  # killed while writing
+        out.write_bytes(whole[:-7])
+    assert run(folder, out, *words) == sampled
+    monkeypatch.setattr("train.regenerate.load", None)  # nothing is missing, so nothing is loaded
+    assert run(folder, out, *words) == sampled
+
+
+@pytest.mark.parametrize("kept", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
+def test_a_killed_run_goes_on(folder, sampled, tmp_path, kept):
+    """Whichever lines are there, the others come out as they would have."""
+    out, words = tmp_path / "out.jsonl", [*drafted(folder), "--temperature", "1.2"]
+    run(folder, out, *words)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:kept]) + lines[kept][:-5])
+    assert run(folder, out, *words) == sampled
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--temperature", "0.3"], "temperature"),
+        (["--seed", "1"], "seed"),
+        (["--max-new-tokens", "8"], "max_new_tokens"),
+        (["--thinking"], "thinking"),
+        (["--draft", "draft"], "draft_identity"),
+    ],
+)
+def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words, name):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("train.regenerate.load", lambda *_, **__: pytest.fail("loaded"))
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(pytest.fail.Exception):
+        run(folder, out)
+    run(folder, out, *words, status=1)
+    assert f"begun with other settings: {name} was" in capsys.readouterr().err
+
+
+def test_other_data_another_target_and_foreign_files_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.regenerate.load", lambda *_, **__: pytest.fail("loaded"))
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(pytest.fail.Exception):
+        run(folder, out)
+    out.write_text('{"row": 0, "turn": 0}\n{"row": 1, "turn": false')  # the latter is cut off
+    with pytest.raises(pytest.fail.Exception):
+        run(folder, out)
+    out.write_text('{"row": 0, "turn": 0}\n[1]\n')
+    words = ["--target", str(folder / "target"), "--data", str(folder / "data.jsonl"), "--out", str(out)]
+    assert main([*words, "--max-new-tokens", "9"]) == 1
+    assert "damaged after 1 lines" in capsys.readouterr().err
+    out.write_text("")
+    run(folder, out, data=write(tmp_path / "other.jsonl", DATA[:3]), status=1)
+    assert "data_sha256 was" in capsys.readouterr().err
+    make_target(tmp_path / "target", seed=1, template=TEMPLATE, eos=STOPS)
+    run(tmp_path, out, data=folder / "data.jsonl", status=1)
+    assert "target_identity was" in capsys.readouterr().err
+    foreign = write(tmp_path / "foreign.jsonl", [{"text": "mine"}])
+    before = foreign.read_bytes()
+    assert main([*words[:-1], str(foreign)]) == 1
+    assert "not written by this command" in capsys.readouterr().err
+    assert foreign.read_bytes() == before
+
+
+def test_a_full_disk_keeps_what_is_done(folder, greedy, tmp_path, capsys, monkeypatch):
+    class Disk:
+        """Takes 1500 bytes, the last of them in the middle of a line."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 1500
+
+        def write(self, data) -> int:
+            taken = self.file.write(data[: self.room])
+            self.room -= taken
+            if not taken:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return taken
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    real = output.Answers._index
+
+    def index(self):
+        self._file = Disk(self._file)
+        return real(self)
+
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Answers, "_index", index)
+        kept = run(folder, out, "--temperature", "0", status=1)
+    error = capsys.readouterr().err
+    assert 0 < len(kept) < len(greedy) and out.read_bytes().endswith(b"\n")
+    assert f"the disk is full; its {len(kept)} answers are kept" in error and "Traceback" not in error
+    assert run(folder, out, "--temperature", "0") == greedy
+
+
+def test_what_does_not_fit_or_is_refused_is_left_out_and_counted(folder, greedy, tmp_path, capsys):
+    more = [
+        {"messages": [user("long " * 60), said("x"), user("y"), said("z")]},
+        {"messages": [user("refuse me"), said("x")]},
+        {"messages": [said("nobody asked")]},
+        {"messages": [user("call"), {"role": "tool", "content": "x"}, said("y")]},
+    ]
+    found = run(folder, tmp_path / "a.jsonl", "--temperature", "0", data=write(tmp_path / "d", DATA + more))
+    assert found == greedy
+    out = capsys.readouterr().out
+    for reason in (
+        "are too long for the target's 256 positions",
+        "are refused by the chat template (no such thing",
+        "ask nothing",
+        "have messages of a 'tool'",
+    ):
+        assert f"1 left out that {reason}" in out
+    run(folder, tmp_path / "b.jsonl", data=write(tmp_path / "e", more[:2]), status=1)
+    assert "nothing could be answered" in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_the_positions(folder, tmp_path):
+    """The last position's token is generated, and it is never run."""
+    data = write(tmp_path / "data.jsonl", [{"input_ids": [50] * 12}, {"input_ids": [50] * 16}])
+    make_target(tmp_path / "target", eos=None, max_position_embeddings=16)
+    found = run(tmp_path, tmp_path / "out.jsonl", "--temperature", "0", data=data)
+    assert [len(row["tokens"]) for row in found] == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "is no conversation and no prompt"),
+        ('{"text": "x"}', "expected messages, conversations, prompt or input_ids"),
+        ('{"input_ids": [260]}', "id 260, outside the target's vocabulary of 260"),
+        ('{"messages": [{"content": "x"}]}', 'each message is an object with "role" and "content"'),
+        ('{"prompt": "\\ud800"}', "not valid Unicode"),
+    ],
+)
+def test_a_line_of_another_form_is_named_before_anything_is_loaded(folder, tmp_path, capsys, line, sentence):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "x"}\n' + line + "\n")
+    run(folder, tmp_path / "out.jsonl", data=data, status=1)
+    error = capsys.readouterr().err
+    assert "line 2" in error and sentence in error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_conversations_need_a_template_and_values_must_make_sense(folder, tmp_path, capsys):
+    make_target(tmp_path / "target")
+    run(tmp_path, tmp_path / "out.jsonl", data=folder / "data.jsonl", status=1)
+    assert "no chat template" in capsys.readouterr().err
+    for words in (["--top-p", "0"], ["--batch-size", "0"], ["--temperature", "-1"], ["--seed", "-1"]):
+        run(folder, tmp_path / "out.jsonl", *words, status=1)
+        assert f"{words[0]} can't be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("messages", "given"),
+    [
+        ([user("a"), said("b")], [[user("a")]]),
+        ([user("a"), said("b"), said("c"), user("d")], [[user("a")], [user("d")]]),
+        ([said("hello"), user("a"), said("b")], [[said("hello"), user("a")]]),
+        ([user("a"), user("b"), said("c"), user("d"), said("e")], [[user("a"), user("b")], [user("d")]]),
+    ],
+)
+def test_what_is_a_turn(messages, given):
+    assert prompts.parse({"messages": messages}, 9).given == given
+    names = {"user": "human", "assistant": "gpt"}
+    sharegpt = [{"from": names[m["role"]], "value": m["content"]} for m in messages]
+    assert prompts.parse({"conversations": sharegpt}, 9).given == given
+
+
+def test_later_turns_are_not_told_of_thoughts():
+    assert template.final_answer("<think>hm</think>\n\nYes") == "Yes"
+    assert template.final_answer("<think>cut off") == ""
+    assert template.final_answer("Yes") == "Yes"
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    return loading.load(folder / "target", folder / "draft", "float32")
+
+
+def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
+    """The second token after one prompt, drafted: its frequencies against the exact distribution."""
+    count, choice = 1024, Choice(temperature=0.5, top_k=6)
+    prompts = [Prompt(row, 1, [70, 71, 72], 3) for row in range(count)]
+    found = list(
+        generate.generate(pair.params, pair.configs, prompts, (), pair.dtype, batch=128, choice=choice, seed=3)
+    )
+    assert sorted(a.prompt.row for a in found) == list(range(count))
+    assert any(m for a in found for m in a.accepted), "drafts were to be accepted"
+
+    @jax.jit
+    def distributions(ids: jax.Array) -> jax.Array:
+        hidden, _, _ = target.forward(pair.params.target, pair.configs.target, ids)
+        logits = target.logits(pair.params.target, pair.configs.target, hidden)
+        return probabilities(logits, settings(len(ids), 0.5, 6))
+
+    whole = np.tile([70, 71, 72, 0], (260, 1))
+    whole[:, 3] = np.arange(260)
+    after = np.asarray(distributions(jnp.asarray(whole, jnp.int32)))
+    first, exact = after[0, 2], after[0, 2] @ after[:, 3]
+    for place, expected in ((0, first), (1, exact)):
+        seen = np.bincount([a.tokens[place] for a in found], minlength=260)
+        assert not seen[expected == 0].any()
+        likely = expected > 0
+        chi = ((seen[likely] - count * expected[likely]) ** 2 / (count * expected[likely])).sum()
+        freedom = likely.sum() - 1
+        assert chi < freedom + 4 * np.sqrt(2 * freedom), place
+
+
+def test_an_answer_depends_on_its_numbers_and_the_seed_alone(pair):
+    def answer(prompts: list[Prompt], batch: int, seed: int = 0) -> dict[tuple[int, int], list[int]]:
+        found = generate.generate(
+            pair.params, pair.configs, prompts, STOPS, pair.dtype, batch=batch, choice=Choice(1.5), seed=seed
+        )
+        return {(a.prompt.row, a.prompt.turn): a.tokens for a in found}
+
+    mine = Prompt(5, 2, [80, 81, 82], 12)
+    others = [Prompt(row, turn, [80, 81, 82, 83][: 1 + row % 4], 12) for row in range(4) for turn in range(2)]
+    alone = answer([mine], 3)[5, 2]
+    assert answer([*others, mine], 3)[5, 2] == alone
+    assert answer([mine], 3, seed=1)[5, 2] != alone
+    same = answer([mine, mine._replace(row=6), mine._replace(turn=1)], 3)
+    assert len({tuple(tokens) for tokens in same.values()}) == 3
+
+
+def test_batches_are_sorted_and_the_unwanted_are_not_run(pair):
+    prompts = [Prompt(row, 0, [70] * length, 4) for row, length in enumerate([3, 9, 1, 5, 7])]
+    lengths = [[len(p.ids) for p in group] for group in generate.batches(prompts, 3)]
+    assert lengths == [[9, 7, 5], [3, 1]]
+    tokens = []
+    found = generate.generate(
+        pair.params,
+        pair.configs,
+        prompts,
+        STOPS,
+        pair.dtype,
+        batch=3,
+        choice=Choice(1.5),
+        wanted=lambda p: p.row == 0,
+        update=lambda new, accepted: tokens.append(new),
+    )
+    assert [a.prompt.row for a in found] == [0]
+    assert tokens[0] == 2 and 2 <= sum(tokens) <= 8, "one batch, of two rows"

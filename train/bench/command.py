@@ -1,0 +1,327 @@
+"""What a training step costs at the public shapes, with random weights: time, its parts, FLOPs, memory.
+
+    python -m train.bench --shapes qwen3-8b --out docs/results/train-8b-h200.json
+
+The cost does not depend on the weights' values. FLOPs are counted by `train.bench.flops`, of the model and not of the
+program: what is computed a second time in the backward pass is not counted a second time.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from convert.registry import DEMO, read_configs
+from convert.shapes import find, random_weights
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters import block, training_attention
+from domino_jax.errors import DominoError
+from domino_jax.runtime.compile_cache import keep_programs
+from domino_jax.runtime.precision import settle
+from domino_jax.runtime.provenance import commit
+from domino_jax.weights import flatten, unflatten
+from train import anchors, mesh
+from train.bench.flops import flops
+from train.loss import Inputs, Kind, Objective, TargetAttention, denominator, gather, part, supervision, target_states
+from train.step import LOOPED, Recipe, TrainState, start, train_step
+
+DEMO_SHAPE = "demo"
+# Dense bfloat16 TFLOP/s of a device, as its maker states them, by what JAX calls it.
+PEAKS = {
+    "NVIDIA H200": 989.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5p": 459.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time a training step at a public shape with random weights."""
+
+    shapes: str = DEMO_SHAPE
+    """demo, the shipped pair's, or a public one such as qwen3-8b, with a drafter as the public ones"""
+    out: Path | None = None
+    """JSON file for the figures"""
+    batch: int = 2
+    """sequences a step"""
+    length: int = 768
+    anchors: int = 256
+    """A, blocks a sequence"""
+    block_size: int | None = None
+    """M; that of the shape's drafter when not given, as the next two"""
+    gru_hidden_dim: int | None = None
+    emb_dim: int | None = None
+    accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    loss: Kind = "ce"
+    chunk: int = 1024
+    """proposals whose logits exist at a time on a device"""
+    block_attention: training_attention.Choice = "auto"
+    target_attention: TargetAttention = "xla"
+    remat: bool = False
+    """compute the drafter's layers again in the backward pass"""
+    captured: bool = False
+    """the target's states are given and not computed"""
+    dtype: str | None = None
+    """float32 on a CPU and bfloat16 elsewhere when not given"""
+    mesh: str | None = None
+    """such as data=1,fsdp=4,model=2"""
+    steps: int = 5
+    """timed; the median counts"""
+    phases: bool = True
+    """time the parts as well, each a program of its own"""
+    peak_tflops: float | None = None
+    """of one device: from a table, or measured by a large product where that has none"""
+
+
+def configs(options: Bench) -> tuple[TargetConfig, DraftConfig]:
+    """The target of a shape, and its drafter with what the options change of it.
+
+    Raises:
+        DominoError: there is no such shape, or a change makes no sense.
+    """
+    if options.shapes == DEMO_SHAPE:
+        _, target, drafter, _ = read_configs(DEMO / "target", DEMO / "draft")
+        assert drafter is not None and drafter.head is not None
+    else:
+        target, drafter = find(options.shapes)
+    assert drafter.head is not None
+    head = replace(
+        drafter.head,
+        gru_hidden_dim=options.gru_hidden_dim or drafter.head.gru_hidden_dim,
+        emb_dim=options.emb_dim or drafter.head.emb_dim,
+    )
+    return target, replace(drafter, block_size=options.block_size or drafter.block_size, head=head)
+
+
+def measured_peak(dtype: Any) -> float:
+    """TFLOP/s of a large product on one device."""
+    size, turns = (512, 3) if jax.default_backend() == "cpu" else (8192, 20)
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda x: jax.lax.fori_loop(0, turns, lambda _, y: (x @ y) * (1 / size), x))
+    return 2 * size**3 * turns / median(lambda: multiply(x), 3) / 1e12
+
+
+def median(run: Callable[[], Any], times: int) -> float:
+    """Seconds of a run, the first left out."""
+    jax.block_until_ready(run())
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times: int) -> dict[str, float]:
+    """Milliseconds of programs that each hold one part more of the step, and what each adds to the one before.
+
+    One part of the batch runs, if it is accumulated in several. What is left of the whole step is called optimizer.
+    """
+    pair = recipe.target, recipe.draft
+    objective = Objective(**{name: getattr(recipe, name) for name in Objective._fields})
+    rows = inputs.ids.shape[0] // recipe.accumulate
+    given = jax.tree.map(lambda x: x[:rows], inputs)
+    chosen, valid = jax.jit(lambda mask: anchors.draw(jax.random.key(0), mask, recipe.anchors))(given.mask)
+    lam = jnp.float32(0.5)
+
+    def drafter(weights: Any) -> Any:
+        cast = {path: w if path in LOOPED else w.astype(recipe.dtype) for path, w in weights.items()}
+        return unflatten(recipe.draft, cast)
+
+    def states(frozen: Any, given: Inputs) -> Any:
+        return target_states(frozen, *pair, given, objective)
+
+    @jax.jit
+    def target_only(weights: Any, frozen: Any, given: Inputs) -> Any:
+        return states(frozen, given)
+
+    @jax.jit
+    def backbone(weights: Any, frozen: Any, given: Inputs) -> Any:
+        features, hidden = states(frozen, given)
+        x = block.block_inputs(frozen.embed, recipe.draft, gather(given.ids, chosen[..., None])[..., 0])
+        form = training_attention.choose(objective.block_attention, recipe.draft, chosen.shape[1], recipe.dtype)
+        return block.training_blocks(drafter(weights), recipe.draft, x, chosen, features, form=form), hidden
+
+    def loss(weights: Any, frozen: Any, given: Inputs) -> Any:
+        total = denominator(objective, supervision(recipe.draft, given, chosen, valid))
+        return part(drafter(weights), frozen, pair, objective, given, chosen, valid, lam, total)
+
+    programs = {
+        "target": target_only,
+        "drafter": backbone,
+        "loss": jax.jit(loss),
+        "backward": jax.jit(jax.value_and_grad(loss, has_aux=True)),
+    }
+    found, before = {}, 0.0
+    for name, program in programs.items():
+        took = 1e3 * median(lambda program=program: program(state.weights, frozen, given), times) * recipe.accumulate
+        found[f"{name}_ms"], before = took - before, took
+    return found
+
+
+def run(options: Bench) -> dict[str, Any]:
+    """The figures, as one flat row.
+
+    Raises:
+        DominoError: the options don't fit together, or the devices don't.
+    """
+    target, config = configs(options)
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            raise DominoError(f"--{field.name.replace('_', '-')} can't be {value}.")
+    dtype = settle(options.dtype)
+    made = mesh.make(options.mesh, (target, config)) if options.mesh else None
+    recipe = Recipe(
+        target=target,
+        draft=config,
+        steps=1000,
+        optimizer=options.optimizer,
+        lr=6e-4,
+        muon_lr=0.02,
+        warmup=0.04,
+        weight_decay=0.01,
+        clip=1.0,
+        gamma=7.0,
+        anchors=options.anchors,
+        lambda_base_start=1.0,
+        lambda_base_decay_ratio=1.0,
+        chunk=options.chunk,
+        dtype=dtype.name,
+        loss=options.loss,
+        accumulate=options.accumulate,
+        block_attention=options.block_attention,
+        target_attention=options.target_attention,
+        remat=options.remat,
+    )
+    if made is None:
+        return _run(options, recipe, None)
+    with jax.set_mesh(made):
+        return _run(options, recipe, made)
+
+
+def _run(options: Bench, recipe: Recipe, made: Any) -> dict[str, Any]:
+    target, config, dtype = recipe.target, recipe.draft, jnp.dtype(recipe.dtype)
+    frozen = random_weights(target, dtype, made)
+    drafted = random_weights(config, jnp.float32, made)
+    state = start(recipe, flatten(drafted), 0)
+    del drafted
+    inputs = _inputs(options, target, config, dtype, made)
+    began = time.perf_counter()
+    program = train_step.lower(recipe, state, frozen, inputs).compile()
+    compile_s = time.perf_counter() - began
+    memory = program.memory_analysis()
+    parts = phases(recipe, state, frozen, inputs, options.steps) if options.phases else {}
+    times = []
+    for number in range(options.steps + 1):
+        began = time.perf_counter()
+        state, metrics = program(state, frozen, inputs)
+        jax.block_until_ready((state, metrics))
+        if number:
+            times.append(time.perf_counter() - began)
+    took = statistics.median(times)
+    if not bool(metrics.finite):
+        raise DominoError("the step's loss or gradient is not finite: its time means nothing; try --dtype float32.")
+    if parts:
+        parts["optimizer_ms"] = took * 1e3 - sum(parts.values())
+    device, devices = jax.devices()[0], 1 if made is None else made.size
+    peak, source = options.peak_tflops or PEAKS.get(device.device_kind), "stated"
+    if peak is None:
+        peak, source = measured_peak(dtype), "measured"
+    counted = flops(target, config, options.batch, options.length, options.anchors)
+    if options.captured:
+        counted["target"] = 0.0
+    drafter_flops = counted["forward"] + counted["backward"]
+    stats = device.memory_stats() or {}
+    return {
+        **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        "block_size": config.block_size,
+        "dtype": dtype.name,
+        "weights": "random",
+        "commit": commit(),
+        "device": device.device_kind,
+        "devices": devices,
+        "jax": jax.__version__,
+        "target_parameters": sum(w.size for w in jax.tree.leaves(frozen)),
+        "drafter_parameters": sum(w.size for w in state.weights.values()),
+        "step_ms": took * 1e3,
+        "step_ms_all": [t * 1e3 for t in times],
+        "ms_per_sample": took * 1e3 / options.batch,
+        "samples_per_second": options.batch / took,
+        **parts,
+        "compile_s": compile_s,
+        **{f"{name}_tflop": count / 1e12 for name, count in counted.items()},
+        "tflops_per_device": (drafter_flops + counted["target"]) / took / 1e12 / devices,
+        "peak_tflops": peak,
+        "peak_source": source,
+        "mfu": (drafter_flops + counted["target"]) / took / 1e12 / devices / peak,
+        "mfu_of_drafter": drafter_flops / took / 1e12 / devices / peak,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9 if memory else None,
+        "arguments_gb": memory.argument_size_in_bytes / 1e9 if memory else None,
+        "peak_memory_gb": stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None,
+    }
+
+
+def _inputs(options: Bench, target: TargetConfig, config: DraftConfig, dtype: Any, made: Any) -> Inputs:
+    shape = options.batch, options.length
+
+    def make() -> Inputs:
+        ids = jax.random.randint(jax.random.key(0), shape, 0, target.vocab_size - 1, jnp.int32)
+        features = hidden = None
+        if options.captured:
+            features = jax.random.normal(jax.random.key(1), (*shape, config.sizes["LD"]), dtype)
+            hidden = jax.random.normal(jax.random.key(2), (*shape, target.hidden_size), dtype)
+        return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.loss == "kl" else None)
+
+    return mesh.laid_rows(jax.jit(make)(), made)
+
+
+def show(row: dict[str, Any]) -> str:
+    """The figures in a few lines."""
+    parts = ", ".join(f"{name[:-3]} {row[name]:,.1f}" for name in row if name in PHASES)
+    memory = row["peak_memory_gb"]
+    return "\n".join(
+        [
+            f"{row['shapes']} shape with random weights (speed only), {row['dtype']}, "
+            f"{row['devices']} x {row['device']}, "
+            f"batch {row['batch']}, length {row['length']}, {row['anchors']} anchors of {row['block_size']}",
+            f"{row['step_ms']:,.1f} ms a step, {row['ms_per_sample']:,.1f} ms a sample, "
+            f"{row['samples_per_second']:,.2f} samples/s" + (f"; ms: {parts}" if parts else ""),
+            f"{row['tflops_per_device']:,.2f} TFLOP/s a device, MFU {row['mfu']:.1%} of {row['peak_tflops']:,.2f} "
+            f"({row['peak_source']}), {row['mfu_of_drafter']:.1%} without the target's forward pass",
+            f"memory: arguments {row['arguments_gb']:,.2f} GB, temporary {row['temporary_gb']:,.2f} GB"
+            + (f", peak {memory:,.2f} GB" if memory else ""),
+        ]
+    )
+
+
+PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Bench, args=argv, prog="python -m train.bench")
+    keep_programs()
+    try:
+        row = run(options)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    except (DominoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(show(row))
+    return 0

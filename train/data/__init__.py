@@ -1,0 +1,1 @@
+"""Training data: rows of files to conversations, to token sequences, to batches."""

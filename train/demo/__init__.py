@@ -1,0 +1,1 @@
+"""The shipped pair from nothing: text, a small target, prompts, its drafter."""

@@ -1,0 +1,183 @@
+"""Does the head help, and the curriculum? The same recipe, data and budget with and without them, over several seeds.
+
+    python -m train.ablation --config demo --data answers.jsonl --prompts heldout.jsonl --out runs/ablation
+
+    dflash      no head: the backbone alone
+    joint       head and backbone on the corrected loss from the first step on (λ = 0)
+    curriculum  λ as the recipe has it
+
+What is finished is not run again, and what was begun goes on. The table (ablation.md), every figure (ablation.json) and
+the curves (ablation.png) are written when all drafters are measured.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from domino_jax.errors import DominoError
+from train.config import SETTINGS
+from train.monitor import curves
+from train.monitor.log import METRICS
+from train.run import NEWEST
+
+KINDS = {"dflash": ["--no-head"], "joint": ["--lambda-base-start", "0"], "curriculum": []}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Train without the head, without the curriculum and with both, and compare what is accepted."""
+
+    data: tuple[str, ...]
+    """as for python -m train"""
+    prompts: Path
+    """JSONL of held-out prompts to measure with"""
+    out: Path
+    """folder for the runs, one each, and for what they come to"""
+    config: str = "demo"
+    """recipe, as for python -m train"""
+    target: str | None = None
+    """the recipe's own when not given"""
+    steps: int = 400
+    """of each run"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_prompts: int | None = 64
+    prompt_tokens: int | None = 48
+    new_tokens: int = 64
+    min_distinct: float = 0.8
+    """leave out prompts that the target answers in loops"""
+
+
+def runs(options: Ablation) -> Iterator[tuple[str, int, Path]]:
+    """Kind, seed and folder of each run; a seed is finished for all kinds before the next."""
+    for seed in options.seeds:
+        for kind in KINDS:
+            yield kind, seed, options.out / f"{kind}-{seed}"
+
+
+def train(options: Ablation) -> int:
+    """Run what is missing; the first exit status that is not 0."""
+    o = options
+    for kind, seed, folder in runs(o):
+        if (folder / NEWEST / "config.json").exists() and not unfinished(folder, o.steps):
+            continue
+        if (folder / SETTINGS).exists():
+            words = ["--resume", "--out", str(folder)]
+        else:
+            words = ["--config", o.config, *(["--target", o.target] if o.target else []), "--data", *o.data]
+            words += ["--steps", str(o.steps), "--seed", str(seed), *KINDS[kind], "--out", str(folder)]
+        print("\n$ python -m train " + " ".join(words), flush=True)
+        status = subprocess.run([sys.executable, "-m", "train", *words]).returncode
+        if status:
+            return status
+    return 0
+
+
+def unfinished(folder: Path, steps: int) -> bool:
+    """Whether a run stopped before its last step: an interrupted one has written its drafter as well."""
+    rows = curves.read(folder / METRICS)
+    return not rows or rows[-1]["step"] < steps
+
+
+def measure(options: Ablation, target: str) -> list[dict[str, Any]]:
+    """τ of each drafter, as `train.validate` finds it."""
+    from train.evaluate.validate import Validate
+    from train.evaluate.validate import measure as validate
+
+    o, found = options, []
+    for kind, seed, folder in runs(o):
+        row = validate(
+            Validate(
+                o.prompts, draft=folder / NEWEST, target=target, num_prompts=o.num_prompts, new_tokens=o.new_tokens,
+                prompt_tokens=o.prompt_tokens, min_distinct=o.min_distinct,
+            )
+        )  # fmt: skip
+        found.append({"kind": kind, "seed": seed, "steps": o.steps, **row})
+        print(f"{kind}, seed {seed}: τ {row['final_tau']:.3f} ± {row['final_tau_error']:.3f}", flush=True)
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: τ of each seed, their mean and standard deviation, and the mean with the head off."""
+
+    def about(values: Sequence[float]) -> str:
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{spread}"
+
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [
+        "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | τ, mean ± sd over seeds | head off |",
+        "|---" * (len(seeds) + 3) + "|",
+    ]
+    for kind in KINDS:
+        mine = {row["seed"]: row for row in rows if row["kind"] == kind}
+        taus = [mine[seed]["final_tau"] for seed in seeds]
+        bases = [mine[seed]["base_tau"] for seed in seeds if mine[seed].get("base_tau") is not None]
+        cells = [kind, *(f"{tau:.3f}" for tau in taus), f"**{about(taus)}**", about(bases) if bases else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(options: Ablation, path: Path) -> None:
+    """Cross-entropy and estimated acceptance of the final branch over the runs, a colour for each kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, acceptance = figure.subplots(1, 2)
+    colours = dict(zip(KINDS, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
+    for kind, seed, folder in runs(options):
+        rows = curves.read(folder / METRICS)
+        steps = [row["step"] for row in rows if "final_loss" in row]
+        for axis, key in ((loss, "final_loss"), (acceptance, "final_acceptance")):
+            values = [row[key] for row in rows if key in row]
+            label = kind if seed == options.seeds[0] else None
+            axis.plot(steps, values, color=colours[kind], label=label, linewidth=1)
+    for axis, title in ((loss, "cross-entropy of the final logits, nats"), (acceptance, "estimated acceptance length")):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def run(options: Ablation) -> int:
+    """Train, measure, and write what came out; an exit status.
+
+    Raises:
+        DominoError: a run or a measurement is not possible.
+    """
+    if not options.seeds or options.steps < 1:
+        raise DominoError("give at least one of --seeds, and --steps of at least 1.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    status = train(options)
+    if status:
+        return status
+    from train.config import read, recipe_path
+
+    target = options.target or read(recipe_path(options.config)).target
+    assert target is not None, "training has had one"
+    rows = measure(options, target)
+    (options.out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    text = table(rows)
+    (options.out / "ablation.md").write_text(text, encoding="utf-8")
+    draw(options, options.out / "ablation.png")
+    print("\n" + text)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = tyro.cli(Ablation, args=argv, prog="python -m train.ablation")
+    try:
+        return run(options)
+    except (DominoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,70 @@
+"""Held-out prompts that a drafter is measured with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from domino_jax.decode import Configs, Params
+from domino_jax.errors import DominoError
+from domino_jax.runtime.provenance import distinct
+from train.generate import Prompt, generate
+from train.regenerate.prompts import LeftOut, Lines, encode, said
+
+
+def read_prompts(
+    path: Path, vocab_size: int, positions: int, tokenizer: Any, new_tokens: int, cut: int | None = None
+) -> list[list[int]]:
+    """The prompts of a JSONL file (see train.regenerate.prompts; of a conversation, what precedes the first answer).
+
+    Args:
+        positions: the target's; prompts without room for `new_tokens` are left out.
+        cut: ids to keep of each prompt; all when None.
+
+    Raises:
+        DominoError: the file can't be read, a line is of no known form, or no prompt is left.
+    """
+    lines = Lines(path, vocab_size)
+    left_out, prompts = lines.left_out, []
+    for _, source in lines.sources(0, len(lines)):
+        try:
+            ids = encode(source, 0, [], tokenizer, thinking=False)[:cut]
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
+        if len(ids) + new_tokens - 1 <= positions:  # the last new token is never run
+            prompts.append(ids)
+        else:
+            left_out[f"have no room for {new_tokens} new tokens in {positions} positions"] += 1
+    if not prompts:
+        raise DominoError(f"{path} has no prompt to validate with{said(left_out)}.")
+    return prompts
+
+
+def varied(
+    params: Params,
+    configs: Configs,
+    prompts: Sequence[list[int]],
+    stop_ids: Sequence[int],
+    dtype: Any,
+    *,
+    new_tokens: int,
+    batch: int,
+    least: float,
+    count: int | None = None,
+) -> list[list[int]]:
+    """The first `count` (all when None) of the prompts that the target answers, greedily, without going round in loops.
+
+    Small models fall into loops, and a loop is easy to draft.
+
+    Args:
+        least: distinct 4-grams of an answer, as a share of all.
+    """
+    chosen: list[list[int]] = []
+    for first in range(0, len(prompts), batch):
+        group = [Prompt(row, 0, ids, new_tokens) for row, ids in enumerate(prompts[first : first + batch])]
+        answers = generate(params.lean, configs.lean, group, stop_ids, dtype, batch=batch)
+        tokens = {answer.prompt.row: answer.tokens for answer in answers}
+        chosen += [list(p.ids) for p in group if distinct(tokens[p.row]) >= least]
+        if count is not None and len(chosen) >= count:
+            return chosen[:count]
+    return chosen

@@ -1,0 +1,292 @@
+"""The acceptance length that a drafter really has: held-out prompts, decoded greedily by its target.
+
+    python -m train.validate --run runs/drafter --prompts held.jsonl
+    python -m train.validate --target target --draft drafter --prompts held.jsonl --min-distinct 0.8 --json
+
+τ = tokens a cycle, its bonus included, over all cycles of all answers (SPEC section 5), with the causal head and
+without it. A training run does the same with `Validation` every some steps, beside the acceptance that its loss
+estimates.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from jax import Array
+
+from convert.loading import load, without_head
+from convert.progress import bars
+from convert.registry import read_configs
+from domino_jax.decode import Configs, Params
+from domino_jax.errors import DominoError
+from domino_jax.runtime.compile_cache import keep_programs
+from domino_jax.sharding import parse
+from domino_jax.weights import Target, flatten, unflatten
+from train import config
+from train.evaluate.prompts import read_prompts, varied
+from train.generate import Prompt, generate
+from train.loading import find
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What was accepted of one drafter's proposals."""
+
+    accepted: tuple[tuple[int, ...], ...]  # for each prompt the drafts accepted, cycle by cycle
+
+    @property
+    def cycles(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self.accepted))
+
+    @property
+    def tau(self) -> float | None:
+        """τ over all cycles, so that long answers weigh more; None without any."""
+        return sum(map(sum, self.accepted)) / self.cycles + 1 if self.cycles else None
+
+    @property
+    def per_prompt(self) -> list[float | None]:
+        """Each prompt's own τ; None where the answer had no cycle (its first token ended it)."""
+        return [sum(row) / len(row) + 1 if row else None for row in self.accepted]
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of τ over prompts: that of a ratio of two sums. None with fewer than two prompts."""
+        count, tau = sum(bool(row) for row in self.accepted), self.tau
+        if count < 2 or tau is None:
+            return None
+        rest = [sum(row) + len(row) - tau * len(row) for row in self.accepted]
+        return math.sqrt(sum(r * r for r in rest) * count / (count - 1)) / self.cycles
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the prompts' own τ; None with fewer than two."""
+        each = [t for t in self.per_prompt if t is not None]
+        return float(np.std(each, ddof=1)) if len(each) > 1 else None
+
+
+class Report(NamedTuple):
+    """One validation."""
+
+    final: Acceptance  # of the drafter as it is
+    base: Acceptance | None  # of its base logits alone, the head off; None where there is no head
+    seconds: float
+
+    def row(self) -> dict[str, float | int | None]:
+        """The figures by flat names, as a line of metrics.jsonl has them."""
+        found: dict[str, float | int | None] = {}
+        for name, one in (("final", self.final), ("base", self.base)):
+            if one is not None:
+                found |= {f"{name}_tau": one.tau, f"{name}_tau_error": one.error, f"{name}_tau_spread": one.spread}
+                found[f"{name}_cycles"] = one.cycles
+        return found | {"validation_seconds": self.seconds}
+
+
+class Stopped(Exception):
+    """A validation was not finished."""
+
+
+class Validation:
+    """Prompts to decode again and again with changing drafters: what the first time compiles serves every later one."""
+
+    def __init__(
+        self,
+        target: Target,
+        configs: Configs,
+        prompts: Sequence[Sequence[int]],
+        stop_ids: Sequence[int],
+        dtype: Any,
+        *,
+        new_tokens: int = 64,
+        batch: int = 16,
+    ):
+        """Args:
+        target: its weights, in the dtype of the computation.
+        configs: with a drafter.
+        prompts: ids, each with room for the new tokens (see `read_prompts`).
+        stop_ids: end an answer.
+        dtype: what the drafter's weights are rounded to, and of the caches.
+        new_tokens: of an answer, at most.
+        batch: prompts that run together.
+        """
+        assert configs.draft is not None, "without a drafter nothing is accepted"
+        self.target, self.configs, self.stop_ids, self.dtype = target, configs, tuple(stop_ids), dtype
+        self.prompts = [Prompt(row, 0, ids, new_tokens) for row, ids in enumerate(prompts)]
+        self.batch = min(batch, len(prompts))
+        self._rounded = jax.jit(partial(jax.tree.map, lambda w: w.astype(dtype)))
+
+    def run(self, weights: Mapping[str, Array], stopping: Callable[[], bool] | None = None) -> Report:
+        """Decode all prompts with the drafter of these weights, by their paths; runs in the mesh that is in context.
+
+        The same weights give the same report, and the weights stay as they are.
+
+        Args:
+            stopping: asked now and then.
+
+        Raises:
+            Stopped: `stopping` said so.
+        """
+        began = time.perf_counter()
+        assert self.configs.draft is not None
+        draft = unflatten(self.configs.draft, self._rounded(dict(weights)))
+        whole = self.configs, Params(self.target, draft)
+        final = self._decoded(*whole, stopping)
+        base = self._decoded(*without_head(*whole), stopping) if self.configs.draft.head else None
+        if stopping and stopping():
+            raise Stopped
+        return Report(final, base, time.perf_counter() - began)
+
+    def _decoded(self, configs: Configs, params: Params, stopping: Callable[[], bool] | None) -> Acceptance:
+        answers = generate(
+            params, configs, self.prompts, self.stop_ids, self.dtype, batch=self.batch, stopping=stopping
+        )
+        accepted = {answer.prompt.row: tuple(answer.accepted) for answer in answers}
+        return Acceptance(tuple(accepted.get(prompt.row, ()) for prompt in self.prompts))
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Measure a drafter's acceptance length τ on held-out prompts, with its head on and off."""
+
+    prompts: Path
+    """JSONL of held-out prompts: input_ids, prompt or messages"""
+    run: Path | None = None
+    """folder of a training run, of which the newest checkpoint is measured"""
+    draft: Path | None = None
+    """folder of a drafter"""
+    target: str | None = None
+    """a name such as qwen3-4b, a folder, or org/repo on the Hub; a run's own when not given"""
+    num_prompts: int | None = None
+    """prompts to measure with, from the file's beginning; all when not given"""
+    prompt_tokens: int | None = None
+    """tokens that a prompt is cut to; none are cut when not given"""
+    new_tokens: int = 64
+    """of an answer, at most"""
+    min_distinct: float = 0.0
+    """leave out prompts that the target answers with a smaller share of distinct 4-grams: it loops there"""
+    batch_size: int = 16
+    """prompts that are answered together"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of weights and caches; by default float32 on a CPU, bfloat16 elsewhere"""
+    mesh: str | None = None
+    """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
+    json: bool = False
+    """one JSON object on standard output, and nothing else there"""
+
+
+def settle(options: Validate) -> tuple[Path, Path]:
+    """The folders of target and drafter.
+
+    Raises:
+        DominoError: not enough was given, or too much, or a value makes no sense.
+    """
+    o = options
+    for name in ("num_prompts", "prompt_tokens", "new_tokens", "batch_size"):
+        value = getattr(o, name)
+        if value is not None and value < 1:
+            raise DominoError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
+    if not 0 <= o.min_distinct <= 1:
+        raise DominoError(f"--min-distinct is a share, from 0 to 1, found {o.min_distinct}.")
+    if (o.run is None) == (o.draft is None):
+        raise DominoError("give either --run (a training run's folder) or --draft (a drafter's).")
+    if o.draft is not None:
+        if o.target is None:
+            raise DominoError("give --target, the model that this drafter is for.")
+        return find(o.target), o.draft
+    assert o.run is not None
+    target = o.target or config.read(o.run / config.SETTINGS).target
+    assert target is not None, "a run has one"
+    return find(target), o.run
+
+
+def measure(options: Validate) -> dict[str, Any]:
+    """What the command found, as --json prints it.
+
+    Raises:
+        DominoError: the words, the models or the prompts are wrong, or fewer prompts are left than were asked for.
+    """
+    o = options
+    target, draft = settle(o)
+    _, target_config, _, warnings = read_configs(target, draft, "--target")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    with bars() as loading:
+        pair = load(target, draft, o.dtype, loading, mesh=parse(o.mesh) if o.mesh else None, plain=True)
+    prompts = read_prompts(
+        o.prompts, target_config.vocab_size, target_config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
+    )
+    assert pair.params.draft is not None
+    with pair.context():
+        found = len(prompts)
+        if o.min_distinct > 0:
+            prompts = varied(
+                pair.params,
+                pair.configs,
+                prompts,
+                pair.stop_ids,
+                pair.dtype,
+                new_tokens=o.new_tokens,
+                batch=min(o.batch_size, len(prompts)),
+                least=o.min_distinct,
+                count=o.num_prompts,
+            )
+        prompts = prompts[: o.num_prompts]
+        if not prompts or len(prompts) < (o.num_prompts or 0):
+            raise DominoError(
+                f"{o.prompts} has {len(prompts)} prompts whose answers vary, of {found} that fit: lower --num-prompts "
+                "or --min-distinct."
+            )
+        validation = Validation(
+            pair.params.target,
+            pair.configs,
+            prompts,
+            pair.stop_ids,
+            pair.dtype,
+            new_tokens=o.new_tokens,
+            batch=o.batch_size,
+        )
+        report = validation.run(flatten(pair.params.draft))
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(o).items() if k != "json"}
+    settings |= {"target": str(target), "draft": str(draft), "dtype": pair.dtype.name, "num_prompts": len(prompts)}
+    each = {
+        f"{name}_tau_per_prompt": one.per_prompt
+        for name, one in (("final", report.final), ("base", report.base))
+        if one is not None
+    }
+    return {**settings, **report.row(), **each}
+
+
+def words(found: Mapping[str, Any]) -> str:
+    """The figures, for people."""
+    text = f"{found['num_prompts']} prompts, {found['new_tokens']} new tokens, greedy, {found['dtype']}"
+    for name, label in (("final", "τ"), ("base", "head off")):
+        if found.get(f"{name}_tau") is not None:
+            error, spread = found[f"{name}_tau_error"], found[f"{name}_tau_spread"]
+            about = f" ± {error:.2f}; prompts differ by {spread:.2f}" if error is not None else ""
+            text += f"\n{label} {found[f'{name}_tau']:.2f}{about}; {found[f'{name}_cycles']} cycles"
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = tyro.cli(Validate, args=argv, prog="python -m train.validate")
+    try:
+        keep_programs()
+        found = measure(options)
+    except DominoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(found) if options.json else words(found))
+    return 0

@@ -1,0 +1,1 @@
+"""Captured features: what the target made of a corpus, on disk."""

@@ -1,0 +1,249 @@
+"""Capture a target's features for a corpus once, so that training reads them instead of running the target.
+
+    python -m train.capture --target target --data data.jsonl --length 3072 --out features
+    python -m train --features features ...
+
+The data options, the taps and the layers must be those of the training. A capture that was interrupted goes on where
+it stopped when the same command is given again.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from convert import folders
+from convert.registry import read_configs
+from convert.tokenizer import load_tokenizer
+from domino_jax import sharding, target
+from domino_jax.config import TargetConfig, default_taps
+from domino_jax.errors import DominoError
+from domino_jax.runtime.compile_cache import keep_programs
+from domino_jax.runtime.precision import settle as settle_dtype
+from domino_jax.weights import Target
+from train.data import dataset
+from train.features import shards, store
+from train.loading import find
+from train.monitor.progress import Progress, counting
+
+LINE_SECONDS = 10  # between lines of progress
+HEADER_BYTES = 2**20  # what else is written, with room to spare
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Write a target's features for a corpus to disk."""
+
+    target: str
+    """a name such as qwen3-4b, a folder, or org/repo on the Hub"""
+    data: tuple[str, ...]
+    """training data, as the training gets it"""
+    out: Path
+    """folder for the features"""
+    split: str = "train"
+    """of a Hub dataset, as in the training"""
+    length: int = 3072
+    """tokens a sequence is cut to, as in the training"""
+    pack: bool = False
+    """put several short conversations into one sequence, as in the training"""
+    taps: tuple[int, ...] = ()
+    """target layers to read; spread over the depth when not given"""
+    layers: int = 5
+    """layers of the drafter, which decide the taps that are not given"""
+    hidden: bool = False
+    """keep the states after the final norm as well, for --loss kl"""
+    batch: int = 8
+    """sequences at a time"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of the computation: float32 on a CPU and bfloat16 elsewhere when not given"""
+    mesh: str | None = None
+    """devices, such as data=2,model=4; one when not given"""
+
+
+def read_corpus(options: Capture, folder: Path, config: TargetConfig) -> Any:
+    """The corpus that a training with the same data options reads."""
+    tokenizer = load_tokenizer(folder)
+    corpus, summary = dataset.read(
+        options.data,
+        options.length,
+        config.vocab_size,
+        tokenizer,
+        split=options.split,
+        pack=options.pack,
+        progress=counting("lines read", partial(print, flush=True)),
+    )
+    print(summary, flush=True)
+    return corpus
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def observe(
+    frozen: Target, config: TargetConfig, taps: tuple[int, ...], hidden: bool, ids: jax.Array, starts: jax.Array | None
+) -> jax.Array:
+    """What is kept of B rows: [B, S, LD (+ D)] bfloat16, the tapped features and with `hidden` the final states.
+
+    Args:
+        ids: [B, S].
+        starts: [B, S], the first position that each token sees, where rows are packed; else None.
+    """
+    states, tapped, _ = target.forward(frozen, config, ids, taps=taps, starts=starts)
+    kept = jnp.concatenate([tapped, states], axis=-1) if hidden else tapped
+    return sharding.constrain(kept.astype(jnp.bfloat16), "B T -")
+
+
+def computed(
+    frozen: Target,
+    config: TargetConfig,
+    plan: shards.Plan,
+    ids: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    batch: int,
+) -> Iterator[np.ndarray]:
+    """What is kept of each row, [tokens, LD (+ D)]; the device is a batch ahead of whoever takes them.
+
+    Args:
+        ids, starts: [N, S].
+        lengths: [N].
+    """
+    packed = bool(((starts > 0) & (starts < np.arange(starts.shape[1]))).any())
+
+    def dispatch(at: int) -> jax.Array:
+        chosen = np.minimum(np.arange(at, at + batch), len(ids) - 1)  # of one size: the last row stands in
+        rows = sharding.put(ids[chosen], "B T")
+        since = sharding.put(starts[chosen], "B T") if packed else None
+        return observe(frozen, config, plan.taps, bool(plan.hidden), rows, since)
+
+    places = range(0, len(ids), batch)
+    ahead = dispatch(0)
+    for at in places:
+        current, ahead = ahead, dispatch(at + batch) if at + batch < len(ids) else ahead
+        held = np.asarray(sharding.fetch(current))
+        for row, length in zip(held, lengths[at : at + batch], strict=False):
+            yield row[:length]
+
+
+def check_space(folder: Path, plan: shards.Plan) -> str:
+    """The disk space that the capture needs, in words.
+
+    Raises:
+        DominoError: there is less.
+    """
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    needed = sum(len(plan.head(i)) + plan.body(i) for i in plan.missing) + HEADER_BYTES
+    free = shutil.disk_usage(place).free
+    words = f"{sum(plan.tokens):,} tokens of {plan.token_bytes:,} bytes need {gib(plan.size)}"
+    if len(plan.missing) < len(plan.rows):
+        words += f", of which {gib(plan.size + HEADER_BYTES - needed)} are there"
+    words += f"; {gib(free)} are free at {place}"
+    if needed > free:
+        raise DominoError(f"the disk is too small: {words}; give another --out or fewer --taps.")
+    return words
+
+
+def gib(size: int) -> str:
+    """Bytes for people."""
+    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if size >= 2**p or p == 10)
+    return f"{size / 2**power:,.1f} {unit}"
+
+
+def run(options: Capture) -> None:
+    """Capture what is missing.
+
+    Raises:
+        DominoError: something does not fit, or can't be read or written; what is finished stays.
+        KeyboardInterrupt: it was interrupted; what is finished stays.
+    """
+    keep_programs()
+    if min(options.batch, options.length, options.layers) < 1:
+        raise DominoError("--batch, --length and --layers must be at least 1.")
+    folder = find(options.target)
+    _, config, _, _ = read_configs(folder, None, "--target")
+    if options.length > config.positions:
+        raise DominoError(f"--length {options.length} is beyond the target's {config.positions} positions.")
+    depth = config.num_hidden_layers
+    taps = options.taps or default_taps(depth, options.layers)
+    if not all(0 <= tap < depth for tap in taps):
+        raise DominoError(f"--taps must name layers 0 to {depth - 1}, found {list(taps)}.")
+    dtype = settle_dtype(options.dtype)
+    rows_at_once, model = sharding.parse(options.mesh) if options.mesh else (1, 1)
+    if options.batch % rows_at_once:
+        raise DominoError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
+    mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
+    fitted = sharding.fit(config, model)
+    corpus = read_corpus(options, folder, config)
+    lengths = store.row_lengths(corpus.starts)
+    plan = shards.plan(
+        lengths,
+        target=store.identity(folder),
+        corpus=corpus.fingerprint,
+        taps=taps,
+        width=len(taps) * config.hidden_size,
+        hidden=config.hidden_size if options.hidden else 0,
+        dtype=dtype.name,
+        length=corpus.ids.shape[1],
+    )
+    plan = store.resume(options.out, plan)
+    for left in options.out.glob("features-*.tmp"):  # by a process that was killed
+        left.unlink()
+    print(check_space(options.out, plan), flush=True)
+    if not plan.missing:
+        print(f"{options.out} is complete")
+        return
+    frozen = folders.load(folder, config, dtype, mesh=mesh)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shards.write_header(options.out, plan)
+    missing, total = plan.missing, len(plan.rows)
+    done = sum(plan.rows) - sum(plan.rows[i] for i in missing)
+    with Progress("row") as progress, sharding.within(mesh):
+        progress.start(sum(plan.rows), done)
+
+        def shown(rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            nonlocal done, tokens, printed
+            for row in rows:
+                yield row
+                done, tokens = done + 1, tokens + len(row)
+                progress.advance(done)
+                if (now := time.perf_counter()) - printed > LINE_SECONDS:
+                    printed = now
+                    progress.update({"step": done, "tokens_per_second": tokens / (now - begun)})
+
+        begun = printed = time.perf_counter()
+        tokens = 0
+        try:
+            for shard in missing:
+                part = slice(plan.first(shard), plan.first(shard) + plan.rows[shard])
+                rows = computed(
+                    frozen, fitted, plan, corpus.ids[part], corpus.starts[part], lengths[part], options.batch
+                )
+                plan = shards.write_shard(options.out, plan, shard, shown(rows))
+        except OSError as error:
+            raise DominoError(
+                f"{options.out} can't be written: {error}; {total - len(plan.missing)} of {total} shards are finished: "
+                "free some space and give the same command again."
+            ) from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{total - len(plan.missing)} of {total} shards are finished") from None
+    print(f"wrote {options.out}: {sum(plan.rows)} rows, {gib(plan.size)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Capture, args=argv, prog="python -m train.capture")
+    try:
+        run(options)
+    except (DominoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop or 'nothing was written'}; the same command goes on.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,199 @@
+"""Captured features of a corpus: what the target made of each sequence, written once and read as memory maps.
+
+A folder holds features.json, which says what was captured from what, and shards (train.features.shards). `python -m
+train.capture` writes it; training reads the rows of its batches.
+"""
+
+import hashlib
+import json
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from convert import hf
+from domino_jax.errors import DominoError
+from train.features.shards import HEADER, Plan, Shard, read_header
+
+WINDOW = 4096  # bytes of a tensor's begin, middle and end that count for its model's identity
+
+
+class Captured(NamedTuple):
+    """What was captured of B rows, zeros after a row's end."""
+
+    features: np.ndarray  # [B, S, LD] bfloat16
+    hidden: np.ndarray | None  # [B, S, D] bfloat16, the states after the final norm, if they were wanted
+
+
+def row_lengths(starts: np.ndarray) -> np.ndarray:
+    """Tokens of each row up to its padding, from `starts` [N, S]: a padding token's start is its own position.
+
+    A row that ends in a conversation of one token loses that one, from which nothing is learned.
+    """
+    real = starts < np.arange(starts.shape[1])
+    return np.where(real.any(1), starts.shape[1] - real[:, ::-1].argmax(1), 1).astype(np.int64)
+
+
+def identity(folder: Path) -> str:
+    """A model's identity: SHA-256 over its config and, of each tensor, name, dtype, shape and some of the bytes.
+
+    Of each tensor the first, middle and last 4 KiB count: reading a whole model would take minutes. Weights that were
+    trained differ there, however they are divided into files; a few values changed elsewhere are not noticed.
+
+    Raises:
+        DominoError: it has no safetensors, or one is damaged.
+    """
+    digest = hashlib.sha256(json.dumps(hf.read_json(folder / "config.json"), sort_keys=True).encode())
+    found: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
+    for file in hf.tensor_files(folder):
+        try:
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                tensors = json.loads(stream.read(size) if size <= file.stat().st_size else b"")
+            found |= {name: (file, 8 + size, value) for name, value in tensors.items() if name != "__metadata__"}
+        except (OSError, ValueError, AttributeError) as error:
+            raise DominoError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from None
+    for name in sorted(found):
+        file, start, tensor = found[name]
+        begin, end = tensor["data_offsets"]
+        digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
+        with file.open("rb") as stream:
+            for place in sorted({begin, max(begin, (begin + end - WINDOW) // 2), max(begin, end - WINDOW)}):
+                stream.seek(start + place)
+                digest.update(stream.read(min(WINDOW, end - place)))
+    return digest.hexdigest()
+
+
+class Features:
+    """The features of a corpus in a folder, rows by their number in the corpus."""
+
+    def __init__(self, folder: Path, plan: Plan, shards: Sequence[int]):
+        self.folder, self.plan = folder, plan
+        self._firsts = np.cumsum([0, *plan.rows])
+        self._shards = {shard: Shard(folder, plan, shard) for shard in shards}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Features":
+        """Open a folder that train.capture wrote.
+
+        Raises:
+            DominoError: it is not there, not complete, or not whole.
+        """
+        plan = read_header(folder)
+        if plan.missing:
+            count = len(plan.rows)
+            raise DominoError(
+                f"the features in {folder} are not complete: {count - len(plan.missing)} of {count} shards are "
+                "written; run the same train.capture again to continue."
+            )
+        return cls(folder, plan, range(len(plan.rows)))
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def check(self, target: str, corpus: str, taps: Sequence[int], hidden: bool) -> None:
+        """Refuse features of something else.
+
+        Args:
+            target: the model's `identity`.
+            corpus: the corpus's fingerprint.
+            taps: of the drafter that is trained.
+            hidden: whether the states after the final norm are needed (for the KL loss).
+
+        Raises:
+            DominoError: they are of another target, other data or other taps, or lack the final states.
+        """
+        plan = self.plan
+        if plan.target != target:
+            raise DominoError(
+                f"the features in {self.folder} were captured from another target (its weights or its config differ)."
+            )
+        if plan.corpus != corpus:
+            raise DominoError(
+                f"the features in {self.folder} are of other data: capture them again with the same --data and data "
+                "options as the training."
+            )
+        if plan.taps != tuple(taps):
+            raise DominoError(
+                f"the features in {self.folder} are of the taps {list(plan.taps)}, the drafter reads {list(taps)}."
+            )
+        if hidden and not plan.hidden:
+            raise DominoError(
+                f"the features in {self.folder} lack the final states that --loss kl needs: capture with --hidden."
+            )
+
+    def rows(self, indices: Iterable[int]) -> Captured:
+        """What was captured of some rows of the corpus.
+
+        Raises:
+            DominoError: a row's checksum is wrong.
+        """
+        chosen = [self._row(int(i)) for i in indices]
+        plan, shape = self.plan, (len(chosen), self.plan.length)
+        features = np.zeros((*shape, plan.width), ml_dtypes.bfloat16)
+        hidden = np.zeros((*shape, plan.hidden), ml_dtypes.bfloat16) if plan.hidden else None
+        for place, row in enumerate(chosen):
+            features[place, : len(row)] = row[:, : plan.width]
+            if hidden is not None:
+                hidden[place, : len(row)] = row[:, plan.width :]
+        return Captured(features, hidden)
+
+    def read_ahead(self, batches: Iterable[Any]) -> Generator[tuple[Any, Captured], None, None]:
+        """Batches with what was captured of their `rows`, the next one read while one is used."""
+
+        def read(batch: Any) -> tuple[Any, Captured]:
+            return batch, self.rows(batch.rows)
+
+        with ThreadPoolExecutor(1, "features") as pool:
+            waiting = None
+            for batch in batches:
+                following = pool.submit(read, batch)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = following
+            if waiting is not None:
+                yield waiting.result()
+
+    def _row(self, index: int) -> np.ndarray:
+        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self._shards[shard].row(index - int(self._firsts[shard]))
+
+    def verify(self) -> Iterator[int]:
+        """Read and check every row, a shard after another; yields the shards that are done.
+
+        Raises:
+            DominoError: a row's checksum is wrong.
+        """
+        for number, shard in self._shards.items():
+            for row in range(len(shard.lengths)):
+                shard.row(row)
+            yield number
+
+
+def resume(folder: Path, plan: Plan) -> Plan:
+    """The plan with those shards finished that an earlier, interrupted capture into `folder` left whole.
+
+    Raises:
+        DominoError: the folder holds features of something else.
+    """
+    if not (folder / HEADER).exists():
+        return plan
+    before = read_header(folder)
+    different = before.differences(plan)
+    if different:
+        raise DominoError(
+            f"{folder} holds features that differ in the {', the '.join(different)}: give another --out, or delete it."
+        )
+    whole: list[int | None] = []
+    for shard, checksum in enumerate(before.checksums):
+        whole.append(None)
+        if checksum is not None:
+            with suppress(DominoError):
+                list(Features(folder, before, [shard]).verify())
+                whole[shard] = checksum
+    return replace(before, checksums=tuple(whole))

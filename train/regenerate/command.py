@@ -1,0 +1,269 @@
+"""Let the target rewrite the answers of conversations: a drafter learns best from what its target says itself.
+
+    python -m train.regenerate --target qwen3-8b --data sharegpt.jsonl --out data.jsonl --draft qwen3-8b-domino
+
+Data: see train.regenerate.prompts. Every assistant turn of a conversation is written anew, in order, with the new
+answers as its context. OUT gets one line for each answer:
+
+    {"row": 3, "turn": 1, "input_ids": [...], "tokens": [...], "finish_reason": "stop", "messages": [...]}
+
+`row` is the line of the data (from 0, blank ones not counted). `input_ids` are what the target was given, in its own
+template; `tokens` are what it generated, never text that was tokenised again: their loss mask is exact. One line an
+answer, and not one a conversation, because templates render earlier answers otherwise than they were generated (Qwen3's
+drops the empty thought that comes before an answer with thinking off): so the drafter is trained on what it will meet.
+`messages` are for people. An answer that reached --max-new-tokens has no end token and finish_reason "length".
+
+The same command goes on where it was interrupted. The answers are then those of an undisturbed run; --batch-size,
+--mesh and the device may change, which changes them by what rounding does to a draw.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from convert import template
+from convert.loading import Loaded, load
+from convert.progress import bars
+from convert.registry import read_configs
+from convert.tokenizer import load_tokenizer
+from domino_jax.errors import DominoError
+from domino_jax.runtime.compile_cache import keep_programs
+from domino_jax.runtime.precision import settle
+from domino_jax.sharding import parse
+from train.generate import Answer, Choice, Prompt, generate
+from train.loading import find, identity
+from train.monitor.decoding_progress import Tally
+from train.regenerate.output import Answers
+from train.regenerate.prompts import LeftOut, Lines, Source, encode, said
+from train.stopping import stop_signals
+
+WINDOW = 64  # batches of lines that are sorted by length together, and brought to their last turns before the next
+
+
+@dataclass(frozen=True)
+class Regenerate:
+    """Let the target rewrite the answers of conversations, or continue prompts; the same command resumes."""
+
+    target: str
+    """a name such as qwen3-4b, a folder, or org/repo on the Hub"""
+    data: Path
+    """JSONL of conversations (messages, or ShareGPT's conversations) or prompts (prompt, input_ids)"""
+    out: Path
+    """JSONL file to write, for --data of python -m train"""
+    draft: Path | None = None
+    """folder of a drafter, or of its training run: the same answers (or samples as likely), sooner"""
+    temperature: float = 0.7
+    """0 is greedy"""
+    top_k: int = 20
+    """draw from so many of the likeliest tokens; 0 is off"""
+    top_p: float = 0.95
+    """draw from the likeliest tokens that together have this probability; 1 is off"""
+    min_p: float = 0.0
+    """drop tokens below this share of the likeliest one's probability; 0 is off"""
+    max_new_tokens: int = 2048
+    """of an answer, at most"""
+    batch_size: int = 32
+    """answers that are written together"""
+    thinking: bool = False
+    """let a model think before it answers, if it can; public drafters are trained without"""
+    seed: int = 0
+    """of the random keys"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of weights and caches; by default float32 on a CPU, bfloat16 elsewhere"""
+    mesh: str | None = None
+    """devices to spread over, "data=2,model=4": answers over data, weights over model; by default those found (one
+    CPU)"""
+
+
+def check(options: Regenerate) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+        DominoError: one does not.
+    """
+    o = options
+    rules = {
+        "temperature": 0 <= o.temperature < float("inf"),
+        "top_k": o.top_k >= 0,
+        "top_p": 0 < o.top_p <= 1,
+        "min_p": 0 <= o.min_p <= 1,
+        "max_new_tokens": o.max_new_tokens >= 1,
+        "batch_size": o.batch_size >= 1,
+        "seed": 0 <= o.seed < 2**32,
+    }
+    for name, holds in rules.items():
+        if not holds:
+            raise DominoError(f"--{name.replace('_', '-')} can't be {getattr(o, name)}.")
+    if o.out.absolute() == o.data.absolute():
+        raise DominoError(f"--out and --data are both {o.out}; the answers need a file of their own.")
+
+
+def decisive(options: Regenerate, target: Path, lines: Lines) -> dict[str, Any]:
+    """What decides the answers, for the file beside them."""
+    o = options
+    return {
+        "target_identity": identity(target),
+        "draft_identity": identity(o.draft) if o.draft else None,
+        "data_sha256": lines.sha256,
+        **asdict(choice(o)),
+        "max_new_tokens": o.max_new_tokens,
+        "thinking": o.thinking,
+        "seed": o.seed,
+        "dtype": settle(o.dtype).name,
+    }
+
+
+def choice(options: Regenerate) -> Choice:
+    """How tokens are chosen."""
+    return Choice(options.temperature, options.top_k, options.top_p, options.min_p)
+
+
+def run(options: Regenerate) -> None:
+    """Write what answers are missing, or those until an interruption.
+
+    Raises:
+        DominoError: something is wrong with the words, the models or the data, or the answers can't be written.
+        KeyboardInterrupt: it was interrupted; what was written is kept.
+    """
+    check(options)
+    keep_programs()
+    target = find(options.target)
+    _, config, _, warnings = read_configs(target, options.draft, "--target")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    lines = Lines(options.data, config.vocab_size)
+    tokenizer = load_tokenizer(target)
+    first = next(lines.sources(0, len(lines)))[1]
+    encode_some(first, tokenizer, options)  # a tokenizer or a template that is missing is known before a weight is read
+    places = {name: str(getattr(options, name)) for name in ("target", "draft", "data") if getattr(options, name)}
+    with Answers(options.out, decisive(options, target, lines), places) as answers:
+        missing = int(lines.turns.sum()) - len(answers)
+        if not missing:
+            print(f"{options.out} has all {len(answers)} answers already")
+            return
+        if len(answers):
+            print(f"{options.out} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
+        with bars() as loading:
+            mesh = parse(options.mesh) if options.mesh else None
+            pair = load(target, options.draft, options.dtype, loading, mesh=mesh)
+        size = min(options.batch_size, int((lines.turns > 0).sum()))
+        with pair.context(), stop_signals() as stopping, Tally("answers", missing, pair.configs.draft) as tally:
+            writer = Writer(options, pair, lines, answers, tally, stopping.is_set, size)
+            window = size * WINDOW
+            for start in range(0, len(lines), window):
+                if not stopping.is_set():
+                    writer.window(start, min(start + window, len(lines)))
+        interrupted = stopping.is_set()
+        summary = f"{len(answers)} answers in {options.out}{tally.summary()}{said(lines.left_out + writer.left_out)}"
+        if interrupted:
+            print(f"interrupted: {summary}; the same command goes on", file=sys.stderr)
+            raise KeyboardInterrupt
+        if not len(answers):
+            raise DominoError(f"nothing could be answered{said(lines.left_out + writer.left_out)}.")
+        print(summary)
+
+
+def encode_some(source: Source, tokenizer: Any, options: Regenerate) -> None:
+    """Encode one line's first turn, for the errors; what a template refuses is left out later."""
+    with suppress(LeftOut):
+        encode(source, 0, [], tokenizer, options.thinking)
+
+
+@dataclass
+class Writer:
+    """What is needed to answer lines of the data and write them down."""
+
+    options: Regenerate
+    pair: Loaded
+    lines: Lines
+    answers: Answers
+    tally: Tally
+    stopping: Callable[[], bool]
+    batch: int
+
+    def __post_init__(self) -> None:
+        self.left_out: Counter[str] = Counter()  # conversations, or the rest of one, by reason
+
+    def window(self, first: int, end: int) -> None:
+        """Answer what is missing of the lines first ... end - 1: their first turns, then their second ones."""
+        counts = self.lines.turns[first:end]
+        numbers = ((first + int(row), turn) for row in np.flatnonzero(counts) for turn in range(counts[row]))
+        if all(number in self.answers for number in numbers):
+            return
+        sources = dict(self.lines.sources(first, end))
+        told: dict[int, list[str]] = {row: [] for row in sources}
+        for turn in range(int(counts.max())):
+            sources = {row: source for row, source in sources.items() if turn < source.turns}
+            prompts = []
+            for row in list(sources):
+                try:
+                    prompts.append(self._prompt(row, turn, sources[row], told[row]))
+                except LeftOut as reason:
+                    self.left_out[str(reason)] += 1
+                    self.tally.fewer(sum((row, t) not in self.answers for t in range(turn, sources[row].turns)))
+                    del sources[row]
+            for answer in generate(
+                self.pair.params,
+                self.pair.configs,
+                prompts,
+                self.pair.stop_ids,
+                self.pair.dtype,
+                batch=self.batch,
+                choice=choice(self.options),
+                seed=self.options.seed,
+                wanted=lambda p: (p.row, p.turn) not in self.answers,
+                update=self.tally.decoded,
+                stopping=self.stopping,
+            ):
+                self._write(answer, sources[answer.prompt.row], told[answer.prompt.row])
+                self.tally.done()
+            if self.stopping():
+                return
+            for row, source in sources.items():
+                if turn + 1 < source.turns:  # as a resumed run would know it
+                    text = turns_text(self.pair.tokenizer, self.answers.tokens((row, turn)))
+                    told[row].append(text)
+
+    def _prompt(self, row: int, turn: int, source: Source, told: list[str]) -> Prompt:
+        ids = encode(source, turn, told, self.pair.tokenizer, self.options.thinking)
+        positions = self.pair.configs.target.positions
+        if len(ids) > positions:
+            raise LeftOut(f"are too long for the target's {positions} positions")
+        # The last token of an answer is never run, so it needs no position.
+        return Prompt(row, turn, ids, min(self.options.max_new_tokens, positions - len(ids) + 1))
+
+    def _write(self, answer: Answer, source: Source, told: list[str]) -> None:
+        prompt = answer.prompt
+        values = {"input_ids": list(prompt.ids), "tokens": answer.tokens, "finish_reason": answer.finish_reason}
+        if source.given is not None:
+            text = template.decode(self.pair.tokenizer, answer.tokens)
+            values["messages"] = [*source.messages(prompt.turn, told), {"role": "assistant", "content": text}]
+        self.answers.add((prompt.row, prompt.turn), values)
+
+
+def turns_text(tokenizer: Any, tokens: list[int]) -> str:
+    """What later turns are told of an answer."""
+    return template.final_answer(template.decode(tokenizer, tokens))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = tyro.cli(Regenerate, args=argv, prog="python -m train.regenerate")
+    try:
+        run(options)
+    except DominoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"error: {error}; the answers in {options.out} are kept.", file=sys.stderr)
+        return 1
+    return 0

@@ -59,19 +59,19 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax.numpy as jnp
 
-    from convert.check import check
-    from convert.folders import convert
-    from convert.progress import bars
+    from convert.check import check_folder
+    from convert.folders import convert_folder
+    from convert.progress import progress_bars
 
     try:
-        with bars() as progress:
+        with progress_bars() as progress:
             if options.check:
-                report = check(options.check, options.target, progress)
+                report = check_folder(options.check, options.target, progress)
             else:
                 assert options.source and options.destination
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
                 reading = partial(progress, f"reading {options.source}")
-                was, now = convert(options.source, options.destination, reading, dtype)
+                was, now = convert_folder(options.source, options.destination, reading, dtype)
     except DominoError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import hf, orbax
-from convert.folders import HF, depth, form, load, read_config
+from convert.folders import HF, depth, folder_format, load_weights, read_config
 from convert.safetensors import TensorFiles
 from convert.tokenizer import load_tokenizer
 from domino_jax import target
@@ -26,7 +26,7 @@ LARGEST_DIFFERENCE = 1e-3  # of the largest logit, in float32: two orders above 
 
 
 @dataclass
-class Report:
+class FolderReport:
     """Lines for people, and what is wrong."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
@@ -37,7 +37,9 @@ class Report:
         self.lines.append((what, value))
 
 
-def check(folder: Path, target_folder: Path | None = None, progress: Callable[..., None] | None = None) -> Report:
+def check_folder(
+    folder: Path, target_folder: Path | None = None, progress: Callable[..., None] | None = None
+) -> FolderReport:
     """Read a folder, ours or anyone's, and report what it is and what is wrong with it.
 
     Args:
@@ -56,7 +58,7 @@ def check(folder: Path, target_folder: Path | None = None, progress: Callable[..
     config = hf.parse_config(raw, other.num_hidden_layers if other else depth(raw))
     if other and not (isinstance(config, DraftConfig) and isinstance(other, TargetConfig)):
         raise DominoError("--target takes the target's folder, and --check then its drafter's.")
-    report, of = Report(), form(folder)
+    report, of = FolderReport(), folder_format(folder)
     report.say("what", describe(config))
     report.say("form", of)
     count = parameters(config)
@@ -109,7 +111,7 @@ def parameters(config: DecoderConfig) -> int:
 Tensor = tuple[str, int, Callable[[], Any]]  # name, bytes, and its values
 
 
-def _safetensors(folder: Path, config: DecoderConfig, report: Report) -> list[Tensor]:
+def _safetensors(folder: Path, config: DecoderConfig, report: FolderReport) -> list[Tensor]:
     files = hf.tensor_files(folder)
     size = sum(file.stat().st_size for file in files)
     report.say("files", f"{len(files)} safetensors, {size / 1e9:.2f} GB")
@@ -121,7 +123,7 @@ def _safetensors(folder: Path, config: DecoderConfig, report: Report) -> list[Te
     return [(name, stored.bytes, partial(tensors.read, stored)) for name, stored in where.items()]
 
 
-def _orbax(folder: Path, config: DecoderConfig, report: Report) -> list[Tensor]:
+def _orbax(folder: Path, config: DecoderConfig, report: FolderReport) -> list[Tensor]:
     try:
         saved = orbax.Saved(folder, config)
     except DominoError as error:
@@ -141,7 +143,7 @@ def _not_finite(x: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
 
 
-def _values(tensors: list[Tensor], report: Report, progress: Callable[[int, int], None] | None) -> None:
+def _values(tensors: list[Tensor], report: FolderReport, progress: Callable[[int, int], None] | None) -> None:
     """Read every value once."""
     total, done, bad = sum(size for _, size, _ in tensors), 0, []
     for name, size, read in tensors:
@@ -157,7 +159,7 @@ def _values(tensors: list[Tensor], report: Report, progress: Callable[[int, int]
         report.say("values", "all finite")
 
 
-def _tokenizer(tokenizer: Any, config: TargetConfig, report: Report) -> str:
+def _tokenizer(tokenizer: Any, config: TargetConfig, report: FolderReport) -> str:
     if tokenizer is None:
         report.warnings.append("the folder has no tokenizer: prompts have to be given as ids.")
         return "none"
@@ -167,7 +169,7 @@ def _tokenizer(tokenizer: Any, config: TargetConfig, report: Report) -> str:
     return f"{len(tokenizer)} tokens, {template}"
 
 
-def _fit(config: DraftConfig, other: DecoderConfig, report: Report) -> str:
+def _fit(config: DraftConfig, other: DecoderConfig, report: FolderReport) -> str:
     """Whether a drafter fits its target."""
     assert isinstance(other, TargetConfig)
     try:
@@ -178,7 +180,7 @@ def _fit(config: DraftConfig, other: DecoderConfig, report: Report) -> str:
     return f"fits: width, vocabulary, {other.num_hidden_layers} layers, tapped layers, mask token"
 
 
-def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report: Report) -> str:
+def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report: FolderReport) -> str:
     """The largest difference of logits from transformers' own model, in float32, on a short text."""
     if importlib.util.find_spec("torch") is None:
         return "not compared: PyTorch is not installed"
@@ -202,7 +204,7 @@ def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report:
     except Exception as error:  # its errors are of many kinds
         return f"not compared: it can't run this model ({first_line(error)})"
     del model
-    params = load(folder, config, jnp.float32)
+    params = load_weights(folder, config, jnp.float32)
     with jax.default_matmul_precision("highest"):
         hidden, _, _ = target.forward(params, config, jnp.array([ids]))
         ours = np.asarray(target.logits(params, config, hidden)[0])

@@ -27,19 +27,21 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> TargetCon
     return hf.parse_config(hf.read_json(folder / "config.json"), num_target_layers)
 
 
-def load(
+def load_weights(
     folder: Path,
     config: DecoderConfig,
     dtype: Any = None,
     progress: hf.Progress | None = None,
     mesh: Mesh | None = None,
 ) -> Any:
-    """The weights of a folder of any form as a module; see `hf.load` and `orbax.load`."""
-    read = hf.load if form(folder) == HF else orbax.load
+    """The weights of a folder of any form as a module; see `hf.load_hf` and `orbax.load_orbax`."""
+    read = hf.load_hf if folder_format(folder) == HF else orbax.load_orbax
     return read(folder, config, dtype, progress, mesh)
 
 
-def convert(source: Path, destination: Path, progress: hf.Progress | None = None, dtype: Any = None) -> tuple[str, str]:
+def convert_folder(
+    source: Path, destination: Path, progress: hf.Progress | None = None, dtype: Any = None
+) -> tuple[str, str]:
     """Write the model of `source` in the other form: Hugging Face to Orbax; Orbax, or a training run, to Hugging Face.
 
     Every tensor of the model keeps its values, and its dtype unless another is asked for (a training run's float32
@@ -61,7 +63,7 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
         raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
     config = hf.parse_config(raw, depth(raw))
-    was = form(source)
+    was = folder_format(source)
     now = ORBAX if was == HF else HF
     if was == RUN and dtype is None:
         dtype = jnp.bfloat16
@@ -73,9 +75,9 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
         partial.mkdir(parents=True)
         if now == HF:
             saved = orbax.Saved(source, config)
-            hf.write(partial, saved.read, config, raw, dtype, progress)
+            hf.write_hf(partial, saved.read, config, raw, dtype, progress)
         else:
-            orbax.save(partial, hf.load(source, config, dtype, progress))
+            orbax.save_orbax(partial, hf.load_hf(source, config, dtype, progress))
         if dtype is None:
             shutil.copyfile(source / "config.json", partial / "config.json")
         else:
@@ -94,7 +96,7 @@ def convert(source: Path, destination: Path, progress: hf.Progress | None = None
     return was, now
 
 
-def form(folder: Path) -> str:
+def folder_format(folder: Path) -> str:
     """The form of a model's folder: HF, ORBAX or RUN."""
     return RUN if orbax.is_run(folder) else ORBAX if orbax.is_orbax(folder) else HF
 

@@ -23,7 +23,7 @@ from convert.names import Entry, entries
 from convert.safetensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import spread, within
+from domino_jax.sharding import mesh_context, shard_stored
 from domino_jax.weights import flatten, unflatten
 
 SINGLE = "model.safetensors"
@@ -110,7 +110,7 @@ def tensor_files(folder: Path) -> list[Path]:
     return files
 
 
-def load(
+def load_hf(
     folder: Path,
     config: DecoderConfig,
     dtype: Any = None,
@@ -133,7 +133,7 @@ def load(
         DominoError: tensors are missing, unexpected or misshapen (all are named), or a file is damaged.
     """
     table = entries(config)
-    with TensorFiles(tensor_files(folder)) as files, within(mesh):
+    with TensorFiles(tensor_files(folder)) as files, mesh_context(mesh):
         where = today(files)
         problems = account(config, where)
         if problems:
@@ -148,7 +148,7 @@ def load(
             if mesh is None:
                 tensor = jnp.asarray(read())
             else:
-                tensor = spread(read, entry.hf_letters, entry.hf_shape, config, mesh)
+                tensor = shard_stored(read, entry.hf_letters, entry.hf_shape, config, mesh)
             # Waiting for each keeps at most one in flight; reading costs more than the wait.
             leaves[entry.path] = jax.block_until_ready(entry.to_ours(tensor, dtype))
             del tensor
@@ -179,15 +179,17 @@ def today(files: TensorFiles) -> dict[str, Stored]:
 
 
 def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
-    """What is wrong with the tensors of a model of this config, in words: see `differences`."""
+    """What is wrong with the tensors of a model of this config, in words: see `tensor_differences`."""
     wanted = {name: entry.tensor_shape for entry in entries(config) for name in entry.hf_names}
     found = {name: (stored.shape, stored.dtype) for name, stored in where.items()}
     if isinstance(config, TargetConfig) and config.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # some files carry the embedding a second time
-    return differences(wanted, found)
+    return tensor_differences(wanted, found)
 
 
-def differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
+def tensor_differences(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], str]]
+) -> list[str]:
     """Every missing, unexpected and misshapen tensor, and those that are no floats of 16 or 32 bits, in words.
 
     Args:
@@ -213,13 +215,13 @@ def some(problems: Sequence[str], most: int = 8) -> str:
     return "; ".join(problems[:most]) + more
 
 
-def save(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any], dtype: Any = None) -> None:
-    """Write a module as a Hugging Face folder; see `write`."""
+def save_hf(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any], dtype: Any = None) -> None:
+    """Write a module as a Hugging Face folder; see `write_hf`."""
     leaves = flatten(module)
-    write(folder, lambda paths: {path: leaves[path] for path in paths}, config, raw, dtype)
+    write_hf(folder, lambda paths: {path: leaves[path] for path in paths}, config, raw, dtype)
 
 
-def write(
+def write_hf(
     folder: Path,
     leaves: Leaves,
     config: DecoderConfig,

@@ -208,7 +208,7 @@ def _cached(repo: str, revision: str | None) -> str | None:
     return folder.name
 
 
-def fetch(snapshots: list[Snapshot], console: Console) -> None:
+def download(snapshots: list[Snapshot], console: Console) -> None:
     """Fetch what is missing of models, after saying what it is; with a bar for each at a terminal.
 
     Raises:

@@ -18,22 +18,22 @@ from convert import hf
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
-from domino_jax.attention import Choice, Form, choices
+from domino_jax.attention import Backend, BackendChoice, available_backends
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
-from domino_jax.runtime.autotune import fastest
-from domino_jax.runtime.memory import enough_memory
-from domino_jax.runtime.precision import Matrices, settle, stay_narrow
-from domino_jax.sharding import default_sizes, fit, make_mesh, part, within
+from domino_jax.runtime.autotune import fastest_backend
+from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.runtime.precision import Matrices, keeps_bfloat16, resolve_dtype
+from domino_jax.sharding import config_of_device, default_mesh_sizes, fit_to_mesh, make_mesh, mesh_context
 from domino_jax.weights import Draft, OutputsFirst
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that is ready to run."""
 
-    configs: Configs
+    configs: DecodeConfig
     params: Params
     tokenizer: Any  # a transformers tokenizer, or None where the folder has none
     stop_ids: tuple[int, ...]
@@ -50,33 +50,33 @@ class Loaded:
 
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this model are run in."""
-        return within(self.mesh)
+        return mesh_context(self.mesh)
 
 
-class Plan(NamedTuple):
+class LoadPlan(NamedTuple):
     """How a pair will run."""
 
-    configs: Configs  # as in the files
-    fitted: Configs  # to the mesh
+    configs: DecodeConfig  # as in the files
+    fitted: DecodeConfig  # to the mesh
     dtype: Any
     mesh: Mesh | None
-    forms: tuple[Form, ...]  # of attention, of which the fastest here is to be found
+    forms: tuple[Backend, ...]  # of attention, of which the fastest here is to be found
     narrow: bool  # matrices stored in bfloat16 stay so
     draft_dtype: str | None  # of the drafter's matrices, where not `dtype`
 
 
-def plan(
+def plan_load(
     config: TargetConfig,
     draft_config: DraftConfig | None,
     dtype: str | None = None,
     *,
     drafts: int | None = None,
     mesh: tuple[int, int] | None = None,
-    attention: Choice = "auto",
+    attention: BackendChoice = "auto",
     candidates: int | None = None,
     draft_dtype: str | None = None,
     matrices: Matrices = "auto",
-) -> Plan:
+) -> LoadPlan:
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
     Args:
@@ -91,25 +91,25 @@ def plan(
     Raises:
         DominoError: a setting does not fit the pair or these devices.
     """
-    configs = Configs(config)
+    configs = DecodeConfig(config)
     if draft_config:
-        configs = Configs(config, draft_config, drafts, candidates)
+        configs = DecodeConfig(config, draft_config, drafts, candidates)
     elif candidates is not None or draft_dtype is not None:
         raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
-    kind = settle(dtype)
+    kind = resolve_dtype(dtype)
     models = [c for c in (configs.target, configs.draft) if c]
-    sizes = mesh or default_sizes(models)
+    sizes = mesh or default_mesh_sizes(models)
     spread = make_mesh(*sizes) if sizes != (1, 1) else None
     fitted = dataclasses.replace(
         configs,
-        target=fit(configs.target, sizes[1]),
-        draft=fit(configs.draft, sizes[1]) if configs.draft else None,
+        target=fit_to_mesh(configs.target, sizes[1]),
+        draft=fit_to_mesh(configs.draft, sizes[1]) if configs.draft else None,
     )
-    forms = choices(attention, [c.head_dim for c in models], kind)
-    return Plan(configs, fitted, kind, spread, forms, stay_narrow(matrices, kind), draft_dtype)
+    forms = available_backends(attention, [c.head_dim for c in models], kind)
+    return LoadPlan(configs, fitted, kind, spread, forms, keeps_bfloat16(matrices, kind), draft_dtype)
 
 
-def load(
+def load_model(
     target: Path,
     draft: Path | None = None,
     dtype: str | None = None,
@@ -119,24 +119,24 @@ def load(
     plain: bool = False,
     weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
     **how: Any,
-) -> Loaded:
+) -> LoadedModel:
     """Load a target and its drafter; both configs are checked before any weight is read.
 
     Args:
         target, draft: folders.
-        dtype: see `plan`.
+        dtype: see `plan_load`.
         progress: called with what is loaded, bytes done, bytes in all.
         fuse: one product where several have the same input (see `prepare.fuse`).
         plain: leave the weights in the form of `weights.axes`, which is what trains; none is made ready for decoding.
         weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
-        how: what else `plan` takes.
+        how: what else `plan_load` takes.
 
     Raises:
         DominoError: a folder is not a whole supported model, the two do not fit, or something of `how` can't run here.
     """
     began = time.perf_counter()
     raw, config, draft_config, warnings = read_configs(target, draft)
-    chosen = plan(config, draft_config, dtype, **how)
+    chosen = plan_load(config, draft_config, dtype, **how)
     kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
 
     narrow = chosen.narrow and not plain
@@ -151,18 +151,18 @@ def load(
             bar = partial(progress, f"loading {what}") if progress else None
             module = _weights(folder, config, None if stored else kind, bar, mesh)
         if turned and not whole:
-            with within(mesh):
+            with mesh_context(mesh):
                 prepare.outputs_first(module, config)
         return module
 
-    with enough_memory(f"the device has too little memory for the weights in {kind.name}."):
+    with explain_out_of_memory(f"the device has too little memory for the weights in {kind.name}."):
         modules = (
             read(target, chosen.configs.target, "target"),
             read(draft, chosen.configs.draft, "drafter", whole=eight_bits is not None) if draft else None,
         )
         params = Params(*modules)
         del modules  # what is made ready below is then held once
-        with within(mesh):
+        with mesh_context(mesh):
             if eight_bits is not None and chosen.fitted.draft:
                 params = prepare.quantize(params, chosen.fitted.draft, eight_bits)
             if not plain:
@@ -171,14 +171,16 @@ def load(
                 for module in filter(None, params[:2]):
                     prepare.fuse(module)
         jax.block_until_ready(params)
-    form, notes = fastest(chosen.forms, part(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1)
+    form, notes = fastest_backend(
+        chosen.forms, config_of_device(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1
+    )
     configs = dataclasses.replace(chosen.fitted, attention=form)
     tokenizer, stop_ids = load_tokenizer(target), hf.stop_ids(target, raw)
     seconds = time.perf_counter() - began
-    return Loaded(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)
+    return LoadedModel(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)
 
 
-def without_head(configs: Configs, params: Params) -> tuple[Configs, Params]:
+def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, Params]:
     """The pair with the causal head off: the drafter's base logits alone, as plain DFlash proposes."""
     assert configs.draft is not None and params.draft is not None
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
@@ -192,5 +194,5 @@ def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None
     if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
         from convert import folders  # brings in Orbax, which is slow to import
 
-        return folders.load(folder, config, dtype, progress, mesh)
-    return hf.load(folder, config, dtype, progress, mesh)
+        return folders.load_weights(folder, config, dtype, progress, mesh)
+    return hf.load_hf(folder, config, dtype, progress, mesh)

@@ -17,7 +17,7 @@ from einops import rearrange
 from jax import Array
 
 from domino_jax.config import DecoderConfig, TargetConfig
-from domino_jax.sharding import keep
+from domino_jax.sharding import constrain_stored
 from domino_jax.weights import axes, flatten
 
 LAYER = (
@@ -111,7 +111,7 @@ def _rearrange(x: Array, pattern: str, sizes: tuple[tuple[str, int], ...], dtype
     """`x` rearranged, then laid out by its axis `letters` where a mesh is in context."""
     here = {letter: size for letter, size in sizes if letter in re.findall("[A-Z]+", pattern)}
     out = rearrange(x, pattern, **here).astype(dtype or x.dtype)
-    return keep(out, letters) if letters else out
+    return constrain_stored(out, letters) if letters else out
 
 
 def _axes(pattern: str) -> list[list[str]]:

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from convert.hf import Progress, differences, grouped, some
+from convert.hf import Progress, grouped, some, tensor_differences
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import DATA, MODEL, grown
-from domino_jax.sharding import stored as stored_as
-from domino_jax.weights import axes, flatten, shapes, unflatten
+from domino_jax.sharding import DATA, MODEL, stored_shape
+from domino_jax.sharding import stored_spec as stored_as
+from domino_jax.weights import axes, flatten, unflatten, weight_shapes
 
 WEIGHTS = "weights"
 CHECKPOINTS = "checkpoints"  # of a training run
@@ -64,7 +64,7 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def save(folder: Path, module: Any) -> None:
+def save_orbax(folder: Path, module: Any) -> None:
     """Write a module's weights to `folder`/weights.
 
     Raises:
@@ -94,7 +94,7 @@ class Saved:
         self._nest = not is_run(folder)
         self._path = (folder / WEIGHTS if self._nest else _newest(folder)).absolute()
         self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        wanted = flatten(shapes(config))
+        wanted = flatten(weight_shapes(config))
         try:
             with _quiet():
                 tree: Any = self._checkpointer.metadata(self._path).item_metadata.tree  # type: ignore[union-attr]
@@ -104,7 +104,9 @@ class Saved:
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
         self.shapes = {name: form.shape for name, form in wanted.items()}
-        problems = differences(self.shapes, {n: (tuple(x.shape), jnp.dtype(x.dtype).name) for n, x in found.items()})
+        problems = tensor_differences(
+            self.shapes, {n: (tuple(x.shape), jnp.dtype(x.dtype).name) for n, x in found.items()}
+        )
         if problems:
             raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
         self.dtypes = {name: jnp.dtype(found[name].dtype) for name in wanted}
@@ -159,7 +161,7 @@ class Saved:
         if mesh is None:
             return self.shapes[path], SingleDeviceSharding(jax.devices()[0])
         letters, stored, model = self._letters[path].split(), self.shapes[path], mesh.shape[MODEL]
-        shape = grown(letters, stored, self.config, model)
+        shape = stored_shape(letters, stored, self.config, model)
         if "K" in letters and shape != stored:
             # Devices that share a KV head read the same one: an axis for the heads, and one for the copies.
             heads = self.config.num_key_value_heads
@@ -173,12 +175,12 @@ class Saved:
         if mesh is None:
             return restored
         letters = self._letters[path]
-        shape = grown(letters.split(), self.shapes[path], self.config, mesh.shape[MODEL])
+        shape = stored_shape(letters.split(), self.shapes[path], self.config, mesh.shape[MODEL])
         parts = [shard.data for shard in restored.addressable_shards]
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, stored_as(letters, mesh)), parts)
 
 
-def load(
+def load_orbax(
     folder: Path, config: DecoderConfig, dtype: Any = None, progress: Progress | None = None, mesh: Mesh | None = None
 ) -> Any:
     """Read `folder`/weights into a module (Target or Draft), each device of a mesh its part.

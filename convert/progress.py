@@ -23,7 +23,7 @@ def byte_bars(console: Console) -> Progress:
 
 
 @contextmanager
-def bars(console: Console | None = None) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars(console: Console | None = None) -> Iterator[Callable[[str, int, int], None]]:
     """A function to call with what is being done ("loading target"), bytes done and bytes in all: a bar for each.
 
     Args:

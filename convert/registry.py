@@ -14,11 +14,11 @@ if TYPE_CHECKING:  # slow to import, and the command line is checked first
     from convert.hub import Snapshot
     from domino_jax.config import DraftConfig, TargetConfig
 
-DEMO = Path(__file__).parent / "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
 NO_DRAFT = "none"
 
 
-class Public(NamedTuple):
+class PublicModel(NamedTuple):
     """A target and the drafters published for it: folders, or Hub repositories as "org/repo"."""
 
     target: str
@@ -28,14 +28,14 @@ class Public(NamedTuple):
 
 
 TABLE = {
-    "demo": Public(str(DEMO / "target"), str(DEMO / "draft")),
-    "qwen3-0.6b": Public("Qwen/Qwen3-0.6B"),
-    "qwen3-1.7b": Public("Qwen/Qwen3-1.7B"),
-    "qwen3-4b": Public("Qwen/Qwen3-4B", "Huang2020/Qwen3-4B-Domino-b16", "z-lab/Qwen3-4B-DFlash-b16", (2560, 36)),
-    "qwen3-8b": Public("Qwen/Qwen3-8B", "Huang2020/Qwen3-8B-Domino-b16", "z-lab/Qwen3-8B-DFlash-b16", (4096, 36)),
-    "qwen3-14b": Public("Qwen/Qwen3-14B"),
-    "qwen3-32b": Public("Qwen/Qwen3-32B"),
-    "qwen3-30b-a3b": Public("Qwen/Qwen3-30B-A3B"),
+    "demo": PublicModel(str(DEMO_FOLDER / "target"), str(DEMO_FOLDER / "draft")),
+    "qwen3-0.6b": PublicModel("Qwen/Qwen3-0.6B"),
+    "qwen3-1.7b": PublicModel("Qwen/Qwen3-1.7B"),
+    "qwen3-4b": PublicModel("Qwen/Qwen3-4B", "Huang2020/Qwen3-4B-Domino-b16", "z-lab/Qwen3-4B-DFlash-b16", (2560, 36)),
+    "qwen3-8b": PublicModel("Qwen/Qwen3-8B", "Huang2020/Qwen3-8B-Domino-b16", "z-lab/Qwen3-8B-DFlash-b16", (4096, 36)),
+    "qwen3-14b": PublicModel("Qwen/Qwen3-14B"),
+    "qwen3-32b": PublicModel("Qwen/Qwen3-32B"),
+    "qwen3-30b-a3b": PublicModel("Qwen/Qwen3-30B-A3B"),
 }
 # A target's name stands for its Domino drafter after --draft; its DFlash one has a name of its own.
 DFLASH = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash}
@@ -51,7 +51,7 @@ DRAFT_REVISION_HELP = "likewise of the drafter's"
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 
-def where(model: str, draft: str | None = None) -> tuple[str, str | None]:
+def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
     """Where a target and its drafter are: folders or Hub repositories, by the words of --model and --draft.
 
     Args:
@@ -85,7 +85,7 @@ def check_revisions(model: str, draft: str | None, revision: str | None, draft_r
         DominoError: it is a folder, or there is no drafter.
     """
     flags = ("--revision", "--draft-revision")
-    for flag, given, place in zip(flags, (revision, draft_revision), where(model, draft), strict=True):
+    for flag, given, place in zip(flags, (revision, draft_revision), locate(model, draft), strict=True):
         if given is None:
             continue
         if place is None:
@@ -94,7 +94,7 @@ def check_revisions(model: str, draft: str | None, revision: str | None, draft_r
             raise DominoError(f"{flag} chooses a revision of a Hub repository, and {place} is a folder.")
 
 
-def resolve(
+def resolve_folders(
     model: str,
     draft: str | None,
     console: "Console",
@@ -108,7 +108,7 @@ def resolve(
     Both config.json files come first: a pair that does not fit is refused before any weight is fetched.
 
     Args:
-        model, draft: see `where`.
+        model, draft: see `locate`.
         console: standard error, for notes and progress.
         revision, draft_revision: branch, tag or commit of a Hub repository; its main branch when None.
         check: raises if the pair can't run as asked; called before weights are fetched.
@@ -118,7 +118,7 @@ def resolve(
         DominoError: nothing is found under one of them, the two do not fit, or fetching fails.
     """
     check_revisions(model, draft, revision, draft_revision)
-    places = where(model, draft)
+    places = locate(model, draft)
     found = [
         _open(place, asked or model, flag, which, console)
         for place, asked, flag, which in zip(
@@ -135,7 +135,7 @@ def resolve(
         _, config, draft_config, _ = read_configs(target, drafter, flag)
         if check:
             check(config, draft_config)
-        hub.fetch(remote, console)
+        hub.download(remote, console)
     if drafter is None and draft is None:
         console.print(_plainly(model, target), markup=False, highlight=False, soft_wrap=True)
     return target, drafter
@@ -178,7 +178,7 @@ def _open(place: str, asked: str, flag: str, revision: str | None, console: "Con
     """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote."""
     if _is_folder(place):
         return Path(place)
-    if place.startswith(str(DEMO)):
+    if place.startswith(str(DEMO_FOLDER)):
         raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
     if not re.fullmatch(REPOSITORY, place):
         known = DRAFTERS if flag == "--draft" else TABLE

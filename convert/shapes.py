@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, MoeConfig, TargetConfig, default_taps
 from domino_jax.errors import DominoError
-from domino_jax.sharding import MODEL, fit, stored
+from domino_jax.sharding import MODEL, fit_to_mesh, stored_spec
 from domino_jax.weights import axes, flatten, is_bias, unflatten
 
 STD = 0.02  # of the random weights, as Qwen3's own were initialised
@@ -73,7 +73,7 @@ SHAPES = {
 }
 
 
-def find(name: str) -> Shape:
+def find_shape(name: str) -> Shape:
     """The shape of a name.
 
     Raises:
@@ -88,16 +88,16 @@ def random_weights(config: DecoderConfig, dtype: Any, mesh: Mesh | None = None) 
     """A module (Target or Draft) of random weights, each made where it belongs: nothing crosses from the host.
 
     Norms are ones and biases zeros, the rest is uniform with standard deviation `STD`. On a mesh they have the shapes
-    that `domino_jax.sharding.spread` gives: KV heads for each device, the vocabulary padded.
+    that `domino_jax.sharding.shard_stored` gives: KV heads for each device, the vocabulary padded.
     """
     model = mesh.shape[MODEL] if mesh else 1
-    sizes = fit(config, model).sizes
+    sizes = fit_to_mesh(config, model).sizes
     sizes["V"] = -(-sizes["V"] // model) * model
     leaves = {}
     for number, (path, letters) in enumerate(flatten(axes(config)).items()):
         shape = tuple(sizes[letter] for letter in letters.split())
         constant = 0 if is_bias(path) else 1 if len(shape) == 1 else None
-        make = _maker(shape, dtype, constant, NamedSharding(mesh, stored(letters, mesh)) if mesh else None)
+        make = _maker(shape, dtype, constant, NamedSharding(mesh, stored_spec(letters, mesh)) if mesh else None)
         leaves[path] = make(jax.random.fold_in(jax.random.key(0), number))
     return unflatten(config, leaves)
 

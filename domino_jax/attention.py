@@ -36,8 +36,8 @@ from jax.experimental.pallas import tpu as pltpu
 from domino_jax.errors import DominoError
 from domino_jax.sharding import spec
 
-Form = Literal["xla", "cudnn", "pallas"]
-Choice = Literal["auto", "xla", "cudnn", "pallas"]
+Backend = Literal["xla", "cudnn", "pallas"]
+BackendChoice = Literal["auto", "xla", "cudnn", "pallas"]
 
 WIDEST_CUDNN_HEAD = 128  # 256 from Hopper on; every model of the table has 128
 LARGEST_QUERY_BLOCK = 512  # rows of queries (T · G) that the Pallas kernel holds at once
@@ -47,7 +47,7 @@ LANES = 128  # the width of a TPU's vector registers
 SUBLANES = 16  # their height, for 16-bit floats
 
 
-def choices(asked: Choice, head_dims: Iterable[int], dtype: Any) -> tuple[Form, ...]:
+def available_backends(asked: BackendChoice, head_dims: Iterable[int], dtype: Any) -> tuple[Backend, ...]:
     """The forms that may run on this process's devices: the one asked for, or with "auto" all that can, xla first.
 
     Args:
@@ -59,14 +59,14 @@ def choices(asked: Choice, head_dims: Iterable[int], dtype: Any) -> tuple[Form, 
     """
     head_dims = tuple(head_dims)
     if asked == "auto":
-        return tuple(form for form in get_args(Form) if not _refusal(form, head_dims, dtype))
+        return tuple(form for form in get_args(Backend) if not _refusal(form, head_dims, dtype))
     refusal = _refusal(asked, head_dims, dtype)
     if refusal:
         raise DominoError(f"{refusal}: give --attention auto or xla.")
     return (asked,)
 
 
-def _refusal(form: Form, head_dims: Iterable[int], dtype: Any) -> str | None:
+def _refusal(form: Backend, head_dims: Iterable[int], dtype: Any) -> str | None:
     """Why a form can't run here, or None."""
     device = jax.devices()[0]
     if form == "pallas" and device.platform != "tpu":
@@ -84,7 +84,7 @@ def _refusal(form: Form, head_dims: Iterable[int], dtype: Any) -> str | None:
 
 
 def attend(
-    q: Array, k: Array, v: Array, start: Array, causal: bool = True, window: int | None = None, form: Form = "xla"
+    q: Array, k: Array, v: Array, start: Array, causal: bool = True, window: int | None = None, form: Backend = "xla"
 ) -> Array:
     """softmax(q·k / √H) · v over what each query sees, the softmax in float32.
 
@@ -100,7 +100,7 @@ def attend(
     Returns:
         [B, T, N, H].
     """
-    assert form in get_args(Form)
+    assert form in get_args(Backend)
     if form == "xla":
         return xla(q, k, v, start, causal, window)
     run = partial(cudnn if form == "cudnn" else pallas, causal=causal, window=window)
@@ -111,8 +111,8 @@ def attend(
     return run(q, k, v, start)
 
 
-def among(
-    q: Array, k: Array, v: Array, starts: Array | None = None, form: Form = "xla", implementation: Any = "cudnn"
+def attend_without_cache(
+    q: Array, k: Array, v: Array, starts: Array | None = None, form: Backend = "xla", implementation: Any = "cudnn"
 ) -> Array:
     """Causal attention of the tokens of a row among themselves, without a cache; it can be differentiated.
 

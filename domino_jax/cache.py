@@ -29,12 +29,12 @@ class KVCache(NamedTuple):
         return self.k[0].shape[2]
 
 
-def bucket(positions: int) -> int:
+def length_bucket(positions: int) -> int:
     """The smallest bucket that holds `positions`: a power of two from 128 up."""
     return max(SMALLEST_BUCKET, 1 << (positions - 1).bit_length())
 
 
-def init(config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
+def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
     """An empty cache for `batch` rows of `capacity` positions."""
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
     layers = range(config.num_hidden_layers)
@@ -62,7 +62,7 @@ def write(buffer: Array, new: Array, start: Array) -> Array:
     return jax.vmap(row)(buffer, new, start)
 
 
-def append(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> KVCache:
+def append_kv(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> KVCache:
     """The cache with `k` and `v` [B, T, K, H] of one layer written from start [B] on."""
 
     def put(buffers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:

@@ -2,7 +2,7 @@
 
 `prefill`, `first_token`, `speculate` and `autoregress` are the jit boundaries. The two loops run
 several cycles a dispatch; the host then fetches one `Emitted`, a few integers a row. They stop
-early when every row is done or the length bucket is full, in which case the caller calls `grow`.
+early when every row is done or the length bucket is full, in which case the caller calls `grow_caches`.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from jax import Array
 
 from domino_jax import cache as kv
 from domino_jax import target, verify
-from domino_jax.attention import Form
+from domino_jax.attention import Backend
 from domino_jax.cache import KVCache
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block
 from domino_jax.drafters.heads import domino
 from domino_jax.errors import DominoError
-from domino_jax.sampling import Sampling, draw, probabilities
-from domino_jax.sharding import put, zeros
+from domino_jax.sampling import Sampling, probabilities, sample
+from domino_jax.sharding import shard_copy, zeros
 from domino_jax.weights import Draft, Quantized, Target
 
 LARGEST_CHUNK = 512  # prompt tokens a prefill program runs at once; bounds its memory
@@ -33,7 +33,7 @@ CONTINUED_CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Configs:
+class DecodeConfig:
     """What is being run, static to every program: the target, and the drafter or None.
 
     Two settings make a cycle cheaper and leave greedy output, and the distribution of samples, as they are. `drafts`
@@ -44,7 +44,7 @@ class Configs:
     this mean acceptance length (bonus included), whatever the target says. The output is worthless; nothing that
     generates text for a user sets it.
 
-    `attention` is its form on this device (`attention.choices`).
+    `attention` is its form on this device (`attention.available_backends`).
 
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals, `simulated_tau` not from 1 to one more,
@@ -56,7 +56,7 @@ class Configs:
     drafts: int | None = None
     candidates: int | None = None
     simulated_tau: float | None = None
-    attention: Form = "xla"
+    attention: Backend = "xla"
 
     def __post_init__(self) -> None:
         if self.candidates is not None and not (self.draft and self.draft.head):
@@ -73,9 +73,9 @@ class Configs:
             )
 
     @property
-    def lean(self) -> "Configs":
+    def without_drafter(self) -> "DecodeConfig":
         """The same without the drafter."""
-        return Configs(self.target, attention=self.attention)
+        return DecodeConfig(self.target, attention=self.attention)
 
     @property
     def proposals(self) -> int:
@@ -83,7 +83,7 @@ class Configs:
         return self.drafts or (self.draft.num_proposals if self.draft else 0)
 
     @property
-    def reach(self) -> int:
+    def lookahead(self) -> int:
         """Positions from a row's anchor on that one cycle may write: the block, or anchor and drafts; 2 at least."""
         return max(self.draft.block_size if self.draft else 0, self.proposals + 1, 2)
 
@@ -96,7 +96,7 @@ class Params(NamedTuple):
     output: Quantized | None = None  # an 8-bit copy of the LM head, for drafting alone
 
     @property
-    def lean(self) -> "Params":
+    def without_drafter(self) -> "Params":
         """The same without the drafter."""
         return Params(self.target)
 
@@ -132,9 +132,9 @@ class Emitted(NamedTuple):
     drafts: Array  # [C, B, J] int32, what was proposed
 
 
-def begin(
+def prefill_batch(
     params: Params,
-    configs: Configs,
+    configs: DecodeConfig,
     prompts: list[list[int]],
     keys: Array,
     limits: list[int],
@@ -160,34 +160,34 @@ def begin(
             too if there is one. A row whose prompt is not longer gets a first token without meaning.
     """
     batch, longest = len(prompts), max(map(len, prompts))
-    capacity = kv.bucket(longest + configs.reach)
-    offsets = chunks(longest, held, capacity)
+    capacity = kv.length_bucket(longest + configs.lookahead)
+    offsets = prefill_chunks(longest, held, capacity)
     tokens = np.zeros((batch, len(offsets) * offsets.step), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         rest = prompt[offsets.start :]
         row[: len(rest)] = rest
     lengths = np.array([len(p) for p in prompts], np.int32)
     if caches is None:
-        context = kv.init(configs.draft, batch, capacity, dtype) if configs.draft else None
-        caches = Caches(kv.init(configs.target, batch, capacity, dtype), context)
+        context = kv.init_cache(configs.draft, batch, capacity, dtype) if configs.draft else None
+        caches = Caches(kv.init_cache(configs.target, batch, capacity, dtype), context)
     state = DecodeState(
         token=zeros((batch,), jnp.int32, "B"),
-        length=put(lengths, "B"),
+        length=shard_copy(lengths, "B"),
         emitted=zeros((batch,), jnp.int32, "B"),
-        limit=put(np.array(limits, np.int32), "B"),
+        limit=shard_copy(np.array(limits, np.int32), "B"),
         done=zeros((batch,), bool, "B"),
-        keys=put(keys, "B"),  # a copy: the state is donated, and what the caller gave stays the caller's
-        sampling=jax.tree.map(lambda x: put(x, "B"), sampling),
+        keys=shard_copy(keys, "B"),  # a copy: the state is donated, and what the caller gave stays the caller's
+        sampling=jax.tree.map(lambda x: shard_copy(x, "B"), sampling),
         cache=_resize(caches.target, capacity),
         context=_resize(caches.context, capacity) if caches.context else None,
     )
     last = zeros((batch, configs.target.hidden_size), params.target.norm.dtype, "B D")
     for piece, offset in zip(np.split(tokens, len(offsets), axis=1), offsets, strict=True):
-        state, last = prefill(params, configs, state, put(piece, "B T"), np.int32(offset), last)
+        state, last = prefill(params, configs, state, shard_copy(piece, "B T"), np.int32(offset), last)
     return first_token(params, configs, state, last, stop)
 
 
-def chunks(longest: int, held: int, capacity: int) -> range:
+def prefill_chunks(longest: int, held: int, capacity: int) -> range:
     """The chunks of a prefill, by their first positions; `start`, `step` and `stop` are what they cover together.
 
     Args:
@@ -211,7 +211,7 @@ def chunks(longest: int, held: int, capacity: int) -> range:
 
 @partial(jax.jit, static_argnums=1, donate_argnums=(2, 5))
 def prefill(
-    params: Params, configs: Configs, state: DecodeState, tokens: Array, offset: Array, last: Array
+    params: Params, configs: DecodeConfig, state: DecodeState, tokens: Array, offset: Array, last: Array
 ) -> tuple[DecodeState, Array]:
     """Run one chunk of the prompts, the same positions in every row.
 
@@ -240,11 +240,11 @@ def prefill(
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=2)
-def first_token(params: Params, configs: Configs, state: DecodeState, last: Array, stop: Array) -> DecodeState:
+def first_token(params: Params, configs: DecodeConfig, state: DecodeState, last: Array, stop: Array) -> DecodeState:
     """Commit the target's next token after the prompt: the first generated one, and the first anchor."""
     keys, use = _split(state.keys, 2)
     logits = target.logits(params.target, configs.target, last[:, None])
-    token = draw(use, probabilities(logits, state.sampling)[:, 0])
+    token = sample(use, probabilities(logits, state.sampling)[:, 0])
     token = jnp.where(state.sampling.temperature > 0, token, jnp.argmax(logits[:, 0], axis=-1)).astype(jnp.int32)
     emitted = state.emitted + 1
     done = jnp.isin(token, stop) | (emitted >= state.limit)
@@ -254,7 +254,7 @@ def first_token(params: Params, configs: Configs, state: DecodeState, last: Arra
 @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
 def speculate(
     params: Params,
-    configs: Configs,
+    configs: DecodeConfig,
     state: DecodeState,
     stop: Array,
     cycles: int,
@@ -278,11 +278,11 @@ def speculate(
         logits, features, cache = run_target(params, configs, state, drafts)
         with jax.named_scope("verify"):
             if q is None or verify_keys is None:
-                accepted, bonus = verify.greedy(drafts, logits)
+                accepted, bonus = verify.accept_greedy(drafts, logits)
             else:
-                accepted, bonus = verify.speculative(verify_keys, drafts, q, probabilities(logits, state.sampling))
+                accepted, bonus = verify.accept_sampled(verify_keys, drafts, q, probabilities(logits, state.sampling))
             if configs.simulated_tau is not None:
-                stated = verify.simulated(configs.simulated_tau, state.emitted)
+                stated = verify.simulated_acceptance(configs.simulated_tau, state.emitted)
                 # The real count is never negative, but the compiler does not know: none of the work is left out.
                 accepted = jnp.where(accepted < 0, accepted, stated)
         with jax.named_scope("context"):
@@ -294,11 +294,11 @@ def speculate(
         state, counts = commit(state, sequence, accepted + 1, stop)
         return state, sequence, counts, accepted, drafts
 
-    return _loop(cycle, state, cycles, most, configs.proposals, configs.reach)
+    return _loop(cycle, state, cycles, most, configs.proposals, configs.lookahead)
 
 
 def propose(
-    params: Params, configs: Configs, state: DecodeState, keys: Array | None
+    params: Params, configs: DecodeConfig, state: DecodeState, keys: Array | None
 ) -> tuple[Array, Array | None, KVCache]:
     """Draft one block a row: backbone, base logits, causal head.
 
@@ -310,13 +310,13 @@ def propose(
     z, base, context = draft_block(params, configs, state)
     with jax.named_scope("head"):
         embed = params.target.embed
-        drafts, q = domino.propose(
+        drafts, q = domino.propose_corrected(
             drafter, config, embed, z, base, state.token, state.sampling, keys, configs.candidates
         )
     return drafts, q, context
 
 
-def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[Array, Array, KVCache]:
+def draft_block(params: Params, configs: DecodeConfig, state: DecodeState) -> tuple[Array, Array, KVCache]:
     """The backbone over one block a row: z [B, J, D] and base logits [B, J, V] of the proposals; its cache."""
     drafter, config = params.draft, configs.draft
     assert drafter is not None and config is not None and state.context is not None
@@ -327,7 +327,9 @@ def draft_block(params: Params, configs: Configs, state: DecodeState) -> tuple[A
         return z, target.logits(params.target, configs.target, z, params.output), context
 
 
-def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Array) -> tuple[Array, Array, KVCache]:
+def run_target(
+    params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array
+) -> tuple[Array, Array, KVCache]:
     """The target over [anchor, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache."""
     taps = configs.draft.target_layer_ids if configs.draft else ()
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
@@ -342,7 +344,7 @@ def run_target(params: Params, configs: Configs, state: DecodeState, drafts: Arr
 @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
 def autoregress(
     params: Params,
-    configs: Configs,
+    configs: DecodeConfig,
     state: DecodeState,
     stop: Array,
     cycles: int,
@@ -353,7 +355,7 @@ def autoregress(
 
     Nothing is appended to the drafter's context: a state that has taken plain steps can't go on with drafts.
     """
-    configs = configs.lean
+    configs = configs.without_drafter
 
     def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
         none = jnp.zeros((state.token.shape[0], 0), jnp.int32)
@@ -363,12 +365,12 @@ def autoregress(
             token = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
         else:
             keys, use = _split(state.keys, 2)
-            token = draw(use, probabilities(logits, state.sampling)[:, 0])
+            token = sample(use, probabilities(logits, state.sampling)[:, 0])
             state = state._replace(keys=keys)
         state, counts = commit(state, token[:, None], jnp.ones_like(token), stop)
         return state, token[:, None], counts, jnp.zeros_like(token), none
 
-    return _loop(step, state, cycles, most, 0, configs.reach)
+    return _loop(step, state, cycles, most, 0, configs.lookahead)
 
 
 def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tuple[DecodeState, Array]:
@@ -396,7 +398,7 @@ def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tu
     )
 
 
-def grow(state: DecodeState, capacity: int) -> DecodeState:
+def grow_caches(state: DecodeState, capacity: int) -> DecodeState:
     """The state in a larger length bucket."""
     return state._replace(
         cache=_resize(state.cache, capacity),
@@ -417,7 +419,7 @@ def _split(keys: Array, parts: int) -> tuple[Array, ...]:
 
 
 def _loop(
-    cycle, state: DecodeState, cycles: int, most: Array | np.integer | None, proposals: int, reach: int
+    cycle, state: DecodeState, cycles: int, most: Array | np.integer | None, proposals: int, lookahead: int
 ) -> tuple[DecodeState, Emitted]:
     """Run `cycle` while there is work and room, collecting what it emits."""
     batch = state.token.shape[0]
@@ -432,7 +434,7 @@ def _loop(
 
     def more(carry: tuple[DecodeState, Emitted]) -> Array:
         state, emitted = carry
-        room = state.done | (state.length + reach <= state.cache.capacity)
+        room = state.done | (state.length + lookahead <= state.cache.capacity)
         return (emitted.cycles < bound) & ~state.done.all() & room.all()
 
     def body(carry: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:

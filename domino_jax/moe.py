@@ -26,10 +26,10 @@ from jax import Array
 from domino_jax.config import MoeConfig
 from domino_jax.sharding import MODEL, spec
 
-Form = Literal["grouped", "one by one"]
+MoeBackend = Literal["grouped", "one by one"]
 
 
-def choose() -> Form:
+def resolve_moe_backend() -> MoeBackend:
     """The form to run on this process's devices."""
     return "one by one" if jax.default_backend() == "cpu" else "grouped"
 
@@ -46,15 +46,15 @@ def route(router: Array, config: MoeConfig, y: Array) -> tuple[Array, Array]:
     return weights.astype(y.dtype), chosen
 
 
-def mlp(layer: Any, config: MoeConfig, y: Array, form: Form | None = None) -> Array:
+def mlp(layer: Any, config: MoeConfig, y: Array, form: MoeBackend | None = None) -> Array:
     """The layer's MLP over y [B, T, D]: the weighted sum of what each token's experts say, [B, T, D].
 
     Args:
         layer: a Layer or FusedLayer with a router.
         form: by default what suits the devices.
     """
-    form = choose() if form is None else form
-    assert form in get_args(Form)
+    form = resolve_moe_backend() if form is None else form
+    assert form in get_args(MoeBackend)
     run = _one_by_one if form == "one by one" else _grouped
     weights = layer.router, layer.gate, layer.up, layer.down
     if jax.sharding.get_abstract_mesh().empty:

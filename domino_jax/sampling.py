@@ -1,6 +1,7 @@
 """Temperature, top-k, top-p and min-p: logits to the distribution that is drawn from (SPEC section 6)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -11,8 +12,18 @@ from jax import Array
 DIGIT = 4  # bits of a score that one pass over the vocabulary finds
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen; temperature 0 is greedy, and the filters' defaults are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
 class Sampling(NamedTuple):
-    """Settings of each row; a batch may mix them."""
+    """The sampling parameters of each row; a batch may mix them."""
 
     temperature: Array  # [B] float32; 0 is greedy
     top_k: Array  # [B] int32; 0 is off
@@ -52,7 +63,7 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
         searched = jnp.any(asked & (sampling.temperature > 0))
 
         def drop(scaled: Array) -> Array:
-            return jnp.where(outweighed(scaled, weights(scaled), limit), -jnp.inf, scaled)
+            return jnp.where(mass_above_reaches(scaled, weights(scaled), limit), -jnp.inf, scaled)
 
         return jax.lax.cond(searched, drop, lambda scaled: scaled, scaled)
 
@@ -67,7 +78,7 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
     return jnp.where(temperature > 0, probs, greedy)
 
 
-def outweighed(scores: Array, weights: Array, limit: Array) -> Array:
+def mass_above_reaches(scores: Array, weights: Array, limit: Array) -> Array:
     """Whether the weights of all higher scores reach `limit` together, for each score.
 
     A search instead of a sort: the lowest score that stays is found digit by digit of its bits, from sums over the
@@ -95,7 +106,7 @@ def outweighed(scores: Array, weights: Array, limit: Array) -> Array:
     return order < lowest
 
 
-def draw(keys: Array, weights: Array) -> Array:
+def sample(keys: Array, weights: Array) -> Array:
     """One index a row with probability proportional to weights [B, V]; keys [B]. Returns [B] int32."""
     return jax.vmap(lambda key, w: jax.random.categorical(key, jnp.log(w)))(keys, weights).astype(jnp.int32)
 

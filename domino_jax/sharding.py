@@ -66,7 +66,7 @@ def spec(letters: str, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec
     return PartitionSpec(*((RULES | rows).get(letter) for letter in letters.split()))
 
 
-def stored(letters: str, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
+def stored_spec(letters: str, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
     """The partition of a weight in memory: `spec`, and over `fsdp` where the mesh has that axis."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     names, axes = letters.split(), list(spec(letters, mesh))
@@ -81,7 +81,7 @@ def gathered(weights: Any, letters: Any) -> Any:
     """Weights in the form in which they are used: whole over `fsdp`. The gradient of each comes back as it is stored.
 
     Args:
-        weights: a tree of arrays, stored by `stored`.
+        weights: a tree of arrays, stored by `stored_spec`.
         letters: the tree of their axis letters.
     """
     if FSDP not in jax.sharding.get_abstract_mesh().axis_names:
@@ -99,7 +99,7 @@ def _gathered_forward(weight: Array, letters: str) -> tuple[Array, None]:
 
 
 def _gathered_backward(letters: str, _: None, gradient: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(gradient, stored(letters)),)
+    return (jax.lax.with_sharding_constraint(gradient, stored_spec(letters)),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
@@ -111,7 +111,7 @@ def row_shards() -> int:
     return math.prod(mesh.shape[name] for name in (DATA, FSDP) if name in mesh.axis_names)
 
 
-def within(mesh: Mesh | None) -> AbstractContextManager[Any]:
+def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """What to run programs in: the mesh, or nothing for the default device."""
     return jax.set_mesh(mesh) if mesh else nullcontext()
 
@@ -123,11 +123,11 @@ def constrain(x: Array, letters: str) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
-def keep(x: Array, letters: str) -> Array:
-    """A weight in a program, laid out as it lies in memory (`stored`) where a mesh is in context."""
+def constrain_stored(x: Array, letters: str) -> Array:
+    """A weight in a program, laid out as it lies in memory (`stored_spec`) where a mesh is in context."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, stored(letters))
+    return jax.lax.with_sharding_constraint(x, stored_spec(letters))
 
 
 def model_devices() -> int:
@@ -136,12 +136,12 @@ def model_devices() -> int:
     return 1 if mesh.empty else mesh.shape[MODEL]
 
 
-def put(x: Any, letters: str) -> Array:
+def shard_copy(x: Any, letters: str) -> Array:
     """A copy of `x`, laid out by its axis letters where a mesh is in context; each process must have the same `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.array(x, copy=True)
     if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(put(jax.random.key_data(x), f"{letters} -"))
+        return jax.random.wrap_key_data(shard_copy(jax.random.key_data(x), f"{letters} -"))
     return _spread(np.asarray(x), NamedSharding(jax.sharding.get_mesh(), spec(letters)))
 
 
@@ -170,7 +170,7 @@ def zeros(shape: tuple[int, ...], dtype: Any, letters: str) -> Array:
     return jnp.zeros(shape, dtype, device=NamedSharding(jax.sharding.get_mesh(), spec(letters)))
 
 
-def parse(text: str) -> tuple[int, int]:
+def parse_mesh(text: str) -> tuple[int, int]:
     """The sizes (data, model) of "data=2,model=4"; one that is not named is 1.
 
     Raises:
@@ -179,7 +179,7 @@ def parse(text: str) -> tuple[int, int]:
     return _parse(text, {DATA: 1, MODEL: 1}, "data=2,model=4")
 
 
-def parse_training(text: str) -> tuple[int, int, int]:
+def parse_training_mesh(text: str) -> tuple[int, int, int]:
     """The sizes (data, fsdp, model) of "data=1,fsdp=4,model=2"; one that is not named is 1.
 
     Raises:
@@ -197,7 +197,7 @@ def _parse(text: str, sizes: dict[str, int], example: str) -> Any:
     return tuple(sizes.values())
 
 
-def default_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
+def default_mesh_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
     """The mesh (data, model) for the devices found: as many as these models can be divided over, for the least latency.
 
     One on a single CPU, whose devices are one and the same.
@@ -205,7 +205,7 @@ def default_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
 
     def fits(model: int) -> bool:
         try:
-            return all(fit(config, model) for config in configs)
+            return all(fit_to_mesh(config, model) for config in configs)
         except DominoError:
             return False
 
@@ -216,8 +216,8 @@ def default_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
 Config = TypeVar("Config", bound=DecoderConfig)
 
 
-def fit(config: Config, model: int) -> Config:
-    """The config of the weights that `spread` makes for `model` devices: more KV heads where there are too few.
+def fit_to_mesh(config: Config, model: int) -> Config:
+    """The config of the weights that `shard_stored` makes for `model` devices: more KV heads where there are too few.
 
     Raises:
         DominoError: heads, MLP width or experts can't be divided.
@@ -233,15 +233,15 @@ def fit(config: Config, model: int) -> Config:
     return dataclasses.replace(config, num_key_value_heads=heads * copies)
 
 
-def part(config: Config, mesh: Mesh | None) -> Config:
+def config_of_device(config: Config, mesh: Mesh | None) -> Config:
     """The config with the heads that one device of the mesh has."""
     model = mesh.shape[MODEL] if mesh else 1
     heads, kv_heads = config.num_attention_heads // model, config.num_key_value_heads // model
     return dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
 
 
-def grown(letters: Sequence[str], shape: Sequence[int], config: DecoderConfig, model: int) -> tuple[int, ...]:
-    """The shape that a stored array has on a mesh of `model` devices: more KV heads (see `fit`), padded vocabulary.
+def stored_shape(letters: Sequence[str], shape: Sequence[int], config: DecoderConfig, model: int) -> tuple[int, ...]:
+    """The shape of a stored array on a mesh of `model` devices: more KV heads (see `fit_to_mesh`), padded vocabulary.
 
     Args:
         letters: of each axis; the first, where an axis holds several.
@@ -254,10 +254,10 @@ def grown(letters: Sequence[str], shape: Sequence[int], config: DecoderConfig, m
 
 
 def _copies(config: DecoderConfig, model: int) -> int:
-    return fit(config, model).num_key_value_heads // config.num_key_value_heads
+    return fit_to_mesh(config, model).num_key_value_heads // config.num_key_value_heads
 
 
-def spread(
+def shard_stored(
     read: Callable[[tuple[slice, ...]], np.ndarray],
     letters: Sequence[str],
     shape: tuple[int, ...],
@@ -271,11 +271,11 @@ def spread(
 
     Args:
         read: gives the part of the stored array that has these slices, one for each axis.
-        letters: see `grown`.
+        letters: see `stored_shape`.
         shape: the stored array's.
     """
     copies = _copies(config, mesh.shape[MODEL])
-    whole = grown(letters, shape, config, mesh.shape[MODEL])
+    whole = stored_shape(letters, shape, config, mesh.shape[MODEL])
     read_parts: dict[Any, np.ndarray] = {}  # devices of one group hold the same
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -298,4 +298,4 @@ def spread(
             read_parts[key] = np.pad(value, padding) if any(map(any, padding)) else value
         return read_parts[key]
 
-    return jax.make_array_from_callback(whole, NamedSharding(mesh, stored(" ".join(letters), mesh)), part)
+    return jax.make_array_from_callback(whole, NamedSharding(mesh, stored_spec(" ".join(letters), mesh)), part)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import layers
-from domino_jax.attention import Form, among, attend
-from domino_jax.cache import KVCache, append
+from domino_jax.attention import Backend, attend, attend_without_cache
+from domino_jax.cache import KVCache, append_kv
 from domino_jax.config import TargetConfig
 from domino_jax.sharding import constrain, gathered
 from domino_jax.weights import Quantized, Target, axes, lm_head
@@ -18,7 +18,7 @@ def forward(
     start: Array | None = None,
     cache: KVCache | None = None,
     taps: tuple[int, ...] = (),
-    attention: Form = "xla",
+    attention: Backend = "xla",
     starts: Array | None = None,
 ) -> tuple[Array, Array, KVCache | None]:
     """Run T tokens per row, after what the cache already holds.
@@ -49,10 +49,10 @@ def forward(
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
         k, v = layers.keys_values(layer, y, angles, config.rms_norm_eps)
         if cache is None:
-            attended = among(q, k, v, starts, attention)
+            attended = attend_without_cache(q, k, v, starts, attention)
         else:
             assert start is not None, "a cache needs the rows' start positions"
-            cache = append(cache, i, k, v, start)
+            cache = append_kv(cache, i, k, v, start)
             attended = attend(q, cache.k[i], cache.v[i], begin, form=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
         tapped[i] = x

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.sampling import draw, pick
+from domino_jax.sampling import pick, sample
 
 
 def _prefix_length(accepted: Array) -> Array:
@@ -14,7 +14,7 @@ def _prefix_length(accepted: Array) -> Array:
     return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
 
 
-def greedy(drafts: Array, logits: Array) -> tuple[Array, Array]:
+def accept_greedy(drafts: Array, logits: Array) -> tuple[Array, Array]:
     """Accept drafts while they equal the target's argmax; the bonus is the argmax after the last.
 
     Args:
@@ -29,7 +29,7 @@ def greedy(drafts: Array, logits: Array) -> tuple[Array, Array]:
     return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]
 
 
-def speculative(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, Array]:
+def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, Array]:
     """Speculative sampling (Leviathan et al. 2023, algorithm 1): the output is distributed exactly as p.
 
     Accept d_j with probability min(1, p_j(d_j) / q_j(d_j)); after the first rejection draw from
@@ -53,10 +53,10 @@ def speculative(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, 
     residual = jnp.maximum(p - q, 0.0)
     # Empty by rounding alone, or not a number where a drafter's distribution was none; its drafts were not accepted.
     empty = ~(jnp.sum(residual, axis=-1, keepdims=True) > 0)
-    return count, draw(keys[:, 1], jnp.where(empty, p, residual))
+    return count, sample(keys[:, 1], jnp.where(empty, p, residual))
 
 
-def simulated(tau: float, emitted: Array) -> Array:
+def simulated_acceptance(tau: float, emitted: Array) -> Array:
     """Counts of accepted drafts with a stated mean, for measuring speed: nothing is verified.
 
     After n cycles a row has added floor(n·τ + φ) tokens: each cycle floor(τ) or ceil(τ) of them, the two evenly mixed.

@@ -1,7 +1,7 @@
 """Parameters as modules that hold arrays and nothing else, with each weight's axes written once.
 
 A module is built by a function from axis letters to a leaf: `axes(config)` builds the tree of the
-letters themselves, `shapes` and `init` derive from that tree, and so do the checks of files. Matrices
+letters themselves, `weight_shapes` and `init_weights` derive from that tree, and so do the checks of files. Matrices
 are [in, out] (a float32 run on a CPU turns them, see OutputsFirst); the two vocabulary projections are
 [V, in], because they are read by row as well.
 """
@@ -135,7 +135,7 @@ class Draft(nnx.Module):
         self.head: Head | None = Head(leaf) if config.head else nnx.data(None)
 
 
-def build(config: DecoderConfig, leaf: Leaf) -> Any:
+def build_module(config: DecoderConfig, leaf: Leaf) -> Any:
     """The module of `config` (Target or Draft), every weight being `leaf(its axis letters)`."""
 
     def data(letters: str) -> Any:
@@ -148,18 +148,18 @@ def build(config: DecoderConfig, leaf: Leaf) -> Any:
 
 def axes(config: DecoderConfig) -> Any:
     """The module of `config` with each weight's axis letters ("D N H") in its place."""
-    return build(config, lambda letters: letters)
+    return build_module(config, lambda letters: letters)
 
 
-def shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Any:
+def weight_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Any:
     """The module of `config` with a jax.ShapeDtypeStruct for each weight."""
     sizes = config.sizes
-    return build(config, lambda letters: jax.ShapeDtypeStruct(tuple(sizes[a] for a in letters.split()), dtype))
+    return build_module(config, lambda letters: jax.ShapeDtypeStruct(tuple(sizes[a] for a in letters.split()), dtype))
 
 
-def init(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, std: float = 0.02) -> Any:
+def init_weights(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, std: float = 0.02) -> Any:
     """Random weights: norms are ones and biases zeros, the rest is normal with standard deviation `std`."""
-    leaves = flatten(shapes(config, dtype))
+    leaves = flatten(weight_shapes(config, dtype))
     keys = jax.random.split(key, len(leaves))
 
     def make(path: str, shape: tuple[int, ...], key: Array) -> Array:

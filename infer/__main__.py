@@ -17,14 +17,14 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from convert import registry, template
-from convert.progress import bars
+from convert.progress import progress_bars
 from domino_jax.errors import DominoError
 from domino_jax.runtime import files
-from domino_jax.runtime.processes import join, settle
+from domino_jax.runtime.processes import join_processes, resolve_processes
 from infer.output import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
-    from convert.loading import Loaded
+    from convert.loading import LoadedModel
     from infer.conversation import Conversation
     from infer.engine import Engine, Sequence
 
@@ -165,7 +165,7 @@ def contradictions(options: Generate, chat: bool) -> str | None:
             wrong = str(error).rstrip(".")
     if wrong is None:
         try:
-            several = settle(o.coordinator, o.num_processes, o.process_id) is not None
+            several = resolve_processes(o.coordinator, o.num_processes, o.process_id) is not None
         except DominoError as error:
             wrong = str(error).rstrip(".")
         else:
@@ -178,7 +178,7 @@ def parse_mesh(text: str) -> tuple[int, int]:
     """ "data=2,model=4" as (2, 4); raises DominoError."""
     from domino_jax import sharding
 
-    return sharding.parse(text)
+    return sharding.parse_mesh(text)
 
 
 def parse_ids(text: str) -> list[int]:
@@ -224,7 +224,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         DominoError: it can't be read, or a row is not of the form that --prompts takes.
     """
-    return [_parse_row(row, where) for row, where in files.read(path, "prompts")]
+    return [_parse_row(row, where) for row, where in files.read_jsonl(path, "prompts")]
 
 
 def _parse_row(row: Any, where: str) -> Prompt:
@@ -246,11 +246,11 @@ class Session:
     """One run of the command: a loaded model, and what the options ask of it."""
 
     engine: "Engine"
-    loaded: "Loaded"
+    loaded: "LoadedModel"
 
     def __init__(self, options: Generate):
         self.options = o = options
-        first = join(settle(o.coordinator, o.num_processes, o.process_id))
+        first = join_processes(resolve_processes(o.coordinator, o.num_processes, o.process_id))
         if not first:
             keep_silent()
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for the rest of this process)
@@ -297,16 +297,16 @@ class Session:
         o = self.options
         fewer = o.head_candidates != "all" or o.draft_dtype is not None
         drafting = o.compare or o.show_drafts or o.drafts is not None or fewer
-        if drafting and registry.where(o.model, o.draft)[1] is None:  # before anything is fetched
+        if drafting and registry.locate(o.model, o.draft)[1] is None:  # before anything is fetched
             raise DominoError(
                 "--compare, --show-drafts, --drafts, --head-candidates and --draft-dtype need a drafter: give one with "
                 "--draft DIR."
             )
         from convert import loading
-        from domino_jax.runtime.compile_cache import keep_programs
+        from domino_jax.runtime.compile_cache import enable_compile_cache
         from infer.engine import Engine
 
-        keep_programs()
+        enable_compile_cache()
         how: dict[str, Any] = {
             "dtype": o.dtype,
             "drafts": None if o.drafts == "auto" else o.drafts,
@@ -316,10 +316,10 @@ class Session:
             "draft_dtype": o.draft_dtype,
             "matrices": o.matrices,
         }
-        check = partial(loading.plan, **how)
-        target, draft = registry.resolve(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
-        with bars(self.notes) as progress:
-            self.loaded = loading.load(target, draft, progress=progress, fuse=o.fuse, **how)
+        check = partial(loading.plan_load, **how)
+        target, draft = registry.resolve_folders(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
+        with progress_bars(self.notes) as progress:
+            self.loaded = loading.load_model(target, draft, progress=progress, fuse=o.fuse, **how)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded, auto=o.drafts == "auto", report=say)
         if o.system is not None and not self._is_chat():
@@ -380,10 +380,10 @@ class Session:
         return sequence, [where + warning for warning in warnings]
 
     def _generate(self, sequences: "list[Sequence]", **how: Any) -> None:
-        from infer.engine import Settings
+        from domino_jax.sampling import SamplingParams
 
         o = self.options
-        self.engine.generate(sequences, Settings(o.temperature, o.top_k, o.top_p, o.min_p), o.seed, **how)
+        self.engine.generate(sequences, SamplingParams(o.temperature, o.top_k, o.top_p, o.min_p), o.seed, **how)
 
     def _batch(
         self, sequences: "list[Sequence]", size: int, total: int, conversation: "Conversation | None" = None

@@ -2,8 +2,8 @@
 
 Verifying J drafts costs t[J] and gives E[J] tokens on average, a plain step costs t[0] and gives one. The best
 choice is the greatest E[J] / t[J]. The times are measured at the first batch of each number of rows (`Engine`), and
-those that decide now and then again; E is estimated from the drafts accepted so far (`Acceptance`); `Chooser` puts the
-two together before each dispatch.
+those that decide now and then again; E is estimated from the drafts accepted so far (`AcceptanceEstimate`); `Chooser`
+puts the two together before each dispatch.
 
 Everything here is arithmetic on numbers that are the same in every process, so that all take the same decisions.
 """
@@ -76,7 +76,7 @@ def _cycles(longest: int, seconds: float) -> int:
     return max(1, min(longest, round(DISPATCH / seconds)))
 
 
-class Acceptance:
+class AcceptanceEstimate:
     """Estimates how many of J drafts are accepted, from cycles that had any number of them.
 
     Draft j of a cycle is tried if it was proposed and the j - 1 before it were accepted; the chance of the j-th is
@@ -121,7 +121,7 @@ class Chooser:
     """
 
     times: dict[int, float]  # seconds of a cycle by its drafts, 0 for a plain step
-    acceptance: Acceptance  # shared by all numbers of rows
+    acceptance: AcceptanceEstimate  # shared by all numbers of rows
     drafts: int = -1  # the choice; 0 for plain steps, -1 before the first
     # A batch lasts until its slowest row is through, and drafts let rows differ: the pace of a batch over the mean
     # pace of its rows, as it has been lately.

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.loading import Loaded
+from convert.loading import LoadedModel
 from domino_jax import cache, decode
 from domino_jax.config import DecoderConfig
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
-from domino_jax.runtime.memory import enough_memory
-from domino_jax.runtime.processes import agree
-from domino_jax.sampling import settings
-from domino_jax.sharding import DATA, fetch, put
-from infer.auto import Acceptance, Chooser, Time, calibrate
+from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.runtime.processes import broadcast_from_first
+from domino_jax.sampling import SamplingParams, settings
+from domino_jax.sharding import DATA, fetch, shard_copy
+from infer.auto import AcceptanceEstimate, Chooser, Time, calibrate
 from infer.conversation import Conversation
 from infer.text import TextStream
 
@@ -29,16 +29,6 @@ from infer.text import TextStream
 STEPS_PER_CYCLE = 4
 
 PHASES: tuple[str, ...] = ("compile", "prefill", "calibrate", "decode")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How tokens are chosen; temperature 0 is greedy, and the filters' defaults are off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
 
 
 class Cycle(NamedTuple):
@@ -119,7 +109,7 @@ class Engine:
     """Runs batches of sequences on a loaded model."""
 
     def __init__(
-        self, loaded: Loaded, cycles: int = 8, auto: bool = False, report: Callable[[str], None] | None = None
+        self, loaded: LoadedModel, cycles: int = 8, auto: bool = False, report: Callable[[str], None] | None = None
     ):
         """Args:
         cycles: draft-and-verify cycles a dispatch; output arrives after each dispatch.
@@ -132,10 +122,10 @@ class Engine:
         self.cycles = cycles
         self.auto = auto and loaded.configs.draft is not None
         self.choosers: dict[tuple[int, bool, int], Chooser] = {}  # by rows, whether greedy, and the first length bucket
-        self._acceptance: dict[bool, Acceptance] = {}  # by whether greedy
+        self._acceptance: dict[bool, AcceptanceEstimate] = {}  # by whether greedy
         self._report = report or (lambda _: None)
         with loaded.context():
-            self._stop = put(np.array(loaded.stop_ids, np.int32), "-")
+            self._stop = shard_copy(np.array(loaded.stop_ids, np.int32), "-")
         self._ready: set[Any] = set()
 
     def sequence(
@@ -168,7 +158,7 @@ class Engine:
     def generate(
         self,
         sequences: list[Sequence],
-        choose: Settings | None = None,
+        choose: SamplingParams | None = None,
         seed: int = 0,
         speculative: bool = True,
         update: Callable[[], None] | None = None,
@@ -193,12 +183,12 @@ class Engine:
         if mesh:  # every device of the data axis has the same number of rows
             batch = -(-max(batch, len(sequences)) // mesh.shape[DATA]) * mesh.shape[DATA]
         rows = max(batch, len(sequences))
-        memory = enough_memory(
+        memory = explain_out_of_memory(
             f"the device has too little memory for {rows} sequences of this length; "
             "run fewer at a time or shorter ones."
         )
         try:
-            run = self._run(sequences, choose or Settings(), seed, speculative, batch, conversation)
+            run = self._run(sequences, choose or SamplingParams(), seed, speculative, batch, conversation)
             with memory, self.loaded.context(), closing(run):
                 for _ in run:
                     if update:
@@ -212,7 +202,7 @@ class Engine:
     def _run(
         self,
         sequences: list[Sequence],
-        choose: Settings,
+        choose: SamplingParams,
         seed: int,
         speculative: bool,
         batch: int,
@@ -224,13 +214,13 @@ class Engine:
         speculative = speculative and configs.draft is not None
         greedy = choose.temperature == 0
         auto = self.auto and speculative
-        room = cache.bucket(max(len(s.prompt) for s in sequences) + configs.reach)
+        room = cache.length_bucket(max(len(s.prompt) for s in sequences) + configs.lookahead)
         case = max(batch, len(sequences)), greedy, room
         chooser = self.choosers.get(case) if auto else None
         if chooser:
             speculative = chooser.start()
         if not speculative:
-            configs, params = configs.lean, params.lean
+            configs, params = configs.without_drafter, params.without_drafter
         seconds = dict.fromkeys(PHASES, 0.0)
         # Rows that only fill the batch are over after their first token.
         spare = max(0, batch - len(sequences))
@@ -245,10 +235,10 @@ class Engine:
             arguments = (prompts, keys, limits, sampling, self._stop, loaded.dtype, caches, held)
             if loaded.mesh is None:
                 self._compile_first_token(params, configs, arguments)
-            state = decode.begin(params, configs, *arguments)
+            state = decode.prefill_batch(params, configs, *arguments)
             del caches, arguments  # they are the state's now
             first = fetch(state.token)
-        sequences[0].reused = decode.chunks(len(prompts[0]), held, state.cache.capacity).start
+        sequences[0].reused = decode.prefill_chunks(len(prompts[0]), held, state.cache.capacity).start
         try:
             self._note(sequences, seconds)
             for s, token in zip(sequences, first.tolist(), strict=False):
@@ -272,18 +262,18 @@ class Engine:
                     if drafts:
                         configs = dataclasses.replace(configs, drafts=drafts)
                     else:  # for the rest of the batch: plain steps leave gaps in the drafter's context
-                        configs, params = configs.lean, params.lean
+                        configs, params = configs.without_drafter, params.without_drafter
                         if conversation:
                             conversation.set_aside(state.context, len(sequences[0].ids) - 1)
                         state, speculative = state._replace(context=None), False
                         cycles = self._longest(configs)
                 needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
                 with _timed(seconds, "decode"):
-                    if needed + configs.reach > state.cache.capacity:
-                        state = decode.grow(state, cache.bucket(needed + configs.reach))
+                    if needed + configs.lookahead > state.cache.capacity:
+                        state = decode.grow_caches(state, cache.length_bucket(needed + configs.lookahead))
                     if cut:
                         over = [s.finish_reason is not None for s in sequences] + [True] * spare
-                        state = state._replace(done=put(np.array(over), "B"))
+                        state = state._replace(done=shard_copy(np.array(over), "B"))
                     state, emitted = self._dispatch(params, configs, state, self._stop, cycles, greedy)
                     emitted = fetch(emitted)  # the state is whole, should the user lose patience here
                 self._note(sequences, seconds)
@@ -306,7 +296,7 @@ class Engine:
             if chooser:
                 drafted = sequences if speculative else []  # throughout
                 tokens, cycles = [len(s.tokens) - 1 for s in drafted], [len(s.cycles) for s in drafted]
-                chooser.finish(tokens, cycles, *agree([seconds["decode"]]))
+                chooser.finish(tokens, cycles, *broadcast_from_first([seconds["decode"]]))
         except Exception:  # the device's: what its caches hold is not known
             conversation = None
             raise
@@ -314,12 +304,18 @@ class Engine:
             if conversation:
                 conversation.keep(sequences[0].ids[:-1], state)
 
-    def _longest(self, configs: Configs) -> int:
+    def _longest(self, configs: DecodeConfig) -> int:
         """Cycles that one dispatch may run."""
         return self.cycles if configs.draft else self.cycles * STEPS_PER_CYCLE
 
     def _dispatch(
-        self, params: Params, configs: Configs, state: decode.DecodeState, stop: jax.Array, cycles: int, greedy: bool
+        self,
+        params: Params,
+        configs: DecodeConfig,
+        state: decode.DecodeState,
+        stop: jax.Array,
+        cycles: int,
+        greedy: bool,
     ) -> tuple[decode.DecodeState, decode.Emitted]:
         """Start at most `cycles` cycles, or plain steps without a drafter."""
         loop = decode.speculate if configs.draft else decode.autoregress
@@ -327,25 +323,25 @@ class Engine:
         return loop(params, configs, state, stop, longest, greedy, np.int32(cycles))
 
     def _calibrate(
-        self, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
+        self, params: Params, configs: DecodeConfig, state: decode.DecodeState, greedy: bool
     ) -> tuple[Chooser, decode.DecodeState]:
         """A chooser for batches like this one, from times of plain steps and of cycles of few and many drafts."""
         rows, most = state.token.shape[0], configs.proposals
         self._report(f"calibrating --drafts auto for {rows} sequence{'s' * (rows > 1)} at a time")
         measure, longest, finish = self._stopwatch(params, configs, state, greedy)
-        times = calibrate(measure, most, longest, agree)
-        return Chooser(times, self._acceptance.setdefault(greedy, Acceptance(most))), finish()
+        times = calibrate(measure, most, longest, broadcast_from_first)
+        return Chooser(times, self._acceptance.setdefault(greedy, AcceptanceEstimate(most))), finish()
 
     def _recheck(
-        self, chooser: Chooser, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
+        self, chooser: Chooser, params: Params, configs: DecodeConfig, state: decode.DecodeState, greedy: bool
     ) -> decode.DecodeState:
         """Measure again the times that decide."""
         measure, longest, finish = self._stopwatch(params, configs, state, greedy)
-        chooser.recheck(measure, longest, agree)
+        chooser.recheck(measure, longest, broadcast_from_first)
         return finish()
 
     def _stopwatch(
-        self, params: Params, configs: Configs, state: decode.DecodeState, greedy: bool
+        self, params: Params, configs: DecodeConfig, state: decode.DecodeState, greedy: bool
     ) -> tuple[Time, Callable[[int], int], Callable[[], decode.DecodeState]]:
         """What times cycles, with the programs and on the state that generation uses; see `auto.calibrate`.
 
@@ -355,24 +351,24 @@ class Engine:
             room for a second set of caches.
         """
         rows = state.token.shape[0]
-        needed = int(fetch(state.length).max()) + self.cycles * (configs.proposals + 1) + configs.reach
+        needed = int(fetch(state.length).max()) + self.cycles * (configs.proposals + 1) + configs.lookahead
         if needed > state.cache.capacity:  # where a dispatch soon ends for want of room, its cost is all that is seen
-            state = decode.grow(state, cache.bucket(needed))
+            state = decode.grow_caches(state, cache.length_bucket(needed))
         names = ("token", "length", "emitted", "limit", "done", "keys")
 
         def copied(values: dict[str, jax.Array]) -> dict[str, Any]:  # states are donated
             return {name: jnp.copy(value) for name, value in values.items()}
 
         kept = copied({name: getattr(state, name) for name in names})
-        endless = put(np.full(rows, 1 << 30, np.int32), "B")
-        never = put(np.full(len(self.loaded.stop_ids), -1, np.int32), "-")
+        endless = shard_copy(np.full(rows, 1 << 30, np.int32), "B")
+        never = shard_copy(np.full(len(self.loaded.stop_ids), -1, np.int32), "-")
 
         def measure(drafts: int, cycles: int) -> float:
             nonlocal state
             state = state._replace(**copied(kept | {"limit": endless}))
             context, given, run = state.context, params, dataclasses.replace(configs, drafts=drafts or None)
             if not drafts:
-                given, run, state = params.lean, configs.lean, state._replace(context=None)
+                given, run, state = params.without_drafter, configs.without_drafter, state._replace(context=None)
             jax.block_until_ready(state)
             began = time.perf_counter()
             state, emitted = self._dispatch(given, run, state, never, cycles, greedy)
@@ -383,7 +379,7 @@ class Engine:
             return took / int(emitted.cycles)
 
         def longest(drafts: int) -> int:
-            return self._longest(configs if drafts else configs.lean)
+            return self._longest(configs if drafts else configs.without_drafter)
 
         return measure, longest, lambda: state._replace(**kept)
 
@@ -394,7 +390,7 @@ class Engine:
             if s.finish_reason is None:
                 s.seconds = dict(seconds)
 
-    def _compile_first_token(self, params: Params, configs: Configs, arguments: tuple) -> None:
+    def _compile_first_token(self, params: Params, configs: DecodeConfig, arguments: tuple) -> None:
         """Compile `first_token` before anything runs.
 
         `begin` would compile it while the device is busy with the prompts, and the time of the
@@ -403,9 +399,9 @@ class Engine:
         prompts, keys, limits, sampling, stop, dtype, caches, held = arguments
 
         def begin(params: Params, keys: Any, sampling: Any, stop: Any, caches: Any) -> decode.DecodeState:
-            return decode.begin(params, configs, prompts, keys, limits, sampling, stop, dtype, caches, held)
+            return decode.prefill_batch(params, configs, prompts, keys, limits, sampling, stop, dtype, caches, held)
 
-        shape = (configs, len(prompts), cache.bucket(max(map(len, prompts)) + configs.reach))
+        shape = (configs, len(prompts), cache.length_bucket(max(map(len, prompts)) + configs.lookahead))
         if shape in self._ready:
             return
         self._ready.add(shape)

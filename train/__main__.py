@@ -8,19 +8,19 @@ python -m train --resume --out runs/drafter
 import sys
 
 from domino_jax.errors import DominoError
-from domino_jax.runtime.processes import join, settle
-from train.config import parse
+from domino_jax.runtime.processes import join_processes, resolve_processes
+from train.config import parse_options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        options = parse(argv)
-        join(settle(options.coordinator, options.num_processes, options.process_id))
-        from train.run import run  # brings in JAX, whose devices the processes must have met for
+        options = parse_options(argv)
+        join_processes(resolve_processes(options.coordinator, options.num_processes, options.process_id))
+        from train.run import run_training  # brings in JAX, whose devices the processes must have met for
 
         try:
-            run(options)
+            run_training(options)
         except OSError as error:
             raise DominoError(f"{error}; the checkpoints in {options.out} are as they were.") from None
     except DominoError as error:

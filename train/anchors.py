@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def draw(key: Array, mask: Array, count: int, starts: Array | None = None) -> tuple[Array, Array]:
+def draw_anchors(key: Array, mask: Array, count: int, starts: Array | None = None) -> tuple[Array, Array]:
     """Up to `count` anchors a sequence, without replacement, where the mask is on at a and a + 1.
 
     The draw is of the key and the rows' places alone: a mesh and accumulation change nothing about it. They come in

@@ -205,7 +205,7 @@ CHANGEABLE = {
 SETTINGS = "settings.toml"
 
 
-def parse(argv: Sequence[str] | None = None) -> Train:
+def parse_options(argv: Sequence[str] | None = None) -> Train:
     """The settings that the words of a command line give, with those of --config or of the run that is resumed.
 
     Raises:
@@ -224,9 +224,9 @@ def parse(argv: Sequence[str] | None = None) -> Train:
             raise DominoError("a resumed run has its own settings: leave out --config.")
         if not saved.exists():
             raise DominoError(f"there is no run to resume in {words.out}: {saved} does not exist.")
-        default = read(saved)
+        default = read_recipe(saved)
     else:
-        default = read(recipe_path(words.config)) if words.config else Train()
+        default = read_recipe(recipe_path(words.config)) if words.config else Train()
     options = tyro.cli(Train, args=argv, default=default, prog="python -m train", config=(tyro.conf.OmitArgPrefixes,))
     if words.resume:
         before, now = flat(default), flat(options)
@@ -235,7 +235,7 @@ def parse(argv: Sequence[str] | None = None) -> Train:
             raise DominoError(f"a resumed run keeps its settings; leave out {', '.join(map(flag, kept))}.")
     elif saved.exists():
         raise DominoError(f"{options.out} already holds a run; continue it with --resume, or give another --out.")
-    return check(options)
+    return check_options(options)
 
 
 def flag(name: str) -> str:
@@ -267,7 +267,7 @@ def recipe_path(name: str) -> Path:
     return shipped
 
 
-def read(path: Path) -> Train:
+def read_recipe(path: Path) -> Train:
     """The settings of a TOML file over the defaults.
 
     Raises:
@@ -331,7 +331,7 @@ def _words(kind: Any) -> str:
 
 
 def dump(options: Train) -> str:
-    """The settings as TOML that `read` reads back; what is None is left out."""
+    """The settings as TOML that `read_recipe` reads back; what is None is left out."""
 
     def plain(values: dict[str, Any]) -> dict[str, Any]:
         return {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
@@ -341,7 +341,7 @@ def dump(options: Train) -> str:
     return tomli_w.dumps(plain(top) | groups)
 
 
-def check(options: Train) -> Train:
+def check_options(options: Train) -> Train:
     """The options, if their values make sense.
 
     Raises:
@@ -402,7 +402,7 @@ def draft_config(options: Drafter, target: TargetConfig) -> DraftConfig:
     )
 
 
-def write(options: Train, folder: Path) -> None:
+def write_recipe(options: Train, folder: Path) -> None:
     """Save the settings with the run, whole or not at all."""
     temporary = folder / (SETTINGS + ".tmp")
     temporary.write_text(dump(options), encoding="utf-8")

@@ -6,7 +6,6 @@ answered depends on the seed and the prompt's own numbers, never on when or besi
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,25 +13,16 @@ import numpy as np
 from jax import Array
 
 from domino_jax import cache, decode, sampling
-from domino_jax.decode import Configs, Params
-from domino_jax.runtime.memory import enough_memory
-from domino_jax.sharding import MODEL, fetch, put
+from domino_jax.decode import DecodeConfig, Params
+from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.sampling import SamplingParams
+from domino_jax.sharding import MODEL, fetch, shard_copy
 
 CYCLES = 8  # a dispatch; plain steps give one token each, so there are more of them
 STEPS = 32
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How tokens are chosen; temperature 0 is greedy, and the filters' defaults are off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-class Prompt(NamedTuple):
+class Request(NamedTuple):
     """What to answer. `row` and `turn` (from 0, below 2^32) number it: with the seed they give its random key."""
 
     row: int
@@ -41,10 +31,10 @@ class Prompt(NamedTuple):
     limit: int  # tokens to generate at most
 
 
-class Answer(NamedTuple):
+class Completion(NamedTuple):
     """What the target says to a prompt."""
 
-    prompt: Prompt
+    prompt: Request
     tokens: list[int]  # a stop token is kept, at the end
     accepted: list[int]  # drafts accepted, cycle by cycle, counted whole; empty without a drafter
     finish_reason: Literal["stop", "length"]
@@ -54,7 +44,7 @@ class Answer(NamedTuple):
 Update = Callable[[int, list[int]], None]
 
 
-def batches(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+def batched_requests(prompts: Sequence[Request], size: int) -> list[list[Request]]:
     """The prompts in batches of `size` (the last may be smaller), by length.
 
     The longest come first: if memory does not suffice, that is known at once.
@@ -65,18 +55,18 @@ def batches(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
 
 def generate(
     params: Params,
-    configs: Configs,
-    prompts: Sequence[Prompt],
+    configs: DecodeConfig,
+    prompts: Sequence[Request],
     stop_ids: Sequence[int],
     dtype: Any,
     *,
     batch: int,
-    choice: Choice | None = None,
+    choice: SamplingParams | None = None,
     seed: int = 0,
-    wanted: Callable[[Prompt], bool] | None = None,
+    wanted: Callable[[Request], bool] | None = None,
     update: Update | None = None,
     stopping: Callable[[], bool] | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[Completion]:
     """Answer the prompts, batch after batch, with drafts if `configs` has a drafter.
 
     Greedy answers are the same with and without a drafter (to rounding: in float32, token for token); samples have the
@@ -98,8 +88,10 @@ def generate(
     if not mesh.empty:  # rows are divided over every axis but `model`
         parts = math.prod(size for name, size in mesh.shape.items() if name != MODEL)
         batch = -(-batch // parts) * parts
-    run = _Run(params, configs, put(np.array(stop_ids, np.int32), "-"), dtype, batch, choice or Choice(), seed)
-    for group in batches(prompts, batch):
+    run = _Run(
+        params, configs, shard_copy(np.array(stop_ids, np.int32), "-"), dtype, batch, choice or SamplingParams(), seed
+    )
+    for group in batched_requests(prompts, batch):
         if wanted and not any(map(wanted, group)):
             continue
         if stopping and stopping():
@@ -113,22 +105,22 @@ class _Run(NamedTuple):
     """What all batches have in common; the arguments of `generate`."""
 
     params: Params
-    configs: Configs
+    configs: DecodeConfig
     stop: Array
     dtype: Any
     batch: int
-    choice: Choice
+    choice: SamplingParams
     seed: int
 
     def answers(
         self,
-        group: list[Prompt],
+        group: list[Request],
         stop_ids: tuple[int, ...],
         update: Update | None,
         stopping: Callable[[], bool] | None,
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         """One batch, to its end or until `stopping`."""
-        with enough_memory(
+        with explain_out_of_memory(
             f"the device has too little memory for {self.batch} sequences of this length: lower the batch size or the "
             "number of new tokens."
         ):
@@ -136,15 +128,15 @@ class _Run(NamedTuple):
 
     def _answers(
         self,
-        group: list[Prompt],
+        group: list[Request],
         stop_ids: tuple[int, ...],
         update: Update | None,
         stopping: Callable[[], bool] | None,
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         configs, greedy, rows = self.configs, self.choice.temperature == 0, len(group)
         # Rows that only fill the batch are over after their first token.
-        padded = group + [Prompt(0, 0, group[0].ids[:1], 1)] * (self.batch - rows)
-        state = decode.begin(
+        padded = group + [Request(0, 0, group[0].ids[:1], 1)] * (self.batch - rows)
+        state = decode.prefill_batch(
             self.params,
             configs,
             [list(p.ids) for p in padded],
@@ -161,9 +153,9 @@ class _Run(NamedTuple):
             update(rows, [])
         loop, cycles = (decode.speculate, CYCLES) if configs.draft else (decode.autoregress, STEPS)
         while not done.all() and not (stopping and stopping()):
-            needed = int(length[~done].max()) + configs.reach
+            needed = int(length[~done].max()) + configs.lookahead
             if needed > state.cache.capacity:
-                state = decode.grow(state, cache.bucket(needed))
+                state = decode.grow_caches(state, cache.length_bucket(needed))
             state, emitted = loop(self.params, configs, state, self.stop, cycles, greedy)
             emitted, done, length = fetch((emitted, state.done, state.length))
             counts = emitted.counts[: int(emitted.cycles), :rows]
@@ -174,7 +166,7 @@ class _Run(NamedTuple):
             if update:
                 update(int(counts.sum()), emitted.accepted[: len(counts), :rows][counts > 0].tolist())
         return [
-            Answer(prompt, tokens[b], accepted[b], "stop" if tokens[b][-1] in stop_ids else "length")
+            Completion(prompt, tokens[b], accepted[b], "stop" if tokens[b][-1] in stop_ids else "length")
             for b, prompt in enumerate(group)
             if done[b]
         ]

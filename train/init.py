@@ -64,4 +64,4 @@ def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) ->
         theirs, ours = getattr(config, name), getattr(draft, name)
         if theirs != ours and not (name == "head" and theirs is None):
             raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")
-    return weights | flatten(folders.load(folder, config, jnp.float32))
+    return weights | flatten(folders.load_weights(folder, config, jnp.float32))

@@ -17,7 +17,7 @@ def find(target: str, flag: str = "--target") -> Path:
     Raises:
         DominoError: nothing is found under it, or fetching fails.
     """
-    return registry.resolve(target, registry.NO_DRAFT, Console(stderr=True), flag=flag)[0]
+    return registry.resolve_folders(target, registry.NO_DRAFT, Console(stderr=True), flag=flag)[0]
 
 
 def identity(folder: Path) -> str:

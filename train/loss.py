@@ -39,7 +39,7 @@ class Objective(NamedTuple):
     position_weights: PositionWeights = "exponential"
     d_pace_alpha: float = 0.5  # α
     loss: Kind = "ce"  # to the labels, or Σ p (log p - log q) to the target's distribution p where each label stands
-    block_attention: training_attention.Choice = "auto"
+    block_attention: training_attention.BlockBackendChoice = "auto"
     remat: bool = False  # layers of the drafter are computed again in the backward pass
     target_attention: TargetAttention = "xla"  # of the frozen target
 
@@ -80,7 +80,7 @@ class Branch(NamedTuple):
     accepted: Array  # [J] share of blocks whose correct prefix counts proposal j
 
 
-class Report(NamedTuple):
+class StepMetrics(NamedTuple):
     """One step's measurements; both branches are always computed."""
 
     loss: Array
@@ -90,7 +90,7 @@ class Report(NamedTuple):
     proposals: Array  # [] supervised proposals
 
 
-def gather(values: Array, places: Array) -> Array:
+def gather_positions(values: Array, places: Array) -> Array:
     """values [B, S, ...] at places [B, A, X] (beyond the end: the last): [B, A, X, ...]."""
     flat = jnp.minimum(places, values.shape[1] - 1).reshape(places.shape[0], -1)
     flat = flat.reshape(*flat.shape, *(1 for _ in values.shape[2:]))
@@ -100,9 +100,9 @@ def gather(values: Array, places: Array) -> Array:
 def supervision(config: DraftConfig, inputs: Inputs, anchors: Array, valid: Array) -> Array:
     """Which proposals have a label [B, A, J]: inside the sequence and the anchor's conversation, and on the mask."""
     places = anchors[..., None] + jnp.arange(1, config.num_proposals + 1, dtype=jnp.int32)
-    supervised = gather(inputs.mask, places) & (places < inputs.ids.shape[1]) & valid[..., None]
+    supervised = gather_positions(inputs.mask, places) & (places < inputs.ids.shape[1]) & valid[..., None]
     if inputs.starts is not None:
-        supervised &= gather(inputs.starts, places) == gather(inputs.starts, anchors[..., None])
+        supervised &= gather_positions(inputs.starts, places) == gather_positions(inputs.starts, anchors[..., None])
     return supervised
 
 
@@ -137,10 +137,10 @@ def curriculum(
     position_weights: PositionWeights = "exponential",
     d_pace_alpha: float = 0.5,
     loss: Kind = "ce",
-    block_attention: training_attention.Choice = "auto",
+    block_attention: training_attention.BlockBackendChoice = "auto",
     remat: bool = False,
     target_attention: TargetAttention = "xla",
-) -> tuple[Array, Report]:
+) -> tuple[Array, StepMetrics]:
     """loss = (1 - λ)·loss(final) + λ·loss(base) of one whole batch; the arguments are those of `part`."""
     objective = Objective(gamma, chunk, position_weights, d_pace_alpha, loss, block_attention, remat, target_attention)
     inputs = Inputs(ids, mask, starts, features, hidden)
@@ -174,15 +174,17 @@ def part(
     proposals = config.num_proposals
     # Row b, anchor a, proposal j: the head eats t_a ... t_{a+j-1}, the label is t_{a+j}.
     places = anchors[..., None] + jnp.arange(proposals + 1, dtype=jnp.int32)  # [B, A, J + 1]
-    tokens = gather(inputs.ids, places)
+    tokens = gather_positions(inputs.ids, places)
     labels = tokens[..., 1:]
     supervised = supervision(config, inputs, anchors, valid)
-    first = None if inputs.starts is None else gather(inputs.starts, anchors[..., None])[..., 0]
+    first = None if inputs.starts is None else gather_positions(inputs.starts, anchors[..., None])[..., 0]
 
     letters = axes(config)
     embed = gathered(frozen.embed, "V D")
     x = constrain(block.block_inputs(embed, config, tokens[..., 0]), "B A M D")
-    form = training_attention.choose(objective.block_attention, config, anchors.shape[1], frozen.embed.dtype)
+    form = training_attention.resolve_block_backend(
+        objective.block_attention, config, anchors.shape[1], frozen.embed.dtype
+    )
     z = block.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
     z = block.proposing(config, z)
     rank, causal = None, None
@@ -192,9 +194,9 @@ def part(
         rank = constrain(domino.teacher_forced(causal, z, eaten), "B A J R")
         corrected = jnp.arange(proposals) >= config.head.pure_draft_prefix_len
         rank = jnp.where(corrected[:, None], rank, 0)  # a zero rank vector leaves the base logits as they are
-    seen = None if hidden is None else gather(hidden, places[..., :-1])  # where p of each label stands
+    seen = None if hidden is None else gather_positions(hidden, places[..., :-1])  # where p of each label stands
     output = gathered(lm_head(frozen), "V D")
-    final, base = scores(causal, output, z, rank, labels, seen, objective.chunk)
+    final, base = chunked_scores(causal, output, z, rank, labels, seen, objective.chunk)
 
     final_loss, final_ce = _weighted(objective, final, supervised)
     base_loss, base_ce = _weighted(objective, base, supervised)
@@ -222,7 +224,9 @@ def target_states(
     features, hidden, kind = inputs.features, inputs.hidden, objective.loss
     if features is None or (kind == "kl" and hidden is None):
         if objective.target_attention != "xla":
-            attention.choices(objective.target_attention, (config.head_dim,), frozen.embed.dtype)  # refuses, or not
+            attention.available_backends(
+                objective.target_attention, (config.head_dim,), frozen.embed.dtype
+            )  # refuses, or not
         hidden, features, _ = target.forward(
             frozen,
             config,
@@ -237,7 +241,7 @@ def target_states(
     return features, jax.lax.stop_gradient(hidden.astype(frozen.embed.dtype))
 
 
-def report(sums: Sums, lam: Array, total: Array) -> Report:
+def report(sums: Sums, lam: Array, total: Array) -> StepMetrics:
     """What the sums over a batch come to; the arguments are those of `part`."""
 
     def branch(loss: Array, ce: Array, hits: Array, prefix: Array) -> Branch:
@@ -254,7 +258,7 @@ def report(sums: Sums, lam: Array, total: Array) -> Report:
     final = branch(sums.final_loss, sums.final_ce, sums.final_hits, sums.final_prefix)
     base = branch(sums.base_loss, sums.base_ce, sums.base_hits, sums.base_prefix)
     loss = (1 - lam) * final.loss + lam * base.loss
-    return Report(loss, final, base, sums.blocks, sums.supervised.sum())
+    return StepMetrics(loss, final, base, sums.blocks, sums.supervised.sum())
 
 
 def _count(which: Array) -> Array:
@@ -295,7 +299,7 @@ def d_pace(ce: Array, supervised: Array, alpha: float) -> Array:
     return jnp.where(supervised, onwards, 0.0)
 
 
-def scores(
+def chunked_scores(
     causal: Head | None,
     output: Array,
     z: Array,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import DATA, DIVIDED, FSDP, fit, make_mesh, parse_training, spec, stored
+from domino_jax.sharding import DATA, DIVIDED, FSDP, fit_to_mesh, make_mesh, parse_training_mesh, spec, stored_spec
 from domino_jax.weights import axes, flatten, unflatten
 from train.loss import Inputs
 
@@ -28,20 +28,20 @@ def make(text: str, configs: Sequence[DecoderConfig]) -> Mesh:
     Raises:
         DominoError: it is not of this form, there are too few devices, or a size does not divide what lies over it.
     """
-    data, fsdp, model = parse_training(text)
+    data, fsdp, model = parse_training_mesh(text)
     for config in configs:
-        check(config, fsdp, model)
+        check_mesh(config, fsdp, model)
     return make_mesh(data, model, fsdp)
 
 
-def check(config: DecoderConfig, fsdp: int, model: int) -> None:
+def check_mesh(config: DecoderConfig, fsdp: int, model: int) -> None:
     """Refuse sizes that don't divide a model's axes: masters are saved in their true shapes, none is padded or copied.
 
     Raises:
         DominoError: naming the mesh's axis and the model's.
     """
     sizes = config.sizes
-    if fit(config, model) != config:
+    if fit_to_mesh(config, model) != config:
         raise DominoError(f"mesh axis model={model} does not divide num_key_value_heads {sizes['K']}.")
     if sizes["V"] % model:
         raise DominoError(f"mesh axis model={model} does not divide vocab_size {sizes['V']}.")
@@ -66,7 +66,7 @@ def place(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
 
 
 def _placed(weight: Any, letters: str, mesh: Mesh) -> Array:
-    sharding = NamedSharding(mesh, stored(letters, mesh))
+    sharding = NamedSharding(mesh, stored_spec(letters, mesh))
     if isinstance(weight, Array) and weight.sharding.device_set == sharding.device_set:
         if weight.sharding.is_equivalent_to(sharding, weight.ndim):
             return weight

@@ -24,31 +24,31 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from convert import folders, hf
-from convert.progress import bars
+from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
-from domino_jax.decode import Configs
+from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
-from domino_jax.runtime.compile_cache import keep_programs
-from domino_jax.runtime.memory import enough_memory
-from domino_jax.runtime.precision import settle as settle_dtype
-from domino_jax.runtime.processes import agree, anywhere
-from domino_jax.sharding import fetch, within
-from domino_jax.weights import Target, flatten, init, unflatten
+from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.runtime.precision import resolve_dtype as settle_dtype
+from domino_jax.runtime.processes import any_process, broadcast_from_first
+from domino_jax.sharding import fetch, mesh_context
+from domino_jax.weights import Target, flatten, init_weights, unflatten
 from train import config
 from train import mesh as meshes
 from train.checkpoint import Checkpoints
 from train.config import Train
 from train.data import dataset
-from train.evaluate.prompts import read_prompts
+from train.evaluate.prompts import read_heldout_prompts
 from train.evaluate.validate import Stopped, Validation
 from train.features.store import Captured, Features, identity
 from train.init import from_drafter, from_target
 from train.loading import find
 from train.loading import identity as digest
 from train.monitor import curves
-from train.monitor.divergence import USUAL, Watch
+from train.monitor.divergence import USUAL, DivergenceMonitor
 from train.monitor.log import METRICS, Log
 from train.monitor.progress import counting
 from train.step import Metrics, Recipe, TrainState, exported, form, start, train_step
@@ -72,7 +72,7 @@ class Setup:
 
     def context(self) -> AbstractContextManager[Any]:
         """What programs of this run are run in."""
-        return within(self.mesh)
+        return mesh_context(self.mesh)
 
 
 def prepare(options: Train) -> Setup:
@@ -94,16 +94,16 @@ def prepare(options: Train) -> Setup:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     mesh = settle_mesh(options, target, draft)
     dtype = settle_dtype(options.run.dtype)
-    corpus, summary = dataset.read(
+    corpus, summary = dataset.read_corpus(
         wanted.data,
         wanted.length,
         target.vocab_size,
         tokenizer,
         split=wanted.split,
         pack=wanted.pack,
-        progress=counting("lines read", say),
+        progress=counting("lines read", say_state),
     )
-    say(str(summary))
+    say_state(str(summary))
     check_origin(options, corpus, folder)
     steps = options.run.steps or math.ceil(options.run.epochs * len(corpus) / options.run.batch)
     options = replaced(options, "run", steps=steps, dtype=dtype.name)
@@ -112,8 +112,11 @@ def prepare(options: Train) -> Setup:
         features = Features.open(wanted.features)
         features.check(identity(folder), corpus.fingerprint, draft.target_layer_ids, options.objective.loss == "kl")
     prompts = held_out(options, target, tokenizer)
-    with bars() as progress, enough_memory(f"the device has too little memory for the target in {dtype.name}."):
-        frozen = folders.load(folder, target, dtype, partial(progress, "loading target"), mesh)
+    with (
+        progress_bars() as progress,
+        explain_out_of_memory(f"the device has too little memory for the target in {dtype.name}."),
+    ):
+        frozen = folders.load_weights(folder, target, dtype, partial(progress, "loading target"), mesh)
     frozen = meshes.place(frozen, target, mesh)
     values = config.flat(options)
     recipe = Recipe(target, draft, **{name: values[name] for name in Recipe._fields if name not in ("target", "draft")})
@@ -121,7 +124,7 @@ def prepare(options: Train) -> Setup:
     if prompts:
         stop_ids = hf.stop_ids(folder, raw)
         tokens = options.run.validation_tokens
-        validation = Validation(frozen, Configs(target, draft), prompts, stop_ids, dtype, new_tokens=tokens)
+        validation = Validation(frozen, DecodeConfig(target, draft), prompts, stop_ids, dtype, new_tokens=tokens)
     return Setup(options, recipe, corpus, frozen, features, validation, mesh)
 
 
@@ -190,7 +193,7 @@ def held_out(options: Train, target: TargetConfig, tokenizer: Any) -> list[Any]:
     if options.data.validation is None:
         return []
     tokens = options.run.validation_tokens
-    found = read_prompts(options.data.validation, target.vocab_size, target.positions, tokenizer, tokens)
+    found = read_heldout_prompts(options.data.validation, target.vocab_size, target.positions, tokenizer, tokens)
     return found[: options.run.validation_prompts]
 
 
@@ -199,7 +202,7 @@ def begin(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     options, draft = setup.options, setup.recipe.draft
     if options.resume and checkpoints.latest() is not None:
         return checkpoints.restore(form(setup.recipe))
-    weights = flatten(init(draft, jax.random.key(options.run.seed)))
+    weights = flatten(init_weights(draft, jax.random.key(options.run.seed)))
     if draft.head:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
     if options.drafter.warm:
@@ -209,18 +212,18 @@ def begin(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     return start(setup.recipe, fetch(weights), options.run.seed)
 
 
-def run(options: Train) -> None:
+def run_training(options: Train) -> None:
     """Train to the end, or to an interruption, which saves first.
 
     Raises:
         DominoError: the settings, the data or the machine don't allow it, or the training diverged.
         KeyboardInterrupt: it was interrupted, and what was reached is saved.
     """
-    keep_programs()
+    enable_compile_cache()
     setup = prepare(options)
     with (
         setup.context(),
-        enough_memory(
+        explain_out_of_memory(
             "the device has too little memory for a step: raise --accumulate, add --remat, or lower --batch, --anchors "
             "or --chunk."
         ),
@@ -240,7 +243,7 @@ class Loop:
         self.first = self.done = int(fetch(self.state.step))
         assert self.options.steps is not None
         self.steps = self.options.steps
-        self.watch = Watch(self.options.explosion, self.norms())
+        self.watch = DivergenceMonitor(self.options.explosion, self.norms())
         self.pending: list[Metrics] = []  # of steps that were started and not looked at
         self.clock = Clock()
         if setup.features is not None and setup.validation is None:
@@ -248,18 +251,18 @@ class Loop:
 
     def norms(self) -> list[float]:
         """The newest gradient norms in the run's metrics, as its first process has them."""
-        rows = [row for row in curves.read(self.folder / METRICS) if row["step"] <= self.done]
+        rows = [row for row in curves.read_metrics(self.folder / METRICS) if row["step"] <= self.done]
         found = [row["gradient_norm"] for row in rows if row.get("gradient_norm")][-USUAL:]
-        return [norm for norm in agree([*found, *[0.0] * (USUAL - len(found))]) if norm]
+        return [norm for norm in broadcast_from_first([*found, *[0.0] * (USUAL - len(found))]) if norm]
 
     def run(self) -> None:
         """From where the state is to the last step, or to a signal."""
         setup, chief = self.setup, jax.process_index() == 0
         if chief:
-            config.write(setup.options, self.folder)
+            config.write_recipe(setup.options, self.folder)
             hf.write_json(self.folder / "config.json", setup.recipe.draft.to_hf())  # all that convert needs beside it
         count = sum(w.size for w in self.state.weights.values())
-        say(
+        say_state(
             f"drafter of {count / 1e6:.1f}M parameters, {setup.recipe.draft.num_proposals} proposals a block; "
             f"{self.steps * self.options.batch / len(setup.corpus):.1f} epochs; from step {self.done} to {self.steps}"
         )
@@ -290,9 +293,9 @@ class Loop:
             self.tell("interrupted" if self.done < self.steps else "finished")
         if self.done < self.steps:
             command = f"python -m train --resume --out {self.folder}"
-            say(f"interrupted at step {self.done}; continue with: {command}", sys.stderr)
+            say_state(f"interrupted at step {self.done}; continue with: {command}", sys.stderr)
             raise KeyboardInterrupt
-        say(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
+        say_state(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
 
     def step(self, batch: dataset.Batch, captured: Captured | None) -> None:
         """Start one step; nothing waits for it."""
@@ -330,7 +333,7 @@ class Loop:
         elif self.log:
             self.log.progress.advance(self.done)
         # Several processes ask each other, which waits for the devices: not at every step.
-        return anywhere(stopping.is_set()) if jax.process_count() == 1 or logs else False
+        return any_process(stopping.is_set()) if jax.process_count() == 1 or logs else False
 
     def look(self) -> Metrics:
         """What the steps since the last look reported, fetched; the last one's.
@@ -387,7 +390,7 @@ class Loop:
         """The drafter as Hugging Face files."""
         weights, draft = fetch(exported(self.state)), self.setup.recipe.draft
         if jax.process_index() == 0:
-            hf.save(self.folder / name, unflatten(draft, weights), draft, draft.to_hf(), jnp.bfloat16)
+            hf.save_hf(self.folder / name, unflatten(draft, weights), draft, draft.to_hf(), jnp.bfloat16)
 
     def tell(self, state: str) -> None:
         """Write the report anew."""
@@ -439,7 +442,7 @@ def row(metrics: Metrics, step: int, pace: float | None, tokens: int) -> dict[st
     }
 
 
-def say(line: str, where: Any = None) -> None:
+def say_state(line: str, where: Any = None) -> None:
     """A line, of the first process."""
     if jax.process_index() == 0:
         print(line, file=where or sys.stdout, flush=True)

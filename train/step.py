@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import training_attention
 from domino_jax.errors import DominoError
-from domino_jax.sharding import row_shards, stored
+from domino_jax.sharding import row_shards, stored_spec
 from domino_jax.weights import Target, axes, flatten, unflatten
 from train import anchors
 from train.loss import (
@@ -20,7 +20,7 @@ from train.loss import (
     Kind,
     Objective,
     PositionWeights,
-    Report,
+    StepMetrics,
     Sums,
     TargetAttention,
     denominator,
@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
     ema: float = 0.0  # decay of the weights' moving average, 0 for none
     trains: Trains = "all"  # or the causal "head" alone, on a backbone that stays as it is
     accumulate: int = 1  # parts that a batch is computed in, one after another
-    block_attention: training_attention.Choice = "auto"
+    block_attention: training_attention.BlockBackendChoice = "auto"
     remat: bool = False  # the drafter's layers are computed again in the backward pass
     target_attention: TargetAttention = "xla"
 
@@ -80,7 +80,7 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """What a step reports."""
 
-    report: Report
+    report: StepMetrics
     lam: Array
     lr: Array
     gradient_norm: Array
@@ -140,7 +140,7 @@ def start(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
     placed = {}
     for path, w in weights.items():
         host = jax.device_get(w)
-        sharding = NamedSharding(mesh, stored(letters[path], mesh))
+        sharding = NamedSharding(mesh, stored_spec(letters[path], mesh))
         placed[path] = jax.make_array_from_callback(
             host.shape, sharding, lambda index, host=host: host[index].astype("float32")
         )
@@ -180,7 +180,7 @@ def partitions(recipe: Recipe) -> TrainState:
     def one(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
         name = getattr(path[-1], "key", None)
         if name in letters and leaf.shape == form.weights[name].shape:
-            return stored(letters[name])
+            return stored_spec(letters[name])
         return PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(one, form)
@@ -226,7 +226,7 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
     says so in its metrics.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    chosen, valid = anchors.draw(key, inputs.mask, recipe.anchors, inputs.starts)
+    chosen, valid = anchors.draw_anchors(key, inputs.mask, recipe.anchors, inputs.starts)
     lam = lambda_base(recipe, state.step)
     objective = Objective(**{name: getattr(recipe, name) for name in Objective._fields})
     total = denominator(objective, supervision(recipe.draft, inputs, chosen, valid))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import layers
-from domino_jax.attention import Form, attend
-from domino_jax.cache import KVCache, append
+from domino_jax.attention import Backend, attend
+from domino_jax.cache import KVCache, append_kv
 from domino_jax.config import DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.sharding import constrain, gathered
@@ -41,12 +41,12 @@ def append_context(params: Draft, config: DraftConfig, cache: KVCache, features:
     positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     angles = layers.rotary(positions, config)
     for i, layer in enumerate(params.layers):
-        cache = append(cache, i, *layers.keys_values(layer, c, angles, config.rms_norm_eps), start)
+        cache = append_kv(cache, i, *layers.keys_values(layer, c, angles, config.rms_norm_eps), start)
     return cache
 
 
 def block(
-    params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVCache, attention: Form = "xla"
+    params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVCache, attention: Backend = "xla"
 ) -> tuple[Array, KVCache]:
     """Run one block a row in decoding.
 
@@ -66,7 +66,7 @@ def block(
     for i, (layer, window) in enumerate(zip(params.layers, config.windows, strict=True)):
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
-        cache = append(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
+        cache = append_kv(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
         # Every block position sees the whole context and the whole block: no causal mask.
         attended = attend(q, cache.k[i], cache.v[i], start, causal=False, window=window, form=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B M D")
@@ -80,7 +80,7 @@ def training_blocks(
     anchors: Array,
     features: Array,
     first: Array | None = None,
-    form: training_attention.Form = "dense",
+    form: training_attention.BlockBackend = "dense",
     remat: bool = False,
 ) -> Array:
     """Run all blocks of a sequence in one pass (SPEC section 7).
@@ -111,7 +111,7 @@ def training_blocks(
         q = layers.queries(layer, y, angles, eps)
         own = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
         seen = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
-        attended = training_attention.attend(q, own, seen, anchors, first, config.windows[number], form)
+        attended = training_attention.attend_blocks(q, own, seen, anchors, first, config.windows[number], form)
         return constrain(layers.residual(layer, x, attended, eps), "B A M D")
 
     for number, layer in enumerate(params.layers):

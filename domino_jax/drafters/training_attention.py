@@ -31,13 +31,13 @@ from domino_jax.errors import DominoError
 from domino_jax.kernels import training_attention_tpu
 from domino_jax.sharding import constrain
 
-Form = Literal["dense", "chunked", "cudnn", "pallas"]
-Choice = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
+BlockBackend = Literal["dense", "chunked", "cudnn", "pallas"]
+BlockBackendChoice = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 
 ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a time
 
 
-def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
+def resolve_block_backend(asked: BlockBackendChoice, config: DraftConfig, count: int, dtype: Any) -> BlockBackend:
     """The form to run for `count` blocks a sequence: "auto" is chunked where there is more than one group of them.
 
     Raises:
@@ -48,7 +48,7 @@ def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
     if asked == "auto":
         return "dense" if count * config.block_size <= ROWS else "chunked"
     if asked == "cudnn":
-        attention.choices("cudnn", (config.head_dim,), dtype)
+        attention.available_backends("cudnn", (config.head_dim,), dtype)
     if asked == "pallas" and jax.devices()[0].platform != "tpu":
         raise DominoError(
             f"the blocks' Pallas kernel needs a TPU, found {jax.devices()[0].device_kind}: give --block-attention auto "
@@ -57,14 +57,14 @@ def choose(asked: Choice, config: DraftConfig, count: int, dtype: Any) -> Form:
     return asked
 
 
-def attend(
+def attend_blocks(
     q: Array,
     own: tuple[Array, Array],
     context: tuple[Array, Array],
     anchors: Array,
     first: Array | None,
     window: int | None,
-    form: Form,
+    form: BlockBackend,
     implementation: Any = "cudnn",
 ) -> Array:
     """softmax(q·k / √H) · v over what each block sees, the softmax in float32.
@@ -84,7 +84,7 @@ def attend(
     if first is None:
         first = jnp.zeros_like(anchors)
     if form == "pallas":
-        return training_attention_tpu.attend(q, own, context, anchors, first, window)
+        return training_attention_tpu.attend_blocks_tpu(q, own, context, anchors, first, window)
     group = max(1, ROWS // size)
     alone = partial(_cudnn, implementation=implementation) if form == "cudnn" else _dense
     if form == "dense" or blocks <= group:

@@ -3,8 +3,8 @@
 What a query sees of the context is an interval of positions: from its conversation's first, or its window's, up to its
 block's anchor. So no mask exists in memory, only two bounds a query, and of each tile of queries the key blocks between
 the lowest and the highest bound: no other is fetched or computed. That pays where a tile's anchors are neighbours, as
-`train.anchors.draw` gives them; the result is the same in any order. A block's own M x M part is dense, and the two are
-joined by their log-sum-exp.
+`train.anchors.draw_anchors` gives them; the result is the same in any order. A block's own M x M part is dense, and the
+two are joined by their log-sum-exp.
 
 The backward pass computes the weights again from the log-sum-exp, as FlashAttention-2 does (Dao 2023, arXiv 2307.08691,
 algorithm 2): one kernel over key blocks for the queries' gradient, one over tiles of queries for the keys' and values'.
@@ -36,7 +36,7 @@ PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "pa
 PLAIN, TURNED = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # a · b and a · bᵀ
 
 
-def attend(
+def attend_blocks_tpu(
     q: Array,
     own: tuple[Array, Array],
     context: tuple[Array, Array],

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from domino_jax.attention import Form, attend
-from domino_jax.cache import bucket
+from domino_jax.attention import Backend, attend
+from domino_jax.cache import length_bucket
 from domino_jax.config import DecoderConfig
 from domino_jax.decode import LARGEST_CHUNK
 from domino_jax.errors import first_line
-from domino_jax.runtime.processes import largest
+from domino_jax.runtime.processes import max_over_processes
 
 POSITIONS = 4096  # of the cache, where the model has so many: in short ones attention costs little in any form
 REPEATS, ROUNDS = 16, 5  # runs in one program; timings of each program, in turn, of which the shortest counts
@@ -24,27 +24,27 @@ ROUNDING = 2e-2  # of the largest value: how far two forms may lie apart in bflo
 WINDOW = 64  # of the checks
 
 
-class Fastest(NamedTuple):
+class BackendTimes(NamedTuple):
     """The form to run, and a sentence for each that was left out for another reason than its speed."""
 
-    form: Form
+    form: Backend
     notes: tuple[str, ...] = ()
 
 
-def fastest(forms: Sequence[Form], config: DecoderConfig, dtype: Any, tokens: int) -> Fastest:
+def fastest_backend(forms: Sequence[Backend], config: DecoderConfig, dtype: Any, tokens: int) -> BackendTimes:
     """The fastest form of attention, over one row's cache that is three quarters full.
 
     A form that fails here in any of the ways a model uses it, or says something else than the first does, is left out.
 
     Args:
-        forms: those that may run, `xla` first (see `attention.choices`). Nothing is measured where there is one.
+        forms: those that may run, `xla` first (see `attention.available_backends`). One alone is not measured.
         config: a model's, with the heads that one device has.
         dtype: of queries and caches.
         tokens: T, the queries of a verification pass, of which the time counts.
     """
     if len(forms) == 1:
-        return Fastest(forms[0])
-    capacity = min(POSITIONS, bucket(config.positions))
+        return BackendTimes(forms[0])
+    capacity = min(POSITIONS, length_bucket(config.positions))
     start = jnp.full(1, capacity * 3 // 4, jnp.int32)
     cache = 1, config.num_key_value_heads, capacity, config.head_dim
     keys = jax.random.split(jax.random.key(0), 3)
@@ -58,7 +58,7 @@ def fastest(forms: Sequence[Form], config: DecoderConfig, dtype: Any, tokens: in
     part = min(LARGEST_CHUNK, capacity // 4)
     asked = [(tokens, True, None), (1, True, None), (tokens, False, None), (tokens, False, WINDOW), (part, True, None)]
     verified = queries(tokens)
-    programs: dict[Form, Callable[..., Array]] = {}
+    programs: dict[Backend, Callable[..., Array]] = {}
     notes, expected = [], []
     for form in forms:
         try:
@@ -82,9 +82,11 @@ def fastest(forms: Sequence[Form], config: DecoderConfig, dtype: Any, tokens: in
             began = time.perf_counter()
             run(verified, k, v, start).block_until_ready()
             seconds[form] = min(seconds[form], time.perf_counter() - began)
-    slowest = np.array(largest([seconds[form] for form in forms]))  # a form that is left out anywhere is so everywhere
+    slowest = np.array(
+        max_over_processes([seconds[form] for form in forms])
+    )  # a form that is left out anywhere is so everywhere
     slowest[0] *= MARGIN
-    return Fastest(forms[int(np.argmin(slowest))], tuple(notes))
+    return BackendTimes(forms[int(np.argmin(slowest))], tuple(notes))
 
 
 def _close(ours: np.ndarray, theirs: np.ndarray) -> bool:
@@ -93,7 +95,7 @@ def _close(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return bool(np.abs(ours - theirs).max() <= ROUNDING * np.abs(theirs).max())
 
 
-def _repeated(form: Form) -> Callable[..., Array]:
+def _repeated(form: Backend) -> Callable[..., Array]:
     """A program that attends REPEATS times, each with what the last one gave as its queries."""
 
     @jax.jit

@@ -13,7 +13,7 @@ MOST_BYTES = 2 << 30  # the oldest programs go first
 LEAST_SECONDS = 0.1  # of compilation, below which keeping a program gains nothing
 
 
-def keep_programs() -> Path | None:
+def enable_compile_cache() -> Path | None:
     """Turn on JAX's persistent compilation cache, where the user has not placed it elsewhere or turned it off.
 
     JAX_COMPILATION_CACHE_DIR places it, JAX_ENABLE_COMPILATION_CACHE=false turns it off.

@@ -8,7 +8,7 @@ from typing import Any
 from domino_jax.errors import DominoError
 
 
-def read(path: Path, what: str) -> Iterator[tuple[Any, str]]:
+def read_jsonl(path: Path, what: str) -> Iterator[tuple[Any, str]]:
     """Each row of a file that is not blank, parsed as it is reached, and where it stands ("FILE, line 3").
 
     Args:

@@ -9,7 +9,7 @@ from domino_jax.errors import DominoError
 
 
 @contextmanager
-def enough_memory(otherwise: str) -> Iterator[None]:
+def explain_out_of_memory(otherwise: str) -> Iterator[None]:
     """Turn the device's error into a DominoError that says `otherwise`; others pass."""
     try:
         yield

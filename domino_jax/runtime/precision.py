@@ -12,7 +12,7 @@ Matrices = Literal["auto", "float32", "bfloat16"]
 CPUS = Path("/proc/cpuinfo")
 
 
-def settle(asked: str | None) -> Any:
+def resolve_dtype(asked: str | None) -> Any:
     """The dtype `asked` for; when None float32 on a CPU, where XLA's bfloat16 products are slow, else bfloat16.
 
     Where it is float32, products are computed so from here on: accelerators round them by default, which would make
@@ -24,7 +24,7 @@ def settle(asked: str | None) -> Any:
     return dtype
 
 
-def stay_narrow(asked: Matrices, dtype: Any) -> bool:
+def keeps_bfloat16(asked: Matrices, dtype: Any) -> bool:
     """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `prepare.outputs_first`).
 
     Args:
@@ -40,10 +40,10 @@ def stay_narrow(asked: Matrices, dtype: Any) -> bool:
         return False
     if asked != "auto":
         return asked == "bfloat16"
-    return jax.default_backend() == "cpu" and jax.process_count() == 1 and has_bfloat16_matrices()
+    return jax.default_backend() == "cpu" and jax.process_count() == 1 and has_amx()
 
 
-def has_bfloat16_matrices() -> bool:
+def has_amx() -> bool:
     """Whether this CPU says that it has units for products of bfloat16 matrices (Intel's AMX; Linux)."""
     try:
         lines = CPUS.read_text().splitlines()

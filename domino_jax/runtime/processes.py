@@ -16,7 +16,7 @@ VARIABLES = {
 
 
 @dataclass(frozen=True)
-class Hosts:
+class ProcessConfig:
     """This process's place among the others."""
 
     coordinator: str
@@ -24,7 +24,9 @@ class Hosts:
     process_id: int
 
 
-def settle(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Hosts | None:
+def resolve_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> ProcessConfig | None:
     """What the flags say, and the environment where they are silent; None for a process on its own.
 
     Raises:
@@ -39,7 +41,9 @@ def settle(coordinator: str | None, num_processes: int | None, process_id: int |
         words = " and ".join(f"--{name.replace('_', '-')} (or {VARIABLES[name]})" for name in missing)
         raise DominoError(f"several processes need {words} too.")
     try:
-        hosts = Hosts(str(given["coordinator"]), int(str(given["num_processes"])), int(str(given["process_id"])))
+        hosts = ProcessConfig(
+            str(given["coordinator"]), int(str(given["num_processes"])), int(str(given["process_id"]))
+        )
     except ValueError as error:
         raise DominoError(f"--num-processes and --process-id are whole numbers: {error}.") from None
     if not 0 <= hosts.process_id < hosts.num_processes:
@@ -49,7 +53,7 @@ def settle(coordinator: str | None, num_processes: int | None, process_id: int |
     return hosts
 
 
-def join(hosts: Hosts | None) -> bool:
+def join_processes(hosts: ProcessConfig | None) -> bool:
     """Meet the other processes, before JAX looks for devices; returns whether this is the first, which prints.
 
     Raises:
@@ -75,7 +79,7 @@ def join(hosts: Hosts | None) -> bool:
     return jax.process_index() == 0
 
 
-def agree(numbers: list[float]) -> list[float]:
+def broadcast_from_first(numbers: list[float]) -> list[float]:
     """What the first process has, in all of them: those that decide differently would wait for each other for ever."""
     import jax
 
@@ -86,7 +90,7 @@ def agree(numbers: list[float]) -> list[float]:
     return [float(x) for x in broadcast_one_to_all(np.array(numbers, np.float32))]
 
 
-def largest(numbers: list[float]) -> list[float]:
+def max_over_processes(numbers: list[float]) -> list[float]:
     """Each number as it is in the process where it is largest; all of them must ask."""
     import jax
 
@@ -97,6 +101,6 @@ def largest(numbers: list[float]) -> list[float]:
     return [float(x) for x in np.max(process_allgather(np.array(numbers, np.float32)), axis=0)]
 
 
-def anywhere(here: bool) -> bool:
+def any_process(here: bool) -> bool:
     """Whether something is so in any process; all of them must ask."""
-    return largest([float(here)])[0] > 0
+    return max_over_processes([float(here)])[0] > 0

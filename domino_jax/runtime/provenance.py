@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def commit() -> str:
+def git_commit() -> str:
     """The source's git commit, marked when files differ from it; empty outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -14,7 +14,7 @@ def commit() -> str:
         return ""
 
 
-def distinct(tokens: Sequence[int], n: int = 4) -> float:
+def distinct_ngrams(tokens: Sequence[int], n: int = 4) -> float:
     """Distinct n-grams as a share of all: 1 where nothing repeats, near 0 in a loop."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from domino_jax.errors import DominoError
-from domino_jax.sharding import parse
+from domino_jax.sharding import parse_mesh
 
 PROMPT = list(range(1, 33))
 NEW_TOKENS = 8
@@ -70,7 +70,7 @@ def measured(work: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "peak_bytes": max(0, memory()[1] - before)}
 
 
-def run(options: Round) -> dict[str, Any]:
+def run_checkpoints(options: Round) -> dict[str, Any]:
     """One step, in this process.
 
     Raises:
@@ -80,9 +80,9 @@ def run(options: Round) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from convert import hf
-    from convert.folders import convert
-    from convert.loading import load
-    from convert.shapes import find, random_weights
+    from convert.folders import convert_folder
+    from convert.loading import load_model
+    from convert.shapes import find_shape, random_weights
     from infer.engine import Engine
 
     assert options.out is not None
@@ -90,16 +90,16 @@ def run(options: Round) -> dict[str, Any]:
     first = options.model or first
     if options.step == "make":
         if options.model is None:
-            config = find(options.shapes).target
+            config = find_shape(options.shapes).target
             hf.SHARD_BYTES = options.shard_mb * 10**6
-            hf.save(first, random_weights(config, jnp.bfloat16), config, config.to_hf(), jnp.bfloat16)
+            hf.save_hf(first, random_weights(config, jnp.bfloat16), config, config.to_hf(), jnp.bfloat16)
         return {"files": len(list(first.glob("*.safetensors"))), "bytes": stored(first)}
     if options.step in ("load", "load_mesh"):
-        mesh = parse(options.mesh) if options.step == "load_mesh" else (1, 1)
+        mesh = parse_mesh(options.mesh) if options.step == "load_mesh" else (1, 1)
         source = first if options.step == "load" else orbax
         loaded: list[Any] = []
         jax.devices()
-        figures = measured(lambda: loaded.append(load(source, dtype="float32", mesh=mesh, matrices="float32")))
+        figures = measured(lambda: loaded.append(load_model(source, dtype="float32", mesh=mesh, matrices="float32")))
         engine = Engine(loaded[0])
         sequence, _ = engine.sequence(PROMPT, NEW_TOKENS)
         engine.generate([sequence])
@@ -114,7 +114,7 @@ def run(options: Round) -> dict[str, Any]:
     if options.step in ("to_orbax", "to_hf"):
         hf.SHARD_BYTES = options.shard_mb * 10**6
         way = (first, orbax) if options.step == "to_orbax" else (orbax, last)
-        return measured(lambda: convert(*way))
+        return measured(lambda: convert_folder(*way))
     return compare(first, last)
 
 
@@ -150,7 +150,7 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
         DominoError: a step failed, or the two loadings gave different tokens.
     """
     figures: dict[str, dict[str, Any]] = {}
-    data, model = parse(options.mesh)
+    data, model = parse_mesh(options.mesh)
     for step in STEPS:
         print(f"{step} ...", file=sys.stderr, flush=True)
         words = [sys.executable, "-m", "infer.bench.checkpoints", "--step", step, "--out", str(out)]
@@ -177,11 +177,11 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
     return figures
 
 
-def settings(options: Round) -> dict[str, Any]:
+def sampling_settings(options: Round) -> dict[str, Any]:
     """What the figures belong to."""
-    from domino_jax.runtime.provenance import commit
+    from domino_jax.runtime.provenance import git_commit
 
-    return {"commit": commit(), "model": str(options.model or options.shapes), "mesh": options.mesh}
+    return {"commit": git_commit(), "model": str(options.model or options.shapes), "mesh": options.mesh}
 
 
 def report(options: Round, figures: dict[str, dict[str, Any]]) -> None:
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.step and options.out is None:
             raise DominoError("--step works on the copies in --out DIR.")
         if options.step:
-            print(json.dumps(run(options)))
+            print(json.dumps(run_checkpoints(options)))
             return 0
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         with nullcontext(options.out) if options.out else TemporaryDirectory() as out:
             figures = every_step(options, Path(out))
         if options.json:
-            options.json.write_text(json.dumps({**settings(options), **figures}, indent=1))
+            options.json.write_text(json.dumps({**sampling_settings(options), **figures}, indent=1))
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,19 +4,19 @@ from typing import Any
 
 import jax
 
-from convert.loading import Loaded
+from convert.loading import LoadedModel
 from domino_jax import cache as kv
 
 
-def megabytes(loaded: Loaded, batch: int, positions: int) -> dict[str, float]:
+def megabytes(loaded: LoadedModel, batch: int, positions: int) -> dict[str, float]:
     """Weights and caches of one mode, from the arrays' sizes; what the device says it holds, where it does."""
     configs = loaded.configs
-    capacity = kv.bucket(positions + configs.reach)
+    capacity = kv.length_bucket(positions + configs.lookahead)
     held: dict[str, float] = {"weights_mb": _mb(loaded.params)}
-    caches = [jax.eval_shape(lambda: kv.init(configs.target, batch, capacity, loaded.dtype))]
+    caches = [jax.eval_shape(lambda: kv.init_cache(configs.target, batch, capacity, loaded.dtype))]
     drafter = configs.draft
     if drafter is not None:
-        caches.append(jax.eval_shape(lambda: kv.init(drafter, batch, capacity, loaded.dtype)))
+        caches.append(jax.eval_shape(lambda: kv.init_cache(drafter, batch, capacity, loaded.dtype)))
     held["caches_mb"] = _mb(caches)
     stats = jax.devices()[0].memory_stats()
     if stats:

@@ -3,27 +3,27 @@
 import dataclasses
 from typing import Literal
 
-from convert.loading import Loaded, without_head
+from convert.loading import LoadedModel, without_head
 
 LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
 
 
-def with_drafts(loaded: Loaded, drafts: Drafts) -> Loaded:
+def with_drafts(loaded: LoadedModel, drafts: Drafts) -> LoadedModel:
     """The same model with `drafts` proposals a cycle; all where the engine chooses."""
     fixed = None if drafts == "auto" else drafts
     return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafts=fixed))
 
 
-def head_off(loaded: Loaded) -> Loaded:
+def head_off(loaded: LoadedModel) -> LoadedModel:
     """The same drafter as plain DFlash: its causal head is left out, its proposals are the base logits'."""
     configs, params = without_head(loaded.configs, loaded.params)
     return dataclasses.replace(loaded, configs=configs, params=params)
 
 
 def drafting(
-    loaded: Loaded, counts: tuple[Drafts, ...] = (), headless: bool = True
-) -> dict[tuple[str, Drafts], Loaded]:
+    loaded: LoadedModel, counts: tuple[Drafts, ...] = (), headless: bool = True
+) -> dict[tuple[str, Drafts], LoadedModel]:
     """The model for each way of drafting: head off and on, by the proposals of a cycle; empty without a drafter.
 
     Args:
@@ -44,7 +44,7 @@ def drafting(
     }
 
 
-def simulated(loaded: Loaded, tau: float | None) -> Loaded:
+def simulated(loaded: LoadedModel, tau: float | None) -> LoadedModel:
     """The same model with a stated mean acceptance length instead of its own; None leaves it its own.
 
     Raises:

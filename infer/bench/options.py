@@ -80,7 +80,7 @@ class Bench:
     sweep: Annotated[Sweep, tyro.conf.arg(name="")] = field(default_factory=Sweep)
 
 
-def check(options: Bench) -> None:
+def check_bench(options: Bench) -> None:
     """Refuse what makes no sense, before anything is loaded.
 
     Raises:

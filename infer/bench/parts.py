@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert.loading import Loaded
+from convert.loading import LoadedModel
 from domino_jax import decode, verify
 from domino_jax.drafters import block
 from domino_jax.drafters.heads import domino
@@ -18,7 +18,7 @@ REPEATS = 20  # runs of a phase inside one program, so that dispatching is not w
 TRIES, ENOUGH_SECONDS = 5, 3.0  # timed runs of such a program: fewer where they take long
 
 
-def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict[str, float]:
+def time_phases(loaded: LoadedModel, prompts: list[list[int]], temperature: float) -> dict[str, float]:
     """Milliseconds of each part of one cycle, each alone in a program that repeats it.
 
     The parts: draft (backbone and base logits), head, target (the verification pass with its LM head),
@@ -32,7 +32,7 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
     stop = jnp.full(1, -1, jnp.int32)
     sampling = settings(batch, temperature)
     limits = [1 << 20] * batch
-    state = decode.begin(params, configs, prompts, keys, limits, sampling, stop, loaded.dtype)
+    state = decode.prefill_batch(params, configs, prompts, keys, limits, sampling, stop, loaded.dtype)
     greedy = temperature == 0
     none = jnp.zeros((batch, 0), jnp.int32)
 
@@ -72,7 +72,7 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
     z, base, _ = decode.draft_block(params, configs, state)
     draft_keys = None if greedy else keys
     embed, few = params.target.embed, configs.candidates
-    drafts, q = domino.propose(drafter, config, embed, z, base, state.token, sampling, draft_keys, few)
+    drafts, q = domino.propose_corrected(drafter, config, embed, z, base, state.token, sampling, draft_keys, few)
     logits, features, _ = decode.run_target(params, configs, state, drafts)
 
     def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
@@ -86,14 +86,14 @@ def phases(loaded: Loaded, prompts: list[list[int]], temperature: float) -> dict
     def proposed(p: decode.Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None
         how = s.sampling, None if greedy else s.keys, configs.candidates
-        return s, domino.propose(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
+        return s, domino.propose_corrected(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
 
     def verified(p: decode.Params, s: decode.DecodeState) -> Any:
         seen = anew(logits, s)
         if q is None:
-            count, bonus = verify.greedy(drafts, seen)
+            count, bonus = verify.accept_greedy(drafts, seen)
         else:
-            count, bonus = verify.speculative(s.keys, drafts, q, probabilities(seen, s.sampling))
+            count, bonus = verify.accept_sampled(s.keys, drafts, q, probabilities(seen, s.sampling))
         return s, decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
 
     def remembered(p: decode.Params, s: decode.DecodeState) -> Any:

@@ -16,7 +16,7 @@ PANELS = {
 }
 
 
-def draw(rows: list[Row], folder: Path) -> list[Path]:
+def plot_sweep(rows: list[Row], folder: Path) -> list[Path]:
     """Write <axis>.png for each axis that the rows have several values of; returns the files.
 
     Raises:
@@ -61,7 +61,7 @@ def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> P
         place.grid(alpha=0.3)
     figure.legend(*places.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(title(rows[0]), fontsize="small")
-    save(figure, path)
+    save_plots(figure, path)
     return path
 
 
@@ -75,7 +75,7 @@ def pyplot() -> Any:
     return plt
 
 
-def save(figure: Any, path: Path) -> None:
+def save_plots(figure: Any, path: Path) -> None:
     """Write a figure so that the file is whole or absent, and close it.
 
     Raises:

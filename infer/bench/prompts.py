@@ -6,17 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.loading import Loaded
-from convert.registry import DEMO
+from convert.loading import LoadedModel
+from convert.registry import DEMO_FOLDER
 from domino_jax.errors import DominoError
-from domino_jax.runtime.provenance import distinct
+from domino_jax.runtime.provenance import distinct_ngrams
+from domino_jax.sampling import SamplingParams
 from infer.bench.options import Bench
-from infer.engine import Engine, Settings
+from infer.engine import Engine
 
 RANDOM_IDS = "random ids"
 
 
-class Prompts(NamedTuple):
+class BenchPrompts(NamedTuple):
     """What is run, and how it was found."""
 
     prompts: list[list[int]]  # num_prompts lists of prompt_tokens ids
@@ -24,7 +25,7 @@ class Prompts(NamedTuple):
     source: str  # a file's name, or that they are random ids
 
 
-def gather(options: Bench, loaded: Loaded, engine: Engine) -> Prompts:
+def collect_prompts(options: Bench, loaded: LoadedModel, engine: Engine) -> BenchPrompts:
     """The prompts of one context length.
 
     Where --contexts asks for longer prompts than the file has, they are random ids, and the rows say so.
@@ -35,28 +36,28 @@ def gather(options: Bench, loaded: Loaded, engine: Engine) -> Prompts:
     Raises:
         DominoError: there are too few, or the file is missing or malformed.
     """
-    found, path = read_prompts(options, loaded), prompts_file(options)
+    found, path = read_bench_prompts(options, loaded), prompts_file(options)
     source = path.name if path else RANDOM_IDS
     if options.contexts and len(found) < options.num_prompts:
         found, source = random_prompts(options, loaded), RANDOM_IDS
     prompts, looping = choose(found, options, engine)
-    return Prompts(prompts, looping, source)
+    return BenchPrompts(prompts, looping, source)
 
 
 def prompts_file(options: Bench) -> Path | None:
     """The file that prompts are read from; None for random ids."""
     if options.prompts is None and options.model == "demo" and options.shapes is None:
-        return DEMO / "prompts.jsonl"
+        return DEMO_FOLDER / "prompts.jsonl"
     return options.prompts
 
 
-def random_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
+def random_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
     """`num_prompts` lists of `prompt_tokens` random ids."""
     rng = np.random.default_rng(options.seed)
     return rng.integers(0, loaded.configs.target.vocab_size, (options.num_prompts, options.prompt_tokens)).tolist()
 
 
-def read_prompts(options: Bench, loaded: Loaded) -> list[list[int]]:
+def read_bench_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
     """Prompts of exactly `prompt_tokens` ids: all that the file has, or `num_prompts` random ones.
 
     Raises:
@@ -92,8 +93,8 @@ def choose(prompts: list[list[int]], options: Bench, engine: Engine) -> tuple[li
             break
         if options.min_distinct > 0:
             sequence, _ = engine.sequence(prompt, options.new_tokens)
-            engine.generate([sequence], Settings(), speculative=False)
-            if distinct(sequence.tokens) < options.min_distinct:
+            engine.generate([sequence], SamplingParams(), speculative=False)
+            if distinct_ngrams(sequence.tokens) < options.min_distinct:
                 looping += 1
                 continue
         chosen.append(prompt)

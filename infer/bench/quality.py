@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from convert.loading import Loaded
-from convert.registry import where
+from convert.loading import LoadedModel
+from convert.registry import locate
 from convert.template import decode, has_template
 from domino_jax.errors import DominoError
+from domino_jax.sampling import SamplingParams
 from infer.bench import plots
 from infer.bench.modes import DFLASH, LEAN
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
-from infer.engine import Engine, Sequence, Settings, tau
+from infer.engine import Engine, Sequence, tau
 
 if TYPE_CHECKING:
     from infer.bench.options import Bench
@@ -66,13 +67,13 @@ PUBLISHED = {
 
 def published(model: str, draft: str | None, name: str) -> float | None:
     """The published τ of a pair, by the names on the command line, on the set `name`; None where there is none."""
-    target, drafter = where(model, draft)
+    target, drafter = locate(model, draft)
     row = PUBLISHED.get((target, drafter or ""))
     figures = dict(zip(COLUMNS, row, strict=True)) if row else {}
     return figures.get(re.sub("[^a-z0-9]", "", name.lower()))
 
 
-def read(options: "Bench") -> list[QuestionSet]:
+def read_answers(options: "Bench") -> list[QuestionSet]:
     """The sets to measure, none without --quality; checks the options that go with it and those that do not.
 
     Raises:
@@ -99,7 +100,7 @@ def read(options: "Bench") -> list[QuestionSet]:
     return read_sets(sweep.quality, sweep.limit_prompts)
 
 
-class Answer(NamedTuple):
+class QuestionAnswer(NamedTuple):
     """What one way of decoding did for one prompt."""
 
     turn: int  # from 0
@@ -109,10 +110,10 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class Tally:
+class AcceptanceTally:
     """What one way of decoding did on a set so far."""
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[QuestionAnswer] = field(default_factory=list)
     seconds: float = 0.0  # of decoding: without compiling, and without prefill and the token that it gives
 
     @property
@@ -136,7 +137,7 @@ class Tally:
         """Of decoding, all rows of a batch together."""
         return sum(len(a.tokens) - 1 for a in self.answers) / self.seconds if self.seconds else None
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "AcceptanceTally") -> None:
         """Take in what another one holds."""
         self.answers += other.answers
         self.seconds += other.seconds
@@ -147,13 +148,13 @@ class Measured:
     """One set: how far it came, and a tally for each way of decoding."""
 
     set: QuestionSet
-    tallies: dict[Mode, Tally]
+    tallies: dict[Mode, AcceptanceTally]
     done: int = 0  # questions of which at least the first turn was answered, in every way
     too_long: int = 0  # questions of which a prompt exceeds the model's positions
     short: int = 0  # answers with less room than --new-tokens
 
 
-def measure(one: Measured, engines: Mapping[Mode, Engine], options: "Bench", tokenizer: Any) -> Iterator[int]:
+def measure_quality(one: Measured, engines: Mapping[Mode, Engine], options: "Bench", tokenizer: Any) -> Iterator[int]:
     """Answer the questions of one set in every way; `one` grows by whole batches, and their ends are yielded.
 
     The prompts of a second turn follow the first way's answers, in every way: all decode the same prompts.
@@ -166,7 +167,7 @@ def measure(one: Measured, engines: Mapping[Mode, Engine], options: "Bench", tok
     for start in range(0, len(questions), size):
         batch = range(start, min(start + size, len(questions)))
         answered: dict[int, list[str]] = {number: [] for number in batch}
-        tallies = {mode: Tally() for mode in engines}
+        tallies = {mode: AcceptanceTally() for mode in engines}
         too_long: set[int] = set()
         short = 0
         for turn in range(max(questions[number].answers for number in batch)):
@@ -174,17 +175,19 @@ def measure(one: Measured, engines: Mapping[Mode, Engine], options: "Bench", tok
             for number in batch:
                 if turn < questions[number].answers and number not in too_long:
                     prompts[number] = prompt(questions[number], answered[number], tokenizer)
-                    if len(prompts[number]) > positions(engines):
+                    if len(prompts[number]) > positions_of(engines):
                         del prompts[number]
                         too_long.add(number)
             if not prompts:
                 break
             for mode, engine in engines.items():
                 rows, warned = _sequences(questions, engine, prompts, turn, options.new_tokens)
-                choose = Settings(options.temperature)
+                choose = SamplingParams(options.temperature)
                 engine.generate(rows, choose, options.seed, speculative=mode[0] != LEAN, batch=size)
                 tallies[mode].seconds += max(s.seconds["decode"] for s in rows)
-                tallies[mode].answers += [Answer(turn, s.tokens, s.accepted, s.finish_reason == "stop") for s in rows]
+                tallies[mode].answers += [
+                    QuestionAnswer(turn, s.tokens, s.accepted, s.finish_reason == "stop") for s in rows
+                ]
                 if mode == next(iter(engines)):
                     short += warned
                     for number, s in zip(prompts, rows, strict=True):
@@ -197,7 +200,7 @@ def measure(one: Measured, engines: Mapping[Mode, Engine], options: "Bench", tok
         yield batch.stop
 
 
-def positions(engines: Mapping[Mode, Engine]) -> int:
+def positions_of(engines: Mapping[Mode, Engine]) -> int:
     """The longest prompt, in tokens, that the model takes."""
     return next(iter(engines.values())).loaded.configs.target.positions
 
@@ -219,8 +222,12 @@ def _sequences(
     return rows, short
 
 
-def run(
-    options: "Bench", sets: list[QuestionSet], loaded: Loaded, views: Mapping[Mode, Loaded], about: dict[str, Any]
+def run_quality(
+    options: "Bench",
+    sets: list[QuestionSet],
+    loaded: LoadedModel,
+    views: Mapping[Mode, LoadedModel],
+    about: dict[str, Any],
 ) -> int:
     """Measure the sets, print, and write JSON and plots, also of what there is when the user cancels or a run fails.
 
@@ -243,7 +250,7 @@ def run(
     engines = {key: Engine(dataclasses.replace(views[key], tokenizer=None)) for key in order}
     if sweep.lean:
         engines[LEAN, 0] = Engine(dataclasses.replace(loaded, tokenizer=None))
-    room = positions(engines)
+    room = positions_of(engines)
     for one in sets:  # before anything runs
         if all(len(prompt(question, [], loaded.tokenizer)) > room for question in one.questions):
             raise DominoError(f"{one.path} has no prompt that fits the model's {room} positions.")
@@ -251,11 +258,11 @@ def run(
     measured: list[Measured] = []
     status = 0
     try:
-        with bars() as progress:
+        with question_bars() as progress:
             for one in sets:
-                measured.append(Measured(one, {mode: Tally() for mode in engines}))
+                measured.append(Measured(one, {mode: AcceptanceTally() for mode in engines}))
                 task = progress.add_task(one.name, total=len(one.questions), tau="")
-                for seen in measure(measured[-1], engines, options, loaded.tokenizer):
+                for seen in measure_quality(measured[-1], engines, options, loaded.tokenizer):
                     running = measured[-1].tallies[order[0]].tau
                     progress.update(task, completed=seen, tau=f"τ {running:.2f}" if running else "")
     except KeyboardInterrupt:
@@ -264,12 +271,14 @@ def run(
         print(f"interrupted after {done}", file=sys.stderr)
     finally:  # a sweep takes hours: what it measured is kept, whatever ended it
         for m in measured:
-            warn(m)
-        rows = [row for m in measured if m.done for row in figures(m, options, order[0], about)]
+            warn_quality(m)
+        rows = [row for m in measured if m.done for row in quality_figures(m, options, order[0], about)]
         try:
             if rows:
                 console = Console()  # in a log or a pipe, rich would cut the table to 80 columns
-                show(rows, console if console.is_terminal else Console(width=200), has_template(loaded.tokenizer))
+                show_quality(
+                    rows, console if console.is_terminal else Console(width=200), has_template(loaded.tokenizer)
+                )
         finally:  # neither a full disk nor a closed pipe loses both
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -278,7 +287,7 @@ def run(
     return status
 
 
-def bars() -> Progress:
+def question_bars() -> Progress:
     """Questions done, and the running τ of the checkpoint as it is, on standard error if that is a terminal."""
     console = Console(stderr=True)
     return Progress(
@@ -293,7 +302,7 @@ def bars() -> Progress:
     )
 
 
-def warn(one: Measured) -> None:
+def warn_quality(one: Measured) -> None:
     """Say what of a set could not be asked, or not answered at length."""
     for what, count in (
         ("questions with a prompt too long for the model, left out", one.too_long),
@@ -303,7 +312,7 @@ def warn(one: Measured) -> None:
             print(f"warning: {one.set.name}: {what}: {count}.", file=sys.stderr)
 
 
-def figures(one: Measured, options: "Bench", whole: Mode, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def quality_figures(one: Measured, options: "Bench", whole: Mode, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A flat row for each way of decoding a set. `whole` is the checkpoint as it is, which published figures are of."""
     lean = one.tallies.get((LEAN, 0))
     for key, tally in one.tallies.items():
@@ -343,7 +352,7 @@ def figures(one: Measured, options: "Bench", whole: Mode, about: dict[str, Any])
         }
 
 
-def show(rows: list[dict[str, Any]], console: Console, chat: bool) -> None:
+def show_quality(rows: list[dict[str, Any]], console: Console, chat: bool) -> None:
     """The figures as a table for people, with the shares of the acceptance lengths below."""
     first = rows[0]
     choice = f"temperature {first['temperature']:g}" if first["temperature"] else "greedy"
@@ -373,24 +382,24 @@ def show(rows: list[dict[str, Any]], console: Console, chat: bool) -> None:
     drafted = [row for row in rows if row["cycles"]]
     most = max((row["drafts"] + 1 for row in drafted), default=0)
     if drafted:
-        wide = max(len(label(row)) for row in drafted)
+        wide = max(len(quality_label(row)) for row in drafted)
         console.print("\nAcceptance lengths, % of cycles")
         console.print(" " * wide + "".join(f"{n:4}" for n in range(1, most + 1)))
     for row in drafted:
         shares = [row[f"length_{n}"] / row["cycles"] for n in range(1, row["drafts"] + 2)]
         bars = "".join(BARS[round(share / max(shares) * (len(BARS) - 1))] for share in shares)
         numbers = "".join(f"{100 * share:4.0f}" for share in shares) + "    " * (most - len(shares))
-        console.print(f"{label(row):<{wide}}{numbers}  {bars}")
+        console.print(f"{quality_label(row):<{wide}}{numbers}  {bars}")
     if any(row["published_tau_per_answer"] is not None for row in rows):
         console.print(f"\npublished: {SOURCE}; compared with our τ per answer")
     for row in rows:
         same = row["same_answers_as_lean"]
         if row["mode"] != LEAN and same is not None and same < row["answers"]:
             other = row["answers"] - same
-            console.print(f"{label(row)}: {other} of {row['answers']} answers differ from the lean loop's")
+            console.print(f"{quality_label(row)}: {other} of {row['answers']} answers differ from the lean loop's")
 
 
-def label(row: dict[str, Any]) -> str:
+def quality_label(row: dict[str, Any]) -> str:
     """A row's set and way of decoding."""
     return f"{row['set']}, {row['mode']} {row['drafts']}"
 
@@ -432,7 +441,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     axis.set_ylabel("τ, tokens a cycle (mean of answers)")
     axis.set_title(f"{rows[0]['model']}, temperature {rows[0]['temperature']:g}")
     figure.legend(loc="outside lower center", ncols=len(bars), fontsize=8)
-    plots.save(figure, folder / "tau.png")
+    plots.save_plots(figure, folder / "tau.png")
 
     across = min(3, len(names))
     down = -(-len(names) // across)
@@ -452,4 +461,4 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
         axis.set_xlabel("acceptance length, tokens")
         axis.set_ylabel("% of cycles")
         axis.legend(fontsize=8)
-    plots.save(figure, folder / "acceptance_lengths.png")
+    plots.save_plots(figure, folder / "acceptance_lengths.png")

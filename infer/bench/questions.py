@@ -62,7 +62,7 @@ def with_input(instruction: str, more: str | None) -> str:
     return f"{instruction}\n\nInput:\n{more}" if more else instruction
 
 
-def parse(row: Any, where: str) -> Question:
+def parse_questions(row: Any, where: str) -> Question:
     """A row of a file.
 
     Raises:
@@ -115,8 +115,8 @@ def read_sets(words: tuple[str, ...], limit: int | None) -> list[QuestionSet]:
         name = name if equals else path.stem
         if not name or name in [one.name for one in sets]:
             raise DominoError(f"--quality {word} needs a name of its own: write NAME=FILE.")
-        rows = islice(files.read(path, "questions"), limit)
-        sets.append(QuestionSet(name, path, [parse(row, where) for row, where in rows]))
+        rows = islice(files.read_jsonl(path, "questions"), limit)
+        sets.append(QuestionSet(name, path, [parse_questions(row, where) for row, where in rows]))
     return sets
 
 

@@ -31,7 +31,7 @@ def title(row: Row) -> str:
     return ", ".join(words)
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show_report(rows: list[Row], console: Console) -> None:
     """The figures as a table for people."""
     first = rows[0]
     looping = max(row["looping_prompts_left_out"] for row in rows)

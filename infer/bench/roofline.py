@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from convert.loading import Loaded
-from domino_jax.decode import Configs, Params
+from convert.loading import LoadedModel
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.layers import exact_product
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import FusedLayer, Head, Layer, lm_head
@@ -86,7 +86,12 @@ def _best(run: Callable[..., Array], arguments: tuple[Array, ...]) -> float:
 
 
 def work(
-    configs: Configs, params: Params, batch: int, context: int, mesh: tuple[int, int] = (1, 1), sampled: bool = False
+    configs: DecodeConfig,
+    params: Params,
+    batch: int,
+    context: int,
+    mesh: tuple[int, int] = (1, 1),
+    sampled: bool = False,
 ) -> dict[str, Work]:
     """What each phase of one cycle needs at least; the target alone (the lean step) without a drafter.
 
@@ -187,7 +192,7 @@ def _sum(*parts: Work) -> Work:
 
 
 def fields(
-    loaded: Loaded, batch: int, context: int, sampled: bool, machine: Machine, row: dict[str, Any]
+    loaded: LoadedModel, batch: int, context: int, sampled: bool, machine: Machine, row: dict[str, Any]
 ) -> dict[str, float]:
     """Flat fields for a row: each phase's GB, GFLOP, floor in ms and share of it reached; the same of its cycle.
 

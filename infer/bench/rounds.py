@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from domino_jax.errors import DominoError
+from domino_jax.sampling import SamplingParams
 from infer.bench.modes import LEAN
 from infer.bench.options import Bench
-from infer.engine import Engine, Sequence, Settings, tau
+from infer.engine import Engine, Sequence, tau
 
 
 def batches(items: list[Any], size: int) -> list[list[Any]]:
@@ -31,7 +32,7 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
             if warnings:
                 raise DominoError(f"--new-tokens {options.new_tokens}: {warnings[0]}")
             rows.append(sequence)
-        engine.generate(rows, Settings(options.temperature), options.seed, speculative=mode != LEAN)
+        engine.generate(rows, SamplingParams(options.temperature), options.seed, speculative=mode != LEAN)
         for phase in seconds:
             seconds[phase] += max(s.seconds[phase] for s in rows)
         accepted += [m for s in rows for m in s.accepted]

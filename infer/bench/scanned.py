@@ -21,14 +21,14 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
-from convert.shapes import find, random_weights
+from convert.shapes import find_shape, random_weights
 from domino_jax import cache as kv
 from domino_jax import layers, target
 from domino_jax.attention import attend
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.runtime.memory import enough_memory
-from domino_jax.runtime.precision import settle
+from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.weights import Target
 
 REPEATS, TRIES = 4, 5
@@ -95,9 +95,9 @@ def timed(make: Callable[[], Any], weights: Any, run: Callable[[Any, Any], tuple
     return compiled, statistics.median(times) * 1e3
 
 
-def measure(options: Options, config: TargetConfig) -> list[tuple[int, str, float, float]]:
+def measure_scanned(options: Options, config: TargetConfig) -> list[tuple[int, str, float, float]]:
     """(tokens, form, ms of a pass, seconds to compile) of each."""
-    dtype = settle(options.dtype)
+    dtype = resolve_dtype(options.dtype)
     params = random_weights(config, dtype)
     start = jnp.full(1, options.positions // 2, jnp.int32)
     rows = []
@@ -114,7 +114,9 @@ def measure(options: Options, config: TargetConfig) -> list[tuple[int, str, floa
             assert after is not None
             return hidden, after
 
-        rows.append((count, "unrolled", *timed(lambda: kv.init(config, 1, options.positions, dtype), params, unrolled)))
+        rows.append(
+            (count, "unrolled", *timed(lambda: kv.init_cache(config, 1, options.positions, dtype), params, unrolled))
+        )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers)
     for count in options.tokens:
         tokens = jnp.arange(count, dtype=jnp.int32)[None]
@@ -131,7 +133,7 @@ def measure(options: Options, config: TargetConfig) -> list[tuple[int, str, floa
 def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m infer.bench.scanned")
     try:
-        config = find(options.shapes).target
+        config = find_shape(options.shapes).target
         count = config.num_hidden_layers if options.layers is None else options.layers
         if not 1 <= count <= config.num_hidden_layers:
             raise DominoError(f"--layers must be from 1 to {config.num_hidden_layers}, found {options.layers}.")
@@ -139,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             raise DominoError("--tokens must be at least 1, --positions at least twice the most tokens.")
         config = dataclasses.replace(config, num_hidden_layers=count)
         table = Table("tokens", "layers", "ms a pass", "compile s", title=f"{options.shapes}, one row, no LM head")
-        with enough_memory("the device has too little memory for both forms of the weights: fewer --layers."):
-            for tokens, form, ms, seconds in measure(options, config):
+        with explain_out_of_memory("the device has too little memory for both forms of the weights: fewer --layers."):
+            for tokens, form, ms, seconds in measure_scanned(options, config):
                 table.add_row(str(tokens), form, f"{ms:.2f}", f"{seconds:.1f}")
         Console().print(table)
     except DominoError as error:

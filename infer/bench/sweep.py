@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from convert.loading import Loaded
-from domino_jax.runtime.provenance import commit, distinct
+from convert.loading import LoadedModel
+from domino_jax.runtime.provenance import distinct_ngrams, git_commit
 from infer.bench import roofline
 from infer.bench.memory import megabytes
 from infer.bench.modes import LEAN, TRANSFORMERS, Drafts, drafting, simulated, with_drafts
 from infer.bench.options import Bench
-from infer.bench.parts import phases
-from infer.bench.prompts import gather
+from infer.bench.parts import time_phases
+from infer.bench.prompts import collect_prompts
 from infer.bench.report import Row
 from infer.bench.rounds import batches, run_ours, transformers_runner
 from infer.bench.tracing import traced
@@ -29,7 +29,7 @@ Key = tuple[str, Drafts]  # a mode, and the drafts of its cycles
 TRACED_TOKENS = 33  # of each sequence: enough to see cycles, and no more to wait for
 
 
-def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Console) -> Iterator[list[Row]]:
+def measure_sweep(options: Bench, loaded: LoadedModel, folder: Path | None, console: Console) -> Iterator[list[Row]]:
     """All modes at all contexts and batch sizes: one flat dict each, those of a context and batch size at a time.
 
     Args:
@@ -54,7 +54,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
     for context in options.contexts or (options.prompt_tokens,):
         here = dataclasses.replace(options, prompt_tokens=context)
         with console.status(f"context {context}: choosing prompts"):
-            found = gather(here, loaded, engines[LEAN, 0])
+            found = collect_prompts(here, loaded, engines[LEAN, 0])
         fields = {"context": context, "prompt_tokens": context, "looping_prompts_left_out": found.looping}
         fields = common | fields | {"prompts": found.source}
         for batch in options.batch_sizes:
@@ -75,7 +75,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
                 view = with_drafts(view, choice) if choice else lean_view(view)
                 if options.phases:
                     with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
-                        row |= phases(view, found.prompts[:batch], options.temperature)
+                        row |= time_phases(view, found.prompts[:batch], options.temperature)
                 row |= megabytes(view, batch, context + options.new_tokens)
                 if machine:
                     row |= roofline.fields(view, batch, context, options.temperature > 0, machine, row)
@@ -88,7 +88,7 @@ def measure(options: Bench, loaded: Loaded, folder: Path | None, console: Consol
             yield new
 
 
-def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:
+def build(options: Bench, loaded: LoadedModel) -> dict[Key, Engine]:
     """An engine for each of our modes: the lean loop, and each kind of drafting at each number of drafts."""
     engines: dict[Key, Engine] = {(LEAN, 0): Engine(loaded)}
     for key, view in drafting(loaded, options.drafts, options.head_off).items():
@@ -96,10 +96,10 @@ def build(options: Bench, loaded: Loaded) -> dict[Key, Engine]:
     return engines
 
 
-def circumstances(options: Bench, loaded: Loaded) -> Row:
+def circumstances(options: Bench, loaded: LoadedModel) -> Row:
     """What every row says of the run, whatever it measures."""
     return {
-        "commit": commit(),
+        "commit": git_commit(),
         "device": jax.devices()[0].device_kind,
         "mesh": options.mesh or "",
         "attention": loaded.configs.attention,
@@ -172,7 +172,7 @@ def acceptance(result: Row, lean: Row, options: Bench) -> Row:
     """What was accepted and written; a simulated acceptance has neither a τ of its own nor an output worth a look."""
     if options.simulate_tau is not None:
         return {"tau": None, "distinct_4": None, "same_tokens_as_lean": None}
-    found: Row = {"tau": result["tau"], "distinct_4": statistics.mean(map(distinct, result["outputs"]))}
+    found: Row = {"tau": result["tau"], "distinct_4": statistics.mean(map(distinct_ngrams, result["outputs"]))}
     found["same_tokens_as_lean"] = None
     if options.temperature == 0:
         other, rate = differences(result["outputs"], lean["outputs"])
@@ -193,9 +193,9 @@ def differences(ours: list[list[int]], lean: list[list[int]]) -> tuple[int, floa
     return other, other / seen
 
 
-def lean_view(loaded: Loaded) -> Loaded:
+def lean_view(loaded: LoadedModel) -> LoadedModel:
     """The target alone."""
-    return dataclasses.replace(loaded, configs=loaded.configs.lean, params=loaded.params.lean)
+    return dataclasses.replace(loaded, configs=loaded.configs.without_drafter, params=loaded.params.without_drafter)
 
 
 def trace(folder: Path, engine: Engine, prompts: list[list[int]], options: Bench, key: Key) -> Row:

@@ -8,9 +8,9 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hf, orbax
 from convert.__main__ import main
-from convert.folders import convert, load
+from convert.folders import convert_folder, load_weights
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
-from domino_jax.weights import flatten, init
+from domino_jax.weights import flatten, init_weights
 
 TARGET = TargetConfig(31, 16, 3, 4, 2, 8, 24, 1e-6, 1e6, 64, True)
 DRAFT = DraftConfig(31, 16, 2, 4, 2, 8, 24, 1e-6, 1e6, 64, 4, 30, (0, 2), 3, True, HeadConfig(8, 6, 1))
@@ -24,7 +24,7 @@ MODELS = {
 
 def write(folder, config, dtype=jnp.float32, **extra):
     """A Hugging Face folder of random weights."""
-    hf.save(folder, init(config, jax.random.key(0), dtype), config, {**config.to_hf(), **extra})
+    hf.save_hf(folder, init_weights(config, jax.random.key(0), dtype), config, {**config.to_hf(), **extra})
     return folder
 
 
@@ -51,7 +51,7 @@ def test_a_sharded_folder_round_trips(tmp_path, monkeypatch):
     source = write(tmp_path / "hf", TARGET)
     assert len(list(source.glob("model-*.safetensors"))) > 2 and (source / hf.INDEX).exists()
     assert main([str(source), str(tmp_path / "orbax")]) == 0
-    one, other = flatten(load(source, TARGET)), flatten(load(tmp_path / "orbax", TARGET))
+    one, other = flatten(load_weights(source, TARGET)), flatten(load_weights(tmp_path / "orbax", TARGET))
     assert all(np.array_equal(one[path], other[path]) for path in one)
     assert not (tmp_path / "orbax" / hf.INDEX).exists()  # it would name files that are not there
 
@@ -60,7 +60,9 @@ def test_loading_converts_the_dtype_of_either_form(tmp_path):
     source = write(tmp_path / "hf", TARGET)
     assert main([str(source), str(tmp_path / "orbax")]) == 0
     for folder in (source, tmp_path / "orbax"):
-        assert {leaf.dtype for leaf in flatten(load(folder, TARGET, jnp.bfloat16)).values()} == {jnp.dtype("bfloat16")}
+        assert {leaf.dtype for leaf in flatten(load_weights(folder, TARGET, jnp.bfloat16)).values()} == {
+            jnp.dtype("bfloat16")
+        }
 
 
 def test_the_head_of_older_drafters_is_found_under_its_prefix(tmp_path):
@@ -69,7 +71,7 @@ def test_the_head_of_older_drafters_is_found_under_its_prefix(tmp_path):
     nested = {f"logit_head.{k}" if k.startswith(("prefix_gru", "embed_proj")) else k: v for k, v in tensors.items()}
     assert nested.keys() != tensors.keys()
     save_file(nested, source / hf.SINGLE)
-    assert np.array_equal(hf.load(source, DRAFT).head.proj_out, tensors["embed_proj.2.weight"])
+    assert np.array_equal(hf.load_hf(source, DRAFT).head.proj_out, tensors["embed_proj.2.weight"])
 
 
 def test_both_spellings_of_the_config_are_read():
@@ -119,9 +121,9 @@ def test_a_drafter_that_does_not_state_its_targets_depth_is_converted_and_comes_
     config = DRAFT
     raw = config.to_hf()
     del raw["num_target_layers"]
-    hf.save(tmp_path / "hf", init(config, jax.random.key(0)), config, raw)
-    assert convert(tmp_path / "hf", tmp_path / "orbax") == ("Hugging Face", "Orbax")
-    assert convert(tmp_path / "orbax", tmp_path / "back") == ("Orbax", "Hugging Face")
+    hf.save_hf(tmp_path / "hf", init_weights(config, jax.random.key(0)), config, raw)
+    assert convert_folder(tmp_path / "hf", tmp_path / "orbax") == ("Hugging Face", "Orbax")
+    assert convert_folder(tmp_path / "orbax", tmp_path / "back") == ("Orbax", "Hugging Face")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
@@ -129,12 +131,12 @@ def test_a_drafter_that_does_not_state_its_targets_depth_is_converted_and_comes_
 def test_a_single_file_replaces_an_earlier_sharded_model(tmp_path, monkeypatch):
     config = DRAFT
     monkeypatch.setattr(hf, "SHARD_BYTES", 2000)
-    hf.save(tmp_path, init(config, jax.random.key(0)), config, config.to_hf())
+    hf.save_hf(tmp_path, init_weights(config, jax.random.key(0)), config, config.to_hf())
     assert (tmp_path / hf.INDEX).exists()
     monkeypatch.undo()
-    new = init(config, jax.random.key(1))
-    hf.save(tmp_path, new, config, config.to_hf())
-    assert np.array_equal(hf.load(tmp_path, config).fc, new.fc)
+    new = init_weights(config, jax.random.key(1))
+    hf.save_hf(tmp_path, new, config, config.to_hf())
+    assert np.array_equal(hf.load_hf(tmp_path, config).fc, new.fc)
 
 
 @pytest.mark.parametrize("draft", [3, {"target_layer_ids": 3}, {"target_layer_ids": ["a"]}])

@@ -36,7 +36,7 @@ def refused(*words: str) -> Any:
 
 
 def write(folder: Path, config: Any, **raw: Any) -> Path:
-    hf.save(folder, factory.random_weights(config, 0), config, config.to_hf() | raw)
+    hf.save_hf(folder, factory.random_weights(config, 0), config, config.to_hf() | raw)
     return folder
 
 
@@ -58,7 +58,7 @@ def change(folder: Path, **tensors: np.ndarray | None) -> None:
 
 def load(folder: Path) -> Any:
     config = hf.parse_config(hf.read_json(folder / "config.json"))
-    return hf.load(folder, config)
+    return hf.load_hf(folder, config)
 
 
 # --- Good folders, bit for bit ----------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, monkeypatch, kind, shard_
     config: Any = CONFIGS[kind]
     monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes)
     module = factory.random_weights(config, 1)
-    hf.save(tmp_path, module, config, config.to_hf())
+    hf.save_hf(tmp_path, module, config, config.to_hf())
     files = hf.tensor_files(tmp_path)
     assert (len(files) > 1) == (shard_bytes < 10**9) == (tmp_path / hf.INDEX).exists()
     if len(files) > 1:
@@ -375,7 +375,7 @@ def test_a_drafter_is_no_target_and_the_other_way_round(draft, target):
     with refused("no dflash_config"):
         DraftConfig.from_hf(hf.read_json(target / "config.json"))
     with refused("does not hold the model"):
-        hf.load(draft, TARGET)
+        hf.load_hf(draft, TARGET)
 
 
 def test_saving_where_nothing_can_be_written_is_said_in_a_sentence(tmp_path):
@@ -386,7 +386,7 @@ def test_saving_where_nothing_can_be_written_is_said_in_a_sentence(tmp_path):
 
 def test_loading_reports_progress_and_converts(target):
     seen = []
-    module = hf.load(target, TARGET, jnp.bfloat16, lambda done, total: seen.append((done, total)))
+    module = hf.load_hf(target, TARGET, jnp.bfloat16, lambda done, total: seen.append((done, total)))
     steps, totals = zip(*seen, strict=True)
     assert list(steps) == sorted(set(steps)) and len(steps) == len(flatten(module))
     assert set(totals) == {steps[-1]} == {sum(x.nbytes for x in load_file(target / hf.SINGLE).values())}

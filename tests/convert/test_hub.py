@@ -181,20 +181,20 @@ def test_the_table_has_the_public_checkpoints():
     ],
 )
 def test_names_and_repositories_find_their_drafter(model, draft, found):
-    assert names.where(model, draft) == found
+    assert names.locate(model, draft) == found
 
 
 def test_a_folder_called_as_a_repository_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "Qwen" / "Qwen3-8B").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert names.where("Qwen/Qwen3-8B") == ("Qwen/Qwen3-8B", None)
+    assert names.locate("Qwen/Qwen3-8B") == ("Qwen/Qwen3-8B", None)
 
 
 def test_a_target_without_a_public_drafter_lends_none_and_a_drafter_is_no_target():
     with pytest.raises(DominoError, match=r"no drafter is public for qwen3-32b: .*qwen3-8b-dflash"):
-        names.where("qwen3-8b", "qwen3-32b")
+        names.locate("qwen3-8b", "qwen3-32b")
     with pytest.raises(DominoError, match="qwen3-4b-dflash is a drafter: give it with --draft"):
-        names.where("qwen3-4b-dflash")
+        names.locate("qwen3-4b-dflash")
 
 
 def test_a_folder_of_a_public_shape_is_told_which_drafter_fits(tmp_path):
@@ -203,7 +203,7 @@ def test_a_folder_of_a_public_shape_is_told_which_drafter_fits(tmp_path):
         folder.mkdir()
         hf.write_json(folder / "config.json", SHAPES[name].target.to_hf())
         console = names_console()
-        assert names.resolve(str(folder), None, console) == (folder, None)
+        assert names.resolve_folders(str(folder), None, console) == (folder, None)
         assert console.export_text().strip().endswith(hint)
 
 

@@ -14,13 +14,13 @@ from tiny import make_draft, make_target
 
 from convert import hf, loading, safetensors
 from convert.__main__ import main as convert_main
-from convert.folders import convert, load
+from convert.folders import convert_folder, load_weights
 from convert.safetensors import TensorFiles
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime import precision
-from domino_jax.sharding import fit, make_mesh, spec
-from domino_jax.weights import axes, flatten, shapes
+from domino_jax.sharding import fit_to_mesh, make_mesh, spec
+from domino_jax.weights import axes, flatten, weight_shapes
 from infer.bench.checkpoints import STEPS
 from infer.bench.checkpoints import main as checkpoints_main
 from infer.engine import Engine
@@ -46,7 +46,7 @@ def expected(leaf: np.ndarray, letters: str, config: DecoderConfig, model: int) 
     """A weight as a mesh has it, by whole arrays."""
     for axis, letter in enumerate(letters.split()):
         if letter == "K":
-            copies = fit(config, model).num_key_value_heads // config.num_key_value_heads
+            copies = fit_to_mesh(config, model).num_key_value_heads // config.num_key_value_heads
             leaf = np.repeat(leaf, copies, axis=axis)
         if letter == "V":
             leaf = np.pad(leaf, [(0, -leaf.shape[i] % model if i == axis else 0) for i in range(leaf.ndim)])
@@ -59,13 +59,13 @@ def expected(leaf: np.ndarray, letters: str, config: DecoderConfig, model: int) 
 def test_a_mesh_holds_what_one_device_holds_each_device_its_part(tmp_path, kind, data, model, form):
     config = MODELS[kind]
     module = factory.random_weights(config, 0)
-    hf.save(tmp_path / "hf", module, config, config.to_hf(), jnp.bfloat16)
+    hf.save_hf(tmp_path / "hf", module, config, config.to_hf(), jnp.bfloat16)
     folder = tmp_path / "hf"
     if form == "Orbax":
-        convert(folder, tmp_path / "orbax")
+        convert_folder(folder, tmp_path / "orbax")
         folder = tmp_path / "orbax"
     mesh = make_mesh(data, model)
-    placed, letters = flatten(load(folder, config, jnp.float32, mesh=mesh)), flatten(axes(config))
+    placed, letters = flatten(load_weights(folder, config, jnp.float32, mesh=mesh)), flatten(axes(config))
     for path, leaf in flatten(module).items():
         stored = np.asarray(leaf).astype(jnp.bfloat16).astype(np.float32)
         whole, found = expected(stored, letters[path], config, model), placed[path]
@@ -82,27 +82,29 @@ def test_matrices_that_are_stored_in_bfloat16_may_stay_so(tmp_path, form):
     folders = [tmp_path / "target", tmp_path / "draft"]
     for folder, make in zip(folders[::-1], (make_draft, make_target), strict=True):
         config = make(tmp_path / "float32")
-        hf.save(folder, hf.load(tmp_path / "float32", config), config, config.to_hf(), jnp.bfloat16)
+        hf.save_hf(folder, hf.load_hf(tmp_path / "float32", config), config, config.to_hf(), jnp.bfloat16)
     if form == "Orbax":
         folders = [tmp_path / "orbax", tmp_path / "orbax-draft"]
         for name, folder in zip(("target", "draft"), folders, strict=True):
-            convert(tmp_path / name, folder)
+            convert_folder(tmp_path / name, folder)
 
-    def tokens(loaded: loading.Loaded) -> list[int]:
+    def tokens(loaded: loading.LoadedModel) -> list[int]:
         engine = Engine(loaded)
         sequence, _ = engine.sequence([5, 6, 7], 20)
         engine.generate([sequence])
         return sequence.tokens
 
-    whole = loading.load(folders[0], folders[1], "float32", matrices="float32")
-    narrow = loading.load(folders[0], folders[1], "float32", matrices="bfloat16")
+    whole = loading.load_model(folders[0], folders[1], "float32", matrices="float32")
+    narrow = loading.load_model(folders[0], folders[1], "float32", matrices="bfloat16")
     assert narrow.narrow and not whole.narrow
     held = [sum(x.nbytes for x in jax.tree.leaves(one.params)) for one in (narrow, whole)]
     assert held[0] < 0.7 * held[1]
     assert tokens(narrow) == tokens(whole)
-    assert not loading.load(tmp_path / "float32", dtype="float32", matrices="bfloat16").narrow, "it would be rounded"
-    hf.save(tmp_path / "float16", hf.load(tmp_path / "float32", config), config, config.to_hf(), jnp.float16)
-    half = loading.load(tmp_path / "float16", dtype="float32", matrices="bfloat16")
+    assert not loading.load_model(tmp_path / "float32", dtype="float32", matrices="bfloat16").narrow, (
+        "it would be rounded"
+    )
+    hf.save_hf(tmp_path / "float16", hf.load_hf(tmp_path / "float32", config), config, config.to_hf(), jnp.float16)
+    half = loading.load_model(tmp_path / "float16", dtype="float32", matrices="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.float32)}, "16 bits of another kind"
 
 
@@ -113,19 +115,21 @@ def test_where_matrices_stay_narrow(tmp_path, monkeypatch):
         if flags:
             cpus.write_text(f"processor : 0\nflags\t\t: {flags}\n")
         monkeypatch.setattr(precision, "CPUS", cpus)
-        assert precision.stay_narrow("auto", jnp.float32) == expected
-        assert precision.stay_narrow("bfloat16", jnp.float32) and not precision.stay_narrow("float32", jnp.float32)
-        assert not precision.stay_narrow("auto", jnp.bfloat16)
+        assert precision.keeps_bfloat16("auto", jnp.float32) == expected
+        assert precision.keeps_bfloat16("bfloat16", jnp.float32) and not precision.keeps_bfloat16(
+            "float32", jnp.float32
+        )
+        assert not precision.keeps_bfloat16("auto", jnp.bfloat16)
     with pytest.raises(DominoError, match="a choice of float32 runs: this one's are bfloat16"):
-        precision.stay_narrow("bfloat16", jnp.dtype(jnp.bfloat16))
+        precision.keeps_bfloat16("bfloat16", jnp.dtype(jnp.bfloat16))
     monkeypatch.setattr(precision, "CPUS", tmp_path / "True fpu amx_bf16 amx_tile")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert not precision.stay_narrow("auto", jnp.float32), "all processes run the same program"
+    assert not precision.keeps_bfloat16("auto", jnp.float32), "all processes run the same program"
 
 
 def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, monkeypatch):
     config = MODELS["untied"]
-    hf.save(tmp_path, factory.random_weights(config, 0), config, config.to_hf())
+    hf.save_hf(tmp_path, factory.random_weights(config, 0), config, config.to_hf())
     read: dict[str, int] = {}
     plain = TensorFiles.read
 
@@ -135,7 +139,7 @@ def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, mon
         return part
 
     monkeypatch.setattr(TensorFiles, "read", counted)
-    load(tmp_path, config, mesh=make_mesh(2, 4))
+    load_weights(tmp_path, config, mesh=make_mesh(2, 4))
     with TensorFiles(hf.tensor_files(tmp_path)) as files:
         for name, stored in files.stored.items():
             # Four devices share two KV heads: two read each, and the tensor is read twice.
@@ -146,12 +150,12 @@ def test_files_are_unmapped_as_reading_goes_on(tmp_path, monkeypatch):
     config = MODELS["target"]
     monkeypatch.setattr(hf, "SHARD_BYTES", 9000)
     module = factory.random_weights(config, 0)
-    hf.save(tmp_path, module, config, config.to_hf())
+    hf.save_hf(tmp_path, module, config, config.to_hf())
     monkeypatch.setattr(safetensors, "MOST_MAPPED", 4000)
     opened = []
     plain = safetensors.safe_open
     monkeypatch.setattr(safetensors, "safe_open", lambda file, **how: opened.append(file) or plain(file, **how))
-    again = flatten(hf.load(tmp_path, config))
+    again = flatten(hf.load_hf(tmp_path, config))
     assert all(np.array_equal(again[path], leaf) for path, leaf in flatten(module).items())
     assert len(opened) > 2 * len(set(opened)) > 4
 
@@ -210,7 +214,7 @@ def test_a_sound_target_is_compared_with_transformers(tmp_path, capsys):
 
 def test_both_forms_are_checked(tmp_path, capsys):
     make_target(folder := tmp_path / "target")
-    convert(folder, tmp_path / "orbax")
+    convert_folder(folder, tmp_path / "orbax")
     code, out = checked(capsys, tmp_path / "orbax")
     assert code == 0 and "Orbax" in out and out.splitlines()[-1] == "sound"
 
@@ -276,7 +280,7 @@ def test_weights_that_are_no_floats_of_16_or_32_bits_are_refused(tmp_path, dtype
     change(folder, model__norm__weight=np.ones(32, dtype))
     config = hf.parse_config(hf.read_json(folder / "config.json"))
     with pytest.raises(DominoError, match=r"model.norm.weight holds \w+, expected F32, F16 or BF16"):
-        hf.load(folder, config)
+        hf.load_hf(folder, config)
 
 
 @pytest.mark.parametrize("kind", ["folder", "link"])
@@ -287,7 +291,7 @@ def test_an_empty_destination_is_filled(tmp_path, kind):
     destination = tmp_path / "link" if kind == "link" else place
     if kind == "link":
         destination.symlink_to(place)
-    assert convert(source, destination) == ("Hugging Face", "Orbax")
+    assert convert_folder(source, destination) == ("Hugging Face", "Orbax")
     assert destination.is_symlink() == (kind == "link")
     assert {file.name for file in place.iterdir()} == {"config.json", "weights"}
 
@@ -317,17 +321,19 @@ def test_one_model_replaces_another_whatever_their_number_of_files(tmp_path, mon
     for seed, most in enumerate((10**9, 3000, 10**9)):
         monkeypatch.setattr(hf, "SHARD_BYTES", most)
         module = factory.random_weights(config, seed)
-        hf.save(tmp_path, module, config, config.to_hf())
-        assert np.array_equal(hf.load(tmp_path, config).fc, module.fc)
+        hf.save_hf(tmp_path, module, config, config.to_hf())
+        assert np.array_equal(hf.load_hf(tmp_path, config).fc, module.fc)
 
 
 @pytest.mark.slow
 def test_a_weight_above_a_gigabyte_goes_both_ways(tmp_path):
     """Orbax refuses an array that its limits of memory do not hold."""
     config = dataclasses.replace(TARGET, vocab_size=260_000, hidden_size=1024, num_hidden_layers=1)
-    hf.save(tmp_path / "hf", jax.tree.map(lambda s: jnp.zeros(s.shape), shapes(config)), config, config.to_hf())
-    convert(tmp_path / "hf", tmp_path / "orbax")
-    convert(tmp_path / "orbax", tmp_path / "back")
+    hf.save_hf(
+        tmp_path / "hf", jax.tree.map(lambda s: jnp.zeros(s.shape), weight_shapes(config)), config, config.to_hf()
+    )
+    convert_folder(tmp_path / "hf", tmp_path / "orbax")
+    convert_folder(tmp_path / "orbax", tmp_path / "back")
     with TensorFiles(hf.tensor_files(tmp_path / "back")) as files:
         assert files.stored["model.embed_tokens.weight"].bytes > 10**9
 

@@ -18,14 +18,14 @@ from safetensors.numpy import load_file
 from tiny import make_draft, make_target
 
 from convert import hf
-from convert.folders import convert
+from convert.folders import convert_folder
 from domino_jax import cache as kv
 from domino_jax import layers, moe, prepare, sharding, target
 from domino_jax.config import DecoderConfig, DraftConfig, MoeConfig, TargetConfig, Yarn, check_pair
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.drafters import block
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, init
+from domino_jax.weights import flatten, init_weights
 from infer.__main__ import main
 from train.loss import curriculum
 
@@ -68,7 +68,7 @@ def transformers_model(folder: Path, params: Any, config: TargetConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    hf.save(folder, params, config, config.to_hf())
+    hf.save_hf(folder, params, config, config.to_hf())
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -98,8 +98,8 @@ def test_we_read_what_transformers_writes_and_give_it_back_bit_for_bit(tmp_path,
     model.save_pretrained(tmp_path / "theirs")
     read = hf.parse_config(hf.read_json(tmp_path / "theirs" / "config.json"))
     assert read == config == hf.parse_config(config.to_hf())
-    module = hf.load(tmp_path / "theirs", read)
-    hf.save(tmp_path / "again", module, read, read.to_hf())
+    module = hf.load_hf(tmp_path / "theirs", read)
+    hf.save_hf(tmp_path / "again", module, read, read.to_hf())
     before, after = (load_file(tmp_path / name / hf.SINGLE) for name in ("theirs", "again"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -118,7 +118,7 @@ def test_decoding_with_a_cache_is_transformers_greedy_decoding(tmp_path, name):
     prompts = [[1, 2, 3], [40, 7] * 4, ids(1, 21)[0].tolist()]
     model = transformers_model(tmp_path, pair.params.target, pair.configs.target)
     expected = [factory.hf_greedy(model, prompt, 24) for prompt in prompts]
-    lean = Params(pair.params.target), Configs(pair.configs.target)
+    lean = Params(pair.params.target), DecodeConfig(pair.configs.target)
     assert [o.tokens for o in factory.autoregress(*lean, factory.begin(*lean, prompts, 24))] == expected
     outputs = factory.speculate(pair.params, pair.configs, factory.begin(pair.params, pair.configs, prompts, 24))
     assert [o.tokens for o in outputs] == expected
@@ -172,7 +172,7 @@ def test_a_cpu_reads_no_expert_that_nobody_chose():
     for name in ("gate", "up", "down"):
         weight = getattr(layer, name)
         setattr(layer, name, jnp.full_like(weight, jnp.nan).at[chosen].set(weight[chosen]))
-    assert moe.choose() == "one by one"
+    assert moe.resolve_moe_backend() == "one by one"
     np.testing.assert_array_equal(run(layer, many, y), before)
     memory = run.lower(layer, many, y).compile().memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < layer.gate.nbytes / 2
@@ -264,7 +264,7 @@ def test_a_folder_with_experts_and_yarn_runs_from_the_command_line(tmp_path, cap
     config = make_target(tmp_path / "target", **changes)
     make_draft(tmp_path / "draft", **{k: changes[k] for k in ("yarn", "max_position_embeddings")})
     assert config.positions == 64
-    assert convert(tmp_path / "target", tmp_path / "orbax") == ("Hugging Face", "Orbax")
+    assert convert_folder(tmp_path / "target", tmp_path / "orbax") == ("Hugging Face", "Orbax")
     found = []
     for target_folder, drafter in (("target", "draft"), ("target", "none"), ("orbax", "draft")):
         words = [
@@ -281,7 +281,7 @@ def test_a_folder_with_experts_and_yarn_runs_from_the_command_line(tmp_path, cap
 
 
 def test_random_biases_begin_at_zero():
-    module = init(make(attention_bias=True), jax.random.key(0))
+    module = init_weights(make(attention_bias=True), jax.random.key(0))
     for path, leaf in flatten(module).items():
         assert not leaf.any() if path.endswith("_bias") else leaf.any(), path
 
@@ -309,7 +309,7 @@ def test_a_drafter_with_yarn_biases_and_windows_is_the_specs(windows):
     @jax.jit
     def both(params: Any, embed: Any) -> tuple[Any, Any]:
         x = block.block_inputs(embed, config, jnp.asarray(tokens))
-        cache = kv.init(config, 4, 64, jnp.float32)
+        cache = kv.init_cache(config, 4, 64, jnp.float32)
         cache = block.append_context(params, config, cache, given, jnp.zeros_like(anchors))
         trained = block.training_blocks(params, config, x[:, None], jnp.asarray(anchors)[:, None], given)
         return block.block(params, config, x, jnp.asarray(anchors), cache)[0], trained[:, 0]
@@ -412,14 +412,14 @@ def test_a_missing_experts_tensor_is_named(tmp_path):
     from safetensors.numpy import save_file
 
     config = TARGETS["experts"]
-    hf.save(tmp_path, factory.random_weights(config, 0), config, config.to_hf())
+    hf.save_hf(tmp_path, factory.random_weights(config, 0), config, config.to_hf())
     tensors = load_file(tmp_path / hf.SINGLE)
     assert tensors["model.layers.0.mlp.experts.7.up_proj.weight"].shape == (20, 32)
     lost = tensors.pop("model.layers.2.mlp.experts.5.down_proj.weight")
     tensors["model.layers.0.mlp.experts.0.gate_proj.weight"] = lost
     save_file(tensors, tmp_path / hf.SINGLE)
     with pytest.raises(DominoError) as error:
-        hf.load(tmp_path, config)
+        hf.load_hf(tmp_path, config)
     assert "missing model.layers.2.mlp.experts.5.down_proj.weight" in str(error.value)
     assert "experts.0.gate_proj.weight has shape [32, 20], expected [20, 32]" in str(error.value)
 
@@ -427,6 +427,6 @@ def test_a_missing_experts_tensor_is_named(tmp_path):
 def test_experts_that_a_mesh_does_not_divide_are_refused():
     config = make(moe=dataclasses.replace(MOE, num_experts=6), num_attention_heads=4, intermediate_size=33)
     with pytest.raises(DominoError, match="model=4 does not divide num_experts 6"):
-        sharding.fit(config, 4)  # no layer has one MLP of width 33, so that need not be divided
+        sharding.fit_to_mesh(config, 4)  # no layer has one MLP of width 33, so that need not be divided
     with pytest.raises(DominoError, match="model=4 does not divide intermediate_size 33"):
-        sharding.fit(dataclasses.replace(config, moe=None), 4)
+        sharding.fit_to_mesh(dataclasses.replace(config, moe=None), 4)

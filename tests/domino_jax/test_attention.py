@@ -20,10 +20,10 @@ from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from tiny import make_target
 
 from domino_jax import attention, decode, sharding
-from domino_jax.attention import attend, choices
+from domino_jax.attention import attend, available_backends
 from domino_jax.errors import DominoError
 from domino_jax.runtime import autotune as fastest_module
-from domino_jax.runtime.autotune import fastest
+from domino_jax.runtime.autotune import fastest_backend
 from infer.__main__ import main
 
 CAPACITY, WIDTH = 256, 16
@@ -152,17 +152,17 @@ def test_on_a_mesh_each_device_has_its_own_part(sizes):
     start = jnp.array([0, 60, 130, 251], jnp.int32)
     alone = attend(q, k, v, start, form="pallas")
     with jax.set_mesh(sharding.make_mesh(*sizes)):
-        placed = [sharding.put(x, letters) for x, letters in ((q, "B T N H"), (k, "B K S H"), (v, "B K S H"))]
-        run = jax.jit(partial(attend, form="pallas")).lower(*placed, sharding.put(start, "B")).compile()
-        np.testing.assert_allclose(run(*placed, sharding.put(start, "B")), alone, atol=1e-6, rtol=0)
+        placed = [sharding.shard_copy(x, letters) for x, letters in ((q, "B T N H"), (k, "B K S H"), (v, "B K S H"))]
+        run = jax.jit(partial(attend, form="pallas")).lower(*placed, sharding.shard_copy(start, "B")).compile()
+        np.testing.assert_allclose(run(*placed, sharding.shard_copy(start, "B")), alone, atol=1e-6, rtol=0)
         assert "all-gather" not in (run.as_text() or "") and "all-to-all" not in (run.as_text() or "")
 
 
-@pytest.mark.parametrize("form", [f for f in get_args(attention.Form) if f != "xla"])
+@pytest.mark.parametrize("form", [f for f in get_args(attention.Backend) if f != "xla"])
 def test_the_form_of_this_device(form):
     """On a GPU or a TPU its own form, compiled, against xla's, both in bfloat16."""
     try:
-        choices(form, [128], jnp.bfloat16)
+        available_backends(form, [128], jnp.bfloat16)
     except DominoError as error:
         pytest.skip(str(error))
     for tokens, group, kv_heads, causal, window in CASES.values():
@@ -174,11 +174,11 @@ def test_the_form_of_this_device(form):
 
 
 def test_what_cannot_run_here_is_refused(monkeypatch):
-    assert choices("auto", [6], jnp.float32) == choices("xla", [6], jnp.float32) == ("xla",)
+    assert available_backends("auto", [6], jnp.float32) == available_backends("xla", [6], jnp.float32) == ("xla",)
     with pytest.raises(DominoError, match=r"needs a TPU, found cpu"):
-        choices("pallas", [128], jnp.bfloat16)
+        available_backends("pallas", [128], jnp.bfloat16)
     with pytest.raises(DominoError, match=r"needs an NVIDIA GPU, found cpu"):
-        choices("cudnn", [128], jnp.bfloat16)
+        available_backends("cudnn", [128], jnp.bfloat16)
 
     class Gpu:
         platform, device_kind = "gpu", "NVIDIA H200"
@@ -187,16 +187,20 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
             platform_version = "PJRT C API\ncuda 13000"
 
     monkeypatch.setattr(jax, "devices", lambda: [Gpu])
-    assert choices("auto", [128], jnp.bfloat16) == ("xla", "cudnn")
-    assert choices("auto", [128], jnp.float32) == choices("auto", [128, 100], jnp.bfloat16) == ("xla",)
-    assert choices("cudnn", [128, 64], jnp.bfloat16) == ("cudnn",)
+    assert available_backends("auto", [128], jnp.bfloat16) == ("xla", "cudnn")
+    assert (
+        available_backends("auto", [128], jnp.float32)
+        == available_backends("auto", [128, 100], jnp.bfloat16)
+        == ("xla",)
+    )
+    assert available_backends("cudnn", [128, 64], jnp.bfloat16) == ("cudnn",)
     with pytest.raises(DominoError, match="takes bfloat16, found float32"):
-        choices("cudnn", [128], jnp.float32)
+        available_backends("cudnn", [128], jnp.float32)
     for width in (100, 256):
         with pytest.raises(DominoError, match=f"up to 128, found head_dim {width}"):
-            choices("cudnn", [128, width], jnp.bfloat16)
+            available_backends("cudnn", [128, width], jnp.bfloat16)
     with pytest.raises(DominoError, match="needs a TPU, found NVIDIA H200"):
-        choices("pallas", [128], jnp.bfloat16)
+        available_backends("pallas", [128], jnp.bfloat16)
 
 
 def test_auto_is_the_fastest_form_that_says_the_same(monkeypatch):
@@ -220,7 +224,7 @@ def test_auto_is_the_fastest_form_that_says_the_same(monkeypatch):
         attention, "cudnn", lambda q, k, v, start, causal, window: plain(q, k, v, start, causal, window)
     )
     monkeypatch.setattr(attention, "pallas", wrong)
-    run = partial(fastest, config=config, dtype=jnp.float32, tokens=8)
+    run = partial(fastest_backend, config=config, dtype=jnp.float32, tokens=8)
     form, notes = run(("xla", "cudnn", "pallas"))
     assert form == "cudnn" and len(notes) == 1
     assert "pallas" in notes[0] and "says something else here than xla" in notes[0]
@@ -251,9 +255,9 @@ def test_a_prefills_memory_grows_with_its_chunk_and_its_bucket_and_not_with_thei
     pair = factory.Pair.make()
 
     def temporaries(capacity: int) -> int:
-        configs, params = pair.configs.lean, decode.Params(pair.params.target)
+        configs, params = pair.configs.without_drafter, decode.Params(pair.params.target)
         state = factory.begin(params, configs, [[1, 2, 3]], 1)
-        state = decode.grow(state, capacity)
+        state = decode.grow_caches(state, capacity)
         tokens, last = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, configs.target.hidden_size))
         program = decode.prefill.lower(params, configs, state, tokens, jnp.int32(0), last).compile()
         memory = program.memory_analysis()

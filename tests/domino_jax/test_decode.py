@@ -252,11 +252,11 @@ def test_caches_hold_what_one_pass_over_the_committed_tokens_gives(pair, truth):
     @jax.jit
     def once(params):
         zero = jnp.zeros(4, jnp.int32)
-        empty = kv.init(pair.configs.target, 4, 64, jnp.float32)
+        empty = kv.init_cache(pair.configs.target, 4, 64, jnp.float32)
         taps = pair.configs.draft.target_layer_ids
         ids = jnp.asarray(tokens)
         _, features, cache = target.forward(params.target, pair.configs.target, ids, zero, empty, taps)
-        empty = kv.init(pair.configs.draft, 4, 64, jnp.float32)
+        empty = kv.init_cache(pair.configs.draft, 4, 64, jnp.float32)
         return cache, block.append_context(params.draft, pair.configs.draft, empty, features, zero)
 
     for name, ours, theirs in zip(("target", "context"), (state.cache, state.context), once(pair.params), strict=True):
@@ -306,7 +306,7 @@ def test_growing_the_bucket_in_mid_generation_changes_nothing(pair: Pair, truth,
         seen.append((capacity, int(emitted.cycles) < 40, bool(state.done.all())))
         return state, emitted
 
-    outputs = factory.finish(state, dispatch, pair.configs.reach)
+    outputs = factory.finish(state, dispatch, pair.configs.lookahead)
     assert seen == [(32, True, False), (64, True, True)]
     assert [o.tokens for o in outputs] == [row[: COUNT + 6] for row in truth]
     for prompt, output in zip(PROMPTS, outputs, strict=True):
@@ -411,7 +411,7 @@ def test_no_cycle_copies_a_cache(pair, loop: Any, rows):
 
 def test_single_steps_of_one_row_to_the_very_end_of_a_bucket(pair, truth, monkeypatch):
     monkeypatch.setattr(kv, "SMALLEST_BUCKET", 32)
-    lean = Pair(pair.params.lean, pair.configs.lean)
+    lean = Pair(pair.params.without_drafter, pair.configs.without_drafter)
     state = start(lean, COUNT + 6, prompts=PROMPTS[:1])
     ends = []
 

@@ -14,7 +14,7 @@ import reference
 from domino_jax import cache as kv
 from domino_jax import decode
 from domino_jax.config import DraftConfig, HeadConfig, default_taps
-from domino_jax.decode import Configs, DecodeState, Params
+from domino_jax.decode import DecodeConfig, DecodeState, Params
 from domino_jax.drafters import block
 from domino_jax.drafters.heads import domino
 from domino_jax.sampling import settings
@@ -51,7 +51,7 @@ append_context = jax.jit(block.append_context, static_argnums=1)
 def decode_form(params: Params, config: DraftConfig, tokens, anchors, given):
     """Backbone states of one block a row, through the cache."""
     assert params.draft is not None
-    cache = kv.init(config, tokens.shape[0], S + config.block_size, jnp.float32)
+    cache = kv.init_cache(config, tokens.shape[0], S + config.block_size, jnp.float32)
     # All S positions are written, also those from the anchor on: they must not be seen.
     cache = block.append_context(params.draft, config, cache, given, jnp.zeros_like(anchors))
     x = block.block_inputs(params.target.embed, config, tokens)
@@ -99,7 +99,7 @@ def test_backbone_is_the_specs(changes):
 def test_context_in_pieces_is_context_in_one():
     config, pair = make()
     given = features(config, 2)
-    empty = kv.init(config, 2, 16, jnp.float32)
+    empty = kv.init_cache(config, 2, 16, jnp.float32)
     whole = append_context(pair.params.draft, config, empty, given, np.zeros(2, np.int32))
     # As in decoding: four positions a cycle, of which row 0 commits three and row 1 one.
     pieces, lengths = empty, np.zeros(2, np.int32)
@@ -182,11 +182,11 @@ def teacher_forced_logits(params: Params, config: DraftConfig, z, base, eaten):
 @pytest.mark.parametrize("changes", cases(HEADS))
 def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     config, pair = make(num_hidden_layers=1, **changes)
-    configs = Configs(pair.configs.target, config)
+    configs = DecodeConfig(pair.configs.target, config)
     target_w, target_cfg, draft_w, draft_cfg = pair.reference()
     embed, lm_head = target_w["model.embed_tokens.weight"], reference.target_lm_head(target_w, target_cfg)
     given, tokens, anchors = features(config), np.array([3, 60, 7, 31], np.int32), np.array(ANCHORS, np.int32)
-    empty = kv.init(config, len(tokens), S + config.block_size, jnp.float32)
+    empty = kv.init_cache(config, len(tokens), S + config.block_size, jnp.float32)
     context = append_context(pair.params.draft, config, empty, given, np.zeros(4, np.int32))
     hot = settings(4, temperature=1.0)
     none: Any = None

@@ -13,11 +13,11 @@ from factory import Output, Pair
 
 from domino_jax import decode, layers, prepare
 from domino_jax.config import DecoderConfig, MoeConfig
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.drafters.heads import domino
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
-from domino_jax.weights import FusedHead, OutputsFirst, Quantized, build, flatten
+from domino_jax.weights import FusedHead, OutputsFirst, Quantized, build_module, flatten
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
@@ -77,7 +77,7 @@ def test_every_matrix_comes_back_to_within_its_columns_step(config: DecoderConfi
         assert (jnp.abs(whole - weight) <= bound * column * 1.01).all()
         assert (jnp.abs(whole - weight) > bound * column / 10).any(), "nothing was rounded"
 
-    build(config, check)
+    build_module(config, check)
     assert len(seen) >= 5
 
 
@@ -254,7 +254,7 @@ def test_fused_products_are_the_same_sums():
     assert "layers.0.kv" in names and not {"layers.0.k", "layers.0.v", "layers.0.gate", "layers.1.up"} & names
 
     @partial(jax.jit, static_argnums=1)
-    def step(params: Params, configs: Configs, state):
+    def step(params: Params, configs: DecodeConfig, state):
         drafts, _, _ = decode.propose(params, configs, state, None)
         return drafts, *decode.run_target(params, configs, state, drafts)[:2]
 
@@ -277,7 +277,7 @@ def test_a_fused_head_proposes_the_same(kind, largest):
     prepare.fuse_head(whole.params, largest)  # there is nothing left to do, nor is there without a head
     plain = good(head=None, shift_label=False)
     prepare.fuse_head(plain.params)
-    prepare.fuse_head(plain.params.lean)
+    prepare.fuse_head(plain.params.without_drafter)
     assert plain.params.draft is not None and plain.params.draft.head is None
 
 
@@ -341,7 +341,7 @@ def test_the_head_scores_its_candidates_alone(candidates):
     masked = np.where(base >= lowest, base, -np.inf)
     z = jax.jit(lambda p, s: decode.draft_block(p, pair.configs, s)[0])(pair.params, state)
     embed = pair.params.target.embed
-    plain = jax.jit(partial(domino.propose, config=config, keys=None))
+    plain = jax.jit(partial(domino.propose_corrected, config=config, keys=None))
     masked[:, 0] = base[:, 0]  # P = 1
     expected, _ = plain(pair.params.draft, embed=embed, z=z, base=masked, anchor=state.token, sampling=state.sampling)
     np.testing.assert_array_equal(drafts, expected)
@@ -364,7 +364,11 @@ def test_a_draw_from_candidates_says_what_it_was_drawn_from():
         kept = base >= -jnp.sort(-base, axis=-1)[..., 5:6]
         masked = jnp.where(kept | (jnp.arange(5) == 0)[:, None], base, -jnp.inf)  # P = 1
         how = params.target.embed, z, masked, state.token, state.sampling, keys
-        return kept, domino.propose(params.draft, configs.draft, *how), decode.propose(params, configs, state, keys)
+        return (
+            kept,
+            domino.propose_corrected(params.draft, configs.draft, *how),
+            decode.propose(params, configs, state, keys),
+        )
 
     kept, (whole, expected), (drafts, q, _) = jax.device_get(both(pair.params, state))
     np.testing.assert_array_equal(drafts[:, 0], whole[:, 0])

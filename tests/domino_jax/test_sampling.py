@@ -18,7 +18,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from domino_jax import cache as kv
 from domino_jax import decode, verify
 from domino_jax.config import HeadConfig
-from domino_jax.sampling import Sampling, draw, outweighed, probabilities, settings
+from domino_jax.sampling import Sampling, mass_above_reaches, probabilities, sample, settings
 
 jitted_probabilities = jax.jit(probabilities)
 
@@ -110,7 +110,7 @@ def test_what_outweighs_a_score_is_what_a_sort_says():
     weights = rng.integers(0, 5, scores.shape).astype(np.float32)
     limits = rng.integers(1, 140, (40, 1, 1)).astype(np.float32)
     limits[6:8] = np.inf
-    found = jax.jit(outweighed)(scores, weights, limits)
+    found = jax.jit(mass_above_reaches)(scores, weights, limits)
     above = np.where(scores[..., None, :] > scores[..., :, None], weights[..., None, :], 0).sum(axis=-1)
     np.testing.assert_array_equal(found, above >= limits)
     assert 0.2 < np.mean(found) < 0.8
@@ -121,7 +121,7 @@ def test_greedy_verification_is_the_loop_written_out():
     logits = rng.integers(0, 3, (300, 5, 3)).astype(np.float32)  # ties abound: the lowest id wins
     drafts = rng.integers(0, 3, (300, 4)).astype(np.int32)
     drafts[:100] = logits[:100, :4].argmax(-1)
-    counts, bonus = (np.asarray(x) for x in verify.greedy(jnp.asarray(drafts), jnp.asarray(logits)))
+    counts, bonus = (np.asarray(x) for x in verify.accept_greedy(jnp.asarray(drafts), jnp.asarray(logits)))
     assert counts.dtype == bonus.dtype == np.int32
     for row in range(300):
         m = 0
@@ -151,7 +151,7 @@ V = 6
 
 def test_draw_follows_the_weights():
     weights = np.array([0.0, 1, 2, 0, 4, 3], np.float32)
-    drawn = draw(jax.random.split(jax.random.key(0), 20000), jnp.broadcast_to(weights, (20000, 6)))
+    drawn = sample(jax.random.split(jax.random.key(0), 20000), jnp.broadcast_to(weights, (20000, 6)))
     assert p_value(np.asarray(drawn)[:, None], weights / 10) > RIGHT
 
 
@@ -166,7 +166,7 @@ def test_speculative_verification_is_leviathans():
     drafts = np.stack([rng.choice(V, n, p=q[j]) for j in range(2)], axis=1).astype(np.int32)
     counts, bonus = (
         np.asarray(x)
-        for x in jax.jit(verify.speculative)(
+        for x in jax.jit(verify.accept_sampled)(
             jax.random.split(jax.random.key(1), n),
             drafts,
             np.broadcast_to(q, (n, 2, V)).astype(np.float32),
@@ -187,7 +187,7 @@ def test_speculative_verification_is_leviathans():
     for j in range(2):
         assert p_value(bonus[counts == j, None], reference.residual(p[j], q[j])) > RIGHT
     twice = np.array([[0, 0.5, 0.5]], np.float32)
-    counts, bonus = verify.speculative(
+    counts, bonus = verify.accept_sampled(
         jax.random.split(jax.random.key(1), 500),
         jnp.zeros((500, 1), jnp.int32),
         jnp.broadcast_to(jnp.array([0.25, 0.5, 0.5]), (500, 1, 3)),
@@ -201,7 +201,7 @@ def test_a_drafter_that_computes_nonsense_changes_no_distribution():
     """Its probabilities are not numbers: nothing is accepted, and the next token is the target's own."""
     p = jnp.broadcast_to(jnp.array([0, 0.5, 0.5, 0]), (400, 2, 4))
     keys = jax.random.split(jax.random.key(2), 400)
-    counts, bonus = verify.speculative(keys, jnp.zeros((400, 1), jnp.int32), jnp.full((400, 1, 4), jnp.nan), p)
+    counts, bonus = verify.accept_sampled(keys, jnp.zeros((400, 1), jnp.int32), jnp.full((400, 1, 4), jnp.nan), p)
     assert not np.asarray(counts).any()
     assert set(np.asarray(bonus).tolist()) == {1, 2}
 
@@ -255,7 +255,7 @@ def make(drafter: str) -> Pair:
     return pair._replace(params=pair.params._replace(target=factory.random_weights(TARGET, 11)))
 
 
-def sample(pair: Pair, loop: Any, seed: int = 0) -> tuple[list[np.ndarray], float]:
+def sample_rows(pair: Pair, loop: Any, seed: int = 0) -> tuple[list[np.ndarray], float]:
     """Three tokens of 2 · HALF rows, each with a key of its own; and the share of drafts accepted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv, "SMALLEST_BUCKET", 16)  # only the memory of so many rows
@@ -272,14 +272,14 @@ def sample(pair: Pair, loop: Any, seed: int = 0) -> tuple[list[np.ndarray], floa
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_sampled_output_is_distributed_as_the_targets(exact, drafter):
-    samples, accepted = sample(make(drafter), decode.speculate)
+    samples, accepted = sample_rows(make(drafter), decode.speculate)
     assert 0.2 < accepted < 2, "drafts must be accepted and rejected for this to mean anything"
     for chosen, tokens, joint in zip(FILTERS, samples, exact, strict=True):
         assert p_value(tokens, joint) > RIGHT, chosen
 
 
 def test_the_lean_loops_samples_are_too(exact):
-    samples, _ = sample(make("Domino"), decode.autoregress)
+    samples, _ = sample_rows(make("Domino"), decode.autoregress)
     for chosen, tokens, joint in zip(FILTERS, samples, exact, strict=True):
         assert p_value(tokens, joint) > RIGHT, chosen
     assert p_value(samples[0], exact[1]) < WRONG and p_value(samples[1], exact[0]) < WRONG
@@ -289,7 +289,7 @@ def wrong_residual(keys, drafts, q, p):
     """Draws from p after a rejection, instead of from what q left of it."""
     count, _ = verify_speculative(keys, drafts, q, p)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    return count, draw(keys, jnp.take_along_axis(p, count[:, None, None], axis=1)[:, 0])
+    return count, sample(keys, jnp.take_along_axis(p, count[:, None, None], axis=1)[:, 0])
 
 
 def wrong_acceptance(keys, drafts, q, p):
@@ -297,7 +297,7 @@ def wrong_acceptance(keys, drafts, q, p):
     return verify_speculative(keys, drafts, jnp.where(q > 0, jnp.maximum(q, 0.999), q), p)
 
 
-verify_speculative = verify.speculative
+verify_speculative = verify.accept_sampled
 
 
 def wrong_draw(keys, weights):
@@ -316,7 +316,7 @@ BROKEN = {
     "broken", [pytest.param(BROKEN[n], id=n, marks=[] if n == "residual" else [pytest.mark.slow]) for n in BROKEN]
 )
 def test_the_test_would_catch_a_wrong_sampler(exact, broken):
-    samples, _ = sample(make("Domino"), factory.retraced(**broken))
+    samples, _ = sample_rows(make("Domino"), factory.retraced(**broken))
     for tokens, joint in zip(samples, exact, strict=True):
         assert p_value(tokens, joint) < WRONG
 

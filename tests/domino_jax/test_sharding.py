@@ -14,7 +14,7 @@ from tiny import make_draft, make_target
 
 from domino_jax import decode, moe, prepare, sharding
 from domino_jax.config import MoeConfig
-from domino_jax.decode import Configs, DecodeState, Params
+from domino_jax.decode import DecodeConfig, DecodeState, Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
 from domino_jax.weights import flatten
@@ -57,7 +57,7 @@ def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:
     assert draft is not None
     model = mesh.shape["model"]
     params = Params(factory.place(pair.params.target, target, mesh), factory.place(pair.params.draft, draft, mesh))
-    return Pair(params, Configs(sharding.fit(target, model), sharding.fit(draft, model)))
+    return Pair(params, DecodeConfig(sharding.fit_to_mesh(target, model), sharding.fit_to_mesh(draft, model)))
 
 
 def start(pair: Pair, sampling: Sampling | None = None) -> DecodeState:
@@ -145,7 +145,7 @@ LESS_USUAL = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1),
 def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, monkeypatch, form, data, model):
     """Each device holds its part of the experts and whole routers; biases lie with their heads."""
     jax.clear_caches()  # the form is chosen in tracing
-    monkeypatch.setattr(moe, "choose", lambda: form)
+    monkeypatch.setattr(moe, "resolve_moe_backend", lambda: form)
     mesh = sharding.make_mesh(data, model)
     with jax.set_mesh(mesh):
         ours = spread(moe_pair, mesh)
@@ -197,7 +197,7 @@ def test_nothing_large_crosses_between_devices(request, monkeypatch, model, cand
     vocabulary. Experts add nothing: what they say is summed where an MLP's parts are.
     """
     if form:
-        monkeypatch.setattr(moe, "choose", lambda: form)
+        monkeypatch.setattr(moe, "resolve_moe_backend", lambda: form)
     jax.clear_caches()
     mesh = sharding.make_mesh(2, 4)
     with jax.set_mesh(mesh):
@@ -220,15 +220,15 @@ def test_nothing_large_crosses_between_devices(request, monkeypatch, model, cand
 
 def test_a_mesh_that_does_not_fit_is_refused(pair):
     with pytest.raises(DominoError, match=r"model=3 does not divide num_attention_heads 8"):
-        sharding.fit(TARGET, 3)
+        sharding.fit_to_mesh(TARGET, 3)
     with pytest.raises(DominoError, match=r"neither divides num_key_value_heads 3"):
-        sharding.fit(dataclasses.replace(TARGET, num_attention_heads=12, num_key_value_heads=3), 2)
+        sharding.fit_to_mesh(dataclasses.replace(TARGET, num_attention_heads=12, num_key_value_heads=3), 2)
     with pytest.raises(DominoError, match="needs 32 devices; found 8"):
         sharding.make_mesh(4, 8)
-    assert sharding.parse("model=4,data=2") == (2, 4)
+    assert sharding.parse_mesh("model=4,data=2") == (2, 4)
     for text in ("", "model", "model=0", "rows=2", "data=2;model=4"):
         with pytest.raises(DominoError, match="data=2,model=4"):
-            sharding.parse(text)
+            sharding.parse_mesh(text)
 
 
 @pytest.mark.slow

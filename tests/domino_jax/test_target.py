@@ -14,7 +14,7 @@ import torch
 from domino_jax import cache as kv
 from domino_jax import decode, target
 from domino_jax.config import TargetConfig
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 
 TOLERANCE = 1e-4
 CLOSE = 2e-5  # between two orders of the same float32 sums
@@ -104,7 +104,7 @@ def test_chunks_through_the_cache_are_one_piece(model, pieces):
     config, params = model
     tokens, taps = ids(2, 13), (0, 2)
     whole, whole_features, _ = forward(params, config, tokens, None, None, taps)
-    cache, at, hidden, features = kv.init(config, 2, 16, jnp.float32), 0, [], []
+    cache, at, hidden, features = kv.init_cache(config, 2, 16, jnp.float32), 0, [], []
     for size in pieces:
         start = np.full(2, at, np.int32)
         h, f, cache = forward(params, config, tokens[:, at : at + size], start, cache, taps)
@@ -120,7 +120,7 @@ def test_rows_step_from_positions_of_their_own_and_overwrite_what_was_rejected(m
     tokens = ids(3, 12)
     lengths = np.array([2, 7, 11], np.int32)
     whole, _, _ = forward(params, config, tokens)
-    cache = kv.init(config, 3, 16, jnp.float32)
+    cache = kv.init_cache(config, 3, 16, jnp.float32)
     # Fill all rows to the end, as a rejected block does: positions from lengths[b] on are stale.
     _, _, cache = forward(params, config, ids(3, 12, seed=9), np.zeros(3, np.int32), cache)
     _, _, cache = forward(params, config, tokens, np.zeros(3, np.int32), cache)
@@ -132,7 +132,7 @@ def test_rows_step_from_positions_of_their_own_and_overwrite_what_was_rejected(m
 
 
 def test_prefill_in_small_chunks_is_prefill_in_one(monkeypatch):
-    """`decode.begin` over prompts of 1 to 40 tokens: both caches, the first token, against the forward pass."""
+    """`decode.prefill_batch` over prompts of 1 to 40 tokens: both caches, the first token, against the forward pass."""
     pair = factory.Pair.make()
     named = pair.reference()[:2]
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (1, 16, 17, 40)]
@@ -155,7 +155,7 @@ def test_prefill_in_small_chunks_is_prefill_in_one(monkeypatch):
 def test_a_prompt_may_end_anywhere_in_a_chunk(monkeypatch):
     """The first token of each length 1 ... 17, in chunks of 8, against the row alone in one piece."""
     pair = factory.Pair.make()
-    configs, params = Configs(pair.configs.target), Params(pair.params.target)
+    configs, params = DecodeConfig(pair.configs.target), Params(pair.params.target)
     row = ids(1, 17)[0]
     prompts = [row[:n].tolist() for n in range(1, 18)]
     hidden, _, _ = forward(params.target, configs.target, row[None])
@@ -168,13 +168,13 @@ def test_a_prompt_may_end_anywhere_in_a_chunk(monkeypatch):
 
 def test_buckets_are_powers_of_two():
     sizes = {1: 128, 127: 128, 128: 128, 129: 256, 256: 256, 257: 512, 40960: 65536}
-    assert {n: kv.bucket(n) for n in sizes} == sizes
+    assert {n: kv.length_bucket(n) for n in sizes} == sizes
 
 
 def test_growing_keeps_what_was_there(model):
     config, params = model
     tokens = ids(2, 12)
-    _, _, small = forward(params, config, tokens, np.zeros(2, np.int32), kv.init(config, 2, 16, jnp.float32))
+    _, _, small = forward(params, config, tokens, np.zeros(2, np.int32), kv.init_cache(config, 2, 16, jnp.float32))
     large = kv.resize(small, 48)
     assert (small.capacity, large.capacity) == (16, 48)
     for a, b in zip(jax.device_get(jax.tree.leaves(small)), jax.device_get(jax.tree.leaves(large)), strict=True):
@@ -189,15 +189,17 @@ def test_growing_keeps_what_was_there(model):
 def test_append_writes_one_layer_at_each_rows_own_start():
     config = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
     rng = np.random.default_rng(0)
-    cache = kv.init(config, 2, 16, jnp.float32)
+    cache = kv.init_cache(config, 2, 16, jnp.float32)
     new = jnp.asarray(rng.normal(size=(2, 3, config.num_key_value_heads, config.head_dim)), jnp.float32)
     starts = [1, 13]
-    written = jax.device_get(kv.append(cache, 1, new, -new, jnp.asarray(starts, jnp.int32)))
+    written = jax.device_get(kv.append_kv(cache, 1, new, -new, jnp.asarray(starts, jnp.int32)))
     assert not written.k[0].any() and not written.v[0].any()
     for row, start in enumerate(starts):
         expected = np.zeros(cache.k[1].shape[1:], np.float32)
         expected[:, start : start + 3] = np.asarray(new[row]).swapaxes(0, 1)
         np.testing.assert_array_equal(written.k[1][row], expected)
         np.testing.assert_array_equal(written.v[1][row], -expected)
-    single = kv.append(kv.init(config, 1, 16, jnp.float32), 1, new[1:], -new[1:], jnp.asarray(starts[1:], jnp.int32))
+    single = kv.append_kv(
+        kv.init_cache(config, 1, 16, jnp.float32), 1, new[1:], -new[1:], jnp.asarray(starts[1:], jnp.int32)
+    )
     np.testing.assert_array_equal(np.asarray(single.k[1])[0], written.k[1][1])  # the B = 1 shortcut

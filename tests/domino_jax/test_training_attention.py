@@ -63,7 +63,7 @@ def program(window: int | None, form: Any, remat: bool = False) -> Any:
 
     def run(given: list[Any], places: Any, first: Any) -> Any:
         def loss(q: Any, own_k: Any, own_v: Any, k: Any, v: Any) -> Any:
-            attend = partial(training_attention.attend, window=window, form=form)
+            attend = partial(training_attention.attend_blocks, window=window, form=form)
             out = (jax.checkpoint(attend) if remat else attend)(q, (own_k, own_v), (k, v), places, first)
             return (out * given[5]).sum(dtype=jnp.float32), out
 
@@ -150,7 +150,7 @@ def test_what_is_visited_is_what_is_seen():
 def test_anchors_come_in_order_so_that_tiles_see_no_more_than_half():
     """As drawn, a tile of neighbours visits what its last anchor allows; those that are no anchors see nothing."""
     mask = jnp.ones((2, 512), bool) & (jnp.arange(512) < jnp.asarray([[512], [20]]))
-    drawn, valid = map(np.asarray, jax.jit(anchors.draw, static_argnums=2)(jax.random.key(0), mask, 64))
+    drawn, valid = map(np.asarray, jax.jit(anchors.draw_anchors, static_argnums=2)(jax.random.key(0), mask, 64))
     assert (np.diff(drawn) >= 0).all()
     assert valid.sum(axis=1).tolist() == [64, 19]
     assert not drawn[~valid].any() and sorted(drawn[1][valid[1]]) == list(range(19))
@@ -173,8 +173,8 @@ def test_on_a_mesh_each_device_has_its_own_rows_and_heads():
     alone = differentiated(given, *bounds, window, "pallas")
     letters = ["B A M N H", *["B A M K H"] * 2, *["B S K H"] * 2, "B A M N H"]
     with jax.set_mesh(sharding.make_mesh(1, 2, fsdp=2)):
-        placed = [sharding.put(x, names) for x, names in zip(given, letters, strict=True)]
-        spread = [sharding.put(x, "B A") for x in bounds]
+        placed = [sharding.shard_copy(x, names) for x, names in zip(given, letters, strict=True)]
+        spread = [sharding.shard_copy(x, "B A") for x in bounds]
         run = program(window, "pallas", remat=True).lower(placed, *spread).compile()
         found = run(placed, *spread)
     for name in NAMES:
@@ -195,7 +195,9 @@ def test_it_lowers_for_tpus_and_no_scores_exist_outside_of_it(heads, kv_heads, l
     places = jax.ShapeDtypeStruct((1, count), jnp.int32)
 
     def loss(q: Any, own_k: Any, own_v: Any, k: Any, v: Any, places: Any, first: Any) -> Any:
-        out = training_attention_tpu.attend(q, (own_k, own_v), (k, v), places, first, window, interpret=False)
+        out = training_attention_tpu.attend_blocks_tpu(
+            q, (own_k, own_v), (k, v), places, first, window, interpret=False
+        )
         return out.astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss, argnums=tuple(range(5)))).trace(*given, places, places)
@@ -207,22 +209,27 @@ def test_it_lowers_for_tpus_and_no_scores_exist_outside_of_it(heads, kv_heads, l
 
 
 def test_what_cannot_run_here_is_refused(monkeypatch):
-    assert [training_attention.choose("auto", CONFIG, n, jnp.bfloat16) for n in (32, 33)] == ["dense", "chunked"]
+    assert [training_attention.resolve_block_backend("auto", CONFIG, n, jnp.bfloat16) for n in (32, 33)] == [
+        "dense",
+        "chunked",
+    ]
     with pytest.raises(DominoError, match=r"Pallas kernel needs a TPU, found cpu: .* auto or chunked"):
-        training_attention.choose("pallas", CONFIG, 256, jnp.bfloat16)
+        training_attention.resolve_block_backend("pallas", CONFIG, 256, jnp.bfloat16)
 
     class Tpu:
         platform, device_kind = "tpu", "TPU v5 lite"
 
     monkeypatch.setattr(jax, "devices", lambda: [Tpu])
-    assert training_attention.choose("pallas", CONFIG, 256, jnp.bfloat16) == "pallas"
-    assert training_attention.choose("auto", CONFIG, 256, jnp.bfloat16) == "chunked", "nobody has measured the kernel"
+    assert training_attention.resolve_block_backend("pallas", CONFIG, 256, jnp.bfloat16) == "pallas"
+    assert training_attention.resolve_block_backend("auto", CONFIG, 256, jnp.bfloat16) == "chunked", (
+        "nobody has measured the kernel"
+    )
 
 
 def test_compiled_on_a_device(monkeypatch):
     """On a TPU, at sizes and in the type that training has there."""
     try:
-        training_attention.choose("pallas", CONFIG, 256, jnp.bfloat16)
+        training_attention.resolve_block_backend("pallas", CONFIG, 256, jnp.bfloat16)
     except DominoError as error:
         pytest.skip(str(error))
     for name, value in (("ROWS", 512), ("KEYS", 512), ("LANES", 128)):

@@ -124,15 +124,15 @@ def test_half_of_a_place_is_refused(given, says, monkeypatch):
     for name in processes.VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(DominoError) as error:
-        processes.settle(*given)
+        processes.resolve_processes(*given)
     assert says in str(error.value)
 
 
 def test_the_environment_counts_where_flags_are_silent(monkeypatch):
     for name, value in zip(processes.VARIABLES.values(), ("there:9", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
-    assert processes.settle(None, None, None) == processes.Hosts("there:9", 4, 3)
-    assert processes.settle(None, None, 1) == processes.Hosts("there:9", 4, 1)
+    assert processes.resolve_processes(None, None, None) == processes.ProcessConfig("there:9", 4, 3)
+    assert processes.resolve_processes(None, None, 1) == processes.ProcessConfig("there:9", 4, 1)
     monkeypatch.setenv("JAX_PROCESS_ID", "three")
     with pytest.raises(DominoError, match="whole numbers"):
-        processes.settle(None, None, None)
+        processes.resolve_processes(None, None, None)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from tiny import TARGET, make_tokenizer
 
-from convert.loading import Loaded
+from convert.loading import LoadedModel
+from domino_jax.sampling import SamplingParams
 from infer import auto, engine
-from infer.auto import ENOUGH, FIRST_GUESS, FIRST_PROBE, TIMINGS, Acceptance, Chooser, calibrate, candidates
-from infer.engine import Engine, Sequence, Settings
+from infer.auto import ENOUGH, FIRST_GUESS, FIRST_PROBE, TIMINGS, AcceptanceEstimate, Chooser, calibrate, candidates
+from infer.engine import Engine, Sequence
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -27,13 +28,13 @@ def test_candidates_are_few_and_reach_from_one_to_all():
 
 
 def test_a_cycle_of_few_drafts_tells_nothing_about_later_ones():
-    few = Acceptance(5)
+    few = AcceptanceEstimate(5)
     few.add([2] * 100, drafts=2)  # all that were proposed
     assert few.tried.tolist()[2:] == few.stood.tolist()[2:] == [0, 0, 0]
     gains = np.diff(few.expected())
     assert gains[0] > 0.98
     np.testing.assert_allclose(gains[2:] / gains[1:-1], gains[1] / gains[0], rtol=0.02)  # the last chance goes on
-    rejected = Acceptance(5)
+    rejected = AcceptanceEstimate(5)
     rejected.add([2] * 100, drafts=3)
     assert np.diff(rejected.expected())[2] < 0.02
 
@@ -42,7 +43,7 @@ def test_mixed_cycles_estimate_what_whole_blocks_give(monkeypatch):
     monkeypatch.setattr(auto, "HALF_LIFE", float("inf"))
     rng = np.random.default_rng(0)
     chances = np.array([0.9, 0.5, 0.8, 0.6])
-    known = Acceptance(4)
+    known = AcceptanceEstimate(4)
     for drafts in rng.integers(1, 5, 4000):
         accepted = np.cumprod(rng.random(drafts) < chances[:drafts]).sum()
         known.add([int(accepted)], int(drafts))
@@ -50,7 +51,7 @@ def test_mixed_cycles_estimate_what_whole_blocks_give(monkeypatch):
 
 
 def test_before_anything_is_seen_there_is_a_guess_and_old_news_fades():
-    known = Acceptance(3)
+    known = AcceptanceEstimate(3)
     np.testing.assert_allclose(np.diff(known.expected()), FIRST_GUESS ** np.arange(1, 4))
     known.add([3] * 2000, 3)
     assert known.expected()[3] > 3.9
@@ -61,7 +62,7 @@ def test_before_anything_is_seen_there_is_a_guess_and_old_news_fades():
 
 def make(times: dict[int, float], rejected: float = 0.0, seen: int = 200) -> Chooser:
     """A chooser after `seen` cycles of whole blocks, a share of them rejected at once and the others accepted."""
-    known = Acceptance(max(times))
+    known = AcceptanceEstimate(max(times))
     if seen:
         known.add([0] * round(seen * rejected) + [max(times)] * round(seen * (1 - rejected)), max(times))
     return Chooser(times, known)
@@ -192,10 +193,10 @@ SCRIPT = [(4, 1), (2, 2), (4, 1), (0, 8)]
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     """A drafter that is often right, and a tokenizer of bytes."""
     pair = factory.good_pair(replace(TARGET, tie_word_embeddings=False), 3, num_hidden_layers=1)
-    return Loaded(pair.configs, pair.params, make_tokenizer(), (), jnp.dtype(jnp.float32), (), 0.0)
+    return LoadedModel(pair.configs, pair.params, make_tokenizer(), (), jnp.dtype(jnp.float32), (), 0.0)
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def scripted(monkeypatch):
 
 
 def generate(
-    running: Engine, limits: list[int], choose: Settings | None = None, speculative: bool = True, stop: str = ""
+    running: Engine, limits: list[int], choose: SamplingParams | None = None, speculative: bool = True, stop: str = ""
 ) -> list[Sequence]:
     rows = list(zip(PROMPTS, limits, strict=True))
     stops = (stop,) if stop else ()
@@ -229,7 +230,7 @@ def test_changes_of_the_choice_and_its_giving_up_in_mid_answer_change_no_token(l
     limits = [40, 33, 9]
     plain = generate(Engine(loaded), limits, speculative=False)
     assert len(set(plain[0].tokens)) > 10, "looping output would hide errors"
-    chosen = generate(Engine(loaded, auto=True), limits, Settings(temperature))
+    chosen = generate(Engine(loaded, auto=True), limits, SamplingParams(temperature))
     assert [s.tokens for s in chosen] == [s.tokens for s in plain]
     assert [s.finish_reason for s in chosen] == ["length"] * 3
     drafts = [[len(cycle.drafts) for cycle in s.cycles] for s in chosen]
@@ -293,7 +294,7 @@ def test_calibration_leaves_the_state_as_it_was(loaded, monkeypatch, length):
     monkeypatch.setattr(auto, "BUDGET", 0.0)
     monkeypatch.setattr(Chooser, "next", lambda self, active, longest: (setattr(self, "drafts", 3), (3, longest))[1])
     monkeypatch.setitem(globals(), "PROMPTS", [[99] * length, *PROMPTS[1:]])
-    limits, hot = [40, 1, 21], Settings(temperature=1.0)
+    limits, hot = [40, 1, 21], SamplingParams(temperature=1.0)
     fixed = replace(loaded, configs=replace(loaded.configs, drafts=3))
     expected, measured = (generate(Engine(of, auto=of is loaded), limits, hot) for of in (fixed, loaded))
     assert [(s.tokens, s.accepted) for s in measured] == [(s.tokens, s.accepted) for s in expected]

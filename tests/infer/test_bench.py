@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import REPEATING, TARGET, make_draft, make_target
 
-from domino_jax.runtime.provenance import distinct
+from domino_jax.runtime.provenance import distinct_ngrams
 from infer.bench import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -68,6 +68,6 @@ def test_refusals(words, capsys, more, says):
 
 
 def test_distinct_4_grams():
-    assert distinct(list(range(20))) == 1
-    assert distinct([1, 2] * 10) == pytest.approx(2 / 17)
-    assert distinct([1, 2, 3]) == 1
+    assert distinct_ngrams(list(range(20))) == 1
+    assert distinct_ngrams([1, 2] * 10) == pytest.approx(2 / 17)
+    assert distinct_ngrams([1, 2, 3]) == 1

@@ -11,19 +11,19 @@ import pytest
 from tiny import DRAFT, REPEATING, TARGET, make_target
 
 from convert import shapes
-from convert.loading import Loaded
+from convert.loading import LoadedModel
 from convert.shapes import SHAPES, Shape
 from domino_jax import decode, prepare, verify, weights
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
-from domino_jax.sampling import settings
+from domino_jax.sampling import SamplingParams, settings
 from domino_jax.weights import flatten
 from infer.bench import main as bench
 from infer.bench import plots, roofline, sweep
 from infer.bench.report import PHASES
 from infer.bench.shapes import load_random
 from infer.bench.sweep import differences
-from infer.engine import Engine, Settings
+from infer.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,7 +45,7 @@ def small(monkeypatch):
 def unphased(monkeypatch):
     """Without timing the phases, whose programs are most of what is compiled: each takes 1 ms."""
 
-    def phases(view: Loaded, *_: Any) -> dict[str, float]:
+    def phases(view: LoadedModel, *_: Any) -> dict[str, float]:
         return {f"{name}_ms": 1.0 for name in (PHASES if view.configs.draft else ("target",))}
 
     monkeypatch.setattr(sweep, "phases", phases)
@@ -59,7 +59,7 @@ def run(words: list[str], out) -> list[dict[str, Any]]:
 def test_the_shapes_of_the_table_have_the_parameters_of_their_names():
     for name, (target, draft) in SHAPES.items():
         if name.startswith("qwen3"):
-            held = jax.tree.leaves(weights.shapes(target))
+            held = jax.tree.leaves(weights.weight_shapes(target))
             size = float(name.split("-")[1].removesuffix("b")) * 1e9
             assert sum(x.size for x in held) == pytest.approx(size, rel=0.06), name
             assert (draft.num_proposals, draft.num_hidden_layers, len(draft.target_layer_ids)) == (16, 5, 5)
@@ -68,9 +68,9 @@ def test_the_shapes_of_the_table_have_the_parameters_of_their_names():
 
 def test_random_weights_are_made_in_their_dtype_and_are_sane():
     loaded = load_random("tiny", dtype="bfloat16")
-    assert loaded.configs == Configs(TARGET, DRAFT) and loaded.stop_ids == () and loaded.tokenizer is None
+    assert loaded.configs == DecodeConfig(TARGET, DRAFT) and loaded.stop_ids == () and loaded.tokenizer is None
     for module, config in ((loaded.params.target, TARGET), (loaded.params.draft, DRAFT)):
-        expected = flatten(weights.shapes(config, jnp.bfloat16))
+        expected = flatten(weights.weight_shapes(config, jnp.bfloat16))
         found = {path: leaf for path, leaf in flatten(module).items() if not path.startswith("head.")}
         for path, leaf in expected.items():  # the head is made ready for decoding
             assert path.startswith("head.") or (leaf.shape, leaf.dtype) == (found[path].shape, found[path].dtype), path
@@ -99,7 +99,7 @@ def test_simulated_counts_have_the_stated_mean(tau):
     emitted = jnp.ones(3, jnp.int32)
     seen = []
     for _ in range(200):
-        seen.append(np.asarray(verify.simulated(tau, emitted)))
+        seen.append(np.asarray(verify.simulated_acceptance(tau, emitted)))
         emitted = emitted + seen[-1] + 1
     assert np.min(seen) >= int(tau) - 1 and np.max(seen) <= np.ceil(tau) - 1
     assert np.mean(seen, axis=0) + 1 == pytest.approx([tau] * 3, abs=0.006)
@@ -141,14 +141,14 @@ def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     told = dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, simulated_tau=2.5))
     for temperature in (0.0, 1.0):
         sequence, _ = Engine(told).sequence([1, 2, 3], 21)
-        Engine(told).generate([sequence], Settings(temperature))
+        Engine(told).generate([sequence], SamplingParams(temperature))
         assert len(sequence.tokens) == 21 and sequence.accepted == [2, 1] * 4
 
     stop = jnp.zeros(0, jnp.int32)
     counts = []
     for configs in (loaded.configs, told.configs):
         keys = jax.random.split(jax.random.key(0), 1)
-        state = decode.begin(loaded.params, configs, [[1, 2]], keys, [9], settings(1), stop, loaded.dtype)
+        state = decode.prefill_batch(loaded.params, configs, [[1, 2]], keys, [9], settings(1), stop, loaded.dtype)
         program = decode.speculate.lower(loaded.params, configs, state, stop, 8, True).compile()
         cost: Any = program.cost_analysis()
         counts.append(cost["flops"])
@@ -193,9 +193,9 @@ def test_each_curve_is_named_by_what_differs_from_the_others():
 def test_floors_at_8b_are_those_of_the_spec():
     """SPEC section 8, from shapes alone: GB a cycle reads, and 1.30 plain steps for a cycle."""
     target, draft = SHAPES["qwen3-8b"]
-    params = Params(weights.shapes(target, jnp.bfloat16), weights.shapes(draft, jnp.bfloat16))
-    lean = roofline.work(Configs(target), Params(params.target), batch=1, context=0)["target"]
-    cycle = roofline.work(Configs(target, draft), params, batch=1, context=0)
+    params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
+    lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
+    cycle = roofline.work(DecodeConfig(target, draft), params, batch=1, context=0)
     gb = {name: work.bytes / 1e9 for name, work in cycle.items()}
     assert gb["target"] == pytest.approx(15.1, abs=0.05)
     assert gb["draft"] == pytest.approx(1.93 + 1.24, abs=0.01)
@@ -213,42 +213,45 @@ def test_floors_at_8b_are_those_of_the_spec():
 def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
     """SPEC section 8 says 1.22 and 1.11, without the logits that phases hand over and k and v read twice."""
     target, draft = SHAPES["qwen3-8b"]
-    params = Params(weights.shapes(target, jnp.bfloat16), weights.shapes(draft, jnp.bfloat16))
-    lean = roofline.work(Configs(target), Params(params.target), batch=1, context=0)["target"]
+    params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
+    lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
     if kind:
         params = jax.eval_shape(lambda p: prepare.quantize(p, draft, kind), params)
-    cycle = roofline.work(Configs(target, draft, candidates=candidates), params, batch=1, context=0)
+    cycle = roofline.work(DecodeConfig(target, draft, candidates=candidates), params, batch=1, context=0)
     assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.003)
 
 
 def test_floors_of_experts_are_those_that_tokens_choose():
     """30B-A3B: 3.3 billion parameters active in a token, of which the embedding's rows are not read."""
     target, draft = SHAPES["qwen3-30b-a3b"]
-    params = Params(weights.shapes(target, jnp.bfloat16), weights.shapes(draft, jnp.bfloat16))
-    lean = roofline.work(Configs(target), Params(params.target), batch=1, context=0)["target"]
+    params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
+    lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
     assert lean.bytes / 2 == pytest.approx(3.3e9 - 151936 * 2048, rel=0.03)
     assert lean.flops == pytest.approx(2 * (lean.bytes / 2), rel=0.001)
-    cycle = roofline.work(Configs(target, draft), params, batch=1, context=0)["target"]
+    cycle = roofline.work(DecodeConfig(target, draft), params, batch=1, context=0)["target"]
     assert cycle.flops == pytest.approx(17 * lean.flops, rel=0.01)
     expert = 3 * 2048 * 768 * 2 * 48  # bytes of one expert of every layer
     read = (cycle.bytes - lean.bytes) / expert + 8
     assert read == pytest.approx(128 * (1 - (15 / 16) ** 17), rel=0.01)  # 85 of 128 in a block of 17 tokens
-    most = roofline.work(Configs(target), Params(params.target), batch=4096, context=0)["target"]
+    most = roofline.work(DecodeConfig(target), Params(params.target), batch=4096, context=0)["target"]
     assert most.bytes == pytest.approx(lean.bytes + 120 * expert, rel=0.01)
 
 
 def test_floors_grow_with_context_and_batch_and_shrink_with_the_mesh():
     target, draft = SHAPES["qwen3-8b"]
-    configs = Configs(target, draft)
-    params = Params(weights.shapes(target, jnp.bfloat16), weights.shapes(draft, jnp.bfloat16))
+    configs = DecodeConfig(target, draft)
+    params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
     one, longer, more = (roofline.work(configs, params, *size) for size in ((1, 0), (1, 1000), (4, 1000)))
     cached = 2 * 36 * 8 * 128 * 1000 * 2  # k and v of 1000 positions
     assert longer["target"].bytes - one["target"].bytes == cached
     assert more["target"].bytes - longer["target"].bytes == pytest.approx(3 * cached, rel=0.02)
     assert more["head"].flops == 4 * one["head"].flops
 
-    parts, whole = load_random("wide", mesh=(2, 2)), Params(weights.shapes(WIDE), weights.shapes(WIDE_DRAFT))
-    alone = roofline.work(Configs(WIDE, WIDE_DRAFT), whole, 4, 100)["target"]
+    parts, whole = (
+        load_random("wide", mesh=(2, 2)),
+        Params(weights.weight_shapes(WIDE), weights.weight_shapes(WIDE_DRAFT)),
+    )
+    alone = roofline.work(DecodeConfig(WIDE, WIDE_DRAFT), whole, 4, 100)["target"]
     spread = roofline.work(parts.configs, parts.params, 4, 100, (2, 2))["target"]
     assert alone.bytes / 2 * 0.5 < spread.bytes < alone.bytes / 2 * 1.01
     assert spread.flops == pytest.approx(alone.flops / 4, rel=0.01)
@@ -292,7 +295,7 @@ def test_refusals_are_one_sentence(tmp_path, capsys, words, says):
 
 def test_a_simulated_acceptance_is_checked_without_the_command_too():
     with pytest.raises(DominoError, match=r"5\.5 can't be simulated"):
-        Configs(TARGET, DRAFT, simulated_tau=5.5)
+        DecodeConfig(TARGET, DRAFT, simulated_tau=5.5)
 
 
 def test_random_weights_are_compiled_once_a_shape():

@@ -12,26 +12,27 @@ import numpy as np
 import pytest
 from tiny import TARGET, make_tokenizer
 
-from convert.loading import Loaded
+from convert.loading import LoadedModel
 from domino_jax import cache as kv
 from domino_jax import decode, prepare, sharding
 from domino_jax.decode import Params
 from domino_jax.errors import DominoError
+from domino_jax.sampling import SamplingParams
 from infer import engine
 from infer.auto import Chooser
 from infer.conversation import Conversation
-from infer.engine import Engine, Sequence, Settings
+from infer.engine import Engine, Sequence
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LIMIT = 40
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     """A drafter that is often right, and a tokenizer of bytes."""
     target = replace(TARGET, tie_word_embeddings=False, max_position_embeddings=4096)
     pair = factory.good_pair(target, 3, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    return Loaded(pair.configs, pair.params, make_tokenizer(), (), jnp.dtype(jnp.float32), (), 0.0)
+    return LoadedModel(pair.configs, pair.params, make_tokenizer(), (), jnp.dtype(jnp.float32), (), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def assert_alike(ours: Conversation, theirs: Conversation) -> None:
             np.testing.assert_allclose(x[:1, :, :valid], y[:1, :, :valid], atol=1e-4, rtol=0)
 
 
-def check_talk(ours: Engine, theirs: Engine, speculative: bool = True, choose: Settings | None = None) -> None:
+def check_talk(ours: Engine, theirs: Engine, speculative: bool = True, choose: SamplingParams | None = None) -> None:
     """Every turn of a talk on `ours` gives what a fresh run on `theirs` gives, and leaves the same behind."""
     conversation, seen = Conversation(), []
 
@@ -102,11 +103,11 @@ def check_talk(ours: Engine, theirs: Engine, speculative: bool = True, choose: S
         seen.append((answer.reused, expected.reused, answer.accepted))
         return answer
 
-    reach = (ours.loaded.configs if speculative else ours.loaded.configs.lean).reach
+    reach = (ours.loaded.configs if speculative else ours.loaded.configs.without_drafter).lookahead
     exactly = 0
     for (reused, alone, _), (prompt, held) in zip(seen, talk(say), strict=True):
         assert alone == 0
-        assert reused == decode.chunks(len(prompt), held, kv.bucket(len(prompt) + reach)).start
+        assert reused == decode.prefill_chunks(len(prompt), held, kv.length_bucket(len(prompt) + reach)).start
         exactly += 0 < reused == held
     assert exactly >= 3
     if speculative:
@@ -123,7 +124,7 @@ def test_every_turn_gives_what_a_fresh_run_of_its_ids_gives(loaded, fresh, specu
 
 @pytest.mark.slow
 def test_samples_follow_the_seed_as_in_a_fresh_run(fresh):
-    conversation, choose = Conversation(), Settings(temperature=0.7, top_p=0.9)
+    conversation, choose = Conversation(), SamplingParams(temperature=0.7, top_p=0.9)
     first = turn(fresh, some(30, 1), conversation, choose=choose)
     prompt = [*first.ids, *some(20, 2)]
     second = turn(fresh, prompt, conversation, choose=choose)
@@ -162,10 +163,10 @@ def test_a_prompt_is_run_in_chunks_that_fit_and_cover_it():
         for longest, held in itertools.product((1, 2, 63, 64, 65, 100, 120, 700, 1000, 4000), (0, 1, 63, 90, 119, 999)):
             if held > longest or longest > capacity:
                 continue
-            chunks = decode.chunks(longest, held, capacity)
+            chunks = decode.prefill_chunks(longest, held, capacity)
             assert 0 <= chunks.start <= min(held, longest - 1) and chunks.stop <= capacity
             assert longest <= chunks.stop < longest + decode.LARGEST_CHUNK
-            afresh = decode.chunks(longest, 0, capacity)
+            afresh = decode.prefill_chunks(longest, 0, capacity)
             if chunks.start:
                 assert chunks.start == min(held, longest - 1) or chunks.stop == capacity
                 assert chunks.step in (decode.CONTINUED_CHUNK, decode.LARGEST_CHUNK)
@@ -176,7 +177,7 @@ def test_a_prompt_is_run_in_chunks_that_fit_and_cover_it():
 
 
 def test_several_rows_go_on_from_what_all_hold(loaded):
-    """`decode.begin` on the caches of another state: all rows from one position on, the shorter ones as well."""
+    """`decode.prefill_batch` on another state's caches: all rows from one position on, the shorter ones as well."""
     params, configs = loaded.params, loaded.configs
     prompts = [some(90, 1), some(40, 2), some(35, 3)]
     state = factory.begin(params, configs, prompts, 9)
@@ -184,19 +185,21 @@ def test_several_rows_go_on_from_what_all_hold(loaded):
     caches = decode.Caches(state.cache, state.context)
     keys = jax.random.split(jax.random.key(7), 3)
     stop, sampling = factory.NO_STOP, factory.settings(3)
-    more = decode.begin(params, configs, longer, keys, [20] * 3, sampling, stop, loaded.dtype, caches, 33)
+    more = decode.prefill_batch(params, configs, longer, keys, [20] * 3, sampling, stop, loaded.dtype, caches, 33)
     assert state.cache.k[0].is_deleted(), "what was held is donated"
     fresh = factory.begin(params, configs, longer, 20)
     assert factory.speculate(params, configs, more) == factory.speculate(params, configs, fresh)
 
 
-def spread(loaded: Loaded, data: int, model: int) -> Loaded:
+def spread(loaded: LoadedModel, data: int, model: int) -> LoadedModel:
     """The same model on a mesh."""
     mesh = sharding.make_mesh(data, model)
     target, draft = loaded.configs.target, loaded.configs.draft
     assert draft is not None
 
-    configs = replace(loaded.configs, target=sharding.fit(target, model), draft=sharding.fit(draft, model))
+    configs = replace(
+        loaded.configs, target=sharding.fit_to_mesh(target, model), draft=sharding.fit_to_mesh(draft, model)
+    )
     return replace(
         loaded,
         configs=configs,
@@ -416,7 +419,10 @@ def test_turns_compile_nothing_but_what_a_new_bucket_needs(loaded):
     for i in range(12):
         with factory.compilations() as compiled:
             answer = turn(running, ids, conversation, limit=16)
-        buckets = kv.bucket(len(ids) + loaded.configs.reach), kv.bucket(len(answer.ids) - 1 + loaded.configs.reach)
+        buckets = (
+            kv.length_bucket(len(ids) + loaded.configs.lookahead),
+            kv.length_bucket(len(answer.ids) - 1 + loaded.configs.lookahead),
+        )
         seen.append((buckets, bool(compiled)))
         assert answer.reused > 0 or i == 0
         ids = [*answer.ids[:-2], *some(5 + 2 * i, i)]

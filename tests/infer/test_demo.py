@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from convert import folders, hf
-from convert.registry import DEMO
+from convert.registry import DEMO_FOLDER
 from domino_jax import target
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.weights import flatten, unflatten
@@ -22,7 +22,7 @@ MEGABYTES = 40
 @pytest.fixture(scope="module", params=[32, pytest.param(160, marks=pytest.mark.slow)])
 def held_out(request, tmp_path_factory) -> Path:
     """The first of the held-out prompts, or all."""
-    lines = (DEMO / "prompts.jsonl").read_text().splitlines(keepends=True)
+    lines = (DEMO_FOLDER / "prompts.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 160
     file = tmp_path_factory.mktemp("demo") / "prompts.jsonl"
     file.write_text("".join(lines[: request.param]))
@@ -53,8 +53,8 @@ def lean(held_out) -> list[dict]:
 
 
 def test_it_is_small_and_fits_together():
-    assert sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file()) <= MEGABYTES * 10**6
-    config, draft = (folders.read_config(DEMO / name) for name in ("target", "draft"))
+    assert sum(f.stat().st_size for f in DEMO_FOLDER.rglob("*") if f.is_file()) <= MEGABYTES * 10**6
+    config, draft = (folders.read_config(DEMO_FOLDER / name) for name in ("target", "draft"))
     assert isinstance(config, TargetConfig) and isinstance(draft, DraftConfig) and draft.head
     assert check_pair(config, draft) == []
 
@@ -63,13 +63,13 @@ def test_transformers_loads_it_and_agrees():
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "target", dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(DEMO / "target")("def main():\n    return")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "target", dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(DEMO_FOLDER / "target")("def main():\n    return")["input_ids"]
     with torch.inference_mode():
         theirs = model(torch.tensor([ids])).logits.numpy()
-    config = folders.read_config(DEMO / "target")
+    config = folders.read_config(DEMO_FOLDER / "target")
     assert isinstance(config, TargetConfig)
-    params = folders.load(DEMO / "target", config, jnp.float32)
+    params = folders.load_weights(DEMO_FOLDER / "target", config, jnp.float32)
     hidden, _, _ = target.forward(params, config, jnp.asarray([ids]))
     np.testing.assert_allclose(np.asarray(target.logits(params, config, hidden)), theirs, atol=1e-4)
 
@@ -83,12 +83,12 @@ def test_drafts_change_nothing_and_are_accepted(held_out, drafted, lean):
 @pytest.mark.slow
 def test_the_head_helps(held_out, drafted, lean, tmp_path):
     """The same drafter without its head, as a plain DFlash folder, is accepted less."""
-    raw = hf.read_json(DEMO / "draft" / "config.json")
+    raw = hf.read_json(DEMO_FOLDER / "draft" / "config.json")
     kept = ("mask_token_id", "target_layer_ids", "shift_label")
     raw["dflash_config"] = {key: raw["dflash_config"][key] for key in kept}
-    with_head, plain = folders.read_config(DEMO / "draft"), hf.parse_config(raw)
-    leaves = flatten(folders.load(DEMO / "draft", with_head))
-    hf.save(tmp_path, unflatten(plain, leaves), plain, raw)
+    with_head, plain = folders.read_config(DEMO_FOLDER / "draft"), hf.parse_config(raw)
+    leaves = flatten(folders.load_weights(DEMO_FOLDER / "draft", with_head))
+    hf.save_hf(tmp_path, unflatten(plain, leaves), plain, raw)
     off = generate(held_out, "--draft", str(tmp_path))
     assert [row["tokens"] for row in off] == [row["tokens"] for row in lean]
     assert tau(drafted) > 1.2 * tau(off)

@@ -371,13 +371,13 @@ def test_show_drafts_shows_every_kept_token_and_a_legend(run):
 def test_interrupting_keeps_what_was_generated(run, monkeypatch):
     from infer import engine
 
-    grow = engine.decode.grow
+    grow = engine.decode.grow_caches
 
     def interrupt(*arguments: Any) -> Any:
         grow(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.decode, "grow", interrupt)
+    monkeypatch.setattr(engine.decode, "grow_caches", interrupt)
     result = run("x" * 120, "--max-new-tokens", "60", "--json")
     assert result.status == 130
     (row,) = result.rows

@@ -7,7 +7,7 @@ import pytest
 from tiny import MASK_ID, REPEATING, TARGET, make_draft, make_target
 
 from infer.bench import main, quality
-from infer.bench.questions import parse
+from infer.bench.questions import parse_questions
 from infer.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -73,15 +73,15 @@ def sweep(models, tmp_path):
     ],
 )
 def test_the_usual_formats_are_known_by_their_fields(row, turns):
-    question = parse(row, "here")
+    question = parse_questions(row, "here")
     assert list(question.turns) == turns and question.answers == len(turns)
     assert question.limit == row.get("max_new_tokens")
 
 
 def test_conversations_and_ids_are_taken_as_they_are():
     message = {"role": "user", "content": "Hi."}
-    assert parse({"messages": [message]}, "here").messages == (message,)
-    assert parse({"input_ids": [1, 2], "text": "the answer"}, "here").ids == (1, 2)
+    assert parse_questions({"messages": [message]}, "here").messages == (message,)
+    assert parse_questions({"input_ids": [1, 2], "text": "the answer"}, "here").ids == (1, 2)
 
 
 @pytest.mark.slow

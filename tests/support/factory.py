@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from convert.names import entries
 from domino_jax import decode, prepare, sharding, weights
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig
-from domino_jax.decode import Configs, DecodeState, Emitted, Params
+from domino_jax.decode import DecodeConfig, DecodeState, Emitted, Params
 from domino_jax.sampling import Sampling, settings
 
 NO_STOP = jnp.full(1, -1, jnp.int32)
@@ -86,7 +86,7 @@ def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
     """A module spread over a mesh."""
     letters = weights.flatten(weights.axes(config))
     leaves = {
-        path: sharding.spread(np.asarray(leaf).__getitem__, letters[path].split(), leaf.shape, config, mesh)
+        path: sharding.shard_stored(np.asarray(leaf).__getitem__, letters[path].split(), leaf.shape, config, mesh)
         for path, leaf in weights.flatten(module).items()
     }
     return weights.unflatten(config, leaves)
@@ -115,13 +115,13 @@ class Pair(NamedTuple):
     """A target, a drafter for it, and all their forms."""
 
     params: Params
-    configs: Configs
+    configs: DecodeConfig
 
     @classmethod
     def make(cls, draft: DraftConfig | None = None, target: TargetConfig = TARGET, seed: int = 0) -> "Pair":
         draft = draft or draft_config(target)
         params = Params(random_weights(target, seed), random_weights(draft, seed + 1))
-        return cls(params, Configs(target, draft))
+        return cls(params, DecodeConfig(target, draft))
 
     def reference(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
         """What tests/reference.py takes: target weights and config, draft weights and config."""
@@ -188,16 +188,16 @@ def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> P
 
 def begin(
     params: Params,
-    configs: Configs,
+    configs: DecodeConfig,
     prompts: Sequence[Sequence[int]],
     limits: int | Sequence[int],
     stop: Array = NO_STOP,
     sampling: Sampling | None = None,
     keys: Array | None = None,
 ) -> DecodeState:
-    """`decode.begin` with what most tests want: greedy, one limit, caches of the weights' dtype."""
+    """`decode.prefill_batch` with what most tests want: greedy, one limit, caches of the weights' dtype."""
     batch = len(prompts)
-    return decode.begin(
+    return decode.prefill_batch(
         params,
         configs,
         [list(p) for p in prompts],
@@ -227,7 +227,7 @@ def finish(state: DecodeState, dispatch: Dispatch, reach: int = 2) -> list[Outpu
         dispatches += 1
         assert dispatches < 100, "rows that never end"
         if int(jax.device_get(state.length)[~done].max()) + reach > state.cache.capacity:
-            state = decode.grow(state, 2 * state.cache.capacity)
+            state = decode.grow_caches(state, 2 * state.cache.capacity)
         state, emitted = dispatch(state)
         emitted = jax.device_get(emitted)
         assert emitted.cycles > 0, "a dispatch with work and room did nothing"
@@ -242,14 +242,24 @@ def finish(state: DecodeState, dispatch: Dispatch, reach: int = 2) -> list[Outpu
 
 
 def speculate(
-    params: Params, configs: Configs, state: DecodeState, stop: Array = NO_STOP, cycles: int = 8, greedy: bool = True
+    params: Params,
+    configs: DecodeConfig,
+    state: DecodeState,
+    stop: Array = NO_STOP,
+    cycles: int = 8,
+    greedy: bool = True,
 ) -> list[Output]:
     """All rows to their ends by Domino cycles."""
-    return finish(state, lambda s: decode.speculate(params, configs, s, stop, cycles, greedy), configs.reach)
+    return finish(state, lambda s: decode.speculate(params, configs, s, stop, cycles, greedy), configs.lookahead)
 
 
 def autoregress(
-    params: Params, configs: Configs, state: DecodeState, stop: Array = NO_STOP, cycles: int = 8, greedy: bool = True
+    params: Params,
+    configs: DecodeConfig,
+    state: DecodeState,
+    stop: Array = NO_STOP,
+    cycles: int = 8,
+    greedy: bool = True,
 ) -> list[Output]:
     """All rows to their ends by the lean loop."""
     return finish(state, lambda s: decode.autoregress(params, configs, s, stop, cycles, greedy))
@@ -282,9 +292,9 @@ def oracle_loop() -> Callable[..., tuple[DecodeState, Emitted]]:
 
     @partial(jax.jit, static_argnums=(2, 5))
     def run(
-        table: Array, params: Params, configs: Configs, state: DecodeState, stop: Array, cycles: int
+        table: Array, params: Params, configs: DecodeConfig, state: DecodeState, stop: Array, cycles: int
     ) -> tuple[DecodeState, Emitted]:
-        def propose(params: Params, configs: Configs, state: DecodeState, keys: Array | None):
+        def propose(params: Params, configs: DecodeConfig, state: DecodeState, keys: Array | None):
             assert configs.draft is not None and keys is None
             places = state.length[:, None] + 1 + jnp.arange(configs.proposals, dtype=jnp.int32)
             return jnp.take_along_axis(table, places, axis=1), None, state.context

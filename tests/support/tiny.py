@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from convert.hf import save, write_json
+from convert.hf import save_hf, write_json
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
-from domino_jax.weights import init
+from domino_jax.weights import init_weights
 
 END, CHAT_START, CHAT_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 SPECIALS = (END, CHAT_START, CHAT_END, MASK)  # ids 0 to 3; byte b is id 4 + b's place in the byte alphabet
@@ -74,7 +74,7 @@ def make_target(
 ) -> TargetConfig:
     """Write a random target; `changes` are to TARGET's fields, `eos` goes to generation_config.json."""
     config = replace(TARGET, **changes)
-    save(folder, init(config, jax.random.key(seed), std=std), config, config.to_hf())
+    save_hf(folder, init_weights(config, jax.random.key(seed), std=std), config, config.to_hf())
     if tokenizer:
         make_tokenizer(template).save_pretrained(folder)
     if eos is not None:
@@ -85,5 +85,5 @@ def make_target(
 def make_draft(folder: Path, seed: int = 1, std: float = 0.2, **changes: Any) -> DraftConfig:
     """Write a random drafter for `make_target`'s target; `changes` are to DRAFT's fields."""
     config = replace(DRAFT, **changes)
-    save(folder, init(config, jax.random.key(seed), std=std), config, config.to_hf())
+    save_hf(folder, init_weights(config, jax.random.key(seed), std=std), config, config.to_hf())
     return config

@@ -66,7 +66,7 @@ def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     assert [row["kind"] for row in rows] == list(ablation.KINDS)
     assert rows[0]["base_tau"] is None if "base_tau" in rows[0] else True
     for kind, head, start in (("dflash", False, 1.0), ("joint", True, 0.0), ("curriculum", True, 1.0)):
-        settings = config.flat(config.read(tmp_path / "runs" / f"{kind}-0" / "settings.toml"))
+        settings = config.flat(config.read_recipe(tmp_path / "runs" / f"{kind}-0" / "settings.toml"))
         assert (settings["head"], settings["lambda_base_start"]) == (head, start)
     assert (tmp_path / "runs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "runs" / "ablation.md").read_text() in capfd.readouterr().out

@@ -17,7 +17,7 @@ from convert import hf
 from domino_jax import target
 from domino_jax.config import DraftConfig
 from domino_jax.errors import DominoError
-from domino_jax.weights import init
+from domino_jax.weights import init_weights
 from train.features import capture, shards, store
 from train.features.store import Features
 
@@ -51,7 +51,7 @@ def corpus(monkeypatch):
     """What the command reads in place of a file."""
     made = make_corpus()
     monkeypatch.setattr(capture, "read_corpus", lambda *_: made)
-    monkeypatch.setattr(shards.plan, "__kwdefaults__", {"shard_bytes": SHARD_BYTES})
+    monkeypatch.setattr(shards.plan_shards, "__kwdefaults__", {"shard_bytes": SHARD_BYTES})
     return made
 
 
@@ -70,7 +70,7 @@ def captured(folder, corpus, tmp_path):
 def online(folder, corpus, dtype, rows) -> tuple[np.ndarray, np.ndarray]:
     """Features and final states as a training step computes them from a batch."""
     config = tiny.TARGET
-    frozen = hf.load(folder, config, dtype)
+    frozen = hf.load_hf(folder, config, dtype)
     forward = jax.jit(lambda frozen, ids: target.forward(frozen, config, ids, taps=TAPS)[:2])
     states, tapped = forward(frozen, jnp.asarray(corpus.ids[rows]))
     return np.asarray(tapped), np.asarray(states)
@@ -269,13 +269,13 @@ def test_features_of_something_else_are_refused(folder, captured, corpus, tmp_pa
 def test_the_identity_is_the_weights_and_not_their_files(folder, tmp_path, monkeypatch):
     identity = store.identity(folder)
     config = tiny.TARGET
-    module = init(config, jax.random.key(0), std=0.2)
+    module = init_weights(config, jax.random.key(0), std=0.2)
     monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
-    hf.save(tmp_path / "sharded", module, config, config.to_hf())
+    hf.save_hf(tmp_path / "sharded", module, config, config.to_hf())
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert store.identity(tmp_path / "sharded") == identity
     module.layers[1].q_norm = module.layers[1].q_norm.at[3].add(1e-3)
-    hf.save(tmp_path / "norm", module, config, config.to_hf())
+    hf.save_hf(tmp_path / "norm", module, config, config.to_hf())
     tiny.make_target(tmp_path / "seed", seed=5, tokenizer=False)
     shutil.copytree(folder, tmp_path / "theta")
     hf.write_json(tmp_path / "theta" / "config.json", config.to_hf() | {"rope_theta": 2e4})
@@ -334,7 +334,7 @@ def test_a_drafter_is_no_target_and_wrong_words_are_2(folder, tmp_path, capsys):
 
 def test_rows_are_divided_whole():
     lengths = np.array([1, 1, 9, 1, 1, 1])
-    made = shards.plan(
+    made = shards.plan_shards(
         lengths, target="", corpus="", taps=(0,), width=4, hidden=0, dtype="", length=9, shard_bytes=3 * 8
     )
     assert sum(made.rows) == 6 and sum(made.tokens) == 14 and min(made.rows) > 0

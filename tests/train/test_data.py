@@ -16,8 +16,8 @@ from tiny import CHAT_END, CHAT_START, make_tokenizer
 from domino_jax.errors import DominoError
 from train.data import dataset
 from train.data.conversations import Template, messages_of
-from train.data.dataset import Corpus, best_fit, read
-from train.data.sources import rows as source_rows
+from train.data.dataset import Corpus, best_fit, read_corpus
+from train.data.sources import read_rows as source_rows
 from train.demo.pretrain import train_tokenizer
 
 # What Qwen3's template does: thoughts (an empty one as well) stay with an answer that follows the last question, and go
@@ -272,7 +272,9 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def test_both_forms_of_conversations_are_the_same(qwen, tmp_path):
-    made = [read([write(tmp_path / f"{i}.jsonl", row)], 60, 400, qwen)[0] for i, row in enumerate((OPENAI, SHAREGPT))]
+    made = [
+        read_corpus([write(tmp_path / f"{i}.jsonl", row)], 60, 400, qwen)[0] for i, row in enumerate((OPENAI, SHAREGPT))
+    ]
     assert made[0].fingerprint == made[1].fingerprint
     on = made[0].ids[0][made[0].mask[0]]
     assert qwen.decode(on) == f"yes yes{CHAT_END}"
@@ -295,7 +297,7 @@ def test_lines_of_ids_and_of_text(tmp_path):
         {"text": "efg"},
     )
     path.write_text(path.read_text().replace("\\u2028", "\u2028").replace("\n", "\n\n"), encoding="utf-8")
-    corpus, summary = read([path], 8, 260, tokenizer)
+    corpus, summary = read_corpus([path], 8, 260, tokenizer)
     assert corpus.ids[:2].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [5, 6, 7, 0, 0, 0, 0, 0]]
     assert corpus.mask[:2].tolist() == [[False] * 2 + [True] * 3 + [False] * 3, [False, True, True] + [False] * 5]
     assert [tokenizer.decode(row[on]) for row, on in zip(corpus.ids[2:], corpus.mask[2:], strict=True)] == [
@@ -316,14 +318,14 @@ def offline(monkeypatch, tmp_path):
 
 def test_a_dataset_reads_as_its_lines_do(qwen, tmp_path, offline, monkeypatch):
     rows = [OPENAI | {"tools": None}, {"messages": [user("so?"), answer("no no", name="x")], "tools": "[]"}]
-    lines = read([write(tmp_path / "data.jsonl", *rows)], 60, 400, qwen)
+    lines = read_corpus([write(tmp_path / "data.jsonl", *rows)], 60, 400, qwen)
     plain = [dict(row) for row in rows]
     plain[0]["messages"] = [*OPENAI["messages"]]
     plain[0]["messages"][1] = user("hi")  # a table's column has one type: no lists of parts beside texts
     (tmp_path / "folder").mkdir()
     offline.Dataset.from_list(plain).to_parquet(tmp_path / "folder" / "train.parquet")
     for source in (tmp_path / "folder" / "train.parquet", tmp_path / "folder"):
-        corpus, summary = read([source], 60, 400, qwen)
+        corpus, summary = read_corpus([source], 60, 400, qwen)
         assert corpus.fingerprint == lines[0].fingerprint and summary == lines[1]
 
     asked = []
@@ -334,7 +336,7 @@ def test_a_dataset_reads_as_its_lines_do(qwen, tmp_path, offline, monkeypatch):
 
     monkeypatch.setattr(offline, "load_dataset", load)
     for source, config in (("org/set", None), ("org/set:small", "small")):
-        assert read([source], 60, 400, qwen, split="rest")[0].fingerprint == lines[0].fingerprint
+        assert read_corpus([source], 60, 400, qwen, split="rest")[0].fingerprint == lines[0].fingerprint
         assert asked[-1] == ("org/set", {"name": config, "split": "rest"})
 
 
@@ -352,13 +354,13 @@ def test_what_a_tables_row_has_no_value_for_is_not_there(tmp_path, offline):
 def test_a_dataset_that_fails_is_one_sentence(tmp_path, offline, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(DominoError, match=r"folder can't be read: [^\n]*\.$"):
-        read([tmp_path / "folder"], 60, 400, None)
+        read_corpus([tmp_path / "folder"], 60, 400, None)
     offline.Dataset.from_list([{"text": "a"}]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(DominoError, match=r"a\.parquet row 1 is not a training sequence: .* no tokenizer"):
-        read([tmp_path / "a.parquet"], 60, 400, None)
+        read_corpus([tmp_path / "a.parquet"], 60, 400, None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DominoError, match="pip install"):
-        read(["org/set"], 60, 400, None)
+        read_corpus(["org/set"], 60, 400, None)
 
 
 REFUSED = [
@@ -383,7 +385,7 @@ def test_a_bad_line_is_refused_in_one_sentence(tmp_path, line, says):
     path = tmp_path / "data.jsonl"
     path.write_text('{"input_ids": [1], "tokens": [2, 3]}\n' + line + "\n")
     with pytest.raises(DominoError) as error:
-        read([path], 8, 40, None)
+        read_corpus([path], 8, 40, None)
     assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -391,17 +393,17 @@ def test_what_a_template_or_a_text_can_not_be_is_refused(tmp_path):
     strict = make_tokenizer("{{ raise_exception('turns must alternate') }}")
     path = write(tmp_path / "data.jsonl", {"messages": [user("a"), answer("b")]})
     with pytest.raises(DominoError, match=r"line 1 is not .*: the target's chat template refuses it: turns"):
-        read([path], 8, 260, strict)
+        read_corpus([path], 8, 260, strict)
     with pytest.raises(DominoError, match="leaves the answers out"):
-        read([path], 8, 260, make_tokenizer("{{ messages[0].content }}"))
+        read_corpus([path], 8, 260, make_tokenizer("{{ messages[0].content }}"))
     with pytest.raises(DominoError, match=r"line 1 is not a training sequence: .*can't encode"):
-        read([write(tmp_path / "half.jsonl", {"text": "a\ud800b"})], 8, 260, strict)
+        read_corpus([write(tmp_path / "half.jsonl", {"text": "a\ud800b"})], 8, 260, strict)
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "some/missing.jsonl", "missing", "a/b/c"])
 def test_a_missing_file_is_said_to_be(source):
     with pytest.raises(DominoError, match="can't be read"):
-        read([source], 8, 40, None)
+        read_corpus([source], 8, 40, None)
 
 
 def test_nothing_to_learn_is_refused(tmp_path):
@@ -409,7 +411,7 @@ def test_nothing_to_learn_is_refused(tmp_path):
         tmp_path / "data.jsonl", {"input_ids": [1, 2], "tokens": [3]}, {"input_ids": [1] * 8, "tokens": [2, 3]}
     )
     with pytest.raises(DominoError, match=r"data.jsonl has no sequence with two neighbouring tokens .* first 9"):
-        read([path], 9, 40, None)
+        read_corpus([path], 9, 40, None)
 
 
 # --- Rows -----------------------------------------------------------------------------------------------------------
@@ -424,8 +426,8 @@ def lines_of(sizes: list[int]) -> list[dict[str, Any]]:
 def test_packing_keeps_every_sequence_once_and_whole(tmp_path):
     sizes = np.random.default_rng(0).integers(3, 60, 80).tolist()
     path = write(tmp_path / "data.jsonl", *lines_of(sizes))
-    corpus, summary = read([path], 64, 10_000, None, pack=True)
-    apart, loose = read([path], 64, 10_000, None)
+    corpus, summary = read_corpus([path], 64, 10_000, None, pack=True)
+    apart, loose = read_corpus([path], 64, 10_000, None)
     assert len(corpus) == summary.rows < 50 and summary[:4] == loose[:4] and loose.rows == len(apart) == 80
     assert (apart.starts == np.where(apart.ids > 0, 0, np.arange(64))).all()
     found = {}
@@ -453,7 +455,7 @@ def test_the_summary_counts(tmp_path):
     rows = [*lines_of([5, 12, 2]), {"input_ids": [1, 2], "loss_mask": [0, 0]}]
     seen = []
     first, second = write(tmp_path / "a.jsonl", *rows[:2]), write(tmp_path / "b.jsonl", *rows[2:])
-    corpus, summary = read([first, second], 8, 10_000, None, progress=seen.append)
+    corpus, summary = read_corpus([first, second], 8, 10_000, None, progress=seen.append)
     assert summary == (4, 2, 13, 11, 2, 1, 2, 8) and seen == [4] and len(corpus) == 2
     assert str(summary) == (
         "4 lines, 2 sequences of 13 tokens (11 to learn), a row each of 8, 19% padding; "
@@ -464,7 +466,7 @@ def test_the_summary_counts(tmp_path):
 def test_progress_is_told_while_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "REPORT_EVERY", 2)
     seen = []
-    read([write(tmp_path / "data.jsonl", *lines_of([4] * 5))], 8, 10_000, None, progress=seen.append)
+    read_corpus([write(tmp_path / "data.jsonl", *lines_of([4] * 5))], 8, 10_000, None, progress=seen.append)
     assert seen == [2, 4, 5]
 
 

@@ -12,14 +12,14 @@ from jax.sharding import NamedSharding
 from convert import folders, hf, orbax
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import stored
-from domino_jax.weights import axes, flatten, init
+from domino_jax.sharding import stored_spec
+from domino_jax.weights import axes, flatten, init_weights
 from train import mesh, run, step
 from train.checkpoint import Checkpoints
-from train.config import parse
+from train.config import parse_options
 from train.demo import command
 from train.monitor import curves, progress
-from train.monitor.divergence import Watch
+from train.monitor.divergence import DivergenceMonitor
 
 TARGET = TargetConfig(40, 32, 3, 4, 2, 8, 48, 1e-6, 1e4, 64, True)
 DRAFT = DraftConfig(
@@ -34,7 +34,9 @@ DRAFT = DraftConfig(
 
 
 def recipe(**changes: Any) -> step.Recipe:
-    plain = parse(["--target", "x", "--data", "y", "--mask-token-id", "39", "--steps", "20", "--dtype", "float32"])
+    plain = parse_options(
+        ["--target", "x", "--data", "y", "--mask-token-id", "39", "--steps", "20", "--dtype", "float32"]
+    )
     values = run.config.flat(plain)
     given = {name: values[name] for name in step.Recipe._fields if name not in ("target", "draft")}
     return step.Recipe(TARGET, DRAFT, **(given | changes))
@@ -43,7 +45,7 @@ def recipe(**changes: Any) -> step.Recipe:
 def test_a_checkpoint_is_restored_without_a_second_state(tmp_path):
     """What it is read into holds no arrays, and lies where a state that `start` makes does."""
     asked = recipe(ema=0.5)
-    state = step.start(asked, flatten(init(DRAFT, jax.random.key(2))), 0)
+    state = step.start(asked, flatten(init_weights(DRAFT, jax.random.key(2))), 0)
     saved = Checkpoints(tmp_path)
     saved.save(state)
     saved.finish()
@@ -51,7 +53,7 @@ def test_a_checkpoint_is_restored_without_a_second_state(tmp_path):
     setup = SimpleNamespace(options=options, recipe=asked)
     with jax.set_mesh(mesh.make("data=2,fsdp=2,model=2", [TARGET, DRAFT])):
         found = run.begin(setup, saved)  # type: ignore[arg-type]
-        fresh = step.start(asked, flatten(init(DRAFT, jax.random.key(2))), 0)
+        fresh = step.start(asked, flatten(init_weights(DRAFT, jax.random.key(2))), 0)
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(step.form(asked)))
     assert jax.tree.structure(found) == jax.tree.structure(state)
     for ours, theirs, place in zip(*map(jax.tree.leaves, (found, state, fresh)), strict=True):
@@ -80,13 +82,13 @@ def test_a_resumed_run_knows_which_gradients_are_usual(tmp_path):
     curves.write([*rows, {"step": 400, "validation_tau": 2.0}], tmp_path / "metrics.jsonl")
     norms = run.Loop.norms(SimpleNamespace(folder=tmp_path, done=400))  # type: ignore[arg-type]
     assert len(norms) == 40 and norms[-1] == pytest.approx(1.4)
-    assert "exploded" in str(Watch(10.0, norms).wrong(True, 1.0, 50.0))
-    assert Watch(10.0).wrong(True, 1.0, 50.0) is None
+    assert "exploded" in str(DivergenceMonitor(10.0, norms).wrong(True, 1.0, 50.0))
+    assert DivergenceMonitor(10.0).wrong(True, 1.0, 50.0) is None
 
 
 def test_a_gradient_that_begins_at_zero_does_not_explode():
     """The head alone, at λ = 1: a cosine keeps λ at 1 for some steps of a long run, to the rounding of float32."""
-    watch = Watch(1000.0)
+    watch = DivergenceMonitor(1000.0)
     assert not any(watch.wrong(True, 1.0, 0.0) for _ in range(30))
     assert watch.wrong(True, 1.0, 1e-6) is None
 
@@ -94,8 +96,8 @@ def test_a_gradient_that_begins_at_zero_does_not_explode():
 def test_a_head_alone_needs_a_backbone():
     words = ["--target", "x", "--data", "y", "--trains", "head"]
     with pytest.raises(DominoError, match="give --begin-as a drafter"):
-        parse(words)
-    assert parse([*words, "--begin-as", "z"]).drafter.trains == "head"
+        parse_options(words)
+    assert parse_options([*words, "--begin-as", "z"]).drafter.trains == "head"
 
 
 def test_the_demo_goes_on_with_a_training_that_was_interrupted(tmp_path, monkeypatch):
@@ -113,16 +115,16 @@ def test_the_demo_goes_on_with_a_training_that_was_interrupted(tmp_path, monkeyp
     drafter.mkdir(parents=True)
     (drafter / "config.json").touch()  # which an interruption writes too
     (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
-    assert command.run(options) == 0
+    assert command.run_demo(options) == 0
     assert began == ["train.regenerate", "train.regenerate", "train", "train.validate"]
     (tmp_path / "run" / "checkpoints" / "20").mkdir()
     began.clear()
-    assert command.run(options) == 0 and began == ["train.validate"]
+    assert command.run_demo(options) == 0 and began == ["train.validate"]
 
 
 def test_a_drafter_that_is_written_again_is_never_missing(tmp_path, monkeypatch):
     """Somebody may read it, or the process die, at any moment."""
-    hf.save(tmp_path, init(DRAFT, jax.random.key(0)), DRAFT, DRAFT.to_hf())
+    hf.save_hf(tmp_path, init_weights(DRAFT, jax.random.key(0)), DRAFT, DRAFT.to_hf())
     seen, real = [], hf.Path.replace
 
     def replace(path, other):
@@ -130,24 +132,26 @@ def test_a_drafter_that_is_written_again_is_never_missing(tmp_path, monkeypatch)
         return real(path, other)
 
     monkeypatch.setattr(hf.Path, "replace", replace)
-    hf.save(tmp_path, init(DRAFT, jax.random.key(1)), DRAFT, DRAFT.to_hf())
+    hf.save_hf(tmp_path, init_weights(DRAFT, jax.random.key(1)), DRAFT, DRAFT.to_hf())
     assert seen and all(seen)
 
 
 @pytest.mark.parametrize("kind", ["Hugging Face", "Orbax"])
 def test_a_target_is_divided_while_it_is_read(kind, tmp_path):
     """A model that fits its devices only in parts never lies whole on one of them."""
-    module = init(TARGET, jax.random.key(0))
-    hf.save(tmp_path, module, TARGET, TARGET.to_hf())
+    module = init_weights(TARGET, jax.random.key(0))
+    hf.save_hf(tmp_path, module, TARGET, TARGET.to_hf())
     if kind == "Orbax":
-        orbax.save(tmp_path, module)
+        orbax.save_orbax(tmp_path, module)
         (tmp_path / "model.safetensors").unlink()
     made = mesh.make("data=2,fsdp=2,model=2", [TARGET])
-    read = folders.load(tmp_path, TARGET, None, None, made)
+    read = folders.load_weights(tmp_path, TARGET, None, None, made)
     placed = flatten(mesh.place(read, TARGET, made))
     letters = flatten(axes(TARGET))
     for path, weight in flatten(read).items():
-        assert weight.sharding.is_equivalent_to(NamedSharding(made, stored(letters[path], made)), weight.ndim), path
+        assert weight.sharding.is_equivalent_to(NamedSharding(made, stored_spec(letters[path], made)), weight.ndim), (
+            path
+        )
         assert placed[path] is weight
         assert np.array_equal(weight, flatten(module)[path])
 

@@ -10,13 +10,13 @@ import reference
 
 from convert.names import entries
 from domino_jax import target
-from domino_jax.attention import among
+from domino_jax.attention import attend_without_cache
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.drafters import training_attention
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, init, unflatten
+from domino_jax.weights import flatten, init_weights, unflatten
 from train import anchors
-from train.loss import curriculum, d_pace, scores
+from train.loss import chunked_scores, curriculum, d_pace
 from train.step import LOOPED
 
 TARGET = TargetConfig(23, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, 64, True)
@@ -90,7 +90,7 @@ def compare(loss, report, expected) -> None:
 
 
 def pair(draft) -> tuple[Any, Any]:
-    return init(TARGET, jax.random.key(1), std=0.3), init(draft, jax.random.key(2), std=0.3)
+    return init_weights(TARGET, jax.random.key(1), std=0.3), init_weights(draft, jax.random.key(2), std=0.3)
 
 
 CASES = [
@@ -216,13 +216,13 @@ def test_a_packed_row_is_its_conversations(kind):
 def test_anchors_stay_inside_a_conversation():
     mask = jnp.asarray([[True] * 7])
     starts = jnp.asarray([[0, 0, 0, 3, 3, 3, 3]], jnp.int32)
-    drawn, valid = anchors.draw(jax.random.key(0), mask, 7, starts)
+    drawn, valid = anchors.draw_anchors(jax.random.key(0), mask, 7, starts)
     assert sorted(np.asarray(drawn)[np.asarray(valid)].tolist()) == [0, 1, 3, 4, 5]
 
 
 def test_tokens_of_a_packed_row_see_their_own_conversation_only(monkeypatch):
     """And in parts of the queries, which are the same."""
-    frozen = init(TARGET, jax.random.key(1), std=0.3)
+    frozen = init_weights(TARGET, jax.random.key(1), std=0.3)
     ids = jnp.asarray(sequences()[0][:1])
     starts = jnp.asarray([[0] * 8 + [8] * 11], jnp.int32)
 
@@ -237,7 +237,7 @@ def test_tokens_of_a_packed_row_see_their_own_conversation_only(monkeypatch):
     np.testing.assert_allclose(features, parts[1], atol=1e-5)
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 19, n, 8)) for i, n in enumerate((4, 2, 2)))
     for given in (starts, None):
-        ours, theirs = (among(q, k, v, given, form, "xla") for form in ("xla", "cudnn"))
+        ours, theirs = (attend_without_cache(q, k, v, given, form, "xla") for form in ("xla", "cudnn"))
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for a, b in ((0, 8), (8, 19)):
         alone, _ = forward(ids[:, a:b])
@@ -267,7 +267,7 @@ def test_the_target_gets_no_gradient():
     draft = make_draft(True, 1)
     frozen, drafter = pair(draft)
     batch = [jnp.asarray(x) for x in sequences()]
-    moved = init(TARGET, jax.random.key(3), std=0.3)
+    moved = init_weights(TARGET, jax.random.key(3), std=0.3)
 
     def loss(frozen):
         return curriculum(drafter, frozen, (TARGET, draft), *batch, lam=jnp.float32(0), gamma=3.0, chunk=99, loss="kl")[
@@ -283,7 +283,7 @@ def test_the_target_gets_no_gradient():
 
 
 def temporary_bytes(config, draft, batch: int, length: int, count: int, chunk: int = 32, **how) -> int:
-    frozen, drafter = init(config, jax.random.key(0)), init(draft, jax.random.key(1))
+    frozen, drafter = init_weights(config, jax.random.key(0)), init_weights(draft, jax.random.key(1))
     ids, mask = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
     places, valid = jnp.zeros((batch, count), jnp.int32), jnp.ones((batch, count), bool)
 
@@ -346,7 +346,9 @@ def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form
 
     def run(form):
         def loss(q, k, v, K, V):
-            return (training_attention.attend(q, (k, v), (K, V), places, first, window, form, "xla") * weigh).sum()
+            return (
+                training_attention.attend_blocks(q, (k, v), (K, V), places, first, window, form, "xla") * weigh
+            ).sum()
 
         return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(5))))(*given)
 
@@ -355,9 +357,12 @@ def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form
     for name, a, b in zip(shapes, expected, found, strict=True):
         assert np.abs(a).max() > 1e-3 and np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
     config = make_draft(True, None)
-    assert [training_attention.choose("auto", config, n, jnp.float32) for n in (2, 3)] == ["dense", "chunked"]
+    assert [training_attention.resolve_block_backend("auto", config, n, jnp.float32) for n in (2, 3)] == [
+        "dense",
+        "chunked",
+    ]
     with pytest.raises(DominoError, match="needs an NVIDIA GPU"):
-        training_attention.choose("cudnn", config, 3, jnp.bfloat16)
+        training_attention.resolve_block_backend("cudnn", config, 3, jnp.bfloat16)
 
 
 def test_the_chunks_gradients_are_summed_in_float32():
@@ -366,15 +371,15 @@ def test_the_chunks_gradients_are_summed_in_float32():
     rows, rng = 600, np.random.default_rng(0)
     z, rank = (jnp.asarray(rng.normal(size=(1, rows, n)).astype(np.float32)) for n in (16, 5))
     labels = jnp.asarray(rng.integers(0, 23, (1, rows)).astype(np.int32))
-    leaves = flatten(init(config, jax.random.key(0), std=0.3))
-    output = init(TARGET, jax.random.key(1), std=0.3).embed
+    leaves = flatten(init_weights(config, jax.random.key(0), std=0.3))
+    output = init_weights(TARGET, jax.random.key(1), std=0.3).embed
 
     def gradient(dtype, kept: bool) -> np.ndarray:
         def loss(proj_out):
             given = leaves | {"head.proj_out": proj_out if kept else proj_out.astype(dtype)}
             causal = unflatten(config, given).head
             z, rank, labels = cast
-            return scores(causal, output.astype(dtype), z, rank, labels, None, 1)[0].ce.sum()
+            return chunked_scores(causal, output.astype(dtype), z, rank, labels, None, 1)[0].ce.sum()
 
         cast = z.astype(dtype), rank.astype(dtype), labels
         return np.asarray(jax.jit(jax.grad(loss))(leaves["head.proj_out"]))

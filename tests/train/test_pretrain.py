@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from domino_jax.errors import DominoError
 from train.demo import prompts
 from train.demo.corpus import model_code, read_texts
-from train.demo.pretrain import Pretrain, run
+from train.demo.pretrain import Pretrain, run_pretrain
 
 SMALL = {
     "files": "*.txt",
@@ -49,7 +49,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("model") / "target"
-    run(Pretrain(out, text, steps=60, **SMALL))
+    run_pretrain(Pretrain(out, text, steps=60, **SMALL))
     return out
 
 
@@ -109,13 +109,13 @@ def test_prompts_are_lines_of_the_right_files(text, model, held_out, tmp_path, c
 def test_what_cannot_be_trained_is_refused_and_writes_nothing(text, tmp_path, change, words):
     options: dict = SMALL | {"steps": 20} | change
     with pytest.raises(DominoError, match=words):
-        run(Pretrain(tmp_path / "out", text, **options))
+        run_pretrain(Pretrain(tmp_path / "out", text, **options))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_is_not_overwritten(text, model):
     with pytest.raises(DominoError, match="already holds a model"):
-        run(Pretrain(model, text, steps=20, **SMALL))
+        run_pretrain(Pretrain(model, text, steps=20, **SMALL))
 
 
 def test_prompts_without_a_tokenizer_are_refused(tmp_path, capsys):

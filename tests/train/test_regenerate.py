@@ -17,9 +17,9 @@ from tiny import CHAT_END_ID, END_ID, make_draft, make_target
 
 from convert import loading, template
 from domino_jax import target
-from domino_jax.sampling import probabilities, settings
+from domino_jax.sampling import SamplingParams, probabilities, settings
 from train import generate
-from train.generate import Choice, Prompt
+from train.generate import Request
 from train.regenerate import output, prompts
 from train.regenerate.command import main
 
@@ -172,7 +172,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path
     if whole:  # killed while writing
         out.write_bytes(whole[:-7])
     assert run(folder, out, *words) == sampled
-    monkeypatch.setattr("train.regenerate.load", None)  # nothing is missing, so nothing is loaded
+    monkeypatch.setattr("train.regenerate.command.load_model", None)  # nothing is missing, so nothing is loaded
     assert run(folder, out, *words) == sampled
 
 
@@ -198,7 +198,7 @@ def test_a_killed_run_goes_on(folder, sampled, tmp_path, kept):
 )
 def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words, name):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("train.regenerate.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("train.regenerate.command.load_model", lambda *_, **__: pytest.fail("loaded"))
     out = tmp_path / "out.jsonl"
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)
@@ -207,7 +207,7 @@ def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words
 
 
 def test_other_data_another_target_and_foreign_files_are_refused(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("train.regenerate.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("train.regenerate.command.load_model", lambda *_, **__: pytest.fail("loaded"))
     out = tmp_path / "out.jsonl"
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)
@@ -331,10 +331,10 @@ def test_conversations_need_a_template_and_values_must_make_sense(folder, tmp_pa
     ],
 )
 def test_what_is_a_turn(messages, given):
-    assert prompts.parse({"messages": messages}, 9).given == given
+    assert prompts.parse_row({"messages": messages}, 9).given == given
     names = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": names[m["role"]], "value": m["content"]} for m in messages]
-    assert prompts.parse({"conversations": sharegpt}, 9).given == given
+    assert prompts.parse_row({"conversations": sharegpt}, 9).given == given
 
 
 def test_later_turns_are_not_told_of_thoughts():
@@ -345,13 +345,13 @@ def test_later_turns_are_not_told_of_thoughts():
 
 @pytest.fixture(scope="module")
 def pair(folder):
-    return loading.load(folder / "target", folder / "draft", "float32")
+    return loading.load_model(folder / "target", folder / "draft", "float32")
 
 
 def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
     """The second token after one prompt, drafted: its frequencies against the exact distribution."""
-    count, choice = 1024, Choice(temperature=0.5, top_k=6)
-    prompts = [Prompt(row, 1, [70, 71, 72], 3) for row in range(count)]
+    count, choice = 1024, SamplingParams(temperature=0.5, top_k=6)
+    prompts = [Request(row, 1, [70, 71, 72], 3) for row in range(count)]
     found = list(
         generate.generate(pair.params, pair.configs, prompts, (), pair.dtype, batch=128, choice=choice, seed=3)
     )
@@ -378,14 +378,14 @@ def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
 
 
 def test_an_answer_depends_on_its_numbers_and_the_seed_alone(pair):
-    def answer(prompts: list[Prompt], batch: int, seed: int = 0) -> dict[tuple[int, int], list[int]]:
+    def answer(prompts: list[Request], batch: int, seed: int = 0) -> dict[tuple[int, int], list[int]]:
         found = generate.generate(
-            pair.params, pair.configs, prompts, STOPS, pair.dtype, batch=batch, choice=Choice(1.5), seed=seed
+            pair.params, pair.configs, prompts, STOPS, pair.dtype, batch=batch, choice=SamplingParams(1.5), seed=seed
         )
         return {(a.prompt.row, a.prompt.turn): a.tokens for a in found}
 
-    mine = Prompt(5, 2, [80, 81, 82], 12)
-    others = [Prompt(row, turn, [80, 81, 82, 83][: 1 + row % 4], 12) for row in range(4) for turn in range(2)]
+    mine = Request(5, 2, [80, 81, 82], 12)
+    others = [Request(row, turn, [80, 81, 82, 83][: 1 + row % 4], 12) for row in range(4) for turn in range(2)]
     alone = answer([mine], 3)[5, 2]
     assert answer([*others, mine], 3)[5, 2] == alone
     assert answer([mine], 3, seed=1)[5, 2] != alone
@@ -394,8 +394,8 @@ def test_an_answer_depends_on_its_numbers_and_the_seed_alone(pair):
 
 
 def test_batches_are_sorted_and_the_unwanted_are_not_run(pair):
-    prompts = [Prompt(row, 0, [70] * length, 4) for row, length in enumerate([3, 9, 1, 5, 7])]
-    lengths = [[len(p.ids) for p in group] for group in generate.batches(prompts, 3)]
+    prompts = [Request(row, 0, [70] * length, 4) for row, length in enumerate([3, 9, 1, 5, 7])]
+    lengths = [[len(p.ids) for p in group] for group in generate.batched_requests(prompts, 3)]
     assert lengths == [[9, 7, 5], [3, 1]]
     tokens = []
     found = generate.generate(
@@ -405,7 +405,7 @@ def test_batches_are_sorted_and_the_unwanted_are_not_run(pair):
         STOPS,
         pair.dtype,
         batch=3,
-        choice=Choice(1.5),
+        choice=SamplingParams(1.5),
         wanted=lambda p: p.row == 0,
         update=lambda new, accepted: tokens.append(new),
     )

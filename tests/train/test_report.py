@@ -53,17 +53,17 @@ SETTINGS = {
 
 def test_metrics_are_read_past_a_line_that_was_cut_off_and_go_on_from_a_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert curves.read(path) == [] == curves.resume(path, 5)
+    assert curves.read_metrics(path) == [] == curves.resume_metrics(path, 5)
     for step in range(1, 8):
-        curves.append({"step": step, "loss": float("nan") if step == 7 else step / 2}, path)
+        curves.append_metrics({"step": step, "loss": float("nan") if step == 7 else step / 2}, path)
     with path.open("ab") as file:
         file.write(b'{"step": 8, "tail": "\xce')  # the disk was full, within a letter
-    assert [row["step"] for row in curves.read(path)] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row["step"] for row in curves.resume(path, 5)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in curves.read_metrics(path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in curves.resume_metrics(path, 5)] == [1, 2, 3, 4, 5]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
     path.write_text('3\n{"loss": 1}\n{"step": 9}\n')
-    assert curves.read(path) == [{"step": 9}]
+    assert curves.read_metrics(path) == [{"step": 9}]
 
 
 def test_the_panels_hold_what_was_measured(rows):
@@ -91,11 +91,11 @@ def test_rows_of_an_older_run_are_drawn_without_what_they_lack(tmp_path):
     old = [{"step": step, "loss": 3.0, "final_loss": 2.0} for step in (1, 2)]
     assert [panel.title for panel in curves.panels(old)] == ["cross-entropy, nats"]
     assert curves.positions(old) is None
-    assert report.write(tmp_path, old, {}, 2) is None
+    assert report.write_report(tmp_path, old, {}, 2) is None
     text = (tmp_path / "report.md").read_text()
     assert (tmp_path / "curves.png").exists() and "curves.png" in text and "positions.png" not in text
     assert "Warnings" not in text and "Validation" not in text
-    assert report.write(tmp_path / "nothing", [], {}, 5) is not None, "there is no such folder"
+    assert report.write_report(tmp_path / "nothing", [], {}, 5) is not None, "there is no such folder"
 
 
 @pytest.mark.filterwarnings("error")
@@ -103,12 +103,14 @@ def test_a_single_row_and_values_that_are_missing_can_be_drawn(tmp_path):
     first = {"step": 1, "gradient_norm": 0.0, "loss": float("nan"), "final_accuracy_by_position": [0.5, None]}
     second = {"step": 1, "validation_tau": 2.0, "base_accuracy_by_position": [0.25]}
     for rows in ([first], [first, second], [first, second, second | {"step": 2}]):
-        assert report.write(tmp_path, rows, {}, 4) is None
+        assert report.write_report(tmp_path, rows, {}, 4) is None
     assert "| final | 0.500 |  |\n| base | 0.250 |  |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_report_is_written_whole_with_its_pictures(tmp_path, rows):
-    assert report.write(tmp_path, rows, SETTINGS, 200, seconds_left=3905, notes=["the target was too old."]) is None
+    assert (
+        report.write_report(tmp_path, rows, SETTINGS, 200, seconds_left=3905, notes=["the target was too old."]) is None
+    )
     assert {file.name for file in tmp_path.iterdir()} == {"report.md", "curves.png", "positions.png"}
     for name in ("curves.png", "positions.png"):
         picture = matplotlib.image.imread(tmp_path / name)

@@ -18,8 +18,8 @@ import pytest
 from convert import hf
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import parse_training
-from domino_jax.weights import flatten, init
+from domino_jax.sharding import parse_training_mesh
+from domino_jax.weights import flatten, init_weights
 from train import anchors, mesh
 from train.loss import Inputs
 from train.step import Recipe, TrainState, exported, lambda_base, shapes, shardings, start, train_step
@@ -76,11 +76,11 @@ def inputs(seed: int = 0, count: int = ROWS) -> Inputs:
 
 
 def frozen() -> Any:
-    return init(TARGET, jax.random.key(1), std=0.3)
+    return init_weights(TARGET, jax.random.key(1), std=0.3)
 
 
 def begin(recipe: Recipe) -> TrainState:
-    return start(recipe, flatten(init(recipe.draft, jax.random.key(2), std=0.3)), 0)
+    return start(recipe, flatten(init_weights(recipe.draft, jax.random.key(2), std=0.3)), 0)
 
 
 def host(tree: Any) -> Any:
@@ -170,7 +170,7 @@ def test_a_mesh_gives_the_steps_of_one_device(alone, kind, text):
     moments = [leaf for leaf in jax.tree.leaves(host(state.optimizer)) if leaf.ndim > 1]
     assert moments
     close(host(state.optimizer), expected.optimizer)
-    sizes = dict(zip(("data", "fsdp", "model"), parse_training(text), strict=True))
+    sizes = dict(zip(("data", "fsdp", "model"), parse_training_mesh(text), strict=True))
     for tree in (state.weights, state.average or {}):
         for path in set(tree) & {"layers.0.q", "head.proj_out"}:
             w = tree[path]
@@ -199,7 +199,7 @@ def test_no_logits_cross_between_devices():
     made = mesh.make("data=2,fsdp=2,model=2", (target, draft))
     with jax.set_mesh(made):
         state = begin(recipe)
-        model = mesh.place(init(target, jax.random.key(1)), target, made)
+        model = mesh.place(init_weights(target, jax.random.key(1)), target, made)
         text = train_step.lower(recipe, state, model, mesh.put(rows(), made)).compile().as_text() or ""
     moved = []
     for shapes_, kind, _ in COLLECTIVE.findall(text):
@@ -276,9 +276,9 @@ def test_a_restored_state_knows_its_mesh():
 
 
 def test_a_target_is_read_onto_the_mesh_as_it_is_stored(tmp_path):
-    hf.save(tmp_path, frozen(), TARGET, TARGET.to_hf())
+    hf.save_hf(tmp_path, frozen(), TARGET, TARGET.to_hf())
     made = mesh.make(ALL_AXES, (TARGET, DRAFT))
-    target = mesh.place(hf.load(tmp_path, TARGET, jnp.float32, mesh=made), TARGET, made)
+    target = mesh.place(hf.load_hf(tmp_path, TARGET, jnp.float32, mesh=made), TARGET, made)
     parts = {path: w.sharding.shard_shape(w.shape) for path, w in flatten(target).items()}
     assert parts["embed"] == (48, 8) and parts["layers.0.o"] == (4, 6, 8) and parts["layers.0.down"] == (12, 8)
     assert parts["norm"] == (16,)
@@ -388,7 +388,9 @@ def test_computing_in_bfloat16_keeps_float32_masters():
 def test_anchors_are_a_uniform_draw_without_replacement():
     mask = jnp.asarray([[True, True, False, True, True, True, False], [False] * 7])
     counts = np.zeros(7)
-    drawn, valid = jax.jit(jax.vmap(lambda k: anchors.draw(k, mask, 2)))(jax.random.split(jax.random.key(0), 3000))
+    drawn, valid = jax.jit(jax.vmap(lambda k: anchors.draw_anchors(k, mask, 2)))(
+        jax.random.split(jax.random.key(0), 3000)
+    )
     drawn, valid = np.asarray(drawn), np.asarray(valid)
     assert not valid[:, 1].any()  # a sequence with no legal place has no anchor
     assert valid[:, 0].all()

@@ -17,17 +17,17 @@ import orbax.checkpoint as ocp
 import pytest
 
 from convert import hf
-from convert.folders import convert
+from convert.folders import convert_folder
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, init
+from domino_jax.weights import flatten, init_weights
 from train import config
 from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.features import capture
 from train.init import from_drafter
 from train.monitor import curves
-from train.monitor.divergence import Watch
+from train.monitor.divergence import DivergenceMonitor
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     """A tiny target with random weights, and sequences that are easy to learn."""
     base = tmp_path_factory.mktemp("train")
     config = TargetConfig(40, 32, 3, 4, 2, 8, 48, 1e-6, 1e4, 64, True)
-    hf.save(base / "target", init(config, jax.random.key(0), std=0.2), config, config.to_hf())
+    hf.save_hf(base / "target", init_weights(config, jax.random.key(0), std=0.2), config, config.to_hf())
     rows = []
     for i in range(24):
         prompt = [i % 39, (3 * i) % 39, (5 * i) % 39]
@@ -68,7 +68,7 @@ def finished(folder):
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    rows = curves.read(finished / "metrics.jsonl")
+    rows = curves.read_metrics(finished / "metrics.jsonl")
     assert [r["step"] for r in rows] == [5, 10, 15, 20]
     assert rows[-1]["final_loss"] < rows[0]["final_loss"]
     assert rows[0]["lambda"] > rows[-1]["lambda"] > 0
@@ -76,40 +76,40 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (finished / "curves.png").stat().st_size > 10_000
     assert "Step 20 of 20 (100%): finished" in (finished / "report.md").read_text()
     assert list((finished / "tensorboard").iterdir())
-    settings = config.flat(config.read(finished / "settings.toml"))
+    settings = config.flat(config.read_recipe(finished / "settings.toml"))
     assert (settings["steps"], settings["dtype"], settings["mask_token_id"]) == (20, "float32", 39)
     raw = hf.read_json(finished / "drafter" / "config.json")
     draft = hf.parse_config(raw)
     assert isinstance(draft, DraftConfig) and draft.head == HeadConfig(8, 6, 1)
     assert raw["architectures"] == ["DominoDraftModel"] and raw["torch_dtype"] == "bfloat16"
-    assert np.any(np.asarray(hf.load(finished / "drafter", draft, jnp.float32).head.proj_out))
+    assert np.any(np.asarray(hf.load_hf(finished / "drafter", draft, jnp.float32).head.proj_out))
 
 
 def test_the_newest_state_of_a_run_becomes_a_drafter(finished, tmp_path):
-    assert convert(finished, tmp_path / "drafter") == ("training run", "Hugging Face")
+    assert convert_folder(finished, tmp_path / "drafter") == ("training run", "Hugging Face")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "drafter" / name).read_bytes() == (finished / "drafter" / name).read_bytes()
     shutil.copytree(finished, tmp_path / "earlier")
     shutil.rmtree(tmp_path / "earlier" / "checkpoints" / "20")
-    convert(tmp_path / "earlier", tmp_path / "half")
+    convert_folder(tmp_path / "earlier", tmp_path / "half")
     draft = hf.parse_config(hf.read_json(tmp_path / "half" / "config.json"))
-    half, whole = hf.load(tmp_path / "half", draft), hf.load(tmp_path / "drafter", draft)
+    half, whole = hf.load_hf(tmp_path / "half", draft), hf.load_hf(tmp_path / "drafter", draft)
     assert not np.array_equal(half.fc, whole.fc)
     shutil.rmtree(tmp_path / "earlier" / "checkpoints" / "10")
     with pytest.raises(DominoError, match="no checkpoint yet"):
-        convert(tmp_path / "earlier", tmp_path / "none")
+        convert_folder(tmp_path / "earlier", tmp_path / "none")
 
 
 def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished, tmp_path):
     raw = hf.read_json(finished / "drafter" / "config.json")
     draft = hf.parse_config(raw)
     assert isinstance(draft, DraftConfig)
-    theirs = flatten(hf.load(finished / "drafter", draft, jnp.float32))
-    ours = flatten(init(draft, jax.random.key(5)))
+    theirs = flatten(hf.load_hf(finished / "drafter", draft, jnp.float32))
+    ours = flatten(init_weights(draft, jax.random.key(5)))
     begun = from_drafter(ours, draft, finished / "drafter")
     assert all(np.array_equal(begun[path], theirs[path]) for path in ours)
     plain = dataclasses.replace(draft, head=None)
-    hf.save(tmp_path / "dflash", init(plain, jax.random.key(6)), plain, plain.to_hf())
+    hf.save_hf(tmp_path / "dflash", init_weights(plain, jax.random.key(6)), plain, plain.to_hf())
     begun = from_drafter(ours, draft, tmp_path / "dflash")
     assert np.array_equal(begun["head.proj_in"], ours["head.proj_in"]) and not np.array_equal(begun["fc"], ours["fc"])
     with pytest.raises(DominoError, match="has block_size 4, this one 5"):
@@ -128,7 +128,7 @@ def test_resuming_is_bit_equal(finished, tmp_path):
     assert main(["--resume", "--out", str(again)]) == 0
     for name in ("config.json", "model.safetensors"):
         assert (again / "drafter" / name).read_bytes() == (finished / "drafter" / name).read_bytes()
-    rows, before = curves.read(again / "metrics.jsonl"), curves.read(finished / "metrics.jsonl")
+    rows, before = curves.read_metrics(again / "metrics.jsonl"), curves.read_metrics(finished / "metrics.jsonl")
     speed = "tokens_per_second"
     assert [{**r, speed: 0} for r in rows] == [{**r, speed: 0} for r in before]
 
@@ -213,7 +213,7 @@ def test_a_run_that_broke_off_before_its_first_checkpoint_resumes_from_the_begin
     assert main(["--resume", "--out", str(out)]) == 0
     ours, theirs = ((f / "drafter" / "model.safetensors").read_bytes() for f in (out, finished))
     assert ours == theirs
-    assert [r["step"] for r in curves.read(out / "metrics.jsonl")] == [5, 10, 15, 20]
+    assert [r["step"] for r in curves.read_metrics(out / "metrics.jsonl")] == [5, 10, 15, 20]
 
 
 def test_a_resumed_run_may_go_on_more_gently_but_not_on_other_data(folder, finished, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_a_resumed_run_may_go_on_more_gently_but_not_on_other_data(folder, finis
     shutil.copytree(finished, out)
     shutil.rmtree(out / "checkpoints" / "20")
     assert main(["--resume", "--out", str(out), "--lr", "1e-3"]) == 0
-    before, after = (curves.read(f / "metrics.jsonl")[2]["lr"] for f in (finished, out))
+    before, after = (curves.read_metrics(f / "metrics.jsonl")[2]["lr"] for f in (finished, out))
     assert after == pytest.approx(before / 10)
     other = tmp_path / "other.jsonl"
     other.write_text((folder / "data.jsonl").read_text() + '{"input_ids": [1, 2], "tokens": [3, 4]}\n')
@@ -249,7 +249,7 @@ def test_a_gradient_that_explodes_stops_with_the_last_good_checkpoint(folder, tm
 
 
 def test_only_what_is_far_from_usual_is_an_explosion():
-    watch = Watch(10.0)
+    watch = DivergenceMonitor(10.0)
     assert watch.wrong(True, 1.0, 500.0) is None  # the first steps say what is usual
     assert all(watch.wrong(True, 1.0, 1.0 + i / 100) is None for i in range(30))
     assert watch.wrong(True, 1.0, 9.0) is None
@@ -279,7 +279,7 @@ def validated(folder):
 
 
 def test_validation_decodes_and_the_best_is_kept(validated):
-    rows = {r["step"]: r for r in curves.read(validated / "metrics.jsonl") if "validation_tau" in r}
+    rows = {r["step"]: r for r in curves.read_metrics(validated / "metrics.jsonl") if "validation_tau" in r}
     assert list(rows) == [5, 10, 15, 20]
     assert all(1 <= r["validation_tau"] <= 5 and 1 <= r["validation_tau_base"] <= 5 for r in rows.values())
     best = max(rows, key=lambda step: rows[step]["validation_tau"])
@@ -291,12 +291,12 @@ def test_validation_decodes_and_the_best_is_kept(validated):
 
 
 def test_the_drafter_of_a_run_with_an_average_is_the_average(validated, tmp_path):
-    convert(validated, tmp_path / "drafter")
+    convert_folder(validated, tmp_path / "drafter")
     ours, theirs = ((f / "model.safetensors").read_bytes() for f in (validated / "drafter", tmp_path / "drafter"))
     assert ours == theirs
     draft = hf.parse_config(hf.read_json(validated / "drafter" / "config.json"))
     tree = ocp.StandardCheckpointer().restore((validated / "checkpoints" / "20" / "default").absolute())
-    found = np.asarray(hf.load(validated / "drafter", draft, jnp.float32).fc)
+    found = np.asarray(hf.load_hf(validated / "drafter", draft, jnp.float32).fc)
     rounded = {part: np.asarray(tree[part]["fc"].astype(jnp.bfloat16), np.float32) for part in ("weights", "average")}
     assert np.array_equal(found, rounded["average"]) and not np.array_equal(found, rounded["weights"])
 
@@ -307,18 +307,18 @@ def test_a_run_goes_on_on_another_mesh(folder, finished, tmp_path):
     shutil.rmtree(out / "checkpoints" / "20")
     assert main(["--resume", "--out", str(out), "--mesh", "data=1,fsdp=2,model=2"]) == 0
     shutil.rmtree(out / "checkpoints" / "20")
-    ours, theirs = (curves.read(f / "metrics.jsonl")[-1] for f in (out, finished))
+    ours, theirs = (curves.read_metrics(f / "metrics.jsonl")[-1] for f in (out, finished))
     for key in ("loss", "final_loss", "base_loss", "gradient_norm"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
     assert main(["--resume", "--out", str(out), "--mesh", "model=1"]) == 0  # and back
-    assert curves.read(out / "metrics.jsonl")[-1]["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert curves.read_metrics(out / "metrics.jsonl")[-1]["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_captured_features_train_as_computed_ones(folder, finished, tmp_path, capsys):
     target, rows = ["--target", str(folder / "target")], ["--data", str(folder / "data.jsonl"), "--length", "24"]
     assert capture.main([*target, *rows, "--out", str(tmp_path / "f"), "--taps", "0", "2"]) == 0
     assert main(words(folder, tmp_path / "run", "--features", str(tmp_path / "f"))) == 0
-    ours, theirs = (curves.read(f / "metrics.jsonl")[0] for f in (tmp_path / "run", finished))
+    ours, theirs = (curves.read_metrics(f / "metrics.jsonl")[0] for f in (tmp_path / "run", finished))
     assert ours["loss"] != theirs["loss"]  # stored in bfloat16
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
     capsys.readouterr()
@@ -395,7 +395,7 @@ def test_a_killed_run_resumes_bit_equal(folder, finished, tmp_path, at):
         assert main(words(folder, out)) == 0  # it had not begun
     ours, theirs = ((f / "drafter" / "model.safetensors").read_bytes() for f in (out, finished))
     assert ours == theirs
-    assert [r["step"] for r in curves.read(out / "metrics.jsonl")] == [5, 10, 15, 20]
+    assert [r["step"] for r in curves.read_metrics(out / "metrics.jsonl")] == [5, 10, 15, 20]
 
 
 def test_a_signal_during_a_validation_saves_at_once(folder, validated, tmp_path, monkeypatch):
@@ -415,7 +415,7 @@ def test_a_signal_during_a_validation_saves_at_once(folder, validated, tmp_path,
     for step in ("checkpoints", "drafter", "best"):
         shutil.rmtree(out / step)
     assert main(["--resume", "--out", str(out)]) == 130
-    assert [r["step"] for r in curves.read(out / "metrics.jsonl") if "validation_tau" in r] == [5]
+    assert [r["step"] for r in curves.read_metrics(out / "metrics.jsonl") if "validation_tau" in r] == [5]
     assert Checkpoints(out / "checkpoints").latest() == 10
 
 
@@ -423,6 +423,6 @@ def test_a_resumed_run_has_the_same_target(folder, finished, tmp_path, capsys):
     out, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished, out)
     config = TargetConfig(40, 32, 3, 4, 2, 8, 48, 1e-6, 1e4, 64, True)
-    hf.save(other, init(config, jax.random.key(1), std=0.2), config, config.to_hf())
+    hf.save_hf(other, init_weights(config, jax.random.key(1), std=0.2), config, config.to_hf())
     assert main(["--resume", "--out", str(out), "--target", str(other)]) == 1
     assert "other is not what this run began with: a resumed run needs the same target" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 
 from convert.shapes import SHAPES, Shape
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
-from domino_jax.weights import init
+from domino_jax.weights import init_weights
 from train.bench import command
 from train.bench.command import main
 from train.bench.flops import flops
@@ -89,7 +89,7 @@ def test_flops_are_those_of_the_products():
         )
     rows, length, count = 2, 64, 16
     counted = flops(target, config, rows, length, count)
-    whole = init(target, jax.random.key(0)), init(config, jax.random.key(1))
+    whole = init_weights(target, jax.random.key(0)), init_weights(config, jax.random.key(1))
     ids, mask = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), bool)
     places, valid = jnp.zeros((rows, count), jnp.int32), jnp.ones((rows, count), bool)
     how = {"lam": jnp.float32(0), "gamma": 7.0, "chunk": 1 << 20, "block_attention": "dense"}

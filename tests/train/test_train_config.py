@@ -7,7 +7,7 @@ import pytest
 
 from domino_jax.errors import DominoError
 from train import config
-from train.config import GROUPS, Train, check, dump, flat, parse, read, recipe_path
+from train.config import GROUPS, Train, check_options, dump, flat, parse_options, read_recipe, recipe_path
 
 GIVEN = ["--target", "t", "--data", "a.jsonl", "b.jsonl"]
 
@@ -24,19 +24,19 @@ def test_no_name_is_in_two_groups():
 
 def test_what_is_saved_reads_back(tmp_path, out):
     words = "--taps 1 3 --no-head --lr 1e-3 --mesh fsdp=2 --lambda-schedule cosine --epochs 2 --features f --pack"
-    options = parse([*GIVEN, *words.split(), *out])
+    options = parse_options([*GIVEN, *words.split(), *out])
     values = flat(options)
     assert values["data"] == ("a.jsonl", "b.jsonl") and values["taps"] == (1, 3) and values["head"] is False
     assert values["features"] == Path("f") and values["steps"] is None and values["lr"] == 1e-3
     (tmp_path / "x.toml").write_text(dump(options))
-    assert flat(read(tmp_path / "x.toml")) == values
+    assert flat(read_recipe(tmp_path / "x.toml")) == values
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, out):
     (tmp_path / "mine.toml").write_text(
         'target = "mine"\n[objective]\ngamma = 5\nanchors = 12\n[data]\ndata = "d.jsonl"\n'
     )
-    options = parse(["--config", str(tmp_path / "mine.toml"), "--anchors", "13", *out])
+    options = parse_options(["--config", str(tmp_path / "mine.toml"), "--anchors", "13", *out])
     assert (options.target, options.data.data) == ("mine", ("d.jsonl",))
     assert (options.objective.gamma, options.objective.anchors) == (5.0, 13)
     assert options.objective.loss == Train().objective.loss
@@ -44,7 +44,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, out):
 
 @pytest.mark.parametrize("name", ["demo", "qwen3-4b", "qwen3-8b"])
 def test_shipped_recipes_are_whole(name, out):
-    options = parse(["--config", name, "--data", "d.jsonl", *out])
+    options = parse_options(["--config", name, "--data", "d.jsonl", *out])
     assert options.target == name and options.drafter.head
     if name != "demo":  # the public recipe, SPEC section 7
         values = flat(options)
@@ -70,7 +70,7 @@ WRONG = [
 def test_a_wrong_file_is_refused_by_name(tmp_path, out, text, message):
     (tmp_path / "x.toml").write_text(text)
     with pytest.raises(DominoError) as error:
-        parse(["--config", str(tmp_path / "x.toml"), *GIVEN, *out])
+        parse_options(["--config", str(tmp_path / "x.toml"), *GIVEN, *out])
     assert message in str(error.value)
 
 
@@ -94,32 +94,32 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, out, text, message):
 )
 def test_refused_values(out, more, message):
     with pytest.raises(DominoError, match=r"^[^\n]*$") as error:
-        parse([*GIVEN, *out, *more.split()])
+        parse_options([*GIVEN, *out, *more.split()])
     assert message in str(error.value)
 
 
 def test_a_run_needs_target_and_data(out):
     with pytest.raises(DominoError, match="give --target"):
-        parse(out)
+        parse_options(out)
 
 
 def test_a_resumed_run_keeps_its_settings_but_for_some(tmp_path, out):
     folder = tmp_path / "run"
     with pytest.raises(DominoError, match="no run to resume"):
-        parse(["--resume", *out])
+        parse_options(["--resume", *out])
     folder.mkdir()
-    options = parse([*GIVEN, *out, "--gamma", "3", "--mesh", "fsdp=2"])
-    config.write(options, folder)
-    again = parse(["--resume", *out])
+    options = parse_options([*GIVEN, *out, "--gamma", "3", "--mesh", "fsdp=2"])
+    config.write_recipe(options, folder)
+    again = parse_options(["--resume", *out])
     assert flat(again) == flat(options) and again.resume
-    assert parse(["--resume", *out, "--lr", "1e-5", "--mesh", "data=4"]).run.mesh == "data=4"
-    assert parse(["--resume", *out, "--gamma", "3"]).objective.gamma == 3  # the same is no change
+    assert parse_options(["--resume", *out, "--lr", "1e-5", "--mesh", "data=4"]).run.mesh == "data=4"
+    assert parse_options(["--resume", *out, "--gamma", "3"]).objective.gamma == 3  # the same is no change
     with pytest.raises(DominoError, match="leave out --gamma, --batch"):
-        parse(["--resume", *out, "--gamma", "2", "--batch", "9"])
+        parse_options(["--resume", *out, "--gamma", "2", "--batch", "9"])
     with pytest.raises(DominoError, match="leave out --config"):
-        parse(["--resume", *out, "--config", "demo"])
+        parse_options(["--resume", *out, "--config", "demo"])
     with pytest.raises(DominoError, match="already holds a run"):
-        parse([*GIVEN, *out])
+        parse_options([*GIVEN, *out])
 
 
 def test_a_path_is_taken_before_a_recipe_of_that_name(tmp_path, monkeypatch):
@@ -128,4 +128,4 @@ def test_a_path_is_taken_before_a_recipe_of_that_name(tmp_path, monkeypatch):
     Path("demo").write_text("")
     assert recipe_path("demo") == Path("demo")
     with pytest.raises(DominoError, match="give --target"):
-        check(read(Path("demo")))
+        check_options(read_recipe(Path("demo")))

@@ -16,16 +16,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import make_draft, make_target
 
 from convert import hf, loading
-from convert.registry import DEMO
+from convert.registry import DEMO_FOLDER
 from domino_jax import sharding
 from domino_jax.config import DraftConfig
 from domino_jax.decode import Params
 from domino_jax.errors import DominoError
-from domino_jax.runtime.provenance import distinct
-from domino_jax.weights import axes, flatten, init
-from train.evaluate.prompts import read_prompts, varied
-from train.evaluate.validate import Acceptance, Validate, Validation, main, measure, settle
-from train.generate import Answer
+from domino_jax.runtime.provenance import distinct_ngrams
+from domino_jax.weights import axes, flatten, init_weights
+from train.evaluate.prompts import read_heldout_prompts, varied
+from train.evaluate.validate import MeasuredAcceptance, Validate, Validation, main, measure_acceptance, settle
+from train.generate import Completion
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -92,9 +92,9 @@ def test_masters_are_rounded_to_the_dtype_of_the_computation(pair, monkeypatch):
 
     def decode(params, configs, prompts, *_, **__):
         seen.append(flatten(params.draft))
-        return [Answer(prompt, [0], [], "stop") for prompt in prompts]
+        return [Completion(prompt, [0], [], "stop") for prompt in prompts]
 
-    monkeypatch.setattr("train.validate.generate", decode)
+    monkeypatch.setattr("train.evaluate.validate.generate", decode)
     weights = flatten(pair.params.draft)
     check = Validation(pair.params.target, pair.configs, PROMPTS, STOPS, jnp.dtype("bfloat16"))
     assert check.run(weights).final.tau is None, "no answer had a cycle"
@@ -115,14 +115,14 @@ def test_the_error_of_tau_is_that_of_resampled_prompts():
     rng = np.random.default_rng(0)
     easy = rng.random(200) < 0.4
     rows = [tuple(rng.binomial(6, 0.9 if e else 0.3, size=rng.integers(4, 9) if e else 15)) for e in easy]
-    found = Acceptance(tuple(tuple(int(m) for m in row) for row in rows))
+    found = MeasuredAcceptance(tuple(tuple(int(m) for m in row) for row in rows))
     resampled = []
     for _ in range(2000):
         chosen = [rows[i] for i in rng.integers(0, len(rows), len(rows))]
         resampled.append(sum(map(sum, chosen)) / sum(map(len, chosen)) + 1)
     assert found.error == pytest.approx(np.std(resampled), rel=0.1)
     assert found.spread == pytest.approx(np.std([np.mean(row) for row in rows], ddof=1))
-    nothing = Acceptance(((), ()))
+    nothing = MeasuredAcceptance(((), ()))
     assert nothing.tau is None and nothing.error is None and nothing.per_prompt == [None, None]
 
 
@@ -174,7 +174,7 @@ def test_the_command_prints_what_validation_gives(folder, capsys):
     words += ["--prompts", str(folder / "held.jsonl"), "--new-tokens", "9", "--batch-size", "3"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    pair = loading.load(folder / "target", folder / "draft", "float32", plain=True)
+    pair = loading.load_model(folder / "target", folder / "draft", "float32", plain=True)
     prompts = [[50, 60, 70], [51, 60, 70], [52, 60, 70], pair.tokenizer("def f(")["input_ids"]]
     report = Validation(pair.params.target, pair.configs, prompts, (), pair.dtype, new_tokens=9, batch=3).run(
         flatten(pair.params.draft)
@@ -195,12 +195,12 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
     (tmp_path / "settings.toml").write_text(f'target = "{folder / "target"}"')
     with ocp.CheckpointManager((tmp_path / "checkpoints").absolute()) as manager:
         for step in (1, 2):
-            weights = flatten(init(config, jax.random.key(step)))
+            weights = flatten(init_weights(config, jax.random.key(step)))
             manager.save(step, args=ocp.args.StandardSave({"weights": weights}))
         manager.wait_until_finished()
     options = Validate(folder / "held.jsonl", run=tmp_path)
     assert settle(options) == (folder / "target", tmp_path)
-    found = loading.load(*settle(options), "float32", plain=True).params.draft
+    found = loading.load_model(*settle(options), "float32", plain=True).params.draft
     for path, weight in flatten(found).items():
         np.testing.assert_array_equal(weight, weights[path])
     assert settle(dataclasses.replace(options, target=str(folder / "draft"))) == (folder / "draft", tmp_path)
@@ -228,10 +228,10 @@ def test_wrong_words_are_one_sentence(folder, capsys, monkeypatch, words, senten
 def test_prompts_are_cut_and_those_without_room_left_out(tmp_path):
     path = tmp_path / "held.jsonl"
     path.write_text("".join(json.dumps({"input_ids": [7] * length}) + "\n" for length in (3, 57, 58)))
-    assert list(map(len, read_prompts(path, 9, 60, None, 4))) == [3, 57]
-    assert list(map(len, read_prompts(path, 9, 60, None, 4, cut=10))) == [3, 10, 10]
+    assert list(map(len, read_heldout_prompts(path, 9, 60, None, 4))) == [3, 57]
+    assert list(map(len, read_heldout_prompts(path, 9, 60, None, 4, cut=10))) == [3, 10, 10]
     with pytest.raises(DominoError, match="no prompt to validate with; 3 left out that have no room"):
-        read_prompts(path, 9, 60, None, 60)
+        read_heldout_prompts(path, 9, 60, None, 60)
 
 
 def test_prompts_whose_answers_loop_are_left_out(pair):
@@ -241,7 +241,7 @@ def test_prompts_whose_answers_loop_are_left_out(pair):
     for tokens in (output.tokens for output in lean):
         grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
         shares.append(len(set(grams)) / len(grams))
-    assert shares == [distinct(output.tokens) for output in lean]
+    assert shares == [distinct_ngrams(output.tokens) for output in lean]
     least = sorted(shares)[2]
     kept = [p for p, share in zip(PROMPTS, shares, strict=True) if share >= least]
     assert 0 < len(kept) < len(PROMPTS)
@@ -264,11 +264,11 @@ def test_prompts_whose_answers_loop_are_left_out(pair):
 
 @pytest.mark.slow
 def test_the_shipped_pair_has_the_acceptance_that_its_page_says():
-    found = measure(
+    found = measure_acceptance(
         Validate(
-            DEMO / "prompts.jsonl",
-            draft=DEMO / "draft",
-            target=str(DEMO / "target"),
+            DEMO_FOLDER / "prompts.jsonl",
+            draft=DEMO_FOLDER / "draft",
+            target=str(DEMO_FOLDER / "target"),
             num_prompts=64,
             prompt_tokens=48,
             min_distinct=0.8,

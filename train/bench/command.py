@@ -19,18 +19,28 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from convert.registry import DEMO, read_configs
-from convert.shapes import find, random_weights
+from convert.registry import DEMO_FOLDER, read_configs
+from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
 from domino_jax.errors import DominoError
-from domino_jax.runtime.compile_cache import keep_programs
-from domino_jax.runtime.precision import settle
-from domino_jax.runtime.provenance import commit
+from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.precision import resolve_dtype
+from domino_jax.runtime.provenance import git_commit
 from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
 from train.bench.flops import flops
-from train.loss import Inputs, Kind, Objective, TargetAttention, denominator, gather, part, supervision, target_states
+from train.loss import (
+    Inputs,
+    Kind,
+    Objective,
+    TargetAttention,
+    denominator,
+    gather_positions,
+    part,
+    supervision,
+    target_states,
+)
 from train.step import LOOPED, Recipe, TrainState, start, train_step
 
 DEMO_SHAPE = "demo"
@@ -69,7 +79,7 @@ class Bench:
     loss: Kind = "ce"
     chunk: int = 1024
     """proposals whose logits exist at a time on a device"""
-    block_attention: training_attention.Choice = "auto"
+    block_attention: training_attention.BlockBackendChoice = "auto"
     target_attention: TargetAttention = "xla"
     remat: bool = False
     """compute the drafter's layers again in the backward pass"""
@@ -94,10 +104,10 @@ def configs(options: Bench) -> tuple[TargetConfig, DraftConfig]:
         DominoError: there is no such shape, or a change makes no sense.
     """
     if options.shapes == DEMO_SHAPE:
-        _, target, drafter, _ = read_configs(DEMO / "target", DEMO / "draft")
+        _, target, drafter, _ = read_configs(DEMO_FOLDER / "target", DEMO_FOLDER / "draft")
         assert drafter is not None and drafter.head is not None
     else:
-        target, drafter = find(options.shapes)
+        target, drafter = find_shape(options.shapes)
     assert drafter.head is not None
     head = replace(
         drafter.head,
@@ -135,7 +145,7 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     objective = Objective(**{name: getattr(recipe, name) for name in Objective._fields})
     rows = inputs.ids.shape[0] // recipe.accumulate
     given = jax.tree.map(lambda x: x[:rows], inputs)
-    chosen, valid = jax.jit(lambda mask: anchors.draw(jax.random.key(0), mask, recipe.anchors))(given.mask)
+    chosen, valid = jax.jit(lambda mask: anchors.draw_anchors(jax.random.key(0), mask, recipe.anchors))(given.mask)
     lam = jnp.float32(0.5)
 
     def drafter(weights: Any) -> Any:
@@ -152,8 +162,10 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     @jax.jit
     def backbone(weights: Any, frozen: Any, given: Inputs) -> Any:
         features, hidden = states(frozen, given)
-        x = block.block_inputs(frozen.embed, recipe.draft, gather(given.ids, chosen[..., None])[..., 0])
-        form = training_attention.choose(objective.block_attention, recipe.draft, chosen.shape[1], recipe.dtype)
+        x = block.block_inputs(frozen.embed, recipe.draft, gather_positions(given.ids, chosen[..., None])[..., 0])
+        form = training_attention.resolve_block_backend(
+            objective.block_attention, recipe.draft, chosen.shape[1], recipe.dtype
+        )
         return block.training_blocks(drafter(weights), recipe.draft, x, chosen, features, form=form), hidden
 
     def loss(weights: Any, frozen: Any, given: Inputs) -> Any:
@@ -173,7 +185,7 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     return found
 
 
-def run(options: Bench) -> dict[str, Any]:
+def run_bench(options: Bench) -> dict[str, Any]:
     """The figures, as one flat row.
 
     Raises:
@@ -184,7 +196,7 @@ def run(options: Bench) -> dict[str, Any]:
         value = getattr(options, field.name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
             raise DominoError(f"--{field.name.replace('_', '-')} can't be {value}.")
-    dtype = settle(options.dtype)
+    dtype = resolve_dtype(options.dtype)
     made = mesh.make(options.mesh, (target, config)) if options.mesh else None
     recipe = Recipe(
         target=target,
@@ -252,7 +264,7 @@ def _run(options: Bench, recipe: Recipe, made: Any) -> dict[str, Any]:
         "block_size": config.block_size,
         "dtype": dtype.name,
         "weights": "random",
-        "commit": commit(),
+        "commit": git_commit(),
         "device": device.device_kind,
         "devices": devices,
         "jax": jax.__version__,
@@ -290,7 +302,7 @@ def _inputs(options: Bench, target: TargetConfig, config: DraftConfig, dtype: An
     return mesh.laid_rows(jax.jit(make)(), made)
 
 
-def show(row: dict[str, Any]) -> str:
+def show_bench(row: dict[str, Any]) -> str:
     """The figures in a few lines."""
     parts = ", ".join(f"{name[:-3]} {row[name]:,.1f}" for name in row if name in PHASES)
     memory = row["peak_memory_gb"]
@@ -314,14 +326,14 @@ PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
 
 def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Bench, args=argv, prog="python -m train.bench")
-    keep_programs()
+    enable_compile_cache()
     try:
-        row = run(options)
+        row = run_bench(options)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(show(row))
+    print(show_bench(row))
     return 0

@@ -23,7 +23,7 @@ import numpy as np
 
 from domino_jax.errors import DominoError
 from train.data.conversations import Template, Tokens, messages_of, tools_of
-from train.data.sources import rows
+from train.data.sources import read_rows
 
 REPORT_EVERY = 1000  # lines between two calls of `progress`
 
@@ -131,7 +131,7 @@ class Summary(NamedTuple):
         )
 
 
-def read(
+def read_corpus(
     sources: Sequence[str | Path],
     length: int,
     vocab_size: int,
@@ -144,7 +144,7 @@ def read(
     """Read sources into rows of `length` tokens.
 
     Args:
-        sources: files, folders or datasets of the Hub, as train.data.sources.rows takes them.
+        sources: files, folders or datasets of the Hub, as train.data.sources.read_rows takes them.
         length: S; longer sequences are cut.
         tokenizer: the target's, with its chat template; None where all lines hold ids.
         split: which part of a dataset to read.
@@ -159,7 +159,7 @@ def read(
     ids, mask, ends = array("i"), bytearray(), [0]
     lines = left_out = truncated = 0
     for source in sources:
-        for where, row in rows(source, split):
+        for where, row in read_rows(source, split):
             lines += 1
             try:
                 found = _sequences(row, template)

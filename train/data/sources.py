@@ -13,7 +13,7 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 LINES = (".jsonl", ".json", ".ndjson")
 
 
-def rows(source: str | Path, split: str = "train") -> Iterator[tuple[str, Any]]:
+def read_rows(source: str | Path, split: str = "train") -> Iterator[tuple[str, Any]]:
     """Each row with the words that say where it stands.
 
     Args:

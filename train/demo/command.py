@@ -89,7 +89,7 @@ def stages(options: Demo) -> Iterator[Stage]:
     yield Stage(words, (out / "never",))
 
 
-def run(options: Demo) -> int:
+def run_demo(options: Demo) -> int:
     """Run what is missing; the first exit status that is not 0.
 
     Raises:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = tyro.cli(Demo, args=argv, prog="python -m train.demo")
     try:
-        return run(options)
+        return run_demo(options)
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,12 +19,12 @@ import numpy as np
 import optax
 import tyro
 
-from convert.hf import save, write_json
+from convert.hf import save_hf, write_json
 from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
-from domino_jax.runtime.compile_cache import keep_programs
-from domino_jax.weights import flatten, init, unflatten
+from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.weights import flatten, init_weights, unflatten
 from train.demo.corpus import read_texts
 from train.monitor import curves
 from train.optimizer import muon
@@ -91,7 +91,7 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     )
 
 
-def encode(tokenizer, texts: list[str]) -> np.ndarray:
+def encode_texts(tokenizer, texts: list[str]) -> np.ndarray:
     """All texts in one array of ids, each followed by the end token."""
     end = tokenizer.convert_tokens_to_ids(END)
     pieces = []
@@ -101,7 +101,7 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def optimizer(config: TargetConfig, options: Pretrain) -> optax.GradientTransformation:
+def pretrain_optimizer(config: TargetConfig, options: Pretrain) -> optax.GradientTransformation:
     """Muon for the layers' matrices, AdamW for the rest; the rates rise, stay, and fall."""
 
     def schedule(peak: float) -> optax.Schedule:
@@ -132,7 +132,7 @@ def windows(ids: np.ndarray, count: int, length: int, rng: np.random.Generator) 
     return np.stack([ids[s : s + length + 1] for s in starts])
 
 
-def check(options: Pretrain) -> None:
+def check_pretrain(options: Pretrain) -> None:
     """Refuse what cannot be trained, and a folder that already holds a model."""
     least = dict.fromkeys(("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size"), 1)
     least |= dict.fromkeys(("steps", "batch", "length"), 1) | {"vocab_size": 256 + 4}  # bytes and special tokens
@@ -145,12 +145,12 @@ def check(options: Pretrain) -> None:
         raise DominoError(f"{options.out} already holds a model; give another --out.")
 
 
-def run(options: Pretrain) -> None:
-    check(options)
-    keep_programs()
+def run_pretrain(options: Pretrain) -> None:
+    check_pretrain(options)
+    enable_compile_cache()
     texts, held_out = read_texts(options.text, options.files)
     tokenizer = train_tokenizer(texts, options.vocab_size)
-    ids, held_ids = encode(tokenizer, texts), encode(tokenizer, held_out)
+    ids, held_ids = encode_texts(tokenizer, texts), encode_texts(tokenizer, held_out)
     config = TargetConfig(
         vocab_size=options.vocab_size,
         hidden_size=options.hidden_size,
@@ -164,14 +164,14 @@ def run(options: Pretrain) -> None:
         max_position_embeddings=options.length,
         tie_word_embeddings=True,
     )
-    weights = flatten(init(config, jax.random.key(options.seed)))
+    weights = flatten(init_weights(config, jax.random.key(options.seed)))
     count = sum(w.size for w in weights.values())
     print(
         f"{len(texts)} files, {len(ids):,} tokens to train on, {len(held_ids):,} held out; "
         f"{count / 1e6:.1f}M parameters",
         flush=True,
     )
-    rule = optimizer(config, options)
+    rule = pretrain_optimizer(config, options)
     state = rule.init(weights)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -212,7 +212,7 @@ def run(options: Pretrain) -> None:
                 print(f"{shown}  {left / 60:.1f} min left", flush=True)
     raw = config.to_hf() | {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
     options.out.mkdir(parents=True, exist_ok=True)
-    save(options.out, unflatten(config, weights), config, raw, jnp.bfloat16)
+    save_hf(options.out, unflatten(config, weights), config, raw, jnp.bfloat16)
     tokenizer.save_pretrained(options.out)
     write_json(options.out / "generation_config.json", {"eos_token_id": tokenizer.eos_token_id, "do_sample": False})
     curves.write(history, options.out / "pretrain.jsonl")
@@ -225,7 +225,7 @@ def run(options: Pretrain) -> None:
 def main() -> int:
     options = tyro.cli(Pretrain, prog="python -m train.pretrain")
     try:
-        run(options)
+        run_pretrain(options)
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

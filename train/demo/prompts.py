@@ -19,7 +19,7 @@ from train.loading import find
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptOptions:
     """Cut prompts out of text, each from the start of a line."""
 
     tokenizer: str
@@ -56,7 +56,7 @@ def cut(texts: list[str], tokenizer, count: int, tokens: int, seed: int) -> list
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Prompts, args=argv, prog="python -m train.prompts")
+    options = tyro.cli(PromptOptions, args=argv, prog="python -m train.prompts")
     try:
         train, held_out = read_texts(options.text, options.files)
         tokenizer = load_tokenizer(find(options.tokenizer, "--tokenizer"))

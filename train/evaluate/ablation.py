@@ -81,14 +81,14 @@ def train(options: Ablation) -> int:
 
 def unfinished(folder: Path, steps: int) -> bool:
     """Whether a run stopped before its last step: an interrupted one has written its drafter as well."""
-    rows = curves.read(folder / METRICS)
+    rows = curves.read_metrics(folder / METRICS)
     return not rows or rows[-1]["step"] < steps
 
 
-def measure(options: Ablation, target: str) -> list[dict[str, Any]]:
+def measure_ablation(options: Ablation, target: str) -> list[dict[str, Any]]:
     """τ of each drafter, as `train.validate` finds it."""
     from train.evaluate.validate import Validate
-    from train.evaluate.validate import measure as validate
+    from train.evaluate.validate import measure_acceptance as validate
 
     o, found = options, []
     for kind, seed, folder in runs(o):
@@ -124,7 +124,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(options: Ablation, path: Path) -> None:
+def plot_ablation(options: Ablation, path: Path) -> None:
     """Cross-entropy and estimated acceptance of the final branch over the runs, a colour for each kind."""
     from matplotlib.figure import Figure
 
@@ -132,7 +132,7 @@ def draw(options: Ablation, path: Path) -> None:
     loss, acceptance = figure.subplots(1, 2)
     colours = dict(zip(KINDS, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
     for kind, seed, folder in runs(options):
-        rows = curves.read(folder / METRICS)
+        rows = curves.read_metrics(folder / METRICS)
         steps = [row["step"] for row in rows if "final_loss" in row]
         for axis, key in ((loss, "final_loss"), (acceptance, "final_acceptance")):
             values = [row[key] for row in rows if key in row]
@@ -146,7 +146,7 @@ def draw(options: Ablation, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def run(options: Ablation) -> int:
+def run_ablation(options: Ablation) -> int:
     """Train, measure, and write what came out; an exit status.
 
     Raises:
@@ -158,15 +158,15 @@ def run(options: Ablation) -> int:
     status = train(options)
     if status:
         return status
-    from train.config import read, recipe_path
+    from train.config import read_recipe, recipe_path
 
-    target = options.target or read(recipe_path(options.config)).target
+    target = options.target or read_recipe(recipe_path(options.config)).target
     assert target is not None, "training has had one"
-    rows = measure(options, target)
+    rows = measure_ablation(options, target)
     (options.out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     text = table(rows)
     (options.out / "ablation.md").write_text(text, encoding="utf-8")
-    draw(options, options.out / "ablation.png")
+    plot_ablation(options, options.out / "ablation.png")
     print("\n" + text)
     return 0
 
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = tyro.cli(Ablation, args=argv, prog="python -m train.ablation")
     try:
-        return run(options)
+        return run_ablation(options)
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

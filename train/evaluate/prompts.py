@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
-from domino_jax.runtime.provenance import distinct
-from train.generate import Prompt, generate
-from train.regenerate.prompts import LeftOut, Lines, encode, said
+from domino_jax.runtime.provenance import distinct_ngrams
+from train.generate import Request, generate
+from train.regenerate.prompts import LeftOut, Lines, encode_turn, said
 
 
-def read_prompts(
+def read_heldout_prompts(
     path: Path, vocab_size: int, positions: int, tokenizer: Any, new_tokens: int, cut: int | None = None
 ) -> list[list[int]]:
     """The prompts of a JSONL file (see train.regenerate.prompts; of a conversation, what precedes the first answer).
@@ -27,7 +27,7 @@ def read_prompts(
     left_out, prompts = lines.left_out, []
     for _, source in lines.sources(0, len(lines)):
         try:
-            ids = encode(source, 0, [], tokenizer, thinking=False)[:cut]
+            ids = encode_turn(source, 0, [], tokenizer, thinking=False)[:cut]
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
@@ -42,7 +42,7 @@ def read_prompts(
 
 def varied(
     params: Params,
-    configs: Configs,
+    configs: DecodeConfig,
     prompts: Sequence[list[int]],
     stop_ids: Sequence[int],
     dtype: Any,
@@ -61,10 +61,10 @@ def varied(
     """
     chosen: list[list[int]] = []
     for first in range(0, len(prompts), batch):
-        group = [Prompt(row, 0, ids, new_tokens) for row, ids in enumerate(prompts[first : first + batch])]
-        answers = generate(params.lean, configs.lean, group, stop_ids, dtype, batch=batch)
+        group = [Request(row, 0, ids, new_tokens) for row, ids in enumerate(prompts[first : first + batch])]
+        answers = generate(params.without_drafter, configs.without_drafter, group, stop_ids, dtype, batch=batch)
         tokens = {answer.prompt.row: answer.tokens for answer in answers}
-        chosen += [list(p.ids) for p in group if distinct(tokens[p.row]) >= least]
+        chosen += [list(p.ids) for p in group if distinct_ngrams(tokens[p.row]) >= least]
         if count is not None and len(chosen) >= count:
             return chosen[:count]
     return chosen

@@ -24,22 +24,22 @@ import numpy as np
 import tyro
 from jax import Array
 
-from convert.loading import load, without_head
-from convert.progress import bars
+from convert.loading import load_model, without_head
+from convert.progress import progress_bars
 from convert.registry import read_configs
-from domino_jax.decode import Configs, Params
+from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
-from domino_jax.runtime.compile_cache import keep_programs
-from domino_jax.sharding import parse
+from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.sharding import parse_mesh
 from domino_jax.weights import Target, flatten, unflatten
 from train import config
-from train.evaluate.prompts import read_prompts, varied
-from train.generate import Prompt, generate
+from train.evaluate.prompts import read_heldout_prompts, varied
+from train.generate import Request, generate
 from train.loading import find
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class MeasuredAcceptance:
     """What was accepted of one drafter's proposals."""
 
     accepted: tuple[tuple[int, ...], ...]  # for each prompt the drafts accepted, cycle by cycle
@@ -75,11 +75,11 @@ class Acceptance:
         return float(np.std(each, ddof=1)) if len(each) > 1 else None
 
 
-class Report(NamedTuple):
+class ValidationReport(NamedTuple):
     """One validation."""
 
-    final: Acceptance  # of the drafter as it is
-    base: Acceptance | None  # of its base logits alone, the head off; None where there is no head
+    final: MeasuredAcceptance  # of the drafter as it is
+    base: MeasuredAcceptance | None  # of its base logits alone, the head off; None where there is no head
     seconds: float
 
     def row(self) -> dict[str, float | int | None]:
@@ -102,7 +102,7 @@ class Validation:
     def __init__(
         self,
         target: Target,
-        configs: Configs,
+        configs: DecodeConfig,
         prompts: Sequence[Sequence[int]],
         stop_ids: Sequence[int],
         dtype: Any,
@@ -121,11 +121,11 @@ class Validation:
         """
         assert configs.draft is not None, "without a drafter nothing is accepted"
         self.target, self.configs, self.stop_ids, self.dtype = target, configs, tuple(stop_ids), dtype
-        self.prompts = [Prompt(row, 0, ids, new_tokens) for row, ids in enumerate(prompts)]
+        self.prompts = [Request(row, 0, ids, new_tokens) for row, ids in enumerate(prompts)]
         self.batch = min(batch, len(prompts))
         self._rounded = jax.jit(partial(jax.tree.map, lambda w: w.astype(dtype)))
 
-    def run(self, weights: Mapping[str, Array], stopping: Callable[[], bool] | None = None) -> Report:
+    def run(self, weights: Mapping[str, Array], stopping: Callable[[], bool] | None = None) -> ValidationReport:
         """Decode all prompts with the drafter of these weights, by their paths; runs in the mesh that is in context.
 
         The same weights give the same report, and the weights stay as they are.
@@ -144,14 +144,16 @@ class Validation:
         base = self._decoded(*without_head(*whole), stopping) if self.configs.draft.head else None
         if stopping and stopping():
             raise Stopped
-        return Report(final, base, time.perf_counter() - began)
+        return ValidationReport(final, base, time.perf_counter() - began)
 
-    def _decoded(self, configs: Configs, params: Params, stopping: Callable[[], bool] | None) -> Acceptance:
+    def _decoded(
+        self, configs: DecodeConfig, params: Params, stopping: Callable[[], bool] | None
+    ) -> MeasuredAcceptance:
         answers = generate(
             params, configs, self.prompts, self.stop_ids, self.dtype, batch=self.batch, stopping=stopping
         )
         accepted = {answer.prompt.row: tuple(answer.accepted) for answer in answers}
-        return Acceptance(tuple(accepted.get(prompt.row, ()) for prompt in self.prompts))
+        return MeasuredAcceptance(tuple(accepted.get(prompt.row, ()) for prompt in self.prompts))
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,12 @@ def settle(options: Validate) -> tuple[Path, Path]:
             raise DominoError("give --target, the model that this drafter is for.")
         return find(o.target), o.draft
     assert o.run is not None
-    target = o.target or config.read(o.run / config.SETTINGS).target
+    target = o.target or config.read_recipe(o.run / config.SETTINGS).target
     assert target is not None, "a run has one"
     return find(target), o.run
 
 
-def measure(options: Validate) -> dict[str, Any]:
+def measure_acceptance(options: Validate) -> dict[str, Any]:
     """What the command found, as --json prints it.
 
     Raises:
@@ -220,9 +222,9 @@ def measure(options: Validate) -> dict[str, Any]:
     _, target_config, _, warnings = read_configs(target, draft, "--target")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    with bars() as loading:
-        pair = load(target, draft, o.dtype, loading, mesh=parse(o.mesh) if o.mesh else None, plain=True)
-    prompts = read_prompts(
+    with progress_bars() as loading:
+        pair = load_model(target, draft, o.dtype, loading, mesh=parse_mesh(o.mesh) if o.mesh else None, plain=True)
+    prompts = read_heldout_prompts(
         o.prompts, target_config.vocab_size, target_config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
     )
     assert pair.params.draft is not None
@@ -281,8 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = tyro.cli(Validate, args=argv, prog="python -m train.validate")
     try:
-        keep_programs()
-        found = measure(options)
+        enable_compile_cache()
+        found = measure_acceptance(options)
     except DominoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -27,8 +27,8 @@ from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
 from domino_jax.config import TargetConfig, default_taps
 from domino_jax.errors import DominoError
-from domino_jax.runtime.compile_cache import keep_programs
-from domino_jax.runtime.precision import settle as settle_dtype
+from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.precision import resolve_dtype as settle_dtype
 from domino_jax.weights import Target
 from train.data import dataset
 from train.features import shards, store
@@ -72,7 +72,7 @@ class Capture:
 def read_corpus(options: Capture, folder: Path, config: TargetConfig) -> Any:
     """The corpus that a training with the same data options reads."""
     tokenizer = load_tokenizer(folder)
-    corpus, summary = dataset.read(
+    corpus, summary = dataset.read_corpus(
         options.data,
         options.length,
         config.vocab_size,
@@ -103,7 +103,7 @@ def observe(
 def computed(
     frozen: Target,
     config: TargetConfig,
-    plan: shards.Plan,
+    plan: shards.ShardPlan,
     ids: np.ndarray,
     starts: np.ndarray,
     lengths: np.ndarray,
@@ -119,8 +119,8 @@ def computed(
 
     def dispatch(at: int) -> jax.Array:
         chosen = np.minimum(np.arange(at, at + batch), len(ids) - 1)  # of one size: the last row stands in
-        rows = sharding.put(ids[chosen], "B T")
-        since = sharding.put(starts[chosen], "B T") if packed else None
+        rows = sharding.shard_copy(ids[chosen], "B T")
+        since = sharding.shard_copy(starts[chosen], "B T") if packed else None
         return observe(frozen, config, plan.taps, bool(plan.hidden), rows, since)
 
     places = range(0, len(ids), batch)
@@ -132,7 +132,7 @@ def computed(
             yield row[:length]
 
 
-def check_space(folder: Path, plan: shards.Plan) -> str:
+def check_space(folder: Path, plan: shards.ShardPlan) -> str:
     """The disk space that the capture needs, in words.
 
     Raises:
@@ -156,14 +156,14 @@ def gib(size: int) -> str:
     return f"{size / 2**power:,.1f} {unit}"
 
 
-def run(options: Capture) -> None:
+def run_capture(options: Capture) -> None:
     """Capture what is missing.
 
     Raises:
         DominoError: something does not fit, or can't be read or written; what is finished stays.
         KeyboardInterrupt: it was interrupted; what is finished stays.
     """
-    keep_programs()
+    enable_compile_cache()
     if min(options.batch, options.length, options.layers) < 1:
         raise DominoError("--batch, --length and --layers must be at least 1.")
     folder = find(options.target)
@@ -175,14 +175,14 @@ def run(options: Capture) -> None:
     if not all(0 <= tap < depth for tap in taps):
         raise DominoError(f"--taps must name layers 0 to {depth - 1}, found {list(taps)}.")
     dtype = settle_dtype(options.dtype)
-    rows_at_once, model = sharding.parse(options.mesh) if options.mesh else (1, 1)
+    rows_at_once, model = sharding.parse_mesh(options.mesh) if options.mesh else (1, 1)
     if options.batch % rows_at_once:
         raise DominoError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
     mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
-    fitted = sharding.fit(config, model)
+    fitted = sharding.fit_to_mesh(config, model)
     corpus = read_corpus(options, folder, config)
     lengths = store.row_lengths(corpus.starts)
-    plan = shards.plan(
+    plan = shards.plan_shards(
         lengths,
         target=store.identity(folder),
         corpus=corpus.fingerprint,
@@ -192,19 +192,19 @@ def run(options: Capture) -> None:
         dtype=dtype.name,
         length=corpus.ids.shape[1],
     )
-    plan = store.resume(options.out, plan)
+    plan = store.resume_capture(options.out, plan)
     for left in options.out.glob("features-*.tmp"):  # by a process that was killed
         left.unlink()
     print(check_space(options.out, plan), flush=True)
     if not plan.missing:
         print(f"{options.out} is complete")
         return
-    frozen = folders.load(folder, config, dtype, mesh=mesh)
+    frozen = folders.load_weights(folder, config, dtype, mesh=mesh)
     options.out.mkdir(parents=True, exist_ok=True)
     shards.write_header(options.out, plan)
     missing, total = plan.missing, len(plan.rows)
     done = sum(plan.rows) - sum(plan.rows[i] for i in missing)
-    with Progress("row") as progress, sharding.within(mesh):
+    with Progress("row") as progress, sharding.mesh_context(mesh):
         progress.start(sum(plan.rows), done)
 
         def shown(rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -239,7 +239,7 @@ def run(options: Capture) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Capture, args=argv, prog="python -m train.capture")
     try:
-        run(options)
+        run_capture(options)
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -31,7 +31,7 @@ SHARD_BYTES = 2**32  # a run that is killed loses at most this much; each shard 
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """What is captured from what: the header of a folder."""
 
     target: str  # `identity` of the model
@@ -86,7 +86,7 @@ class Plan:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def differences(self, other: "Plan") -> list[str]:
+    def differences(self, other: "ShardPlan") -> list[str]:
         """What of two captures is not the same, in words, the finished shards aside."""
         names = {
             "target": "target model",
@@ -102,7 +102,7 @@ class Plan:
         return found
 
 
-def plan(
+def plan_shards(
     lengths: np.ndarray,
     *,
     target: str,
@@ -113,7 +113,7 @@ def plan(
     dtype: str,
     length: int,
     shard_bytes: int = SHARD_BYTES,
-) -> Plan:
+) -> ShardPlan:
     """How rows of these lengths [N] are divided into shards: whole rows, of about `shard_bytes` together."""
     row_bytes = lengths.astype(np.int64) * 2 * (width + hidden)
     shard = (np.cumsum(row_bytes) - row_bytes) // shard_bytes  # by where a row begins
@@ -121,16 +121,16 @@ def plan(
     count = int(shard[-1]) + 1
     rows = tuple(int(n) for n in np.bincount(shard, minlength=count))
     tokens = tuple(int(n) for n in np.bincount(shard, lengths, minlength=count))
-    return Plan(target, corpus, tuple(taps), width, hidden, dtype, length, rows, tokens, (None,) * count)
+    return ShardPlan(target, corpus, tuple(taps), width, hidden, dtype, length, rows, tokens, (None,) * count)
 
 
-def write_header(folder: Path, plan: Plan) -> None:
+def write_header(folder: Path, plan: ShardPlan) -> None:
     """Write a plan as features.json, whole or not at all, with its own checksum."""
     values = {"version": VERSION, **asdict(plan)}
     hf.write_json(folder / HEADER, values | {"checksum": _checksum(values)})
 
 
-def read_header(folder: Path) -> Plan:
+def read_header(folder: Path) -> ShardPlan:
     """The plan in a folder's features.json.
 
     Raises:
@@ -146,14 +146,14 @@ def read_header(folder: Path) -> Plan:
         raise DominoError(f"{folder / HEADER} was altered (its checksum is wrong): capture the features again.")
     del values["version"]
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Plan(**fields)
+    return ShardPlan(**fields)
 
 
 def _checksum(values: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def write_shard(folder: Path, plan: Plan, shard: int, rows: Iterable[np.ndarray]) -> Plan:
+def write_shard(folder: Path, plan: ShardPlan, shard: int, rows: Iterable[np.ndarray]) -> ShardPlan:
     """Write one shard, row after row, and then note it in the header: the plan with that shard finished.
 
     Args:
@@ -190,7 +190,7 @@ def write_shard(folder: Path, plan: Plan, shard: int, rows: Iterable[np.ndarray]
 class Shard:
     """One file of features: its tables, and its rows as a memory map."""
 
-    def __init__(self, folder: Path, plan: Plan, number: int):
+    def __init__(self, folder: Path, plan: ShardPlan, number: int):
         self.path = folder / plan.name(number)
         head, rows, tokens = plan.head(number), plan.rows[number], plan.tokens[number]
         try:

@@ -18,7 +18,7 @@ import numpy as np
 
 from convert import hf
 from domino_jax.errors import DominoError
-from train.features.shards import HEADER, Plan, Shard, read_header
+from train.features.shards import HEADER, Shard, ShardPlan, read_header
 
 WINDOW = 4096  # bytes of a tensor's begin, middle and end that count for its model's identity
 
@@ -72,7 +72,7 @@ def identity(folder: Path) -> str:
 class Features:
     """The features of a corpus in a folder, rows by their number in the corpus."""
 
-    def __init__(self, folder: Path, plan: Plan, shards: Sequence[int]):
+    def __init__(self, folder: Path, plan: ShardPlan, shards: Sequence[int]):
         self.folder, self.plan = folder, plan
         self._firsts = np.cumsum([0, *plan.rows])
         self._shards = {shard: Shard(folder, plan, shard) for shard in shards}
@@ -175,7 +175,7 @@ class Features:
             yield number
 
 
-def resume(folder: Path, plan: Plan) -> Plan:
+def resume_capture(folder: Path, plan: ShardPlan) -> ShardPlan:
     """The plan with those shards finished that an earlier, interrupted capture into `folder` left whole.
 
     Raises:

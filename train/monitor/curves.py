@@ -47,7 +47,7 @@ PANELS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
 BY_POSITION = {"final": "final_accuracy_by_position", "base": "base_accuracy_by_position"}
 
 
-def read(path: Path) -> list[Row]:
+def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics file, without a line that was cut off; an empty list where there is no file."""
     if not path.exists():
         return []
@@ -67,15 +67,15 @@ def write(rows: Sequence[Row], path: Path) -> None:
     temporary.replace(path)
 
 
-def append(row: Row, path: Path) -> None:
+def append_metrics(row: Row, path: Path) -> None:
     """Add one row to a metrics file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def resume(path: Path, done: int) -> list[Row]:
+def resume_metrics(path: Path, done: int) -> list[Row]:
     """The rows of a metrics file up to step `done`; what was measured after it is taken out of the file."""
-    rows = [row for row in read(path) if row["step"] <= done]
+    rows = [row for row in read_metrics(path) if row["step"] <= done]
     write(rows, path)
     return rows
 
@@ -118,7 +118,7 @@ def positions(rows: Sequence[Row]) -> Positions | None:
     return Positions([row["step"] for row in measured], branches)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
     """Draw `panels` as one PNG, whole or not at all."""
     from matplotlib.figure import Figure
 

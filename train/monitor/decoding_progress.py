@@ -13,7 +13,7 @@ from train.monitor.progress import clock
 EVERY = 30.0  # seconds between two lines
 
 
-class Tally:
+class DecodingProgress:
     """Counts answers, tokens and accepted drafts, and shows them on standard error."""
 
     def __init__(self, what: str, total: int, draft: DraftConfig | None = None):
@@ -84,7 +84,7 @@ class Tally:
         seconds = time.perf_counter() - self._began
         return f" ({self.answers} now: {self.tokens} tokens in {seconds:,.0f} s{tau})"
 
-    def __enter__(self) -> "Tally":
+    def __enter__(self) -> "DecodingProgress":
         self._bar.start()
         return self
 

@@ -8,7 +8,7 @@ USUAL = 100  # steps whose gradient norms say what is usual
 LEAST = 20  # of them, before anything is called unusual
 
 
-class Watch:
+class DivergenceMonitor:
     """Looks at each step's loss and gradient norm, in order."""
 
     def __init__(self, explosion: float, before: Iterable[float] = ()):

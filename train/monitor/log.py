@@ -27,7 +27,7 @@ class Log(AbstractContextManager["Log"]):
         self.folder, self.settings, self.steps = folder, settings, steps
         self.progress = Progress()
         self._path = folder / METRICS
-        self.rows = curves.resume(self._path, done)
+        self.rows = curves.resume_metrics(self._path, done)
         self._events = Events(folder / EVENTS, done, self.progress.note) if events else None
         self.progress.start(steps, done)
 
@@ -38,7 +38,7 @@ class Log(AbstractContextManager["Log"]):
             OSError: the disk is full.
         """
         self.rows.append(dict(row))
-        curves.append(self.rows[-1], self._path)
+        curves.append_metrics(self.rows[-1], self._path)
         if self._events:
             self._events.write(row)
         self.progress.update(row)
@@ -46,7 +46,7 @@ class Log(AbstractContextManager["Log"]):
     def report(self, state: str = "running") -> None:
         """Write the report anew; that it can't be written is said and stops nothing."""
         left = self.progress.seconds_left
-        problem = report.write(self.folder, self.rows, self.settings, self.steps, state=state, seconds_left=left)
+        problem = report.write_report(self.folder, self.rows, self.settings, self.steps, state=state, seconds_left=left)
         if problem:
             self.progress.note(problem)
 

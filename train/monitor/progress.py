@@ -47,7 +47,7 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def figures(row: Mapping[str, Any], keys: tuple[str, ...] = tuple(SHOWN)) -> str:
+def step_figures(row: Mapping[str, Any], keys: tuple[str, ...] = tuple(SHOWN)) -> str:
     """The figures of a row of metrics for people; what it lacks is left out."""
     shown = [SHOWN[key].format(row[key]) for key in keys if row.get(key) is not None]
     return "  ".join(shown).replace("  (base", " (base")
@@ -93,10 +93,10 @@ class Progress(AbstractContextManager["Progress"]):
 
     def update(self, row: Mapping[str, Any]) -> None:
         """A row of metrics, with its `step`: beside the bar, or as a line."""
-        self._shown = figures(row, SHORT)
+        self._shown = step_figures(row, SHORT)
         self.advance(int(row["step"]))
         if not self.console.is_terminal:
-            parts = (f"{self.unit} {self._done}/{self._total}", figures(row), self._left())
+            parts = (f"{self.unit} {self._done}/{self._total}", step_figures(row), self._left())
             self.note("  ".join(filter(None, parts)))
 
     def note(self, text: str) -> None:

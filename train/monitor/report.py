@@ -16,7 +16,7 @@ PROMISING, KEPT = 1.5, 0.5
 FALLEN = 0.95  # of the best validation
 
 
-def write(
+def write_report(
     folder: Path,
     rows: Sequence[curves.Row],
     settings: Mapping[str, Any],
@@ -39,7 +39,7 @@ def write(
         What went wrong, if it could not be written: a report is no reason to stop a training.
     """
     try:
-        curves.draw(rows, folder / CURVES)
+        curves.plot_curves(rows, folder / CURVES)
         curves.draw_positions(rows, folder / POSITIONS)
         text = compose(
             rows,
@@ -68,7 +68,7 @@ def compose(
     notes: Sequence[str] = (),
     pictures: Sequence[str] = (),
 ) -> str:
-    """The text of report.md; see `write`."""
+    """The text of report.md; see `write_report`."""
     step = rows[-1]["step"] if rows else 0
     left = f", about {clock(seconds_left)} left" if seconds_left is not None and step < total else ""
     parts = ["# Training run", f"Step {step:,} of {total:,} ({step / max(total, 1):.0%}): {state}{left}."]

@@ -29,19 +29,20 @@ import numpy as np
 import tyro
 
 from convert import template
-from convert.loading import Loaded, load
-from convert.progress import bars
+from convert.loading import LoadedModel, load_model
+from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
-from domino_jax.runtime.compile_cache import keep_programs
-from domino_jax.runtime.precision import settle
-from domino_jax.sharding import parse
-from train.generate import Answer, Choice, Prompt, generate
+from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.precision import resolve_dtype
+from domino_jax.sampling import SamplingParams
+from domino_jax.sharding import parse_mesh
+from train.generate import Completion, Request, generate
 from train.loading import find, identity
-from train.monitor.decoding_progress import Tally
+from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.output import Answers
-from train.regenerate.prompts import LeftOut, Lines, Source, encode, said
+from train.regenerate.prompts import LeftOut, Lines, Source, encode_turn, said
 from train.stopping import stop_signals
 
 WINDOW = 64  # batches of lines that are sorted by length together, and brought to their last turns before the next
@@ -82,7 +83,7 @@ class Regenerate:
     CPU)"""
 
 
-def check(options: Regenerate) -> None:
+def check_regenerate(options: Regenerate) -> None:
     """Refuse values that make no sense.
 
     Raises:
@@ -116,24 +117,24 @@ def decisive(options: Regenerate, target: Path, lines: Lines) -> dict[str, Any]:
         "max_new_tokens": o.max_new_tokens,
         "thinking": o.thinking,
         "seed": o.seed,
-        "dtype": settle(o.dtype).name,
+        "dtype": resolve_dtype(o.dtype).name,
     }
 
 
-def choice(options: Regenerate) -> Choice:
+def choice(options: Regenerate) -> SamplingParams:
     """How tokens are chosen."""
-    return Choice(options.temperature, options.top_k, options.top_p, options.min_p)
+    return SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p)
 
 
-def run(options: Regenerate) -> None:
+def run_regenerate(options: Regenerate) -> None:
     """Write what answers are missing, or those until an interruption.
 
     Raises:
         DominoError: something is wrong with the words, the models or the data, or the answers can't be written.
         KeyboardInterrupt: it was interrupted; what was written is kept.
     """
-    check(options)
-    keep_programs()
+    check_regenerate(options)
+    enable_compile_cache()
     target = find(options.target)
     _, config, _, warnings = read_configs(target, options.draft, "--target")
     for warning in warnings:
@@ -150,11 +151,15 @@ def run(options: Regenerate) -> None:
             return
         if len(answers):
             print(f"{options.out} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
-        with bars() as loading:
-            mesh = parse(options.mesh) if options.mesh else None
-            pair = load(target, options.draft, options.dtype, loading, mesh=mesh)
+        with progress_bars() as loading:
+            mesh = parse_mesh(options.mesh) if options.mesh else None
+            pair = load_model(target, options.draft, options.dtype, loading, mesh=mesh)
         size = min(options.batch_size, int((lines.turns > 0).sum()))
-        with pair.context(), stop_signals() as stopping, Tally("answers", missing, pair.configs.draft) as tally:
+        with (
+            pair.context(),
+            stop_signals() as stopping,
+            DecodingProgress("answers", missing, pair.configs.draft) as tally,
+        ):
             writer = Writer(options, pair, lines, answers, tally, stopping.is_set, size)
             window = size * WINDOW
             for start in range(0, len(lines), window):
@@ -173,7 +178,7 @@ def run(options: Regenerate) -> None:
 def encode_some(source: Source, tokenizer: Any, options: Regenerate) -> None:
     """Encode one line's first turn, for the errors; what a template refuses is left out later."""
     with suppress(LeftOut):
-        encode(source, 0, [], tokenizer, options.thinking)
+        encode_turn(source, 0, [], tokenizer, options.thinking)
 
 
 @dataclass
@@ -181,10 +186,10 @@ class Writer:
     """What is needed to answer lines of the data and write them down."""
 
     options: Regenerate
-    pair: Loaded
+    pair: LoadedModel
     lines: Lines
     answers: Answers
-    tally: Tally
+    tally: DecodingProgress
     stopping: Callable[[], bool]
     batch: int
 
@@ -231,15 +236,15 @@ class Writer:
                     text = turns_text(self.pair.tokenizer, self.answers.tokens((row, turn)))
                     told[row].append(text)
 
-    def _prompt(self, row: int, turn: int, source: Source, told: list[str]) -> Prompt:
-        ids = encode(source, turn, told, self.pair.tokenizer, self.options.thinking)
+    def _prompt(self, row: int, turn: int, source: Source, told: list[str]) -> Request:
+        ids = encode_turn(source, turn, told, self.pair.tokenizer, self.options.thinking)
         positions = self.pair.configs.target.positions
         if len(ids) > positions:
             raise LeftOut(f"are too long for the target's {positions} positions")
         # The last token of an answer is never run, so it needs no position.
-        return Prompt(row, turn, ids, min(self.options.max_new_tokens, positions - len(ids) + 1))
+        return Request(row, turn, ids, min(self.options.max_new_tokens, positions - len(ids) + 1))
 
-    def _write(self, answer: Answer, source: Source, told: list[str]) -> None:
+    def _write(self, answer: Completion, source: Source, told: list[str]) -> None:
         prompt = answer.prompt
         values = {"input_ids": list(prompt.ids), "tokens": answer.tokens, "finish_reason": answer.finish_reason}
         if source.given is not None:
@@ -257,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = tyro.cli(Regenerate, args=argv, prog="python -m train.regenerate")
     try:
-        run(options)
+        run_regenerate(options)
     except DominoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -53,7 +53,7 @@ class Source(NamedTuple):
         return found
 
 
-def parse(row: Any, vocab_size: int) -> Source:
+def parse_row(row: Any, vocab_size: int) -> Source:
     """A line's conversation or prompt.
 
     Raises:
@@ -119,7 +119,7 @@ def _turns(messages: list[Message]) -> list[list[Message]]:
     return given
 
 
-def encode(source: Source, turn: int, answers: Sequence[str], tokenizer: Any, thinking: bool) -> list[int]:
+def encode_turn(source: Source, turn: int, answers: Sequence[str], tokenizer: Any, thinking: bool) -> list[int]:
     """The ids that the target goes on from: the model's own template up to where the assistant answers, or the prompt.
 
     Args:
@@ -179,7 +179,7 @@ class Lines:
 
     def _check(self, line: bytes, number: int) -> int:
         try:
-            return parse(json.loads(line), self.vocab_size).turns
+            return parse_row(json.loads(line), self.vocab_size).turns
         except LeftOut as reason:
             self.left_out[str(reason)] += 1
             return 0
@@ -195,7 +195,7 @@ class Lines:
             for number in range(first, end):
                 if self.turns[number]:
                     file.seek(self._offsets[number])
-                    yield number, parse(json.loads(file.readline()), self.vocab_size)
+                    yield number, parse_row(json.loads(file.readline()), self.vocab_size)
 
 
 def said(reasons: Counter[str]) -> str:

@@ -1,7 +1,7 @@
 """The causal head: a GRU over realised tokens corrects the block's logits left to right (SPEC section 4).
 
 Two forms of one computation: `teacher_forced` for training, where the tokens are known, and
-`propose` for decoding, where each correction depends on the token chosen before it.
+`propose_corrected` for decoding, where each correction depends on the token chosen before it.
 """
 
 import jax
@@ -10,7 +10,7 @@ from jax import Array
 
 from domino_jax.config import DraftConfig
 from domino_jax.layers import rows, scores
-from domino_jax.sampling import Sampling, draw, probabilities
+from domino_jax.sampling import Sampling, probabilities, sample
 from domino_jax.sharding import constrain, model_devices
 from domino_jax.weights import Draft, FusedHead, Head, OutputsFirst
 
@@ -53,7 +53,7 @@ def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
 
 
 def fused(head: Head, embed: Array | OutputsFirst | None = None) -> FusedHead:
-    """The head as `propose` takes it.
+    """The head as `propose_corrected` takes it.
 
     Args:
         embed: [V, D], to look up what each token gives the gates; None to compute it for every proposal.
@@ -64,7 +64,7 @@ def fused(head: Head, embed: Array | OutputsFirst | None = None) -> FusedHead:
     return FusedHead(head, jnp.concatenate([head.gru_state, state], axis=1), block, gates)
 
 
-def eaten(head: FusedHead, embed: Array | OutputsFirst, token: Array) -> Array:
+def gru_inputs(head: FusedHead, embed: Array | OutputsFirst, token: Array) -> Array:
     """What tokens [...] give the gates: [..., GU]."""
     if head.gates is not None:
         return head.gates[token]
@@ -72,7 +72,7 @@ def eaten(head: FusedHead, embed: Array | OutputsFirst, token: Array) -> Array:
     return rows(embed, token) @ head.gru_in
 
 
-def propose(
+def propose_corrected(
     params: Draft,
     config: DraftConfig,
     embed: Array | OutputsFirst,
@@ -118,7 +118,7 @@ def propose(
     for j in range(proposals):
         logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
         if head:
-            state = gru_cell(eaten(head, embed, token), recurrent, state)
+            state = gru_cell(gru_inputs(head, embed, token), recurrent, state)
             recurrent, inner = jnp.split(state @ head.state, [recurrent.shape[1]], axis=1)
             if j >= prefix:
                 rank = jax.nn.silu(part[:, j] + inner)
@@ -130,7 +130,7 @@ def propose(
         distribution = None
         if keys is not None and (j == 0 or j >= prefix):
             distribution = probabilities(logits[:, None], sampling)[:, 0]
-            token = draw(keys[:, j], distribution)
+            token = sample(keys[:, j], distribution)
         else:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             if keys is not None:

@@ -34,7 +34,7 @@ def _shape(
     kv_heads: int = 8,
     moe: MoeConfig | None = None,
 ) -> Shape:
-    """A Qwen3 of SPEC section 2, and a drafter like the public ones: the target's layers (dense), blocks of 16."""
+    """A Qwen3 (docs/algorithm.md, section 2) and a drafter like the public ones: its layers, dense; blocks of 16."""
     target = TargetConfig(
         vocab_size=151936,
         hidden_size=width,

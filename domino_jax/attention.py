@@ -3,7 +3,7 @@
 Row b's T queries stand at positions start[b] ... start[b] + T - 1, where their own keys have been written, so that the
 live part of its cache is start[b] + T positions long and everything behind it is stale. What a query sees follows from
 that and two settings: with `causal`, the positions up to its own; without, the whole live part (a drafter's block);
-with a `window` W, the W positions up to its own, whatever `causal` says (SPEC section 3).
+with a `window` W, the W positions up to its own, whatever `causal` says (docs/algorithm.md, section 3).
 
 Three forms, one meaning:
 

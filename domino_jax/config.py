@@ -194,7 +194,7 @@ class TargetConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "TargetConfig":
-        """Read a parsed config.json of either spelling (SPEC section 2).
+        """Read a parsed config.json of either spelling (docs/algorithm.md, section 2).
 
         Raises:
             DominoError: a key is missing, or a value would change the result and is not supported.
@@ -231,7 +231,7 @@ class TargetConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The causal head (SPEC section 4): GRU width U, rank R, uncorrected prefix P."""
+    """The causal head (docs/algorithm.md, section 4): GRU width U, rank R, uncorrected prefix P."""
 
     gru_hidden_dim: int
     emb_dim: int
@@ -298,7 +298,7 @@ class DraftConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], num_target_layers: int | None = None) -> "DraftConfig":
-        """Read a drafter's config.json (SPEC sections 3 and 4).
+        """Read a drafter's config.json (docs/algorithm.md, sections 3 and 4).
 
         Args:
             raw: the parsed file; block_size at top level, the rest under `dflash_config`.
@@ -370,7 +370,7 @@ class DraftConfig(DecoderConfig):
 
 
 def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """Tapped target layers of a drafter that does not list them (SPEC section 2)."""
+    """Tapped target layers of a drafter that does not list them (docs/algorithm.md, section 2)."""
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
     step = (num_target_layers - 4) / (num_draft_layers - 1)

@@ -1,4 +1,4 @@
-"""Decoding: prefill, the fused Domino cycle, and the lean autoregressive loop (SPEC section 5).
+"""Decoding: prefill, the fused Domino cycle, and the lean autoregressive loop (docs/algorithm.md, section 5).
 
 `prefill`, `first_token`, `speculate` and `autoregress` are the jit boundaries. The two loops run
 several cycles a dispatch; the host then fetches one `Emitted`, a few integers a row. They stop

@@ -1,4 +1,4 @@
-"""The pieces of a Qwen3 layer, as pure functions (SPEC section 2)."""
+"""The pieces of a Qwen3 layer, as pure functions (docs/algorithm.md, section 2)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The mixture-of-experts MLP of a Qwen3 MoE layer (SPEC section 2).
+"""The mixture-of-experts MLP of a Qwen3 MoE layer (docs/algorithm.md, section 2).
 
 A router gives each token k of E experts, each a SwiGLU MLP of its own, and sums what they say by its weights. Two
 forms, one meaning:

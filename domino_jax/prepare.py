@@ -1,7 +1,7 @@
 """Weights made ready for decoding: in the order a CPU wants, products of one input fused, the drafter in 8 bits.
 
 None of it changes what the target says: the products are the same sums, up to float32's rounding, and an 8-bit drafter
-only proposes other tokens (SPEC section 8).
+only proposes other tokens (docs/algorithm.md, section 8).
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Temperature, top-k, top-p and min-p: logits to the distribution that is drawn from (SPEC section 6)."""
+"""Temperature, top-k, top-p and min-p: logits to the distribution that is drawn from (docs/algorithm.md, section 6)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

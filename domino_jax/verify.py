@@ -1,4 +1,4 @@
-"""The verification scan: how many drafts stand, and the target's own next token (SPEC section 6)."""
+"""The verification scan: how many drafts stand, and the target's own next token (docs/algorithm.md, section 6)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Anchors: where blocks begin (SPEC section 7)."""
+"""Anchors: where blocks begin (docs/algorithm.md, section 7)."""
 
 import jax
 import jax.numpy as jnp

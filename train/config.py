@@ -81,7 +81,7 @@ class Drafter:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss (SPEC section 7): (1 - λ)·final + λ·base."""
+    """The loss (docs/algorithm.md, section 7): (1 - λ)·final + λ·base."""
 
     anchors: int = 256
     """A, blocks a sequence"""

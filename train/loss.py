@@ -1,4 +1,6 @@
-"""The base-anchored curriculum's loss, reduced in chunks so that no full set of logits exists (SPEC section 7).
+"""The base-anchored curriculum's loss (docs/algorithm.md, section 7).
+
+It is reduced in chunks, so that no full set of logits exists.
 
 Everything is a sum over blocks divided by a number that the weights do not change, so that the parts of a batch (of
 accumulation, of devices) add up to exactly the loss of the whole.

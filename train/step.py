@@ -38,7 +38,7 @@ Trains = Literal["all", "head"]
 
 
 class Recipe(NamedTuple):
-    """What shapes a run and is static to the compiled step (SPEC section 7 names the symbols)."""
+    """What shapes a run and is static to the compiled step (docs/algorithm.md, section 7 names the symbols)."""
 
     target: TargetConfig
     draft: DraftConfig

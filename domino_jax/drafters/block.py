@@ -1,4 +1,4 @@
-"""The block-parallel drafter over tapped target context (DFlash; SPEC section 3).
+"""The block-parallel drafter over tapped target context (DFlash; docs/algorithm.md, section 3).
 
 The context side of attention is a function of its position alone, so in decoding each layer's
 context keys and values are cached, and a cycle adds the positions it committed.
@@ -31,7 +31,7 @@ def block_inputs(embed: Array | OutputsFirst, config: DraftConfig, anchor: Array
 
 
 def proposing(config: DraftConfig, rows: Array) -> Array:
-    """Those of a block's rows [..., M, D] that make proposals 1 to J: [..., J, D] (SPEC section 4)."""
+    """Those of a block's rows [..., M, D] that make proposals 1 to J: [..., J, D] (docs/algorithm.md, section 4)."""
     return rows if config.shift_label else rows[..., 1:, :]
 
 
@@ -83,7 +83,7 @@ def training_blocks(
     form: training_attention.BlockBackend = "dense",
     remat: bool = False,
 ) -> Array:
-    """Run all blocks of a sequence in one pass (SPEC section 7).
+    """Run all blocks of a sequence in one pass (docs/algorithm.md, section 7).
 
     The queries of a block see the context strictly before its anchor and their own block.
 

@@ -1,4 +1,4 @@
-"""Attention of many blocks over one sequence's context and themselves, for training (SPEC section 7).
+"""Attention of many blocks over one sequence's context and themselves, for training (docs/algorithm.md, section 7).
 
 A block's queries see the context positions from their conversation's first up to, not including, their anchor, and
 their own block; nothing of other blocks. No A·M x A·M mask exists. Four forms:

@@ -1,8 +1,9 @@
 """What a cycle must at least cost on this device: bytes to read, products to compute, and the rates of both.
 
-Decoding at small batch is bound by reading weights (SPEC section 8). A phase's floor is the longer of two times: its
-weights and live cache at the memory's measured bandwidth, and its operations at the measured rate of a large product.
-Activations inside a phase are not counted; logits between phases are, since batches of them leave the chip's caches.
+Decoding at small batch is bound by reading weights (docs/algorithm.md, section 8). A phase's floor is the longer of two
+times: its weights and live cache at the memory's measured bandwidth, and its operations at the measured rate of a large
+product. Activations inside a phase are not counted; logits between phases are, since batches of them leave the chip's
+caches.
 
 Of a mixture of experts a pass reads those that its tokens choose, each once. Which ones depends on the text: counted is
 the mean if every token chose its k of E at random, E · (1 - (1 - k/E)^tokens). Tokens that agree on theirs read fewer.

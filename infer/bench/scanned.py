@@ -2,8 +2,8 @@
 
     python -m infer.bench.scanned --shapes qwen3-0.6b --layers 8 --tokens 1 8 17
 
-Unrolled programs compile longer; a scan may copy each layer's slice of the stacked weights (SPEC section 8). Which is
-faster is a question for each device.
+Unrolled programs compile longer; a scan may copy each layer's slice of the stacked weights (docs/algorithm.md,
+section 8). Which is faster is a question for each device.
 """
 
 import dataclasses

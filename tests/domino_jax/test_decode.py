@@ -56,7 +56,7 @@ def run(pair: Pair, *args: Any, greedy: bool = True, **more: Any) -> list[Output
 
 
 def cut(tokens: list[int], limit: int, stop: int) -> list[int]:
-    """SPEC section 5: up to the first stop token, kept, or exactly `limit`."""
+    """docs/algorithm.md, section 5: up to the first stop token, kept, or exactly `limit`."""
     tokens = tokens[:limit]
     return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
 

@@ -1,4 +1,4 @@
-"""The block-parallel backbone and the causal head against tests/reference.py, which was written from SPEC alone."""
+"""The block-parallel backbone and the causal head against the NumPy reference (docs/algorithm.md)."""
 
 import dataclasses
 from functools import partial
@@ -192,7 +192,7 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     none: Any = None
     state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, none, hot, none, context)
 
-    # Scanned, greedy, against SPEC's walk from left to right.
+    # Scanned, greedy, against the reference's walk from left to right.
     drafts, q, _ = propose(pair.params, configs, state, None)
     assert q is None
     rows, walked, states = reference.proposal_rows(draft_cfg), [], []
@@ -215,7 +215,7 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
         assert (changed[: config.head.pure_draft_prefix_len] == 0).all()
         assert (changed[config.head.pure_draft_prefix_len :] > 0.1).all(), "a head that changes nothing tests nothing"
 
-    # Teacher-forced with other tokens, against SPEC's GRU.
+    # Teacher-forced with other tokens, against the reference's GRU.
     other = np.random.default_rng(3).integers(0, 89, eaten.shape).astype(np.int32)
     forced = np.asarray(teacher_forced_logits(pair.params, config, z, base, other))
     for row in range(4):

@@ -191,7 +191,7 @@ def test_each_curve_is_named_by_what_differs_from_the_others():
 
 
 def test_floors_at_8b_are_those_of_the_spec():
-    """SPEC section 8, from shapes alone: GB a cycle reads, and 1.30 plain steps for a cycle."""
+    """docs/algorithm.md, section 8, from shapes alone: GB a cycle reads, and 1.30 plain steps for a cycle."""
     target, draft = SHAPES["qwen3-8b"]
     params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
     lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
@@ -211,7 +211,7 @@ def test_floors_at_8b_are_those_of_the_spec():
     ("candidates", "kind", "floor"), [(64, None, 1.23), (None, "int8", 1.156), (64, "int8", 1.117)]
 )
 def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
-    """SPEC section 8 says 1.22 and 1.11, without the logits that phases hand over and k and v read twice."""
+    """docs/algorithm.md, section 8: 1.22 and 1.11, without the logits that phases hand over and k and v read twice."""
     target, draft = SHAPES["qwen3-8b"]
     params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
     lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]

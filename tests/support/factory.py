@@ -150,7 +150,7 @@ def narrow(pair: Pair) -> Pair:
 
 
 def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> Pair:
-    """A pair whose drafts are often right, by construction and only if every step is done as SPEC says.
+    """A pair whose drafts are often right, by construction and only if every step follows docs/algorithm.md.
 
     The target is close to a bigram model: its layers add little to the embedding. Where the drafter's row
     sees the anchor (`shift_label`) its base logits are then nearly the target's; elsewhere the head has to

@@ -1,4 +1,4 @@
-"""Plain, slow NumPy restatement of Domino, written only from the specification (SPEC.md, "What Domino computes").
+"""Plain, slow NumPy restatement of Domino, written only from the specification (docs/algorithm.md).
 
 It is what faster code is tested against, so it favours being obviously right: one sequence at a time, no caches,
 float64 throughout, everything recomputed from scratch. Weights are dicts of numpy arrays under their Hugging Face

@@ -46,7 +46,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, out):
 def test_shipped_recipes_are_whole(name, out):
     options = parse_options(["--config", name, "--data", "d.jsonl", *out])
     assert options.target == name and options.drafter.head
-    if name != "demo":  # the public recipe, SPEC section 7
+    if name != "demo":  # the public recipe, docs/algorithm.md, section 7
         values = flat(options)
         wanted = {"optimizer": "adamw", "lr": 6e-4, "warmup": 0.04, "clip": 1.0, "epochs": 6.0, "length": 3072}
         wanted |= {"anchors": 256, "gamma": 7.0, "block_size": 16, "layers": 5, "gru_hidden_dim": 1024, "emb_dim": 256}

@@ -3,9 +3,9 @@
     python -m train.validate --run runs/drafter --prompts held.jsonl
     python -m train.validate --target target --draft drafter --prompts held.jsonl --min-distinct 0.8 --json
 
-τ = tokens a cycle, its bonus included, over all cycles of all answers (SPEC section 5), with the causal head and
-without it. A training run does the same with `Validation` every some steps, beside the acceptance that its loss
-estimates.
+τ = tokens a cycle, its bonus included, over all cycles of all answers (docs/algorithm.md, section 5), with the causal
+head and without it. A training run does the same with `Validation` every some steps, beside the acceptance that its
+loss estimates.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The causal head: a GRU over realised tokens corrects the block's logits left to right (SPEC section 4).
+"""The causal head: a GRU over realised tokens corrects the block's logits left to right (docs/algorithm.md, section 4).
 
 Two forms of one computation: `teacher_forced` for training, where the tokens are known, and
 `propose_corrected` for decoding, where each correction depends on the token chosen before it.

@@ -1,5 +1,7 @@
-"""What measurements of both rooms have in common: whose figures they are, and which answers say something."""
+"""Helpers shared by benchmarks: the git commit, the processor, and the share of distinct n-grams."""
 
+import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,18 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def processor() -> str:
+    """The processor and its cores for this process: "AMD EPYC 9B14, 2 cores"."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        info = []
+    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
 
 
 def distinct_ngrams(tokens: Sequence[int], n: int = 4) -> float:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from convert.loading import LoadedModel
-from domino_jax.runtime.provenance import distinct_ngrams, git_commit
+from domino_jax.runtime.provenance import distinct_ngrams, git_commit, processor
 from infer.bench import roofline
 from infer.bench.memory import megabytes
 from infer.bench.modes import LEAN, TRANSFORMERS, Drafts, drafting, simulated, with_drafts
@@ -101,6 +101,7 @@ def circumstances(options: Bench, loaded: LoadedModel) -> Row:
     return {
         "commit": git_commit(),
         "device": jax.devices()[0].device_kind,
+        "processor": processor(),
         "mesh": options.mesh or "",
         "attention": loaded.configs.attention,
         "head_candidates": str(options.head_candidates),

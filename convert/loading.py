@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert import hf
+from convert.options import PlanOptions
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
@@ -118,7 +119,7 @@ def load_model(
     fuse: bool = False,
     plain: bool = False,
     weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
-    **how: Any,
+    **how: Unpack[PlanOptions],
 ) -> LoadedModel:
     """Load a target and its drafter; both configs are checked before any weight is read.
 

@@ -1,0 +1,239 @@
+"""The options that several commands share: which model, on which devices, how tokens are chosen, which process.
+
+Each is written once, with its help, and nested by tyro without a prefix. Nothing here imports JAX before it is needed,
+so that a command can check its words first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+
+from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
+
+from convert import registry
+from domino_jax.runtime.command import UsageError, words_at_fault
+from domino_jax.runtime.processes import ProcessConfig, resolve_processes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from convert.loading import LoadedModel
+    from domino_jax.sampling import SamplingParams
+
+Dtype = Literal["float32", "bfloat16"]
+DraftDtype = Literal["int8", "float8"]
+Matrices = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "xla", "cudnn", "pallas"]
+
+UNSET = arg(help_behavior_hint="")  # the help says in words what an option without a value does
+GROUP = arg(name="")  # the fields of a nested dataclass belong to the group around it
+
+
+class PlanOptions(TypedDict, total=False):
+    """How a pair runs: keywords of `loading.plan_load`, which describes them."""
+
+    drafts: int | None
+    mesh: tuple[int, int] | None
+    attention: Attention
+    candidates: int | None
+    draft_dtype: DraftDtype | None
+    matrices: Matrices
+
+
+@dataclass(frozen=True)
+class DraftingOptions:
+    """The drafter."""
+
+    draft: Annotated[str | None, DisallowNone, UNSET, arg(help=registry.DRAFT_HELP)] = None
+    draft_revision: Annotated[str | None, DisallowNone, UNSET, arg(help=registry.DRAFT_REVISION_HELP)] = None
+    head_candidates: int | Literal["all"] = "all"
+    """vocabulary entries that the causal head scores: the highest base logits, or all"""
+    draft_dtype: Annotated[DraftDtype | None, DisallowNone, UNSET] = None
+    """8-bit weights for the drafter; the default is --dtype. The output does not change, the drafts do"""
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Devices and precision."""
+
+    dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
+    """dtype of weights and caches; the default is float32 on CPUs, bfloat16 elsewhere"""
+    matrices: Matrices = "auto"
+    """float32 runs only: keep bfloat16 weights in bfloat16, which halves memory at the same precision (auto: on CPUs
+    with AMX)"""
+    attention: Attention = "auto"
+    """attention backend: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto takes the fastest
+    that this device can run"""
+    mesh: Annotated[str | None, DisallowNone, UNSET] = None
+    """devices to spread over, such as data=2,model=4: rows over data, weights over model; the default is the devices
+    found (one CPU)"""
+    fuse: FlagCreatePairsOff[bool] = False
+    """one matrix product for keys and values, and one for the MLP's gate and up"""
+
+    def mesh_sizes(self) -> tuple[int, int] | None:
+        """The sizes (data, model) that --mesh gives, None without it.
+
+        Raises:
+            UsageError: it is not of the form data=2,model=4.
+        """
+        if self.mesh is None:
+            return None
+        from domino_jax.sharding import parse_mesh
+
+        with words_at_fault():
+            return parse_mesh(self.mesh)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which target and drafter to load, and how.
+
+    Example:
+        >>> ModelOptions("qwen3-4b", drafting=DraftingOptions(head_candidates=64)).check()
+    """
+
+    model: Annotated[str, arg(help=registry.MODEL_HELP)] = "demo"
+    revision: Annotated[str | None, DisallowNone, UNSET, arg(help=registry.REVISION_HELP)] = None
+    drafting: DraftingOptions = field(default_factory=DraftingOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+    @property
+    def draft(self) -> str | None:
+        """What --draft names."""
+        return self.drafting.draft
+
+    @property
+    def head_candidates(self) -> int | None:
+        """Tokens that the causal head scores; None for the whole vocabulary."""
+        return None if self.drafting.head_candidates == "all" else self.drafting.head_candidates
+
+    def plan(self, num_draft_tokens: int | None = None) -> PlanOptions:
+        """The options as `loading.plan_load` and `loading.load_model` take them.
+
+        Args:
+            num_draft_tokens: draft tokens that a cycle verifies; all of a block when None.
+
+        Raises:
+            UsageError: --mesh is malformed.
+        """
+        return {
+            "drafts": num_draft_tokens,
+            "mesh": self.device.mesh_sizes(),
+            "attention": self.device.attention,
+            "candidates": self.head_candidates,
+            "draft_dtype": self.drafting.draft_dtype,
+            "matrices": self.device.matrices,
+        }
+
+    def check(self) -> None:
+        """Check the options without JAX, the network or a file.
+
+        Raises:
+            UsageError: they contradict each other, or a value is out of range.
+        """
+        drafting = self.drafting
+        if self.head_candidates is not None and self.head_candidates < 1:
+            raise UsageError(f"--head-candidates must be at least 1, found {self.head_candidates}.")
+        if drafting.draft == registry.NO_DRAFT:
+            used = {"--head-candidates": self.head_candidates, "--draft-dtype": drafting.draft_dtype}
+            for flag in (flag for flag, value in used.items() if value is not None):
+                raise UsageError(f"{flag} needs a drafter, and --draft none has none.")
+        if self.revision is not None or drafting.draft_revision is not None:
+            with words_at_fault():
+                registry.check_revisions(self.model, drafting.draft, self.revision, drafting.draft_revision)
+        self.device.mesh_sizes()
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 is greedy"""
+    top_k: int = 0
+    """sample from the k likeliest tokens; 0 is off"""
+    top_p: float = 1.0
+    """sample from the likeliest tokens that together have this probability; 1 is off"""
+    min_p: float = 0.0
+    """drop tokens below this share of the likeliest token's probability; 0 is off"""
+    seed: int = 0
+    """seed of the random keys"""
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: a value is out of its range.
+        """
+        rules = (
+            (0 <= self.temperature < float("inf"), "--temperature must be 0 or more", self.temperature),
+            (self.top_k >= 0, "--top-k must be 0 or more", self.top_k),
+            (0 < self.top_p <= 1, "--top-p must be above 0 and at most 1", self.top_p),
+            (0 <= self.min_p <= 1, "--min-p must be from 0 to 1", self.min_p),
+            (0 <= self.seed < 2**32, "--seed must be from 0 to 2^32 - 1", self.seed),
+        )
+        for holds, rule, found in rules:
+            if not holds:
+                raise UsageError(f"{rule}, found {found}.")
+
+    def params(self) -> "SamplingParams":
+        """The parameters as decoding takes them."""
+        from domino_jax.sampling import SamplingParams
+
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p)
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Several processes that run one model; on a TPU pod they find each other."""
+
+    coordinator: Annotated[str | None, DisallowNone, UNSET] = None
+    """host:port of process 0"""
+    num_processes: Annotated[int | None, DisallowNone, UNSET] = None
+    """number of processes"""
+    process_id: Annotated[int | None, DisallowNone, UNSET] = None
+    """number of this process, from 0"""
+
+    def resolve(self) -> ProcessConfig | None:
+        """What the flags say, and the environment where they are silent; None for a process on its own.
+
+        Raises:
+            UsageError: only a part is given, or it makes no sense.
+        """
+        with words_at_fault():
+            return resolve_processes(self.coordinator, self.num_processes, self.process_id)
+
+
+def load(
+    options: ModelOptions,
+    console: "Console",
+    *,
+    num_draft_tokens: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> "LoadedModel":
+    """Find the folders that the options name, fetch what is missing, and load the weights.
+
+    A pair that does not fit, or can't run here, is refused before a weight is fetched or read.
+
+    Args:
+        console: standard error, for notes and download bars.
+        num_draft_tokens: draft tokens that a cycle verifies; all of a block when None.
+        progress: called with what is loaded, bytes done and bytes in all.
+
+    Raises:
+        UsageError: the options make no sense.
+        DominoError: a folder is not a whole supported model, the two do not fit, or can't run here.
+    """
+    from convert import loading
+
+    options.check()
+    drafting, dtype, how = options.drafting, options.device.dtype, options.plan(num_draft_tokens)
+    target, draft = registry.resolve_folders(
+        options.model,
+        drafting.draft,
+        console,
+        options.revision,
+        drafting.draft_revision,
+        lambda config, draft_config: loading.plan_load(config, draft_config, dtype, **how),
+    )
+    return loading.load_model(target, draft, dtype, progress, fuse=options.device.fuse, **how)

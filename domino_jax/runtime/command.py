@@ -1,0 +1,176 @@
+"""What all commands share: how words are read, exit codes, Ctrl-C and closed pipes.
+
+Exit codes: 0 done, 1 failed (one sentence on standard error), 2 the words make no sense, 130 Ctrl-C. A reader of
+standard output that leaves early (`| head`) is no error.
+"""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from importlib import import_module
+from typing import Any, NamedTuple, TypeVar
+
+import tyro
+
+from domino_jax.errors import DominoError
+
+DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+T = TypeVar("T")
+
+
+class UsageError(DominoError):
+    """The words of a command line make no sense; the command ends with exit code 2."""
+
+
+class Subcommand(NamedTuple):
+    """A command behind a word of another command."""
+
+    module: str  # whose main(argv, prog) runs it; imported only then
+    summary: str  # one line of the other command's help
+    words: tuple[str, ...] = ()  # given to it before the user's
+
+
+def run_command(
+    options: type[T], action: Callable[[T], int | None], argv: Sequence[str] | None = None, *, prog: str
+) -> int:
+    """Read the words into options, do the action, and return the exit code.
+
+    Args:
+        options: a dataclass for tyro; flags of nested dataclasses have no prefix.
+        action: returns an exit code, None for 0; raises UsageError for options that make no sense together.
+        argv: the words; the process's own when None.
+        prog: the command as the user types it, for the help.
+    """
+    return exit_code(lambda: action(parse_words(options, argv, prog=prog)))
+
+
+def parse_words(
+    options: type[T], argv: Sequence[str] | None = None, *, prog: str, default: T | None = None, epilog: str = ""
+) -> T:
+    """The options that the words give.
+
+    Args:
+        default: values of what the words leave out; the dataclass's own when None.
+        epilog: text of the help after the dataclass's docstring.
+
+    Raises:
+        UsageError: a word is unknown, or a value is not of its option's type.
+        SystemExit: the help was asked for, and was printed.
+    """
+    how: dict[str, Any] = {"description": f"{options.__doc__}\n\n{epilog}"} if epilog else {}
+    if default is not None:
+        how["default"] = default
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(options, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **how)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(_sentence(said.getvalue(), prog)) from None
+
+
+def exit_code(action: Callable[[], int | None]) -> int:
+    """Do the action, say in one sentence what went wrong, and return the exit code.
+
+    Args:
+        action: returns an exit code, None for 0. SystemExit, as after a help, ends it too.
+    """
+    try:
+        try:
+            code = action()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else DONE
+        sys.stdout.flush()
+    except UsageError as error:
+        print_error(error)
+        return USAGE_ERROR
+    except DominoError as error:
+        print_error(error)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return DONE
+    except OSError as error:
+        if error.filename is None:  # standard output's: a full disk behind it, say
+            _discard_output()
+            print_error(f"the output can't be written: {error}.")
+        else:
+            print_error(f"{error.filename}: {error.strerror}.")
+        return FAILED
+    return DONE if code is None else code
+
+
+@contextmanager
+def words_at_fault() -> Iterator[None]:
+    """Inside, a DominoError says what is wrong with the words of the command line: it becomes a UsageError."""
+    try:
+        yield
+    except DominoError as error:
+        raise UsageError(str(error)) from None
+
+
+def print_error(error: object) -> None:
+    """One line on standard error, if anybody reads it."""
+    with suppress(OSError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def find_subcommand(table: Mapping[str, Subcommand], argv: Sequence[str] | None, prog: str) -> Callable[[], int] | None:
+    """What runs the subcommand that the first word names; None if the first word names none.
+
+    Args:
+        argv: the words; the process's own when None.
+        prog: the command that has the subcommands.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in table:
+        return None
+    name, rest = words[0], words[1:]
+    command = table[name]
+
+    def run() -> int:
+        return import_module(command.module).main([*command.words, *rest], prog=f"{prog} {name}")
+
+    return run
+
+
+def list_subcommands(table: Mapping[str, Subcommand]) -> str:
+    """Lines for a help: each subcommand and what it does."""
+    width = max(map(len, table))
+    return "\n".join(f"  {name:{width}}  {command.summary}" for name, command in table.items())
+
+
+def _sentence(box: str, prog: str) -> str:
+    """Tyro's error, which it draws in a box of several lines, as one sentence."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [line.strip("│").rstrip() for line in plain.splitlines() if not re.match("[╭╰]", line)]
+    if len(rows) > 1 and set(rows[1].strip()) == {"-"}:  # not UTF-8: no box, but a line under the title
+        rows = rows[2:]
+    text = " ".join(" ".join(rows).split())
+    said = re.split("[─-]{3,}|For full helptext", text)[0].strip().rstrip(".")
+    unknown = next((i for i, row in enumerate(rows) if row.strip() == "Unrecognized options:"), len(rows))
+    flags = ", ".join(row.strip() for row in rows[:unknown] if re.match(" {4,6}-", row) and not row.endswith("--help"))
+    values = re.search(r"(?:from|arguments:|base 10:|float:) (\[.*?\]|'.*?')", said)
+    choice = re.match(r"invalid choice (.+) for argument '(.+)'. Expected one of \((.+)\)", said)
+    if said.startswith("Missing from"):
+        said = f"missing {flags}"
+    elif said.startswith("Error parsing") and flags and values:
+        said = f"{flags} is expected, found {values[1].strip('[]')}"
+    elif choice:
+        names = sorted(name.strip(" ,'") for name in choice[3].split(",") if name.strip(" ,'") not in ("None", ""))
+        said = f"{choice[2]} is one of {', '.join(names)}, found {choice[1]}"
+    said = said or "the words can't be read"
+    return f"{said[0].lower()}{said[1:]}; see {prog} --help."
+
+
+def _discard_output() -> None:
+    """Let what standard output still holds go nowhere: Python would fail on it once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

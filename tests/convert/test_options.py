@@ -1,0 +1,55 @@
+"""The options that commands share, and loading by them."""
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from tiny import make_draft, make_target
+
+from convert import options
+from convert.options import DeviceOptions, DraftingOptions, ModelOptions, ProcessOptions, SamplingOptions
+from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (ModelOptions(drafting=DraftingOptions(head_candidates=0)), "--head-candidates must be at least 1, found 0"),
+        (ModelOptions(drafting=DraftingOptions("none", head_candidates=4)), "--head-candidates needs a drafter"),
+        (ModelOptions(drafting=DraftingOptions("none", draft_dtype="int8")), "--draft-dtype needs a drafter"),
+        (ModelOptions(revision="v1"), "--revision chooses a revision of a Hub repository"),
+        (ModelOptions(device=DeviceOptions(mesh="3")), "data=2,model=4"),
+        (SamplingOptions(temperature=-1), "--temperature must be 0 or more, found -1"),
+        (SamplingOptions(temperature=float("nan")), "--temperature must be 0 or more, found nan"),
+        (SamplingOptions(top_k=-1), "--top-k"),
+        (SamplingOptions(top_p=0), "--top-p"),
+        (SamplingOptions(min_p=1.5), "--min-p"),
+        (SamplingOptions(seed=2**32), "--seed"),
+    ],
+    ids=str,
+)
+def test_words_that_make_no_sense_are_usage_errors(given, says):
+    with pytest.raises(UsageError, match=says):
+        given.check()
+
+
+def test_a_part_of_the_process_options_is_a_usage_error():
+    with pytest.raises(UsageError, match="--num-processes"):
+        ProcessOptions("host:1", process_id=0).resolve()
+    assert ProcessOptions().resolve() is None
+
+
+def test_load_takes_every_option(tmp_path):
+    make_target(tmp_path / "target")
+    make_draft(tmp_path / "draft")
+    drafting = DraftingOptions(str(tmp_path / "draft"), head_candidates=8)
+    device = DeviceOptions(dtype="bfloat16", mesh="data=2,model=1", attention="xla")
+    asked = ModelOptions(str(tmp_path / "target"), drafting=drafting, device=device)
+    loaded = options.load(asked, Console(quiet=True), num_draft_tokens=2)
+    assert (loaded.dtype.name, loaded.configs.candidates, loaded.configs.drafts) == ("bfloat16", 8, 2)
+    assert loaded.mesh is not None and dict(loaded.mesh.shape) == {"data": 2, "model": 1}
+    alone = replace(asked, drafting=DraftingOptions("none"), device=DeviceOptions("float32"))
+    assert options.load(alone, Console(quiet=True)).configs.draft is None
+    with pytest.raises(DominoError, match="5 drafts"):
+        options.load(asked, Console(quiet=True), num_draft_tokens=5)

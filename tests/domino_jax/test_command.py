@@ -1,0 +1,122 @@
+"""The wrapper of all commands: exit codes, errors of one sentence, closed pipes."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from domino_jax.errors import DominoError
+from domino_jax.runtime import command
+from domino_jax.runtime.command import Subcommand, UsageError, exit_code, find_subcommand, parse_words, run_command
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A group."""
+
+    size: int | Literal["auto"] = 1
+
+
+@dataclass(frozen=True)
+class Words:
+    """Options of a command."""
+
+    name: str
+    """who"""
+    kind: Literal["b", "a"] | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_words_become_options_and_nested_ones_have_no_prefix(capsys):
+    assert parse_words(Words, ["--name", "x", "--size", "3"], prog="p") == Words("x", inner=Inner(3))
+    assert parse_words(Words, [], prog="p", default=Words("y")) == Words("y")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "missing --name STR; see p --help."),
+        (["--name", "x", "--kind", "c"], "--kind is one of a, b, found 'c'; see p --help."),
+        (["--name", "x", "--size", "z"], "--size INT|{auto} is expected, found 'z'; see p --help."),
+        (["--name", "x", "--nonsense"], "unrecognized options: --nonsense; see p --help."),
+        (["--nam", "x"], "missing --name STR; see p --help."),
+        (["--name"], "missing value for argument '--name'. Expected 1 values; see p --help."),
+    ],
+)
+@pytest.mark.parametrize("columns", ["80", "30"])
+def test_wrong_words_are_one_sentence_and_exit_code_2(capsys, monkeypatch, words, says, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run_command(Words, lambda _: None, words, prog="p") == 2
+    assert capsys.readouterr() == ("", f"error: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "says"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (DominoError("it failed."), 1, "error: it failed.\n"),
+        (UsageError("--a and --b."), 2, "error: --a and --b.\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(), 0, ""),
+        (SystemExit(3), 3, ""),
+        (OSError(28, "No space left on device"), 1, "error: the output can't be written: [Errno 28] No space left"),
+        (OSError(28, "No space left on device", "a.json"), 1, "error: a.json: No space left on device.\n"),
+    ],
+    ids=str,
+)
+def test_every_end_has_its_exit_code(capsys, monkeypatch, outcome, code, says):
+    monkeypatch.setattr(command.os, "dup2", lambda *_: None)  # the suite's own output goes on
+
+    def action() -> int | None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    assert exit_code(action) == code
+    assert capsys.readouterr().err.startswith(says)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("words", ["--help", "--name x"])
+def test_a_closed_pipe_is_no_error(tmp_path, words):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom dataclasses import dataclass\nfrom domino_jax.runtime.command import run_command\n"
+        "@dataclass\nclass Words:\n    name: str\n"
+        "sys.exit(run_command(Words, lambda _: print('text' * 100000), prog='p'))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script), *words.split()],
+        env={"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_a_subcommand_runs_the_main_of_its_module(tmp_path, monkeypatch):
+    (tmp_path / "a_command.py").write_text("def main(argv, prog):\n    return len(argv) + len(prog)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    table = {"go": Subcommand("a_command", "goes.", ("--fast",))}
+    run = find_subcommand(table, ["go", "x"], "p")
+    assert run is not None and run() == len(["--fast", "x"]) + len("p go")
+    assert find_subcommand(table, ["stop"], "p") is None is find_subcommand(table, [], "p")
+
+
+def test_a_command_is_wrapped_without_jax():
+    code = "import sys, domino_jax.runtime.command, convert.options; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

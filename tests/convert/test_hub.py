@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from factory import make_draft, make_target
 from hub_server import Hub
-from tiny import make_draft, make_target
 
 from convert import hf
 from convert import registry as names

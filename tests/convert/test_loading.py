@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factory import make_draft, make_target
 from jax.sharding import NamedSharding
-from tiny import make_draft, make_target
 
 from convert import hf, loading, safetensors
 from convert.__main__ import main as convert_main

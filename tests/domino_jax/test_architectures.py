@@ -10,12 +10,13 @@ from typing import Any
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import reference
 import torch
+from factory import make_draft, make_target
 from safetensors.numpy import load_file
-from tiny import make_draft, make_target
 
 from convert import hf
 from convert.folders import convert_folder
@@ -117,10 +118,10 @@ def test_decoding_with_a_cache_is_transformers_greedy_decoding(tmp_path, name):
     pair = factory.good_pair(TARGETS[name], 1)
     prompts = [[1, 2, 3], [40, 7] * 4, ids(1, 21)[0].tolist()]
     model = transformers_model(tmp_path, pair.params.target, pair.configs.target)
-    expected = [factory.hf_greedy(model, prompt, 24) for prompt in prompts]
+    expected = [loops.hf_greedy(model, prompt, 24) for prompt in prompts]
     lean = Params(pair.params.target), DecodeConfig(pair.configs.target)
-    assert [o.tokens for o in factory.autoregress(*lean, factory.begin(*lean, prompts, 24))] == expected
-    outputs = factory.speculate(pair.params, pair.configs, factory.begin(pair.params, pair.configs, prompts, 24))
+    assert [o.tokens for o in loops.autoregress(*lean, loops.begin(*lean, prompts, 24))] == expected
+    outputs = loops.speculate(pair.params, pair.configs, loops.begin(pair.params, pair.configs, prompts, 24))
     assert [o.tokens for o in outputs] == expected
     accepted = {m for o in outputs for m in o.accepted}
     assert len(accepted) > 2, "cycles of one kind alone test little"
@@ -187,8 +188,7 @@ def test_fused_layers_with_experts_and_biases_say_the_same():
     assert {"layers.0.kv", "layers.0.kv_bias", "layers.0.gate", "layers.1.gate_up"} <= names
     assert not {"layers.0.gate_up", "layers.1.gate", "layers.0.k_bias"} & names
     run = [
-        factory.speculate(p.params, p.configs, factory.begin(p.params, p.configs, [[1, 2, 3]], 24))
-        for p in (pair, fused)
+        loops.speculate(p.params, p.configs, loops.begin(p.params, p.configs, [[1, 2, 3]], 24)) for p in (pair, fused)
     ]
     assert run[0] == run[1]
 
@@ -202,7 +202,7 @@ def test_an_8_bit_drafter_keeps_its_biases():
     assert after["layers.0.q_bias"] is before["layers.0.q_bias"] and "layers.0.q.values" in after
 
     def run(params: Params) -> Any:
-        return factory.speculate(params, pair.configs, factory.begin(params, pair.configs, [[1, 2, 3]], 24))
+        return loops.speculate(params, pair.configs, loops.begin(params, pair.configs, [[1, 2, 3]], 24))
 
     (whole,), (eight,) = run(pair.params), run(small)
     assert whole.tokens == eight.tokens

@@ -12,12 +12,13 @@ from typing import Any, get_args
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import reference
+from factory import make_target
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as stablehlo
-from tiny import make_target
 
 from domino_jax import attention, decode, sharding
 from domino_jax.attention import attend, available_backends
@@ -256,7 +257,7 @@ def test_a_prefills_memory_grows_with_its_chunk_and_its_bucket_and_not_with_thei
 
     def temporaries(capacity: int) -> int:
         configs, params = pair.configs.without_drafter, decode.Params(pair.params.target)
-        state = factory.begin(params, configs, [[1, 2, 3]], 1)
+        state = loops.begin(params, configs, [[1, 2, 3]], 1)
         state = decode.grow_caches(state, capacity)
         tokens, last = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, configs.target.hidden_size))
         program = decode.prefill.lower(params, configs, state, tokens, jnp.int32(0), last).compile()

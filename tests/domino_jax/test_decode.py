@@ -8,17 +8,19 @@ from typing import Any
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import reference
-from factory import NO_STOP, Output, Pair
+from factory import Pair
+from loops import NO_STOP, Output
 
 from domino_jax import cache as kv
 from domino_jax import decode, target
 from domino_jax.config import HeadConfig
 from domino_jax.decode import DecodeState, Emitted
 from domino_jax.drafters import block
-from domino_jax.sampling import Sampling
+from domino_jax.sampling import Sampling, settings
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44, 18, 88, 4, 33, 2, 24, 41, 82]]
@@ -36,14 +38,14 @@ def pair() -> Pair:
 def truth(pair) -> list[list[int]]:
     """transformers' greedy continuations, long enough for drafts beyond the last token."""
     model = factory.torch_model(pair.params.target, pair.configs.target)
-    rows = [factory.hf_greedy(model, prompt, COUNT + 20) for prompt in PROMPTS]
+    rows = [loops.hf_greedy(model, prompt, COUNT + 20) for prompt in PROMPTS]
     assert all(len(set(row)) > 10 for row in rows), "looping output would hide errors"
     return rows
 
 
 def start(pair: Pair, limits: Any = COUNT, stop=NO_STOP, prompts=PROMPTS, **more: Any) -> DecodeState:
     """The prompts are run, and the first tokens are there."""
-    return factory.begin(pair.params, pair.configs, prompts, limits, stop, **more)
+    return loops.begin(pair.params, pair.configs, prompts, limits, stop, **more)
 
 
 def speculate(pair: Pair, state: DecodeState, stop=NO_STOP, greedy: bool = True) -> tuple[DecodeState, Emitted]:
@@ -52,7 +54,7 @@ def speculate(pair: Pair, state: DecodeState, stop=NO_STOP, greedy: bool = True)
 
 
 def run(pair: Pair, *args: Any, greedy: bool = True, **more: Any) -> list[Output]:
-    return factory.speculate(pair.params, pair.configs, start(pair, *args, **more), greedy=greedy)
+    return loops.speculate(pair.params, pair.configs, start(pair, *args, **more), greedy=greedy)
 
 
 def cut(tokens: list[int], limit: int, stop: int) -> list[int]:
@@ -120,19 +122,19 @@ def test_a_random_drafter_changes_nothing():
     prompts = [[3, 1, 4, 1, 5], [9] * 11]
     model = factory.torch_model(pair.params.target, pair.configs.target)
     outputs = run(pair, COUNT, prompts=prompts)
-    assert [o.tokens for o in outputs] == [factory.hf_greedy(model, p, COUNT) for p in prompts]
+    assert [o.tokens for o in outputs] == [loops.hf_greedy(model, p, COUNT) for p in prompts]
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.accepted == reference.decode_greedy(*pair.reference(), prompt, COUNT, [])["accepted"]
 
 
 def test_the_lean_loop_is_transformers_greedy_too(pair, truth):
     for limit in (COUNT, [3, 1, 20, 9]):
-        outputs = factory.autoregress(pair.params, pair.configs, start(pair, limit))
+        outputs = loops.autoregress(pair.params, pair.configs, start(pair, limit))
         limits = [limit] * 4 if isinstance(limit, int) else limit
         assert [o.tokens for o in outputs] == [row[:n] for row, n in zip(truth, limits, strict=True)]
         assert [o.accepted for o in outputs] == [[0] * (n - 1) for n in limits]
     stop = truth[1][6]
-    outputs = factory.autoregress(pair.params, pair.configs, start(pair, stop=jnp.array([stop])), jnp.array([stop]))
+    outputs = loops.autoregress(pair.params, pair.configs, start(pair, stop=jnp.array([stop])), jnp.array([stop]))
     assert [o.tokens for o in outputs] == [cut(row, COUNT, stop) for row in truth]
 
 
@@ -142,13 +144,13 @@ def test_the_lean_loop_is_transformers_greedy_too(pair, truth):
 @pytest.fixture(scope="module")
 def oracle(pair):
     """Runs greedy Domino with proposals read from a table of absolute positions."""
-    loop = factory.oracle_loop()
+    loop = loops.oracle_loop()
 
     def go(table: np.ndarray, limits: Any, stop: int, pair: Pair = pair) -> list[Output]:
         stops = jnp.array([stop], jnp.int32)
         state = start(pair, limits, stops)
         assert state.cache.capacity >= table.shape[1]
-        return factory.finish(state, lambda s: loop(jnp.asarray(table), pair.params, pair.configs, s, stops, 8))
+        return loops.finish(state, lambda s: loop(jnp.asarray(table), pair.params, pair.configs, s, stops, 8))
 
     return go
 
@@ -208,7 +210,7 @@ def test_a_first_token_that_is_a_stop_or_the_limit_ends_a_row_before_any_cycle(p
     stops = jnp.array([stop], jnp.int32)
     state = start(pair, [4, 1, 9, 1], stops)
     assert state.done.tolist() == [False, True, True, True]
-    outputs = factory.speculate(pair.params, pair.configs, state, stops)
+    outputs = loops.speculate(pair.params, pair.configs, state, stops)
     assert [o.tokens for o in outputs] == [truth[0][:4], truth[1][:1], [stop], truth[3][:1]]
     assert [len(o.accepted) for o in outputs[1:]] == [0, 0, 0]
     state = start(pair, 1, stops)
@@ -306,7 +308,7 @@ def test_growing_the_bucket_in_mid_generation_changes_nothing(pair: Pair, truth,
         seen.append((capacity, int(emitted.cycles) < 40, bool(state.done.all())))
         return state, emitted
 
-    outputs = factory.finish(state, dispatch, pair.configs.lookahead)
+    outputs = loops.finish(state, dispatch, pair.configs.lookahead)
     assert seen == [(32, True, False), (64, True, True)]
     assert [o.tokens for o in outputs] == [row[: COUNT + 6] for row in truth]
     for prompt, output in zip(PROMPTS, outputs, strict=True):
@@ -376,12 +378,12 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
             sizes.append(sum(x.nbytes for x in fetched))
         return sizes
 
-    sampling, keys = factory.settings(4), jax.random.split(jax.random.key(0), 4)
-    with factory.compilations() as seen:
+    sampling, keys = settings(4), jax.random.split(jax.random.key(0), 4)
+    with loops.compilations() as seen:
         jax.jit(lambda x: x + 1)(np.arange(3))
     assert seen, "the counter must see a compilation"
     whole_run(PROMPTS, [COUNT] * 4, -1)
-    with factory.compilations() as seen:
+    with loops.compilations() as seen:
         sizes = whole_run([[9] * 16, [1, 2], [3] * 7, [88]], [40, 1, 17, 33], truth[0][5])
         sizes += whole_run(PROMPTS[::-1], [90] * 4, -1)
     assert not seen
@@ -420,7 +422,7 @@ def test_single_steps_of_one_row_to_the_very_end_of_a_bucket(pair, truth, monkey
         ends.append((int(state.length[0]), state.cache.capacity))
         return state, emitted
 
-    (output,) = factory.finish(state, dispatch)
+    (output,) = loops.finish(state, dispatch)
     assert output.tokens == truth[0][: COUNT + 6]
     assert ends[0] == (31, 32) and len(ends) == 2
 
@@ -432,7 +434,7 @@ def test_the_pallas_kernel_gives_the_same_tokens(pair, truth):
     """In float32, interpreted: token for token what transformers gives, by cycles and by single steps."""
     other = Pair(pair.params, dataclasses.replace(pair.configs, attention="pallas"))
     assert [o.tokens for o in run(other)] == [row[:COUNT] for row in truth]
-    lean = factory.autoregress(other.params, other.configs, start(other))
+    lean = loops.autoregress(other.params, other.configs, start(other))
     assert [o.tokens for o in lean] == [row[:COUNT] for row in truth]
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
-from factory import Output, Pair
+from factory import Pair
+from loops import Output
 
 from domino_jax import decode, layers, prepare
 from domino_jax.config import DecoderConfig, MoeConfig
@@ -30,9 +32,7 @@ def in_dtype(pair: Pair, dtype) -> Pair:
 
 
 def run(pair: Pair, **more) -> list[Output]:
-    return factory.speculate(
-        pair.params, pair.configs, factory.begin(pair.params, pair.configs, PROMPTS, COUNT), **more
-    )
+    return loops.speculate(pair.params, pair.configs, loops.begin(pair.params, pair.configs, PROMPTS, COUNT), **more)
 
 
 def tau(outputs: list[Output]) -> float:
@@ -258,7 +258,7 @@ def test_fused_products_are_the_same_sums():
         drafts, _, _ = decode.propose(params, configs, state, None)
         return drafts, *decode.run_target(params, configs, state, drafts)[:2]
 
-    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
     for a, b in zip(step(pair.params, pair.configs, state), step(fused.params, fused.configs, state), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
     assert run(fused) == run(pair)
@@ -328,7 +328,7 @@ def test_the_head_scores_its_candidates_alone(candidates):
     config = pair.configs.draft
     few = Pair(pair.params, dataclasses.replace(pair.configs, candidates=candidates))
     assert config is not None and pair.params.draft is not None
-    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
 
     @jax.jit
     def both(params: Params, state):
@@ -354,7 +354,7 @@ def test_a_draw_from_candidates_says_what_it_was_drawn_from():
     """q is what the head over the whole vocabulary gives with all but the candidates at minus infinity."""
     pair = good()
     configs = dataclasses.replace(pair.configs, candidates=6)
-    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=settings(4, temperature=8.0))
+    state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=settings(4, temperature=8.0))
     keys = jax.random.split(jax.random.key(5), 4)
 
     @jax.jit

@@ -7,12 +7,14 @@ from typing import Any
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import reference
 import scipy.stats
 import torch
-from factory import NO_STOP, Pair
+from factory import Pair
+from loops import NO_STOP
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from domino_jax import cache as kv
@@ -262,8 +264,8 @@ def sample_rows(pair: Pair, loop: Any, seed: int = 0) -> tuple[list[np.ndarray],
         batch = 2 * HALF
         keys = jax.random.split(jax.random.key(seed), batch)
         chosen = [FILTERS[0]] * HALF + [FILTERS[1]] * HALF
-        state = factory.begin(pair.params, pair.configs, [PROMPT] * batch, 4, NO_STOP, rows(chosen), keys)
-        outputs = factory.finish(state, lambda s: loop(pair.params, pair.configs, s, NO_STOP, 4, False))
+        state = loops.begin(pair.params, pair.configs, [PROMPT] * batch, 4, NO_STOP, rows(chosen), keys)
+        outputs = loops.finish(state, lambda s: loop(pair.params, pair.configs, s, NO_STOP, 4, False))
     tokens = np.array([o.tokens for o in outputs])
     assert tokens.shape == (batch, 4)
     accepted = [m for o in outputs for m in o.accepted]
@@ -316,7 +318,7 @@ BROKEN = {
     "broken", [pytest.param(BROKEN[n], id=n, marks=[] if n == "residual" else [pytest.mark.slow]) for n in BROKEN]
 )
 def test_the_test_would_catch_a_wrong_sampler(exact, broken):
-    samples, _ = sample_rows(make("Domino"), factory.retraced(**broken))
+    samples, _ = sample_rows(make("Domino"), loops.retraced(**broken))
     for tokens, joint in zip(samples, exact, strict=True):
         assert p_value(tokens, joint) < WRONG
 

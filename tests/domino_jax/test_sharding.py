@@ -7,10 +7,11 @@ import re
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
-from factory import NO_STOP, Output, Pair
-from tiny import make_draft, make_target
+from factory import Pair, make_draft, make_target
+from loops import NO_STOP, Output
 
 from domino_jax import decode, moe, prepare, sharding
 from domino_jax.config import MoeConfig
@@ -61,11 +62,11 @@ def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:
 
 
 def start(pair: Pair, sampling: Sampling | None = None) -> DecodeState:
-    return factory.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=sampling)
+    return loops.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=sampling)
 
 
 def run(pair: Pair, sampling: Sampling | None = None) -> list[Output]:
-    return factory.speculate(pair.params, pair.configs, start(pair, sampling), greedy=sampling is None)
+    return loops.speculate(pair.params, pair.configs, start(pair, sampling), greedy=sampling is None)
 
 
 @pytest.fixture(scope="module")

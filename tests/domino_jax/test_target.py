@@ -6,6 +6,7 @@ from typing import Any
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import reference
@@ -136,9 +137,9 @@ def test_prefill_in_small_chunks_is_prefill_in_one(monkeypatch):
     pair = factory.Pair.make()
     named = pair.reference()[:2]
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (1, 16, 17, 40)]
-    one = factory.begin(pair.params, pair.configs, prompts, 9)
+    one = loops.begin(pair.params, pair.configs, prompts, 9)
     monkeypatch.setattr(decode, "LARGEST_CHUNK", 8)
-    many = factory.begin(pair.params, pair.configs, prompts, 9)
+    many = loops.begin(pair.params, pair.configs, prompts, 9)
     assert one.length.tolist() == many.length.tolist() == [1, 16, 17, 40]
     assert one.emitted.tolist() == [1] * 4 and not one.done.any()
     for row, prompt in enumerate(prompts):
@@ -163,7 +164,7 @@ def test_a_prompt_may_end_anywhere_in_a_chunk(monkeypatch):
     assert len(set(expected.tolist())) > 5
     monkeypatch.setattr(decode, "LARGEST_CHUNK", 8)
     monkeypatch.setattr(decode, "SMALLEST_CHUNK", 8)
-    assert factory.begin(params, configs, prompts, 1).token.tolist() == expected.tolist()
+    assert loops.begin(params, configs, prompts, 1).token.tolist() == expected.tolist()
 
 
 def test_buckets_are_powers_of_two():

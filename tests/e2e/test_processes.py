@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_draft, make_target
+from factory import make_draft, make_target
 
 from domino_jax.errors import DominoError
 from domino_jax.runtime import processes

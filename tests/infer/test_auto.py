@@ -7,7 +7,7 @@ import factory
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TARGET, make_tokenizer
+from factory import BYTE_TARGET, make_tokenizer
 
 from convert.loading import LoadedModel
 from domino_jax.sampling import SamplingParams
@@ -195,7 +195,7 @@ SCRIPT = [(4, 1), (2, 2), (4, 1), (0, 8)]
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
     """A drafter that is often right, and a tokenizer of bytes."""
-    pair = factory.good_pair(replace(TARGET, tie_word_embeddings=False), 3, num_hidden_layers=1)
+    pair = factory.good_pair(replace(BYTE_TARGET, tie_word_embeddings=False), 3, num_hidden_layers=1)
     return LoadedModel(pair.configs, pair.params, make_tokenizer(), (), jnp.dtype(jnp.float32), (), 0.0)
 
 

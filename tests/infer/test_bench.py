@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import REPEATING, TARGET, make_draft, make_target
+from factory import BYTE_TARGET, REPEATING, make_draft, make_target
 
 from domino_jax.runtime.provenance import distinct_ngrams
 from infer.bench import main
@@ -35,7 +35,7 @@ def test_every_mode_is_a_row_of_flat_json(words, tmp_path, capsys, drafts):
     assert not [v for row in rows for v in row.values() if isinstance(v, dict | list)]
     for row in rows:
         assert row["tokens_per_second"] > 0 and row["ms_per_cycle"] > 0
-        # Prompts end in id 70, proposed once a block, or in the mask token, proposed always (see tiny.py): with J
+        # Prompts end in id 70, proposed once a block, or in the mask token, proposed always (see factory.py): with J
         # drafts 8 tokens take 4 cycles of 2, and 8 / (J + 1) rounded up.
         if row["mode"] == "domino":
             assert row["same_tokens_as_lean"] is True
@@ -57,7 +57,7 @@ def test_every_mode_is_a_row_of_flat_json(words, tmp_path, capsys, drafts):
         (["--num-prompts", "9"], "only 4 prompts"),
         (["--num-prompts", "2", "--batch-sizes", "4"], "--num-prompts 2 is less"),
         (["--num-prompts", "4", "--min-distinct", "0.9", "--new-tokens", "9"], "4 loop"),
-        (["--num-prompts", "4", "--new-tokens", str(TARGET.max_position_embeddings)], "at most 255 new tokens"),
+        (["--num-prompts", "4", "--new-tokens", str(BYTE_TARGET.max_position_embeddings)], "at most 255 new tokens"),
         (["--num-prompts", "4", "--drafts", "7"], "7 drafts a cycle can't be had"),
         (["--rounds", "0"], "at least 1"),
     ],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import DRAFT, REPEATING, TARGET, make_target
+from factory import BYTE_DRAFT, BYTE_TARGET, REPEATING, make_target
 
 from convert import shapes
 from convert.loading import LoadedModel
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FEW = ["--num-prompts", "2", "--rounds", "1", "--no-transformers"]
 # Heads for a mesh of 4; 261 ids are no multiple of 4.
-WIDE = dataclasses.replace(TARGET, num_attention_heads=8, vocab_size=261)
-WIDE_DRAFT = dataclasses.replace(DRAFT, **WIDE.geometry(num_hidden_layers=1))
+WIDE = dataclasses.replace(BYTE_TARGET, num_attention_heads=8, vocab_size=261)
+WIDE_DRAFT = dataclasses.replace(BYTE_DRAFT, **WIDE.geometry(num_hidden_layers=1))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A shape of the table that runs in no time, and a device that is measured in as little."""
-    monkeypatch.setitem(SHAPES, "tiny", Shape(TARGET, DRAFT))
+    monkeypatch.setitem(SHAPES, "tiny", Shape(BYTE_TARGET, BYTE_DRAFT))
     monkeypatch.setitem(SHAPES, "wide", Shape(WIDE, WIDE_DRAFT))
     monkeypatch.setattr(roofline, "probe_sizes", lambda: (1 << 20, 64))
 
@@ -68,8 +68,10 @@ def test_the_shapes_of_the_table_have_the_parameters_of_their_names():
 
 def test_random_weights_are_made_in_their_dtype_and_are_sane():
     loaded = load_random("tiny", dtype="bfloat16")
-    assert loaded.configs == DecodeConfig(TARGET, DRAFT) and loaded.stop_ids == () and loaded.tokenizer is None
-    for module, config in ((loaded.params.target, TARGET), (loaded.params.draft, DRAFT)):
+    assert (
+        loaded.configs == DecodeConfig(BYTE_TARGET, BYTE_DRAFT) and loaded.stop_ids == () and loaded.tokenizer is None
+    )
+    for module, config in ((loaded.params.target, BYTE_TARGET), (loaded.params.draft, BYTE_DRAFT)):
         expected = flatten(weights.weight_shapes(config, jnp.bfloat16))
         found = {path: leaf for path, leaf in flatten(module).items() if not path.startswith("head.")}
         for path, leaf in expected.items():  # the head is made ready for decoding
@@ -295,7 +297,7 @@ def test_refusals_are_one_sentence(tmp_path, capsys, words, says):
 
 def test_a_simulated_acceptance_is_checked_without_the_command_too():
     with pytest.raises(DominoError, match=r"5\.5 can't be simulated"):
-        DecodeConfig(TARGET, DRAFT, simulated_tau=5.5)
+        DecodeConfig(BYTE_TARGET, BYTE_DRAFT, simulated_tau=5.5)
 
 
 def test_random_weights_are_compiled_once_a_shape():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny import CHAT_END, CHAT_START, make_draft, make_target, make_tokenizer
+from factory import CHAT_END, CHAT_START, make_draft, make_target, make_tokenizer
 
 from convert import template
 from convert.tokenizer import load_tokenizer

@@ -8,16 +8,17 @@ from typing import Any
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
-from tiny import TARGET, make_tokenizer
+from factory import BYTE_TARGET, make_tokenizer
 
 from convert.loading import LoadedModel
 from domino_jax import cache as kv
 from domino_jax import decode, prepare, sharding
 from domino_jax.decode import Params
 from domino_jax.errors import DominoError
-from domino_jax.sampling import SamplingParams
+from domino_jax.sampling import SamplingParams, settings
 from infer import engine
 from infer.auto import Chooser
 from infer.conversation import Conversation
@@ -30,7 +31,7 @@ LIMIT = 40
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
     """A drafter that is often right, and a tokenizer of bytes."""
-    target = replace(TARGET, tie_word_embeddings=False, max_position_embeddings=4096)
+    target = replace(BYTE_TARGET, tie_word_embeddings=False, max_position_embeddings=4096)
     pair = factory.good_pair(target, 3, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
     return LoadedModel(pair.configs, pair.params, make_tokenizer(), (), jnp.dtype(jnp.float32), (), 0.0)
 
@@ -59,7 +60,7 @@ def result(s: Sequence) -> tuple[list[int], list[int], int, str | None]:
 
 
 def some(count: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(4, TARGET.vocab_size, count).tolist()
+    return np.random.default_rng(seed).integers(4, BYTE_TARGET.vocab_size, count).tolist()
 
 
 def talk(say: Callable[[list[int]], Sequence]) -> list[tuple[list[int], int]]:
@@ -180,15 +181,15 @@ def test_several_rows_go_on_from_what_all_hold(loaded):
     """`decode.prefill_batch` on another state's caches: all rows from one position on, the shorter ones as well."""
     params, configs = loaded.params, loaded.configs
     prompts = [some(90, 1), some(40, 2), some(35, 3)]
-    state = factory.begin(params, configs, prompts, 9)
+    state = loops.begin(params, configs, prompts, 9)
     longer = [[*prompts[0][:40], *some(44, 4)], [*prompts[1], 7, 8], prompts[2][:34]]
     caches = decode.Caches(state.cache, state.context)
     keys = jax.random.split(jax.random.key(7), 3)
-    stop, sampling = factory.NO_STOP, factory.settings(3)
+    stop, sampling = loops.NO_STOP, settings(3)
     more = decode.prefill_batch(params, configs, longer, keys, [20] * 3, sampling, stop, loaded.dtype, caches, 33)
     assert state.cache.k[0].is_deleted(), "what was held is donated"
-    fresh = factory.begin(params, configs, longer, 20)
-    assert factory.speculate(params, configs, more) == factory.speculate(params, configs, fresh)
+    fresh = loops.begin(params, configs, longer, 20)
+    assert loops.speculate(params, configs, more) == loops.speculate(params, configs, fresh)
 
 
 def spread(loaded: LoadedModel, data: int, model: int) -> LoadedModel:
@@ -417,7 +418,7 @@ def test_turns_compile_nothing_but_what_a_new_bucket_needs(loaded):
     jax.clear_caches()
     running, conversation, ids, seen = Engine(loaded), Conversation(), some(100, 1), []
     for i in range(12):
-        with factory.compilations() as compiled:
+        with loops.compilations() as compiled:
             answer = turn(running, ids, conversation, limit=16)
         buckets = (
             kv.length_bucket(len(ids) + loaded.configs.lookahead),
@@ -435,7 +436,7 @@ def test_on_a_mesh_turns_of_one_bucket_compile_nothing(loaded):
     jax.clear_caches()
     running, conversation, ids = Engine(spread(loaded, 2, 2)), Conversation(), some(130, 1)
     for i in range(4):
-        with factory.compilations() as compiled:
+        with loops.compilations() as compiled:
             answer = turn(running, ids, conversation, limit=6)
         ids = [*answer.ids, *some(3, i)]
         assert bool(compiled) == (i < 2)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny import DRAFT, MASK, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
+from factory import BYTE_DRAFT, MASK, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
 
 from infer import text
 from infer.__main__ import histogram, main
@@ -81,7 +81,7 @@ def test_json_has_the_promised_keys(run):
     assert row["cycles"] == len(row["accepted"]) > 0
     assert row["tau"] == pytest.approx(sum(row["accepted"]) / row["cycles"] + 1)
     assert set(row["seconds"]) == {"load", "compile", "prefill", "calibrate", "decode"}
-    assert (row["drafts"], row["plain_steps"]) == ([DRAFT.num_proposals] * row["cycles"], 0)
+    assert (row["drafts"], row["plain_steps"]) == ([BYTE_DRAFT.num_proposals] * row["cycles"], 0)
     assert all(seconds >= 0 for seconds in row["seconds"].values())
     assert row["tokens_per_second"] == pytest.approx(19 / row["seconds"]["decode"])
 
@@ -104,8 +104,8 @@ def test_accepted_drafts_are_counted_whole(run):
     # The mask token is what the drafter proposes and the target repeats: everything is accepted.
     whole = generated(run, "--input-ids", f"5,{MASK_ID}", "--max-new-tokens", "9", target="loop", draft="loop-draft")
     assert whole["tokens"] == [MASK_ID] * 9
-    assert whole["accepted"] == [DRAFT.num_proposals] * 2  # 1 + 5 + 3: the limit cuts the second
-    assert whole["tau"] == DRAFT.num_proposals + 1
+    assert whole["accepted"] == [BYTE_DRAFT.num_proposals] * 2  # 1 + 5 + 3: the limit cuts the second
+    assert whole["tau"] == BYTE_DRAFT.num_proposals + 1
     # Any other token is proposed once, by the anchor's own row.
     one = generated(run, "--input-ids", "5,70", "--max-new-tokens", "9", target="loop", draft="loop-draft")
     assert (one["tokens"], one["accepted"], one["tau"]) == ([70] * 9, [1] * 4, 2.0)

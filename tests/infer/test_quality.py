@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import MASK_ID, REPEATING, TARGET, make_draft, make_target
+from factory import BYTE_TARGET, MASK_ID, REPEATING, make_draft, make_target
 
 from infer.bench import main, quality
 from infer.bench.questions import parse_questions
@@ -18,7 +18,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
 )
 # The target repeats the last id. The drafter proposes it once a block (so a cycle gives 2 tokens), or always where it
-# is the mask's (5 with 4 proposals); see tiny.py. Id 0 is a stop token.
+# is the mask's (5 with 4 proposals); see factory.py. Id 0 is a stop token.
 ROWS = [{"input_ids": [5, 70]}, {"input_ids": [5, MASK_ID]}, {"input_ids": [5, 0]}]
 
 
@@ -185,7 +185,7 @@ def test_a_second_turn_follows_the_models_own_answer(sweep, models, asked, targe
 
 @pytest.mark.slow
 def test_prompts_that_are_too_long_are_counted_and_limits_warned_of(sweep, capsys):
-    room = TARGET.max_position_embeddings
+    room = BYTE_TARGET.max_position_embeddings
     long = {"input_ids": [70] * (room + 1)}
     rows = [long, {"input_ids": [70] * (room - 3)}, {"turns": ["a" * 240, "b" * 10]}]
     status, figures = sweep(rows, "--no-head-off")

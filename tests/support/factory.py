@@ -1,26 +1,24 @@
-"""Tiny random models in memory, in every form the tests compare: ours, Hugging Face's names, transformers itself."""
+"""Tiny random models in all forms that tests compare: arrays, Hugging Face's names, transformers, folders.
 
-import contextlib
+Two targets: `TARGET` for arrays alone, and `BYTE_TARGET`, whose vocabulary is that of `make_tokenizer`, for what
+reads folders and text.
+"""
+
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from jax import Array
 from jax.sharding import Mesh
 
+from convert.hf import save_hf, write_json
 from convert.names import entries
-from domino_jax import decode, prepare, sharding, weights
+from domino_jax import prepare, sharding, weights
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig
-from domino_jax.decode import DecodeConfig, DecodeState, Emitted, Params
-from domino_jax.sampling import Sampling, settings
-
-NO_STOP = jnp.full(1, -1, jnp.int32)
+from domino_jax.decode import DecodeConfig, Params
 
 # Every size differs from the others, so that a swapped axis can't go unseen.
 TARGET = TargetConfig(
@@ -55,6 +53,37 @@ def draft_config(target: TargetConfig = TARGET, **changes: Any) -> DraftConfig:
         "head": HeadConfig(gru_hidden_dim=14, emb_dim=7, pure_draft_prefix_len=1),
     }
     return DraftConfig(**(fields | changes))
+
+
+END, CHAT_START, CHAT_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
+SPECIALS = (END, CHAT_START, CHAT_END, MASK)  # ids 0 to 3; byte b is id 4 + b's place in the byte alphabet
+END_ID, CHAT_START_ID, CHAT_END_ID, MASK_ID = range(4)
+
+BYTE_TARGET = TargetConfig(
+    vocab_size=260,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+)
+BYTE_DRAFT = draft_config(
+    BYTE_TARGET,
+    **BYTE_TARGET.geometry(num_hidden_layers=1),
+    block_size=4,
+    mask_token_id=MASK_ID,
+    target_layer_ids=(0, 1),
+    head=HeadConfig(gru_hidden_dim=16, emb_dim=8, pure_draft_prefix_len=1),
+)
+
+# With weights this small every layer adds next to nothing: the target repeats its last token, and a
+# drafter proposes the anchor once and then the mask token.
+REPEATING = 2e-3
 
 
 def random_weights(config: DecoderConfig, seed: int, scale: float = 1.5) -> Any:
@@ -124,7 +153,7 @@ class Pair(NamedTuple):
         return cls(params, DecodeConfig(target, draft))
 
     def reference(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """What tests/reference.py takes: target weights and config, draft weights and config."""
+        """What tests/support/reference.py takes: target weights and config, draft weights and config."""
         target, draft = self.configs.target, self.configs.draft
         assert draft is not None
         return (
@@ -186,154 +215,47 @@ def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> P
     return pair
 
 
-def begin(
-    params: Params,
-    configs: DecodeConfig,
-    prompts: Sequence[Sequence[int]],
-    limits: int | Sequence[int],
-    stop: Array = NO_STOP,
-    sampling: Sampling | None = None,
-    keys: Array | None = None,
-) -> DecodeState:
-    """`decode.prefill_batch` with what most tests want: greedy, one limit, caches of the weights' dtype."""
-    batch = len(prompts)
-    return decode.prefill_batch(
-        params,
-        configs,
-        [list(p) for p in prompts],
-        jax.random.split(jax.random.key(7), batch) if keys is None else keys,
-        [limits] * batch if isinstance(limits, int) else list(limits),
-        settings(batch) if sampling is None else sampling,
-        stop,
-        params.target.norm.dtype,
+def make_tokenizer(template: str | None = None) -> Any:
+    """A byte-level tokenizer with a token for each byte, and a chat template if one is given."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate((*SPECIALS, *alphabet))}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        mask_token=MASK,
+        additional_special_tokens=[CHAT_START, CHAT_END],
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
     )
 
 
-class Output(NamedTuple):
-    """What a row generated: its tokens, and the drafts accepted in each of its cycles."""
-
-    tokens: list[int]
-    accepted: list[int]
-
-
-Dispatch = Callable[[DecodeState], tuple[DecodeState, Emitted]]
-
-
-def finish(state: DecodeState, dispatch: Dispatch, reach: int = 2) -> list[Output]:
-    """Dispatch until all rows are done, growing the length bucket where it is full, as an engine does."""
-    rows = [Output([int(t)], []) for t in jax.device_get(state.token)]
-    done, dispatches = jax.device_get(state.done), 0
-    while not done.all():
-        dispatches += 1
-        assert dispatches < 100, "rows that never end"
-        if int(jax.device_get(state.length)[~done].max()) + reach > state.cache.capacity:
-            state = decode.grow_caches(state, 2 * state.cache.capacity)
-        state, emitted = dispatch(state)
-        emitted = jax.device_get(emitted)
-        assert emitted.cycles > 0, "a dispatch with work and room did nothing"
-        for i in range(int(emitted.cycles)):
-            for row, output in enumerate(rows):
-                count = int(emitted.counts[i, row])
-                output.tokens.extend(int(t) for t in emitted.tokens[i, row, :count])
-                if count:
-                    output.accepted.append(int(emitted.accepted[i, row]))
-        done = jax.device_get(state.done)
-    return rows
+def make_target(
+    folder: Path,
+    seed: int = 0,
+    std: float = 0.2,
+    tokenizer: bool = True,
+    template: str | None = None,
+    eos: int | Sequence[int] | None = (END_ID, CHAT_END_ID),
+    **changes: Any,
+) -> TargetConfig:
+    """Write a random target; `changes` are to BYTE_TARGET's fields, `eos` goes to generation_config.json."""
+    config = dataclasses.replace(BYTE_TARGET, **changes)
+    save_hf(folder, weights.init_weights(config, jax.random.key(seed), std=std), config, config.to_hf())
+    if tokenizer:
+        make_tokenizer(template).save_pretrained(folder)
+    if eos is not None:
+        write_json(folder / "generation_config.json", {"eos_token_id": eos})
+    return config
 
 
-def speculate(
-    params: Params,
-    configs: DecodeConfig,
-    state: DecodeState,
-    stop: Array = NO_STOP,
-    cycles: int = 8,
-    greedy: bool = True,
-) -> list[Output]:
-    """All rows to their ends by Domino cycles."""
-    return finish(state, lambda s: decode.speculate(params, configs, s, stop, cycles, greedy), configs.lookahead)
-
-
-def autoregress(
-    params: Params,
-    configs: DecodeConfig,
-    state: DecodeState,
-    stop: Array = NO_STOP,
-    cycles: int = 8,
-    greedy: bool = True,
-) -> list[Output]:
-    """All rows to their ends by the lean loop."""
-    return finish(state, lambda s: decode.autoregress(params, configs, s, stop, cycles, greedy))
-
-
-Loop = Callable[..., tuple[DecodeState, Emitted]]
-
-
-def retraced(**replacements: Any) -> Loop:
-    """`decode.speculate` traced anew with functions of decode or its modules replaced ("verify.greedy": ...)."""
-    plain = decode.speculate.__wrapped__  # type: ignore[attr-defined]
-
-    @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
-    def run(*arguments: Any) -> tuple[DecodeState, Emitted]:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, function in replacements.items():
-                patch.setattr(f"domino_jax.{name.replace('__', '.')}", function)
-            return plain(*arguments)
-
-    return run
-
-
-def oracle_loop() -> Callable[..., tuple[DecodeState, Emitted]]:
-    """A greedy `speculate` whose drafter reads its proposals from a table [B, positions], the first argument.
-
-    Row b with its anchor at position a proposes table[b, a + 1 : a + 1 + J]: any accepted length can be had by
-    writing the truth there and a wrong token where the run shall end.
-    """
-    plain = decode.speculate.__wrapped__  # type: ignore[attr-defined]
-
-    @partial(jax.jit, static_argnums=(2, 5))
-    def run(
-        table: Array, params: Params, configs: DecodeConfig, state: DecodeState, stop: Array, cycles: int
-    ) -> tuple[DecodeState, Emitted]:
-        def propose(params: Params, configs: DecodeConfig, state: DecodeState, keys: Array | None):
-            assert configs.draft is not None and keys is None
-            places = state.length[:, None] + 1 + jnp.arange(configs.proposals, dtype=jnp.int32)
-            return jnp.take_along_axis(table, places, axis=1), None, state.context
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode, "propose", propose)
-            return plain(params, configs, state, stop, cycles, True)
-
-    return run
-
-
-def hf_greedy(model: Any, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
-    """transformers' own greedy continuation of one prompt, the new ids only, a stop token kept."""
-    import torch
-
-    ids = torch.tensor([list(prompt)])
-    with torch.no_grad():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=count,
-            eos_token_id=list(stop) or None,
-            pad_token_id=0,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Collects what JAX traces, lowers or compiles meanwhile."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event.startswith("/jax/core/compile"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def make_draft(folder: Path, seed: int = 1, std: float = 0.2, **changes: Any) -> DraftConfig:
+    """Write a random drafter for `make_target`'s target; `changes` are to BYTE_DRAFT's fields."""
+    config = dataclasses.replace(BYTE_DRAFT, **changes)
+    save_hf(folder, weights.init_weights(config, jax.random.key(seed), std=std), config, config.to_hf())
+    return config

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import make_target
+from factory import make_target
 
 from train import config
 from train.demo import command

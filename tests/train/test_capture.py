@@ -6,11 +6,11 @@ from collections import namedtuple
 from dataclasses import replace
 from types import SimpleNamespace
 
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from safetensors import safe_open
 
 from convert import hf
@@ -42,7 +42,7 @@ def make_corpus(seed: int = 0, packed: bool = False) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("capture") / "target"
-    tiny.make_target(folder, tokenizer=False)
+    factory.make_target(folder, tokenizer=False)
     return folder
 
 
@@ -69,7 +69,7 @@ def captured(folder, corpus, tmp_path):
 
 def online(folder, corpus, dtype, rows) -> tuple[np.ndarray, np.ndarray]:
     """Features and final states as a training step computes them from a batch."""
-    config = tiny.TARGET
+    config = factory.BYTE_TARGET
     frozen = hf.load_hf(folder, config, dtype)
     forward = jax.jit(lambda frozen, ids: target.forward(frozen, config, ids, taps=TAPS)[:2])
     states, tapped = forward(frozen, jnp.asarray(corpus.ids[rows]))
@@ -268,7 +268,7 @@ def test_features_of_something_else_are_refused(folder, captured, corpus, tmp_pa
 
 def test_the_identity_is_the_weights_and_not_their_files(folder, tmp_path, monkeypatch):
     identity = store.identity(folder)
-    config = tiny.TARGET
+    config = factory.BYTE_TARGET
     module = init_weights(config, jax.random.key(0), std=0.2)
     monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
     hf.save_hf(tmp_path / "sharded", module, config, config.to_hf())
@@ -276,7 +276,7 @@ def test_the_identity_is_the_weights_and_not_their_files(folder, tmp_path, monke
     assert store.identity(tmp_path / "sharded") == identity
     module.layers[1].q_norm = module.layers[1].q_norm.at[3].add(1e-3)
     hf.save_hf(tmp_path / "norm", module, config, config.to_hf())
-    tiny.make_target(tmp_path / "seed", seed=5, tokenizer=False)
+    factory.make_target(tmp_path / "seed", seed=5, tokenizer=False)
     shutil.copytree(folder, tmp_path / "theta")
     hf.write_json(tmp_path / "theta" / "config.json", config.to_hf() | {"rope_theta": 2e4})
     assert len({identity, *(store.identity(tmp_path / f) for f in ("norm", "seed", "theta"))}) == 4
@@ -324,7 +324,7 @@ def test_refusals(folder, corpus, tmp_path, capsys, more, message):
 
 
 def test_a_drafter_is_no_target_and_wrong_words_are_2(folder, tmp_path, capsys):
-    assert isinstance(tiny.make_draft(tmp_path / "draft"), DraftConfig)
+    assert isinstance(factory.make_draft(tmp_path / "draft"), DraftConfig)
     assert capture.main(words(tmp_path / "draft", tmp_path / "features")) == 1
     assert "is a drafter" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:

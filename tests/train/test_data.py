@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CHAT_END, CHAT_START, make_tokenizer
+from factory import CHAT_END, CHAT_START, make_tokenizer
 
 from domino_jax.errors import DominoError
 from train.data import dataset

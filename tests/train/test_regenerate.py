@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factory import hf_greedy
-from tiny import CHAT_END_ID, END_ID, make_draft, make_target
+from factory import CHAT_END_ID, END_ID, make_draft, make_target
+from loops import hf_greedy
 
 from convert import loading, template
 from domino_jax import target

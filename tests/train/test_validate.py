@@ -7,13 +7,14 @@ from pathlib import Path
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import reference
-from factory import Pair, compilations
+from factory import Pair, make_draft, make_target
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import make_draft, make_target
+from loops import compilations
 
 from convert import hf, loading
 from convert.registry import DEMO_FOLDER
@@ -235,8 +236,8 @@ def test_prompts_are_cut_and_those_without_room_left_out(tmp_path):
 
 
 def test_prompts_whose_answers_loop_are_left_out(pair):
-    start = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
-    lean = factory.autoregress(pair.params, pair.configs, start)
+    start = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    lean = loops.autoregress(pair.params, pair.configs, start)
     shares = []
     for tokens in (output.tokens for output in lean):
         grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from factory import make_draft, make_target
 from rich.console import Console
-from tiny import make_draft, make_target
 
 from convert import options
 from convert.options import DeviceOptions, DraftingOptions, ModelOptions, ProcessOptions, SamplingOptions

@@ -1,7 +1,7 @@
 """KV caches whose rows have lengths of their own.
 
 A cache is exactly one length bucket long: programs see what they need and no more, and `resize`
-moves to another bucket. Which positions count is arithmetic on the lengths that the decode state
+moves a buffer to another bucket. Which positions count is arithmetic on the lengths that the decode state
 holds: a rejected draft stays in place, unseen, until its position is written again.
 """
 
@@ -72,9 +72,9 @@ def append_kv(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> K
     return KVCache(put(cache.k, k), put(cache.v, v))
 
 
-def resize(cache: KVCache, capacity: int) -> KVCache:
-    """The cache with room for `capacity` positions: new ones are zero, and those beyond it are gone."""
-    extra = capacity - cache.capacity
+def resize(buffer: Array, capacity: int) -> Array:
+    """A buffer [B, K, S, H] with S = `capacity`: new positions are zero, and those beyond it are dropped."""
+    extra = capacity - buffer.shape[2]
     if extra <= 0:
-        return jax.tree.map(lambda buffer: buffer[:, :, :capacity], cache)
-    return jax.tree.map(lambda buffer: jnp.pad(buffer, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
+        return buffer[:, :, :capacity]
+    return jnp.pad(buffer, ((0, 0), (0, 0), (0, extra), (0, 0)))

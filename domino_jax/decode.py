@@ -399,7 +399,7 @@ def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tu
 
 
 def grow_caches(state: DecodeState, capacity: int) -> DecodeState:
-    """The state in a larger length bucket."""
+    """The state in a larger length bucket; the buffers of the old state are deleted."""
     return state._replace(
         cache=_resize(state.cache, capacity),
         context=_resize(state.context, capacity) if state.context else None,
@@ -407,7 +407,17 @@ def grow_caches(state: DecodeState, capacity: int) -> DecodeState:
 
 
 def _resize(cache: KVCache, capacity: int) -> KVCache:
-    return cache if capacity == cache.capacity else _resized(cache, capacity)
+    """Resize one buffer at a time and delete the old one, so that no second cache exists beside the new one."""
+    if capacity == cache.capacity:
+        return cache
+
+    def resized(buffer: Array) -> Array:
+        new = _resized(buffer, capacity)
+        if not isinstance(buffer, jax.core.Tracer):  # whoever traces `prefill_batch` has no memory to free
+            buffer.delete()
+        return new
+
+    return jax.tree.map(resized, cache)
 
 
 _resized = jax.jit(kv.resize, static_argnums=1)

@@ -295,6 +295,22 @@ def test_the_output_does_not_depend_on_the_drafts(oracle, pair, dtype):
 # --- Buckets, neighbours, programs --------------------------------------------------------------------------------
 
 
+def test_growing_holds_one_cache_and_one_buffer_more(pair: Pair, monkeypatch):
+    """Each buffer is deleted before the next one is resized."""
+    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    old, resized, alive = jax.tree.leaves((state.cache, state.context)), decode._resized, []
+
+    def noted(buffer: jax.Array, capacity: int) -> jax.Array:
+        alive.append(sum(not b.is_deleted() for b in old))
+        return resized(buffer, capacity)
+
+    monkeypatch.setattr(decode, "_resized", noted)
+    grown = decode.grow_caches(state, 2 * state.cache.capacity)
+    assert alive == list(range(len(old), 0, -1)) and all(b.is_deleted() for b in old)
+    assert grown.cache.capacity == 2 * state.cache.capacity
+    assert grown.context is not None and grown.context.capacity == grown.cache.capacity
+
+
 def test_growing_the_bucket_in_mid_generation_changes_nothing(pair: Pair, truth, monkeypatch):
     """A dispatch ends by itself where the bucket is full, before anything is written beyond it."""
     monkeypatch.setattr(kv, "SMALLEST_BUCKET", 32)

@@ -176,7 +176,7 @@ def test_growing_keeps_what_was_there(model):
     config, params = model
     tokens = ids(2, 12)
     _, _, small = forward(params, config, tokens, np.zeros(2, np.int32), kv.init_cache(config, 2, 16, jnp.float32))
-    large = kv.resize(small, 48)
+    large = jax.tree.map(lambda buffer: kv.resize(buffer, 48), small)
     assert (small.capacity, large.capacity) == (16, 48)
     for a, b in zip(jax.device_get(jax.tree.leaves(small)), jax.device_get(jax.tree.leaves(large)), strict=True):
         np.testing.assert_array_equal(a, b[:, :, :16])

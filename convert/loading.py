@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from domino_jax.attention import Backend, BackendChoice, available_backends
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
+from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
 from domino_jax.runtime.memory import explain_out_of_memory
-from domino_jax.runtime.precision import Matrices, keeps_bfloat16, resolve_dtype
+from domino_jax.runtime.precision import Matrices, keeps_bfloat16, matmul_precision, resolve_dtype
 from domino_jax.sharding import config_of_device, default_mesh_sizes, fit_to_mesh, make_mesh, mesh_context
 from domino_jax.weights import Draft, OutputsFirst
 
@@ -49,9 +50,11 @@ class LoadedModel:
         leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, OutputsFirst))
         return any(isinstance(leaf, OutputsFirst) and leaf.values.dtype != self.dtype for leaf in leaves)
 
-    def context(self) -> AbstractContextManager[Any]:
-        """What programs of this model are run in."""
-        return mesh_context(self.mesh)
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """What programs of this model are run in: its mesh and the precision of its products."""
+        with mesh_context(self.mesh), matmul_precision(self.dtype):
+            yield
 
 
 class LoadPlan(NamedTuple):
@@ -92,6 +95,7 @@ def plan_load(
     Raises:
         DominoError: a setting does not fit the pair or these devices.
     """
+    config = resolve_moe_backend(config)
     configs = DecodeConfig(config)
     if draft_config:
         configs = DecodeConfig(config, draft_config, drafts, candidates)
@@ -172,9 +176,10 @@ def load_model(
                 for module in filter(None, params[:2]):
                     prepare.fuse(module)
         jax.block_until_ready(params)
-    form, notes = fastest_backend(
-        chosen.forms, config_of_device(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1
-    )
+    with matmul_precision(kind):
+        form, notes = fastest_backend(
+            chosen.forms, config_of_device(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1
+        )
     configs = dataclasses.replace(chosen.fitted, attention=form)
     tokenizer, stop_ids = load_tokenizer(target), hf.stop_ids(target, raw)
     seconds = time.perf_counter() - began

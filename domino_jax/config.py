@@ -17,9 +17,11 @@ Axis legend, used in every docstring and einsum of the project:
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from domino_jax.errors import DominoError
+
+MoeBackend = Literal["grouped", "one by one"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class MoeConfig:
     norm_topk_prob: bool
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    backend: MoeBackend = "grouped"  # how the experts are computed; set for a platform by `moe.resolve_moe_backend`
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
@@ -122,7 +125,9 @@ class MoeConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Its part of a config.json."""
-        return asdict(self) | {"mlp_only_layers": list(self.mlp_only_layers)}
+        fields = asdict(self) | {"mlp_only_layers": list(self.mlp_only_layers)}
+        del fields["backend"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -370,11 +375,14 @@ class DraftConfig(DecoderConfig):
 
 
 def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """Tapped target layers of a drafter that does not list them (docs/algorithm.md, section 2)."""
+    """The target layers that a drafter reads whose config.json does not list them (docs/algorithm.md, section 2).
+
+    The order of operations is that of z-lab's DFlash code: another one rounds differently for some depths.
+    """
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
-    step = (num_target_layers - 4) / (num_draft_layers - 1)
-    return tuple(round(1 + i * step) for i in range(num_draft_layers))
+    span = num_target_layers - 4
+    return tuple(round(1 + i * span / (num_draft_layers - 1)) for i in range(num_draft_layers))
 
 
 def check_pair(target: TargetConfig, draft: DraftConfig) -> list[str]:

@@ -1,7 +1,7 @@
 """The mixture-of-experts MLP of a Qwen3 MoE layer (docs/algorithm.md, section 2).
 
-A router gives each token k of E experts, each a SwiGLU MLP of its own, and sums what they say by its weights. Two
-forms, one meaning:
+A router gives each token k of E experts, each a SwiGLU MLP of its own, and sums their outputs by its weights. Two
+backends compute the same:
 
     grouped     The T·k pairs of token and expert sorted by expert, and `jax.lax.ragged_dot` over the groups. On a TPU
                 it is a kernel that computes those pairs and no others. On CPUs and CUDA devices JAX 0.10 lowers it to
@@ -9,29 +9,35 @@ forms, one meaning:
     one by one  A loop over those experts that any token has chosen, each over all T tokens: it reads no weight that
                 nobody asked for, and holds nothing but the sum. Each turn of the loop is a few operations.
 
-A CPU takes experts one by one, which was several times faster there from 1 to 68 tokens; so it was than a gather of
-each pair's weights. Accelerators take the grouped form, as each turn of a loop costs them a round trip to the host. No
-MoE has run on one here.
+On a CPU one by one was several times faster from 1 to 68 tokens, and faster than a gather of each pair's weights.
+Accelerators take the grouped backend: each turn of a loop costs them a round trip to the host. No MoE has run on an
+accelerator yet.
 
-On a mesh each device has its own experts and whole tokens, computes what they say, and a sum over `model` combines
-them.
+On a mesh each device has its own experts and whole tokens, and computes its experts' outputs; a sum over `model`
+combines them.
 """
 
-from typing import Any, Literal, get_args
+import dataclasses
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.config import MoeConfig
+from domino_jax.config import MoeBackend, MoeConfig, TargetConfig
 from domino_jax.sharding import MODEL, spec
 
-MoeBackend = Literal["grouped", "one by one"]
 
+def resolve_moe_backend(config: TargetConfig, platform: str | None = None) -> TargetConfig:
+    """The config with the experts' backend for a platform; as it is for a model without experts.
 
-def resolve_moe_backend() -> MoeBackend:
-    """The form to run on this process's devices."""
-    return "one by one" if jax.default_backend() == "cpu" else "grouped"
+    Args:
+        platform: that programs are compiled for ("cpu", "gpu", "tpu"); this process's when None.
+    """
+    if config.moe is None:
+        return config
+    backend: MoeBackend = "one by one" if (platform or jax.default_backend()) == "cpu" else "grouped"
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
 
 
 def route(router: Array, config: MoeConfig, y: Array) -> tuple[Array, Array]:
@@ -46,16 +52,14 @@ def route(router: Array, config: MoeConfig, y: Array) -> tuple[Array, Array]:
     return weights.astype(y.dtype), chosen
 
 
-def mlp(layer: Any, config: MoeConfig, y: Array, form: MoeBackend | None = None) -> Array:
-    """The layer's MLP over y [B, T, D]: the weighted sum of what each token's experts say, [B, T, D].
+def mlp(layer: Any, config: MoeConfig, y: Array) -> Array:
+    """The layer's MLP over y [B, T, D]: the weighted sum of the outputs of each token's experts, [B, T, D].
 
     Args:
         layer: a Layer or FusedLayer with a router.
-        form: by default what suits the devices.
     """
-    form = resolve_moe_backend() if form is None else form
-    assert form in get_args(MoeBackend)
-    run = _one_by_one if form == "one by one" else _grouped
+    assert config.backend in get_args(MoeBackend)
+    run = _one_by_one if config.backend == "one by one" else _grouped
     weights = layer.router, layer.gate, layer.up, layer.down
     if jax.sharding.get_abstract_mesh().empty:
         return run(y, *route(layer.router, config, y), *weights[1:]).astype(y.dtype)

@@ -9,7 +9,8 @@ import dataclasses
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,10 @@ from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
+from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
 from domino_jax.runtime.processes import any_process, broadcast_from_first
 from domino_jax.sharding import fetch, mesh_context
@@ -70,9 +73,11 @@ class Setup:
     validation: Validation | None
     mesh: Mesh | None
 
-    def context(self) -> AbstractContextManager[Any]:
-        """What programs of this run are run in."""
-        return mesh_context(self.mesh)
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """What programs of this run are run in: its mesh and the precision of its products."""
+        with mesh_context(self.mesh), matmul_precision(self.recipe.dtype):
+            yield
 
 
 def prepare(options: Train) -> Setup:
@@ -85,6 +90,7 @@ def prepare(options: Train) -> Setup:
     assert options.target is not None
     folder = find(options.target)
     raw, target, _, _ = read_configs(folder, None, "--target")
+    target = resolve_moe_backend(target)
     if wanted.length > target.positions:
         raise DominoError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(folder)

@@ -1,5 +1,6 @@
 """The dtype that a run computes in, and how it holds matrices."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +14,16 @@ CPUS = Path("/proc/cpuinfo")
 
 
 def resolve_dtype(asked: str | None) -> Any:
-    """The dtype `asked` for; when None float32 on a CPU, where XLA's bfloat16 products are slow, else bfloat16.
+    """The dtype `asked` for; when None float32 on a CPU, where XLA's bfloat16 products are slow, else bfloat16."""
+    return jnp.dtype(asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
-    Where it is float32, products are computed so from here on: accelerators round them by default, which would make
-    float32 untrue.
+
+def matmul_precision(dtype: Any) -> AbstractContextManager[Any]:
+    """The context for programs of a run in `dtype`: in float32, products are computed in float32 on every device.
+
+    Accelerators round the factors of float32 products to fewer bits by default.
     """
-    dtype = jnp.dtype(asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    if dtype == jnp.float32:
-        jax.config.update("jax_default_matmul_precision", "highest")
-    return dtype
+    return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
 
 
 def keeps_bfloat16(asked: Matrices, dtype: Any) -> bool:

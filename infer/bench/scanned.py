@@ -28,7 +28,7 @@ from domino_jax.attention import attend
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.memory import explain_out_of_memory
-from domino_jax.runtime.precision import resolve_dtype
+from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.weights import Target
 
 REPEATS, TRIES = 4, 5
@@ -141,7 +141,11 @@ def main(argv: list[str] | None = None) -> int:
             raise DominoError("--tokens must be at least 1, --positions at least twice the most tokens.")
         config = dataclasses.replace(config, num_hidden_layers=count)
         table = Table("tokens", "layers", "ms a pass", "compile s", title=f"{options.shapes}, one row, no LM head")
-        with explain_out_of_memory("the device has too little memory for both forms of the weights: fewer --layers."):
+        precision = matmul_precision(resolve_dtype(options.dtype))
+        with (
+            explain_out_of_memory("the device has too little memory for both forms of the weights: fewer --layers."),
+            precision,
+        ):
             for tokens, form, ms, seconds in measure_scanned(options, config):
                 table.add_row(str(tokens), form, f"{ms:.2f}", f"{seconds:.1f}")
         Console().print(table)

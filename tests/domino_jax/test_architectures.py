@@ -141,7 +141,8 @@ def test_both_forms_of_the_experts_are_the_reference(norm, tokens):
     named = factory.hf_weights(params, config)
     expected = [reference.layer_mlp(named, "model.layers.0.", config.to_hf(), row.astype(np.float64)) for row in y]
     for form in ("grouped", "one by one"):
-        found = jax.jit(partial(moe.mlp, form=form), static_argnums=1)(params.layers[0], config.moe, y)
+        experts = dataclasses.replace(config.moe, backend=form)
+        found = jax.jit(moe.mlp, static_argnums=1)(params.layers[0], experts, y)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0, err_msg=form)
 
@@ -149,22 +150,24 @@ def test_both_forms_of_the_experts_are_the_reference(norm, tokens):
 @pytest.mark.parametrize("form", ["grouped", "one by one"])
 def test_a_token_does_not_feel_the_experts_of_others(form):
     """Bit for bit, whatever they say."""
-    config = make(moe=MOE, num_hidden_layers=1)
-    layer = factory.random_weights(config, 3).layers[0]
-    run = jax.jit(partial(moe.mlp, form=form), static_argnums=1)
+    experts = dataclasses.replace(MOE, backend=form)
+    layer = factory.random_weights(make(moe=MOE, num_hidden_layers=1), 3).layers[0]
+    run = jax.jit(moe.mlp, static_argnums=1)
     y = np.random.default_rng(0).normal(size=(1, 2, 32)).astype(np.float32)
     _, chosen = moe.route(layer.router, MOE, jnp.asarray(y))
     (other, *_) = sorted(set(chosen[0, 1].tolist()) - set(chosen[0, 0].tolist()))
-    before = np.asarray(run(layer, MOE, y))
+    before = np.asarray(run(layer, experts, y))
     layer.down = layer.down.at[other].set(1e9)
-    after = np.asarray(run(layer, MOE, y))
+    after = np.asarray(run(layer, experts, y))
     np.testing.assert_array_equal(before[0, 0], after[0, 0])
     assert np.abs(after[0, 1]).max() > 1e6
 
 
 def test_a_cpu_reads_no_expert_that_nobody_chose():
     """NaN in all of the others changes nothing, and no expert's weights are held a second time."""
-    many = dataclasses.replace(MOE, num_experts=64)
+    config = moe.resolve_moe_backend(make(moe=dataclasses.replace(MOE, num_experts=64)))
+    many = config.moe
+    assert many is not None
     layer = factory.random_weights(make(moe=many, num_hidden_layers=1), 3).layers[0]
     run = jax.jit(moe.mlp, static_argnums=1)
     y = np.random.default_rng(0).normal(size=(1, 1, 32)).astype(np.float32)
@@ -173,10 +176,23 @@ def test_a_cpu_reads_no_expert_that_nobody_chose():
     for name in ("gate", "up", "down"):
         weight = getattr(layer, name)
         setattr(layer, name, jnp.full_like(weight, jnp.nan).at[chosen].set(weight[chosen]))
-    assert moe.resolve_moe_backend() == "one by one"
+    assert many.backend == "one by one"
     np.testing.assert_array_equal(run(layer, many, y), before)
     memory = run.lower(layer, many, y).compile().memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < layer.gate.nbytes / 2
+
+
+def test_programs_compiled_for_a_tpu_have_its_experts_backend():
+    """Also where this process runs on a CPU."""
+    y = jnp.zeros((1, 4, 32))
+    texts = {}
+    for platform in ("cpu", "tpu"):
+        config = moe.resolve_moe_backend(make(moe=MOE, num_hidden_layers=1), platform)
+        layer = factory.random_weights(config, 3).layers[0]
+        traced = jax.jit(moe.mlp, static_argnums=1).trace(layer, config.moe, y)
+        texts[platform] = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.while" in texts["cpu"] and "stablehlo.while" not in texts["tpu"]
+    assert moe.resolve_moe_backend(make(num_hidden_layers=1), "tpu") == make(num_hidden_layers=1)
 
 
 @pytest.mark.slow
@@ -215,9 +231,9 @@ def test_experts_in_bfloat16_are_those_in_float32_to_its_rounding(form):
     layer = factory.random_weights(make(moe=MOE, num_hidden_layers=1), 3).layers[0]
     small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), layer)
     y = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(jnp.bfloat16)
-    run = jax.jit(partial(moe.mlp, form=form), static_argnums=1)
-    whole = np.asarray(run(jax.tree.map(lambda w: w.astype(jnp.float32), small), MOE, y.astype(np.float32)))
-    found = run(small, MOE, y)
+    experts, run = dataclasses.replace(MOE, backend=form), jax.jit(moe.mlp, static_argnums=1)
+    whole = np.asarray(run(jax.tree.map(lambda w: w.astype(jnp.float32), small), experts, y.astype(np.float32)))
+    found = run(small, experts, y)
     assert found.dtype == jnp.bfloat16
     assert np.abs(np.asarray(found, np.float32) - whole).max() < 0.03 * np.abs(whole).max()
 

@@ -152,6 +152,9 @@ def test_default_taps():
         for layers in (1, 2, 3, 5, 6):
             raw = {"num_target_layers": depth, "num_hidden_layers": layers, "dflash_config": {}}
             assert default_taps(depth, layers) == tuple(reference.target_layer_ids(raw))
+    for depth in (65, 127):  # where another order of the operations rounds to other layers
+        raw = {"num_target_layers": depth, "num_hidden_layers": 15, "dflash_config": {}}
+        assert default_taps(depth, 15) == tuple(reference.target_layer_ids(raw))
 
 
 HEADS = {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import factory
 import jax
@@ -13,7 +14,7 @@ import pytest
 from factory import Pair, make_draft, make_target
 from loops import NO_STOP, Output
 
-from domino_jax import decode, moe, prepare, sharding
+from domino_jax import decode, prepare, sharding
 from domino_jax.config import MoeConfig
 from domino_jax.decode import DecodeConfig, DecodeState, Params
 from domino_jax.errors import DominoError
@@ -138,18 +139,24 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     assert ours.params.target.layers[0].q.sharding.shard_shape((32, 8, 6)) == (32, 8 // model, 6)
 
 
+def with_backend(pair: Pair, backend: Any) -> Pair:
+    """The pair with its experts computed by `backend`."""
+    assert pair.configs.target.moe is not None
+    experts = dataclasses.replace(pair.configs.target.moe, backend=backend)
+    target = dataclasses.replace(pair.configs.target, moe=experts)
+    return Pair(pair.params, dataclasses.replace(pair.configs, target=target))
+
+
 LESS_USUAL = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (1, 2), (1, 8))]
 
 
 @pytest.mark.parametrize("form", [pytest.param("one by one", marks=pytest.mark.slow), "grouped"])
 @pytest.mark.parametrize(("data", "model"), [(2, 4), *LESS_USUAL], ids=lambda n: str(n))
-def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, monkeypatch, form, data, model):
+def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, form, data, model):
     """Each device holds its part of the experts and whole routers; biases lie with their heads."""
-    jax.clear_caches()  # the form is chosen in tracing
-    monkeypatch.setattr(moe, "resolve_moe_backend", lambda: form)
     mesh = sharding.make_mesh(data, model)
     with jax.set_mesh(mesh):
-        ours = spread(moe_pair, mesh)
+        ours = with_backend(spread(moe_pair, mesh), form)
         assert run(ours) == moe_alone
     parts = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in flatten(ours.params.target).items()}
     assert parts["layers.1.gate"] == (8 // model, 32, 20) and parts["layers.1.down"] == (8 // model, 20, 32)
@@ -191,19 +198,18 @@ COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatt
         pytest.param("moe_pair", None, "grouped", None, id="experts, grouped"),
     ],
 )
-def test_nothing_large_crosses_between_devices(request, monkeypatch, model, candidates, form, sampling):
+def test_nothing_large_crosses_between_devices(request, model, candidates, form, sampling):
     """A cycle moves hidden states and, for each argmax or draw, one candidate a device: no weight, no whole logits.
 
     A head over candidates moves those as well, and their rows of its projection. Top-k and top-p move sums over the
     vocabulary. Experts add nothing: what they say is summed where an MLP's parts are.
     """
-    if form:
-        monkeypatch.setattr(moe, "resolve_moe_backend", lambda: form)
     jax.clear_caches()
     mesh = sharding.make_mesh(2, 4)
     with jax.set_mesh(mesh):
         ours = spread(request.getfixturevalue(model), mesh)
         ours = Pair(ours.params, dataclasses.replace(ours.configs, candidates=candidates))
+        ours = with_backend(ours, form) if form else ours
         state = start(ours, sampling)
         program = decode.speculate.lower(ours.params, ours.configs, state, NO_STOP, 8, sampling is None)
         text = program.compile().as_text()

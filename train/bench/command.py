@@ -25,8 +25,9 @@ from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
 from domino_jax.errors import DominoError
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.runtime.precision import resolve_dtype
+from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
+from domino_jax.sharding import mesh_context
 from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
 from train.bench.flops import flops
@@ -220,9 +221,7 @@ def run_bench(options: Bench) -> dict[str, Any]:
         target_attention=options.target_attention,
         remat=options.remat,
     )
-    if made is None:
-        return _run(options, recipe, None)
-    with jax.set_mesh(made):
+    with mesh_context(made), matmul_precision(dtype):
         return _run(options, recipe, made)
 
 

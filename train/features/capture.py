@@ -27,7 +27,9 @@ from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
 from domino_jax.config import TargetConfig, default_taps
 from domino_jax.errors import DominoError
+from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
 from domino_jax.weights import Target
 from train.data import dataset
@@ -168,6 +170,7 @@ def run_capture(options: Capture) -> None:
         raise DominoError("--batch, --length and --layers must be at least 1.")
     folder = find(options.target)
     _, config, _, _ = read_configs(folder, None, "--target")
+    config = resolve_moe_backend(config)
     if options.length > config.positions:
         raise DominoError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers
@@ -204,7 +207,7 @@ def run_capture(options: Capture) -> None:
     shards.write_header(options.out, plan)
     missing, total = plan.missing, len(plan.rows)
     done = sum(plan.rows) - sum(plan.rows[i] for i in missing)
-    with Progress("row") as progress, sharding.mesh_context(mesh):
+    with Progress("row") as progress, sharding.mesh_context(mesh), matmul_precision(dtype):
         progress.start(sum(plan.rows), done)
 
         def shown(rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

@@ -23,6 +23,7 @@ from convert.names import Entry, entries
 from convert.safetensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import write_text
 from domino_jax.sharding import mesh_context, shard_stored
 from domino_jax.weights import flatten, unflatten
 
@@ -282,7 +283,7 @@ def write_hf(
     except (OSError, SafetensorError) as error:
         raise DominoError(f"{folder} can't be written: {error}.") from None
     finally:
-        for file in (*(file for file, _ in files), *(folder / f".{name}.tmp" for name in (INDEX, "config.json"))):
+        for file, _ in files:
             with suppress(OSError):
                 file.unlink()
 
@@ -312,9 +313,7 @@ def with_dtype(raw: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_companions(source: Path, destination: Path) -> None:

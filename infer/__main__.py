@@ -19,9 +19,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 from convert import registry, template
 from convert.progress import progress_bars
 from domino_jax.errors import DominoError
-from domino_jax.runtime import files
+from domino_jax.runtime.files import read_jsonl
 from domino_jax.runtime.processes import join_processes, resolve_processes
 from infer.output import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
+from infer.rows import max_new_tokens
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
     from convert.loading import LoadedModel
@@ -224,7 +225,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         DominoError: it can't be read, or a row is not of the form that --prompts takes.
     """
-    return [_parse_row(row, where) for row, where in files.read_jsonl(path, "prompts")]
+    return [_parse_row(line.value, line.where) for line in read_jsonl(path, "prompts")]
 
 
 def _parse_row(row: Any, where: str) -> Prompt:
@@ -238,7 +239,7 @@ def _parse_row(row: Any, where: str) -> Prompt:
         raise DominoError(
             f'{where} must have one of "prompt" (a string), "messages" (a list of objects) and "input_ids" (integers).'
         )
-    limit = files.max_new_tokens(row, where)
+    limit = max_new_tokens(row, where)
     return Prompt(row.get("prompt"), row.get("messages"), row.get("input_ids"), limit, where)
 
 

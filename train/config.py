@@ -27,6 +27,7 @@ import tyro
 
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, default_taps
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import write_text
 
 
 @dataclass(frozen=True)
@@ -404,6 +405,4 @@ def draft_config(options: Drafter, target: TargetConfig) -> DraftConfig:
 
 def write_recipe(options: Train, folder: Path) -> None:
     """Save the settings with the run, whole or not at all."""
-    temporary = folder / (SETTINGS + ".tmp")
-    temporary.write_text(dump(options), encoding="utf-8")
-    temporary.replace(folder / SETTINGS)
+    write_text(folder / SETTINGS, dump(options))

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
@@ -226,7 +227,13 @@ def run_training(options: Train) -> None:
         KeyboardInterrupt: it was interrupted, and what was reached is saved.
     """
     enable_compile_cache()
-    setup = prepare(options)
+    chief = jax.process_index() == 0
+    with lock_folder(options.out) if chief else nullcontext():
+        train_prepared(prepare(options))
+
+
+def train_prepared(setup: Setup) -> None:
+    """Train a run that is ready to begin; see `run_training`."""
     with (
         setup.context(),
         explain_out_of_memory(

@@ -1,44 +1,174 @@
-"""Rows of JSON lines files, each with its place for errors."""
+"""Files that other processes may read or write at the same time: JSON lines, whole-file writes, locks on outputs."""
 
 import json
+import mmap
+import os
+import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from domino_jax.errors import DominoError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
 
-def read_jsonl(path: Path, what: str) -> Iterator[tuple[Any, str]]:
-    """Each row of a file that is not blank, parsed as it is reached, and where it stands ("FILE, line 3").
+LOCK = ".lock"  # of a folder
+
+
+class JsonLine(NamedTuple):
+    """One line of a JSON lines file."""
+
+    value: Any
+    where: str  # "FILE, line 3"
+    start: int  # its first byte in the file
+
+
+def read_jsonl(
+    path: Path, what: str | None = None, *, invalid: str = "not JSON", lenient: bool = False
+) -> Iterator[JsonLine]:
+    """Each line that is not blank, parsed when it is reached.
 
     Args:
-        what: the file should hold, for the error of an empty one ("prompts").
+        what: what the file should hold ("prompts"), for the error of a file without lines; None allows an empty file.
+        invalid: what a line that is not JSON is called in its error.
+        lenient: leave such a line out instead.
 
     Raises:
-        DominoError: the file can't be read or is empty, or a row is not JSON.
+        DominoError: the file can't be read or has no lines, or a line is not JSON.
+    """
+    end, found = 0, False
+    try:
+        with path.open("rb") as file:  # a line ends at \n alone: JSON may hold other line separators
+            for number, line in enumerate(file, 1):
+                start, end = end, end + len(line)
+                if not line.strip():
+                    continue
+                found, where = True, f"{path}, line {number}"
+                try:
+                    value = json.loads(line)  # a byte order mark is allowed in bytes
+                except (ValueError, RecursionError) as error:
+                    if lenient:
+                        continue
+                    raise DominoError(f"{where} is {invalid}: {error}.") from None
+                yield JsonLine(value, where, start)
+    except OSError as error:
+        raise DominoError(f"{path} can't be read: {error}.") from None
+    if what and not found:
+        raise DominoError(f"{path} has no {what}.")
+
+
+def whole_lines(path: Path) -> int:
+    """How many bytes of a file come before its end, or before a last line that was cut off within."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return 0
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+            return held.rfind(b"\n") + 1
+
+
+def read_line(path: Path, start: int) -> Any:
+    """The JSON value of the line that begins at byte `start` of a file that `read_jsonl` has read."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return json.loads(file.readline())
+
+
+@contextmanager
+def write_atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which becomes `path` when the block ends: whole, or not at all.
+
+    The block writes the temporary file. It is removed where the block raises.
+
+    Raises:
+        OSError: the file can't take its place.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to a file, whole or not at all."""
+    with write_atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold an output folder for this process alone until the block ends; makes it where it is missing.
+
+    A folder that was made here and is still empty in the end is removed again.
+
+    Raises:
+        DominoError: another process holds it, or it can't be written.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DominoError(f"{folder} can't be written: {error}.") from None
+    try:
+        with _lock(folder / LOCK, folder):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold an output file for this process alone until the block ends, by a lock file beside it.
+
+    Raises:
+        DominoError: another process holds it, or its folder can't be written.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise DominoError(f"{path} can't be read: {error}.") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise DominoError(f"{path} has no {what}.")
-    for number, line in numbered:
-        where = f"{path}, line {number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DominoError(f"{path} can't be written: {error}.") from None
+    with _lock(path.with_name(f".{path.name}{LOCK}"), path):
+        yield
+
+
+@contextmanager
+def _lock(path: Path, output: Path) -> Iterator[None]:
+    handle = _locked(path, output)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _locked(path: Path, output: Path) -> int:
+    """The open lock file; the system lets go of the lock when the process ends, however it does."""
+    while True:
         try:
-            yield json.loads(line), where
-        except ValueError as error:
-            raise DominoError(f"{where} is not JSON: {error}.") from None
-
-
-def max_new_tokens(row: dict[str, Any], where: str) -> int | None:
-    """A row's own limit of tokens to generate, if it has one.
-
-    Raises:
-        DominoError: it is not a whole number of at least 1.
-    """
-    limit = row.get("max_new_tokens")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise DominoError(f"{where} has max_new_tokens {limit!r}, expected an integer of at least 1.")
-    return limit
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise DominoError(f"{output} can't be written: {error}.") from None
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise DominoError(
+                f"{output} is being written by another process: wait until that ends, or give another --out."
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks; there, two processes are not told apart
+        # Who held the lock before may have removed its file in between, and a removed file locks nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)

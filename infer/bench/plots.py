@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import write_atomic
 from infer.bench.modes import LEAN, TRANSFORMERS
 from infer.bench.report import Row, label, title
 
@@ -81,10 +82,9 @@ def save_plots(figure: Any, path: Path) -> None:
     Raises:
         DominoError: it can't be written.
     """
-    temporary = path.with_suffix(".tmp.png")
     try:
-        figure.savefig(temporary, dpi=110)
-        temporary.replace(path)
+        with write_atomic(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
     except OSError as error:
         raise DominoError(f"{path} can't be written: {error}.") from None
     finally:

@@ -1,6 +1,5 @@
 """The prompts that are run, and which of them the target answers well enough to say something."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 from convert.loading import LoadedModel
 from convert.registry import DEMO_FOLDER
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import read_jsonl
 from domino_jax.runtime.provenance import distinct_ngrams
 from domino_jax.sampling import SamplingParams
 from infer.bench.options import Bench
@@ -68,14 +68,13 @@ def read_bench_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
         return random_prompts(options, loaded)
     found: list[list[int]] = []
     try:
-        for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
-            row = json.loads(line)
+        for row, *_ in read_jsonl(path, "prompts"):
             if "input_ids" not in row and loaded.tokenizer is None:
                 raise DominoError(f"{path} holds text, and the model's folder has no tokenizer.")
             ids = row["input_ids"] if "input_ids" in row else loaded.tokenizer(row["prompt"])["input_ids"]
             if len(ids) >= options.prompt_tokens:
                 found.append([int(i) for i in ids[: options.prompt_tokens]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DominoError(f"{path} is not a JSONL file of prompts: {error!r}.") from None
     return found
 

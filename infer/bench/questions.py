@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from convert.template import has_template
 from domino_jax.errors import DominoError
-from domino_jax.runtime import files
+from domino_jax.runtime.files import read_jsonl
+from infer.rows import max_new_tokens
 from infer.text import Message, encode, encode_chat
 
 
@@ -70,7 +71,7 @@ def parse_questions(row: Any, where: str) -> Question:
     """
     if not isinstance(row, dict):
         raise DominoError(f"{where} is not a JSON object but {type(row).__name__}.")
-    limit = files.max_new_tokens(row, where)
+    limit = max_new_tokens(row, where)
     messages, ids = row.get("messages"), row.get("input_ids")
     if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
         return Question(where, ids=tuple(ids), limit=limit)
@@ -115,8 +116,8 @@ def read_sets(words: tuple[str, ...], limit: int | None) -> list[QuestionSet]:
         name = name if equals else path.stem
         if not name or name in [one.name for one in sets]:
             raise DominoError(f"--quality {word} needs a name of its own: write NAME=FILE.")
-        rows = islice(files.read_jsonl(path, "questions"), limit)
-        sets.append(QuestionSet(name, path, [parse_questions(row, where) for row, where in rows]))
+        rows = islice(read_jsonl(path, "questions"), limit)
+        sets.append(QuestionSet(name, path, [parse_questions(line.value, line.where) for line in rows]))
     return sets
 
 

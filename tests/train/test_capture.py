@@ -17,6 +17,7 @@ from convert import hf
 from domino_jax import target
 from domino_jax.config import DraftConfig
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import lock_folder
 from domino_jax.weights import init_weights
 from train.features import capture, shards, store
 from train.features.store import Features
@@ -341,3 +342,12 @@ def test_rows_are_divided_whole():
     assert made.missing == list(range(len(made.rows)))
     starts = np.array([[0, 0, 0, 3], [0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 2, 2]])
     assert store.row_lengths(starts).tolist() == [3, 1, 4, 4]
+
+
+def test_two_captures_do_not_write_into_one_folder(folder, corpus, tmp_path, capsys):
+    out = tmp_path / "features"
+    with lock_folder(out):
+        assert capture.main(words(folder, out)) == 1
+    assert f"error: {out} is being written by another process" in capsys.readouterr().err
+    assert not out.exists()
+    assert capture.main(words(folder, out)) == 0

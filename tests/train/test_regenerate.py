@@ -17,6 +17,7 @@ from loops import hf_greedy
 
 from convert import loading, template
 from domino_jax import target
+from domino_jax.runtime.files import lock_file
 from domino_jax.sampling import SamplingParams, probabilities, settings
 from train import generate
 from train.generate import Request
@@ -184,6 +185,15 @@ def test_a_killed_run_goes_on(folder, sampled, tmp_path, kept):
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:kept]) + lines[kept][:-5])
     assert run(folder, out, *words) == sampled
+
+
+def test_two_processes_do_not_write_into_one_file(folder, tmp_path, capsys, monkeypatch):
+    """Each would read the other's answers as its own."""
+    monkeypatch.setattr("train.regenerate.command.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with lock_file(tmp_path / "out.jsonl"):
+        run(folder, tmp_path / "out.jsonl", status=1)
+    assert f"error: {tmp_path / 'out.jsonl'} is being written by another process" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from convert import hf
 from convert.folders import convert_folder
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import lock_folder
 from domino_jax.weights import flatten, init_weights
 from train import config
 from train.__main__ import main
@@ -417,6 +418,13 @@ def test_a_signal_during_a_validation_saves_at_once(folder, validated, tmp_path,
     assert main(["--resume", "--out", str(out)]) == 130
     assert [r["step"] for r in curves.read_metrics(out / "metrics.jsonl") if "validation_tau" in r] == [5]
     assert Checkpoints(out / "checkpoints").latest() == 10
+
+
+def test_two_runs_do_not_write_into_one_folder(folder, tmp_path, capsys):
+    with lock_folder(tmp_path / "run"):
+        assert main(words(folder, tmp_path / "run")) == 1
+    assert f"error: {tmp_path / 'run'} is being written by another process" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_has_the_same_target(folder, finished, tmp_path, capsys):

@@ -1,12 +1,12 @@
 """Rows of training data from JSONL files, tables and datasets of the Hugging Face Hub, one at a time."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from domino_jax.errors import DominoError, first_line
+from domino_jax.runtime.files import read_jsonl
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -30,23 +30,8 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[tuple[str, A
     if path.is_dir():
         return _table(source, str(path), split=split)
     if path.exists() or hub is None or path.suffix in (*LINES, *TABLES):
-        return _lines(path)
+        return ((line.where, line.value) for line in read_jsonl(path, invalid="not a training sequence"))
     return _table(source, hub["name"], name=hub["config"], split=split)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open("rb") as file:  # bytes end lines at \n alone; JSON may hold other line separators
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path} line {number}"
-                try:
-                    yield where, json.loads(line)
-                except ValueError as error:
-                    raise DominoError(f"{where} is not a training sequence: {error}.") from None
-    except OSError as error:
-        raise DominoError(f"the training data {path} can't be read: {error}.") from None
 
 
 def _table(source: str | Path, builder: str, **how: Any) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ import tyro
 
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import write_text
 from train.demo.corpus import read_texts
 from train.loading import find
 
@@ -63,9 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         if tokenizer is None:
             raise DominoError(f"{options.tokenizer} has no tokenizer.")
         prompts = cut(held_out if options.held_out else train, tokenizer, options.count, options.tokens, options.seed)
-        temporary = options.out.with_name(f".{options.out.name}.tmp")  # train.demo takes a file that is there for whole
-        temporary.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
-        temporary.replace(options.out)
+        # Whole or not at all, since train.demo takes a file that is there for whole.
+        write_text(options.out, "".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
     except (DominoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

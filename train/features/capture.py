@@ -10,7 +10,7 @@ it stopped when the same command is given again.
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from domino_jax.config import TargetConfig, default_taps
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
 from domino_jax.weights import Target
@@ -195,19 +196,42 @@ def run_capture(options: Capture) -> None:
         dtype=dtype.name,
         length=corpus.ids.shape[1],
     )
-    plan = store.resume_capture(options.out, plan)
-    for left in options.out.glob("features-*.tmp"):  # by a process that was killed
-        left.unlink()
-    print(check_space(options.out, plan), flush=True)
-    if not plan.missing:
-        print(f"{options.out} is complete")
-        return
-    frozen = folders.load_weights(folder, config, dtype, mesh=mesh)
-    options.out.mkdir(parents=True, exist_ok=True)
-    shards.write_header(options.out, plan)
+    if not options.out.exists():  # a disk that is too small is left as it was
+        check_space(options.out, plan)
+    with lock_folder(options.out):
+        plan = store.resume_capture(options.out, plan)
+        for left in options.out.glob("features-*.tmp"):  # by a process that was killed
+            left.unlink()
+        print(check_space(options.out, plan), flush=True)
+        if not plan.missing:
+            print(f"{options.out} is complete")
+            return
+        frozen = folders.load_weights(folder, config, dtype, mesh=mesh)
+        shards.write_header(options.out, plan)
+
+        def rows_of(part: slice) -> Iterator[np.ndarray]:
+            return computed(frozen, fitted, plan, corpus.ids[part], corpus.starts[part], lengths[part], options.batch)
+
+        with sharding.mesh_context(mesh), matmul_precision(dtype):
+            write_missing(options.out, plan, rows_of)
+    print(f"wrote {options.out}: {sum(plan.rows)} rows, {gib(plan.size)}")
+
+
+def write_missing(folder: Path, plan: shards.ShardPlan, rows_of: Callable[[slice], Iterator[np.ndarray]]) -> None:
+    """Write the shards that a plan lacks, with progress.
+
+    Args:
+        rows_of: what is kept of each row of a part of the corpus, [tokens, LD (+ D)].
+
+    Raises:
+        DominoError: the disk is full, say; what is finished stays.
+        KeyboardInterrupt: it was interrupted; what is finished stays.
+    """
     missing, total = plan.missing, len(plan.rows)
     done = sum(plan.rows) - sum(plan.rows[i] for i in missing)
-    with Progress("row") as progress, sharding.mesh_context(mesh), matmul_precision(dtype):
+    begun = printed = time.perf_counter()
+    tokens = 0
+    with Progress("row") as progress:
         progress.start(sum(plan.rows), done)
 
         def shown(rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -220,23 +244,17 @@ def run_capture(options: Capture) -> None:
                     printed = now
                     progress.update({"step": done, "tokens_per_second": tokens / (now - begun)})
 
-        begun = printed = time.perf_counter()
-        tokens = 0
         try:
             for shard in missing:
                 part = slice(plan.first(shard), plan.first(shard) + plan.rows[shard])
-                rows = computed(
-                    frozen, fitted, plan, corpus.ids[part], corpus.starts[part], lengths[part], options.batch
-                )
-                plan = shards.write_shard(options.out, plan, shard, shown(rows))
+                plan = shards.write_shard(folder, plan, shard, shown(rows_of(part)))
         except OSError as error:
             raise DominoError(
-                f"{options.out} can't be written: {error}; {total - len(plan.missing)} of {total} shards are finished: "
+                f"{folder} can't be written: {error}; {total - len(plan.missing)} of {total} shards are finished: "
                 "free some space and give the same command again."
             ) from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{total - len(plan.missing)} of {total} shards are finished") from None
-    print(f"wrote {options.out}: {sum(plan.rows)} rows, {gib(plan.size)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 
 from convert import hf
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import write_atomic
 
 VERSION = 1
 HEADER = "features.json"
@@ -162,10 +163,8 @@ def write_shard(folder: Path, plan: ShardPlan, shard: int, rows: Iterable[np.nda
     Raises:
         OSError: it can't be written; nothing of it is left, and finished shards are as they were.
     """
-    path = folder / plan.name(shard)
-    temporary = path.with_suffix(".tmp")
     lengths, checksums = [], []
-    try:
+    with write_atomic(folder / plan.name(shard)) as temporary:
         with temporary.open("wb") as file:
             file.write(plan.head(shard))
             for row in rows:
@@ -178,9 +177,6 @@ def write_shard(folder: Path, plan: ShardPlan, shard: int, rows: Iterable[np.nda
             file.flush()
             os.fsync(file.fileno())
         assert temporary.stat().st_size == len(plan.head(shard)) + plan.body(shard), "the rows are the plan's"
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     done = (*plan.checksums[:shard], zlib.crc32(tables), *plan.checksums[shard + 1 :])
     plan = replace(plan, checksums=done)
     write_header(folder, plan)

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from domino_jax.runtime.files import read_jsonl, write_atomic, write_text
 
 Row = dict[str, Any]  # one line: "step", and whatever was measured there
 Line = tuple[list[float], list[float]]  # x and y
@@ -51,20 +52,13 @@ def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics file, without a line that was cut off; an empty list where there is no file."""
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-    return rows
+    rows = [line.value for line in read_jsonl(path, lenient=True)]
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as a metrics file, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def append_metrics(row: Row, path: Path) -> None:
@@ -164,9 +158,5 @@ def draw_positions(rows: Sequence[Row], path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_suffix(".tmp.png")
-    try:
-        figure.savefig(temporary, dpi=100)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")

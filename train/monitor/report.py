@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from domino_jax.runtime.files import write_text
 from train.monitor import curves
 from train.monitor.progress import clock
 
@@ -50,9 +51,7 @@ def write_report(
             notes=notes,
             pictures=[name for name in (CURVES, POSITIONS) if (folder / name).exists()],
         )
-        temporary = folder / (REPORT + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / REPORT)
+        write_text(folder / REPORT, text)
     except OSError as error:
         return f"the report in {folder} can't be written: {error}"
     return None

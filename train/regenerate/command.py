@@ -35,6 +35,7 @@ from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.files import lock_file
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.sampling import SamplingParams
 from domino_jax.sharding import parse_mesh
@@ -144,7 +145,7 @@ def run_regenerate(options: Regenerate) -> None:
     first = next(lines.sources(0, len(lines)))[1]
     encode_some(first, tokenizer, options)  # a tokenizer or a template that is missing is known before a weight is read
     places = {name: str(getattr(options, name)) for name in ("target", "draft", "data") if getattr(options, name)}
-    with Answers(options.out, decisive(options, target, lines), places) as answers:
+    with lock_file(options.out), Answers(options.out, decisive(options, target, lines), places) as answers:
         missing = int(lines.turns.sum()) - len(answers)
         if not missing:
             print(f"{options.out} has all {len(answers)} answers already")

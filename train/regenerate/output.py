@@ -10,6 +10,7 @@ from typing import Any
 
 from convert import hf
 from domino_jax.errors import DominoError
+from domino_jax.runtime.files import read_jsonl, read_line, whole_lines
 
 Number = tuple[int, int]  # line of the data, turn
 
@@ -18,14 +19,15 @@ class Answers:
     """One JSON object a line, each with its numbers `row` and `turn`; what is there is never changed."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], places: Mapping[str, Any]):
-        """Open the file to add to it; a last line that was cut off is dropped.
+        """Open the file to add to it; a last line that was cut off is dropped. The caller holds its lock.
 
         Args:
             settings: what decides the answers; kept in PATH.settings.json, and compared when the file is there already.
             places: of what was read; kept beside the settings for people, since folders may move.
 
         Raises:
-            DominoError: the file was written with other settings or by something else, is damaged, or can't be written.
+            DominoError: the file was written with other settings or by something else, is damaged, or can't be
+                written.
         """
         self.path = path
         self._places: dict[Number, int] = {}
@@ -35,11 +37,9 @@ class Answers:
                 raise DominoError(f"{path} was not written by this command ({beside} is missing); give another --out.")
             if beside.exists():
                 self._compare(hf.read_json(beside), settings, beside)
-            path.parent.mkdir(parents=True, exist_ok=True)
             hf.write_json(beside, {**places, **settings})
             self._file = path.open("ab", buffering=0)  # a buffer would be lost with the process
             self._end = self._index()
-            self._file.truncate(self._end)
         except OSError as error:
             raise DominoError(f"{path} can't be written: {error}.") from None
 
@@ -53,20 +53,16 @@ class Answers:
             )
 
     def _index(self) -> int:
-        """Note where each line begins; returns where the last whole one ends."""
-        end = 0
-        with self.path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    row = json.loads(line)
-                    self._places[row["row"], row["turn"]] = end
-                except (ValueError, KeyError, TypeError):
-                    raise DominoError(
-                        f"{self.path} is damaged after {len(self._places)} lines; cut it there, or give another --out."
-                    ) from None
-                end += len(line)
+        """Drop a last line that was cut off, and note where each other one begins; returns where the last one ends."""
+        end = whole_lines(self.path)
+        self._file.truncate(end)
+        for line in read_jsonl(self.path, invalid="damaged (cut the file there, or give another --out)"):
+            try:
+                self._places[line.value["row"], line.value["turn"]] = line.start
+            except (KeyError, TypeError):
+                raise DominoError(
+                    f"{self.path} is damaged after {len(self._places)} lines; cut it there, or give another --out."
+                ) from None
         return end
 
     def __len__(self) -> int:
@@ -77,9 +73,7 @@ class Answers:
 
     def tokens(self, number: Number) -> list[int]:
         """The tokens of an answer that is there."""
-        with self.path.open("rb") as file:
-            file.seek(self._places[number])
-            return json.loads(file.readline())["tokens"]
+        return read_line(self.path, self._places[number])["tokens"]
 
     def add(self, number: Number, values: Mapping[str, Any]) -> None:
         """Add an answer's line.
@@ -106,7 +100,7 @@ class Answers:
             rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
-        """Bring it to disk."""
+        """Bring the file to disk."""
         if not self._file.closed:
             try:
                 os.fsync(self._file.fileno())

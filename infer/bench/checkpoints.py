@@ -184,7 +184,7 @@ def sampling_settings(options: Round) -> dict[str, Any]:
     return {"commit": git_commit(), "model": str(options.model or options.shapes), "mesh": options.mesh}
 
 
-def report(options: Round, figures: dict[str, dict[str, Any]]) -> None:
+def print_figures(options: Round, figures: dict[str, dict[str, Any]]) -> None:
     """The figures as a table."""
     made = figures["make"]
     what = options.model or f"{options.shapes}, random weights"
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    report(options, figures)
+    print_figures(options, figures)
     return 0
 
 

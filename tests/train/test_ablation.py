@@ -29,7 +29,7 @@ def test_the_table_has_mean_and_spread():
 
 def test_a_run_that_stopped_early_is_not_finished(tmp_path):
     assert ablation.unfinished(tmp_path, 10)
-    curves.write([{"step": 5}], tmp_path / "metrics.jsonl")
+    curves.write_metrics([{"step": 5}], tmp_path / "metrics.jsonl")
     assert ablation.unfinished(tmp_path, 10) and not ablation.unfinished(tmp_path, 5)
 
 

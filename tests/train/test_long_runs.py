@@ -79,7 +79,7 @@ def test_the_best_is_known_while_its_checkpoint_is_still_being_written():
 def test_a_resumed_run_knows_which_gradients_are_usual(tmp_path):
     """It would else accept the very step that it stopped at, if that is soon after the checkpoint."""
     rows = [{"step": s, "gradient_norm": 1.0 + s / 1000} for s in range(10, 610, 10)]
-    curves.write([*rows, {"step": 400, "validation_tau": 2.0}], tmp_path / "metrics.jsonl")
+    curves.write_metrics([*rows, {"step": 400, "validation_tau": 2.0}], tmp_path / "metrics.jsonl")
     norms = run.Loop.norms(SimpleNamespace(folder=tmp_path, done=400))  # type: ignore[arg-type]
     assert len(norms) == 40 and norms[-1] == pytest.approx(1.4)
     assert "exploded" in str(DivergenceMonitor(10.0, norms).wrong(True, 1.0, 50.0))

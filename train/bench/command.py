@@ -59,7 +59,7 @@ PEAKS = {
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrainBench:
     """Time a training step at a public shape with random weights."""
 
     shapes: str = DEMO_SHAPE
@@ -98,7 +98,7 @@ class Bench:
     """of one device: from a table, or measured by a large product where that has none"""
 
 
-def configs(options: Bench) -> tuple[TargetConfig, DraftConfig]:
+def configs(options: TrainBench) -> tuple[TargetConfig, DraftConfig]:
     """The target of a shape, and its drafter with what the options change of it.
 
     Raises:
@@ -186,7 +186,7 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     return found
 
 
-def run_bench(options: Bench) -> dict[str, Any]:
+def run_bench(options: TrainBench) -> dict[str, Any]:
     """The figures, as one flat row.
 
     Raises:
@@ -225,7 +225,7 @@ def run_bench(options: Bench) -> dict[str, Any]:
         return _run(options, recipe, made)
 
 
-def _run(options: Bench, recipe: Recipe, made: Any) -> dict[str, Any]:
+def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     target, config, dtype = recipe.target, recipe.draft, jnp.dtype(recipe.dtype)
     frozen = random_weights(target, dtype, made)
     drafted = random_weights(config, jnp.float32, made)
@@ -287,7 +287,7 @@ def _run(options: Bench, recipe: Recipe, made: Any) -> dict[str, Any]:
     }
 
 
-def _inputs(options: Bench, target: TargetConfig, config: DraftConfig, dtype: Any, made: Any) -> Inputs:
+def _inputs(options: TrainBench, target: TargetConfig, config: DraftConfig, dtype: Any, made: Any) -> Inputs:
     shape = options.batch, options.length
 
     def make() -> Inputs:
@@ -324,7 +324,7 @@ PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Bench, args=argv, prog="python -m train.bench")
+    options = tyro.cli(TrainBench, args=argv, prog="python -m train.bench")
     enable_compile_cache()
     try:
         row = run_bench(options)

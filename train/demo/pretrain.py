@@ -215,7 +215,7 @@ def run_pretrain(options: Pretrain) -> None:
     save_hf(options.out, unflatten(config, weights), config, raw, jnp.bfloat16)
     tokenizer.save_pretrained(options.out)
     write_json(options.out / "generation_config.json", {"eos_token_id": tokenizer.eos_token_id, "do_sample": False})
-    curves.write(history, options.out / "pretrain.jsonl")
+    curves.write_metrics(history, options.out / "pretrain.jsonl")
     print(f"wrote {options.out}")
     if done < options.steps:
         print(f"interrupted after {done} steps: the model is what they made of it", file=sys.stderr)

@@ -56,7 +56,7 @@ def read_metrics(path: Path) -> list[Row]:
     return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
+def write_metrics(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as a metrics file, whole or not at all."""
     write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
 
@@ -70,7 +70,7 @@ def append_metrics(row: Row, path: Path) -> None:
 def resume_metrics(path: Path, done: int) -> list[Row]:
     """The rows of a metrics file up to step `done`; what was measured after it is taken out of the file."""
     rows = [row for row in read_metrics(path) if row["step"] <= done]
-    write(rows, path)
+    write_metrics(rows, path)
     return rows
 
 

@@ -2,7 +2,10 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +71,7 @@ def test_a_module_imports_only_what_its_room_may_and_says_what_it_is(path):
     source, package = path.read_text(encoding="utf-8"), path.relative_to(ROOT).parts[0]
     used = imports(source)
     assert not (used & PACKAGES) - MAY_IMPORT[package] - {package}
-    assert not used & {"tests", "pytest", "factory", "reference"}
+    assert not used & {"tests", "pytest", "factory", "loops", "reference"}
     compared = package == "infer" or path.name == "check.py"
     assert "torch" not in used or compared, "torch is there to be compared with, in the bench and in convert --check"
     inner = path.relative_to(ROOT).parts[1]
@@ -76,3 +79,31 @@ def test_a_module_imports_only_what_its_room_may_and_says_what_it_is(path):
         assert used <= CORE_MAY_USE | {"domino_jax"}
     docstring = ast.get_docstring(ast.parse(source))
     assert docstring and docstring.split("\n")[0].strip()[-1] in ".,:;", "a module opens with a sentence about itself"
+
+
+@pytest.mark.parametrize(
+    ("expression", "runs"),
+    [
+        ("", ["unit", "e2e"]),
+        ("not e2e", ["unit", "e2e"]),  # pytest's own deselection comes after
+        ("slow", ["unit", "e2e", "slow"]),
+        ("e2e and slow", ["unit", "e2e", "slow"]),
+    ],
+)
+def test_slow_tests_run_only_where_the_expression_names_them(request, expression, runs):
+    folder = {"e2e": conftest.E2E}
+    items: list[Any] = []
+    for name in ("unit", "e2e", "slow"):
+        item = pytest.Function.from_parent(request.node.parent, name=name, callobj=lambda: None)
+        item.path = folder.get(name, ROOT / "tests") / "test_x.py"
+        items.append(item)
+    items[2].add_marker(pytest.mark.slow)
+    left_out: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    conftest.pytest_collection_modifyitems(
+        SimpleNamespace(option=SimpleNamespace(markexpr=expression), hook=hook),  # type: ignore[arg-type]
+        items,
+    )
+    assert [item.name for item in items] == runs
+    assert [item.name for item in left_out] == (["slow"] if "slow" not in runs else [])
+    assert [item.name for item in items if item.get_closest_marker("e2e")] == ["e2e"]

@@ -150,14 +150,27 @@ class Handler(BaseHTTPRequestHandler):
         if not found:
             return
         folder, commit = found
-        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        body = json.dumps({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}).encode()
+        siblings = [self.listed(folder, file) for file in sorted(folder.rglob("*")) if file.is_file()]
+        body = json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode()
         self.note()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def listed(self, folder: Path, file: Path) -> dict[str, Any]:
+        """What the listing says of a file, with its size and, of a large one, its SHA-256 where that is asked for."""
+        name = str(file.relative_to(folder))
+        if "blobs=" not in urlparse(self.path).query:
+            return {"rfilename": name}
+        size = self.hub.claims.get(name, file.stat().st_size)
+        about = {"rfilename": name, "size": size, "blobId": "0" * 40}
+        if not name.endswith(LARGE):
+            return about
+        return about | {
+            "lfs": {"size": size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pointerSize": 130}
+        }
 
     def resolve(self, repo: str, revision: str, name: str) -> None:
         """/resolve: a small file itself, a large one by a redirect, with what it is in headers."""

@@ -64,7 +64,7 @@ class LoadPlan(NamedTuple):
     fitted: DecodeConfig  # to the mesh
     dtype: Any
     mesh: Mesh | None
-    forms: tuple[Backend, ...]  # of attention, of which the fastest here is to be found
+    backends: tuple[Backend, ...]  # of attention, of which the fastest here is to be found
     narrow: bool  # matrices stored in bfloat16 stay so
     draft_dtype: str | None  # of the drafter's matrices, where not `dtype`
 
@@ -87,7 +87,7 @@ def plan_load(
         dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
         mesh: sizes of its axes data and model; for the devices found when None.
-        attention: its form; "auto" leaves the choice among those that can run here.
+        attention: its backend; "auto" chooses among those that are tested on this kind of device.
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
         matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.outputs_first`).
@@ -110,8 +110,8 @@ def plan_load(
         target=fit_to_mesh(configs.target, sizes[1]),
         draft=fit_to_mesh(configs.draft, sizes[1]) if configs.draft else None,
     )
-    forms = available_backends(attention, [c.head_dim for c in models], kind)
-    return LoadPlan(configs, fitted, kind, spread, forms, keeps_bfloat16(matrices, kind), draft_dtype)
+    backends = available_backends(attention, [c.head_dim for c in models], kind)
+    return LoadPlan(configs, fitted, kind, spread, backends, keeps_bfloat16(matrices, kind), draft_dtype)
 
 
 def load_model(
@@ -177,10 +177,10 @@ def load_model(
                     prepare.fuse(module)
         jax.block_until_ready(params)
     with matmul_precision(kind):
-        form, notes = fastest_backend(
-            chosen.forms, config_of_device(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1
+        backend, notes = fastest_backend(
+            chosen.backends, config_of_device(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1
         )
-    configs = dataclasses.replace(chosen.fitted, attention=form)
+    configs = dataclasses.replace(chosen.fitted, attention=backend)
     tokenizer, stop_ids = load_tokenizer(target), hf.stop_ids(target, raw)
     seconds = time.perf_counter() - began
     return LoadedModel(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)

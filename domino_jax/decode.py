@@ -44,7 +44,7 @@ class DecodeConfig:
     this mean acceptance length (bonus included), whatever the target says. The output is worthless; nothing that
     generates text for a user sets it.
 
-    `attention` is its form on this device (`attention.available_backends`).
+    `attention` is its backend on this device (`attention.available_backends`).
 
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals, `simulated_tau` not from 1 to one more,

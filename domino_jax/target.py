@@ -28,7 +28,7 @@ def forward(
         start: [B] int32, each row's first position; zeros when None.
         cache: earlier keys and values, or None to attend among `tokens` alone (training).
         taps: decoder layers whose output is wanted, in this order.
-        attention: its form; without a cache it is xla's, which can be differentiated, or cudnn's.
+        attention: its backend; without a cache xla, which can be differentiated, or cudnn.
         starts: [B, T], without a cache: the first position that each token sees, where rows hold several sequences
             (packing); 0 when None.
 
@@ -53,7 +53,7 @@ def forward(
         else:
             assert start is not None, "a cache needs the rows' start positions"
             cache = append_kv(cache, i, k, v, start)
-            attended = attend(q, cache.k[i], cache.v[i], begin, form=attention)
+            attended = attend(q, cache.k[i], cache.v[i], begin, backend=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
         tapped[i] = x
     x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)

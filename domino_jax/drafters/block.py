@@ -56,7 +56,7 @@ def block(
     Args:
         x: block inputs [B, M, D].
         start: [B] anchor positions a; the cache holds the context of positions 0 to a - 1.
-        attention: its form.
+        attention: its backend.
 
     Returns:
         z = norm(block states) [B, M, D], and the cache.
@@ -68,7 +68,7 @@ def block(
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
         cache = append_kv(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
         # Every block position sees the whole context and the whole block: no causal mask.
-        attended = attend(q, cache.k[i], cache.v[i], start, causal=False, window=window, form=attention)
+        attended = attend(q, cache.k[i], cache.v[i], start, causal=False, window=window, backend=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B M D")
     return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
 
@@ -80,7 +80,7 @@ def training_blocks(
     anchors: Array,
     features: Array,
     first: Array | None = None,
-    form: training_attention.BlockBackend = "dense",
+    backend: training_attention.BlockBackend = "dense",
     remat: bool = False,
 ) -> Array:
     """Run all blocks of a sequence in one pass (docs/algorithm.md, section 7).
@@ -92,7 +92,7 @@ def training_blocks(
         anchors: [B, A] absolute positions a; 0 is legal and sees no context.
         features: [B, S, LD] of the whole sequence.
         first: [B, A], the first position that each block sees, where rows hold several sequences; 0 when None.
-        form: of attention, see `blocks`.
+        backend: of attention, see `training_attention`.
         remat: keep of each layer only what goes into it, and compute the rest again in the backward pass.
 
     Returns:
@@ -111,7 +111,7 @@ def training_blocks(
         q = layers.queries(layer, y, angles, eps)
         own = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
         seen = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
-        attended = training_attention.attend_blocks(q, own, seen, anchors, first, config.windows[number], form)
+        attended = training_attention.attend_blocks(q, own, seen, anchors, first, config.windows[number], backend)
         return constrain(layers.residual(layer, x, attended, eps), "B A M D")
 
     for number, layer in enumerate(params.layers):

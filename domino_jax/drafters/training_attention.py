@@ -1,20 +1,20 @@
 """Attention of many blocks over one sequence's context and themselves, for training (docs/algorithm.md, section 7).
 
 A block's queries see the context positions from their conversation's first up to, not including, their anchor, and
-their own block; nothing of other blocks. No A·M x A·M mask exists. Four forms:
+their own block; nothing of other blocks. No A·M x A·M mask exists. Four backends:
 
-    dense    Scores of all queries against the whole context: what the others are tested against.
+    dense    Scores of all queries against the whole context: the reference for the others.
     chunked  Some blocks at a time, in a loop whose backward pass computes them again: neither the scores nor a mask of
-             A·M x S exist. Every block meets the whole context, seen or not.
+             A·M x S exist. Every block meets the whole context, visible or not.
     cudnn    The same groups, each through cuDNN's kernel, for NVIDIA GPUs and 16-bit floats: a group's queries over the
              context and its own rows, with a mask of that group's size; scores never leave the chip. Blocks of a group
              see each other's rows as masked keys, ROWS more of them.
-    pallas   A kernel for TPUs (`blocks_pallas`): scores never leave the chip, no mask exists, and of the context only
-             what a tile of blocks sees is fetched and computed, in the backward pass too.
+    pallas   A kernel for TPUs (`kernels.training_attention_tpu`): scores never leave the chip, no mask exists, and only
+             the context that a tile of blocks sees is fetched and computed, in the backward pass too.
 
-Measured: dense and chunked, on a CPU. The others have run on no device, and "auto" does not choose them. Tests hold
-cuDNN's mask by JAX's own statement of the same function, and the kernel by interpretation and by its lowering;
-libtpu's compiler takes it for v4, v5e, v5p and v6e (ahead of time, without a chip: it says nothing about speed).
+dense and chunked were measured on a CPU. The others have run on no device, and "auto" does not choose them: tests
+compare cuDNN's masks with JAX's reference of the same function, interpret the kernel and look at what it lowers to.
+libtpu compiles the kernel for v4, v5e, v5p and v6e, ahead of time and without a chip, which says nothing about speed.
 """
 
 from functools import partial
@@ -28,7 +28,6 @@ from domino_jax import attention
 from domino_jax.attention import in_window
 from domino_jax.config import DraftConfig
 from domino_jax.errors import DominoError
-from domino_jax.kernels import training_attention_tpu
 from domino_jax.sharding import constrain
 
 BlockBackend = Literal["dense", "chunked", "cudnn", "pallas"]
@@ -38,13 +37,13 @@ ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a tim
 
 
 def resolve_block_backend(asked: BlockBackendChoice, config: DraftConfig, count: int, dtype: Any) -> BlockBackend:
-    """The form to run for `count` blocks a sequence: "auto" is chunked where there is more than one group of them.
+    """The backend for `count` blocks a sequence: "auto" is chunked where there is more than one group of them.
 
     Raises:
-        DominoError: what was asked for can't run here; it is never replaced by another form.
+        DominoError: the backend asked for can't run here; it is never replaced by another one.
     """
-    # Where there is a device, compare `python -m train.bench --block-attention` chunked with cudnn or pallas: both
-    # should win by what chunked computes for nothing, half of all scores, and by scores that stay on the chip.
+    # On a device compare `python -m train.bench --block-attention` chunked with cudnn or pallas: both save the half of
+    # all scores that chunked computes and masks, and keep scores on the chip.
     if asked == "auto":
         return "dense" if count * config.block_size <= ROWS else "chunked"
     if asked == "cudnn":
@@ -64,7 +63,7 @@ def attend_blocks(
     anchors: Array,
     first: Array | None,
     window: int | None,
-    form: BlockBackend,
+    backend: BlockBackend,
     implementation: Any = "cudnn",
 ) -> Array:
     """softmax(q·k / √H) · v over what each block sees, the softmax in float32.
@@ -83,11 +82,13 @@ def attend_blocks(
     blocks, size = q.shape[1:3]
     if first is None:
         first = jnp.zeros_like(anchors)
-    if form == "pallas":
+    if backend == "pallas":
+        from domino_jax.kernels import training_attention_tpu  # the others do without Pallas
+
         return training_attention_tpu.attend_blocks_tpu(q, own, context, anchors, first, window)
     group = max(1, ROWS // size)
-    alone = partial(_cudnn, implementation=implementation) if form == "cudnn" else _dense
-    if form == "dense" or blocks <= group:
+    alone = partial(_cudnn, implementation=implementation) if backend == "cudnn" else _dense
+    if backend == "dense" or blocks <= group:
         return alone(q, own, context, anchors, first, window)
     # The keys' gradients are summed over the groups: in float32.
     wide = tuple(x.astype(jnp.float32) for x in context)

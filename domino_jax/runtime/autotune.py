@@ -1,4 +1,4 @@
-"""Which form of attention a device runs soonest: measured where there is a choice."""
+"""Picks the fastest attention backend by timing, among those that agree with xla."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,89 +17,95 @@ from domino_jax.decode import LARGEST_CHUNK
 from domino_jax.errors import first_line
 from domino_jax.runtime.processes import max_over_processes
 
-POSITIONS = 4096  # of the cache, where the model has so many: in short ones attention costs little in any form
+POSITIONS = 4096  # of the cache, where the model has so many: over short caches every backend is fast
 REPEATS, ROUNDS = 16, 5  # runs in one program; timings of each program, in turn, of which the shortest counts
-MARGIN = 0.9  # of the time of the first form, which another must stay below: near it, noise would decide
-ROUNDING = 2e-2  # of the largest value: how far two forms may lie apart in bfloat16
-WINDOW = 64  # of the checks
+MARGIN = 0.9  # another backend must take less than this share of the first one's time: near it, noise would decide
+ROUNDING = 2e-2  # of the largest value: how far two backends may lie apart in bfloat16
+WINDOW = 64  # of the comparison
+ROWS = 3  # of the comparison, which start at the beginning, in the middle and at the end of the cache
 
 
-class BackendTimes(NamedTuple):
-    """The form to run, and a sentence for each that was left out for another reason than its speed."""
+class FastestBackend(NamedTuple):
+    """The backend to run, and a sentence for each that failed or disagreed."""
 
-    form: Backend
+    backend: Backend
     notes: tuple[str, ...] = ()
 
 
-def fastest_backend(forms: Sequence[Backend], config: DecoderConfig, dtype: Any, tokens: int) -> BackendTimes:
-    """The fastest form of attention, over one row's cache that is three quarters full.
+def fastest_backend(backends: Sequence[Backend], config: DecoderConfig, dtype: Any, tokens: int) -> FastestBackend:
+    """The fastest attention backend for a verification pass of one row whose cache is three quarters full.
 
-    A form that fails here in any of the ways a model uses it, or says something else than the first does, is left out.
+    A backend is left out that fails in one of the ways in which a model calls it, or disagrees with the first one, over
+    rows of different lengths.
 
     Args:
-        forms: those that may run, `xla` first (see `attention.available_backends`). One alone is not measured.
+        backends: those that may run, `xla` first (see `attention.available_backends`). One alone is not measured.
         config: a model's, with the heads that one device has.
         dtype: of queries and caches.
-        tokens: T, the queries of a verification pass, of which the time counts.
+        tokens: T, the queries of a verification pass.
     """
-    if len(forms) == 1:
-        return BackendTimes(forms[0])
+    if len(backends) == 1:
+        return FastestBackend(backends[0])
     capacity = min(POSITIONS, length_bucket(config.positions))
-    start = jnp.full(1, capacity * 3 // 4, jnp.int32)
-    cache = 1, config.num_key_value_heads, capacity, config.head_dim
+    cache = ROWS, config.num_key_value_heads, capacity, config.head_dim
     keys = jax.random.split(jax.random.key(0), 3)
     k, v = (jax.random.normal(key, cache).astype(dtype) for key in keys[:2])
 
     def queries(count: int) -> Array:
-        shape = 1, count, config.num_attention_heads, config.head_dim
+        shape = ROWS, count, config.num_attention_heads, config.head_dim
         return jax.random.normal(keys[2], shape).astype(dtype)
 
-    # What a model asks for: a verification, a plain step, a drafter's block of either kind of layer, part of a prompt.
+    def output(backend: Backend, count: int, causal: bool, window: int | None) -> np.ndarray:
+        """For rows at the beginning, in the middle and at the end of the cache."""
+        starts = jnp.array([0, capacity // 2, capacity - count], jnp.int32)
+        run = jax.jit(partial(attend, causal=causal, window=window, backend=backend))
+        return np.asarray(run(queries(count), k, v, starts))
+
+    # How a model calls attention: a verification, a plain step, a drafter's block of either kind of layer, a part of a
+    # prompt.
     part = min(LARGEST_CHUNK, capacity // 4)
-    asked = [(tokens, True, None), (1, True, None), (tokens, False, None), (tokens, False, WINDOW), (part, True, None)]
-    verified = queries(tokens)
+    calls = [(tokens, True, None), (1, True, None), (tokens, False, None), (tokens, False, WINDOW), (part, True, None)]
+    timed = queries(tokens)[:1], k[:1], v[:1], jnp.full(1, capacity * 3 // 4, jnp.int32)
     programs: dict[Backend, Callable[..., Array]] = {}
     notes, expected = [], []
-    for form in forms:
+    for backend in backends:
         try:
-            said = [
-                np.asarray(jax.jit(partial(attend, causal=causal, window=window, form=form))(queries(t), k, v, start))
-                for t, causal, window in asked
-            ]
-            programs[form] = _repeated(form)
-            programs[form](verified, k, v, start).block_until_ready()
+            outputs = [output(backend, *call) for call in calls]
+            programs[backend] = _repeated(backend)
+            programs[backend](*timed).block_until_ready()
         except Exception as error:  # whatever a kernel that does not compile or run here raises
-            programs.pop(form, None)
-            notes.append(f"attention by {form} is left out, since it fails here: {first_line(error)}.")
+            programs.pop(backend, None)
+            notes.append(f"attention by {backend} is left out, since it fails here: {first_line(error)}.")
             continue
-        expected = expected or said
-        if not all(_close(ours, theirs) for ours, theirs in zip(said, expected, strict=True)):
-            del programs[form]
-            notes.append(f"attention by {form} is left out, since it says something else here than {forms[0]}.")
-    seconds = dict.fromkeys(forms, float("inf"))
+        expected = expected or outputs
+        if not all(_close(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True)):
+            del programs[backend]
+            notes.append(
+                f"attention by {backend} is left out, since its output differs from that of {backends[0]} here."
+            )
+    seconds = dict.fromkeys(backends, float("inf"))
     for _ in range(ROUNDS):
-        for form, run in programs.items():
+        for backend, run in programs.items():
             began = time.perf_counter()
-            run(verified, k, v, start).block_until_ready()
-            seconds[form] = min(seconds[form], time.perf_counter() - began)
-    slowest = np.array(
-        max_over_processes([seconds[form] for form in forms])
-    )  # a form that is left out anywhere is so everywhere
+            run(*timed).block_until_ready()
+            seconds[backend] = min(seconds[backend], time.perf_counter() - began)
+    # One process where a backend is left out is enough for all to leave it out.
+    slowest = np.array(max_over_processes([seconds[backend] for backend in backends]))
     slowest[0] *= MARGIN
-    return BackendTimes(forms[int(np.argmin(slowest))], tuple(notes))
+    return FastestBackend(backends[int(np.argmin(slowest))], tuple(notes))
 
 
 def _close(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether two forms said the same, up to rounding; what is not a number is not."""
+    """Whether two outputs are equal up to rounding; NaN is not."""
     ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
     return bool(np.abs(ours - theirs).max() <= ROUNDING * np.abs(theirs).max())
 
 
-def _repeated(form: Backend) -> Callable[..., Array]:
-    """A program that attends REPEATS times, each with what the last one gave as its queries."""
+def _repeated(backend: Backend) -> Callable[..., Array]:
+    """A program that attends REPEATS times, each with the last output as its queries."""
 
     @jax.jit
     def run(q: Array, k: Array, v: Array, start: Array) -> Array:
-        return jax.lax.fori_loop(0, REPEATS, lambda _, q: attend(q, k, v, start, form=form), q)
+        return jax.lax.fori_loop(0, REPEATS, lambda _, q: attend(q, k, v, start, backend=backend), q)
 
     return run

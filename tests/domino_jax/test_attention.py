@@ -1,7 +1,7 @@
-"""Attention in all its forms against the NumPy restatement, and what their lowering and their refusals say.
+"""Attention by every backend against the NumPy restatement, what the kernels lower to, and refusals.
 
 On a machine with a GPU or a TPU, `JAX_PLATFORMS=cuda pytest tests/domino_jax/test_attention.py` also runs that device's
-form.
+backend; where it passes, the kind of device may be added to `attention.TESTED_KINDS`.
 """
 
 import dataclasses
@@ -23,7 +23,10 @@ from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from domino_jax import attention, decode, sharding
 from domino_jax.attention import attend, available_backends
 from domino_jax.errors import DominoError
-from domino_jax.runtime import autotune as fastest_module
+from domino_jax.kernels import attention_cudnn, attention_tpu
+from domino_jax.kernels.attention_cudnn import attend_cudnn
+from domino_jax.kernels.attention_tpu import attend_tpu
+from domino_jax.runtime import autotune
 from domino_jax.runtime.autotune import fastest_backend
 from infer.__main__ import main
 
@@ -37,10 +40,10 @@ CASES = {  # T, G, K, causal, window
     "a window larger than a block of the cache": (4, 3, 1, True, 150),
     "a prompt": (64, 2, 1, True, None),
 }
-FORMS: dict[str, Callable[..., Array]] = {
-    "xla": attention.xla,
-    "cudnn, as JAX states it": partial(attention.cudnn, implementation="xla"),
-    "pallas, interpreted": partial(attention.pallas, interpret=True),
+BACKENDS: dict[str, Callable[..., Array]] = {
+    "xla": attention.attend_xla,
+    "cudnn, as JAX states it": partial(attend_cudnn, implementation="xla"),
+    "pallas, interpreted": partial(attend_tpu, interpret=True),
 }
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1.5e-2}
 
@@ -75,21 +78,21 @@ def expected(q: Array, k: Array, v: Array, starts: list[int], causal: bool, wind
 def small_blocks():
     """So that small shapes have several blocks of queries and of the cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "LARGEST_QUERY_BLOCK", 32)
-        patch.setattr(attention, "LARGEST_KEY_BLOCK", 64)
+        patch.setattr(attention_tpu, "LARGEST_QUERY_BLOCK", 32)
+        patch.setattr(attention_tpu, "LARGEST_KEY_BLOCK", 64)
         yield
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_every_form_is_the_restatement(case, name, dtype):
+def test_every_backend_is_the_restatement(case, name, dtype):
     """Rows at the cache's beginning, around a block's edge, and at its end; a row that is over may stand beyond."""
     tokens, group, kv_heads, causal, window = case
     q, k, v = arrays(tokens, group, kv_heads, dtype, rows=5)
     starts = [0, 65 - tokens, 130, CAPACITY - tokens, CAPACITY]
     with jax.numpy_dtype_promotion("standard" if "JAX" in name else "strict"):  # JAX's statement mixes types itself
-        out = jax.jit(FORMS[name], static_argnums=(4, 5))(q, k, v, jnp.array(starts, jnp.int32), causal, window)
+        out = jax.jit(BACKENDS[name], static_argnums=(4, 5))(q, k, v, jnp.array(starts, jnp.int32), causal, window)
     assert out.dtype == q.dtype
     ours = np.asarray(out.astype(jnp.float32))
     assert np.isfinite(ours).all()
@@ -110,7 +113,7 @@ def test_the_kernel_reads_no_block_that_nobody_sees():
             if narrow:
                 poisoned[row, :, : max(0, start - narrow + 1) // 64 * 64] = np.nan
         assert np.isnan(poisoned).any(axis=(1, 2, 3)).sum() >= 2
-        run = partial(attention.pallas, causal=causal, window=narrow, interpret=True)
+        run = partial(attend_tpu, causal=causal, window=narrow, interpret=True)
         clean = run(q, k, v, jnp.array(starts, jnp.int32))
         np.testing.assert_array_equal(run(q, k, jnp.asarray(poisoned), jnp.array(starts, jnp.int32)), clean)
 
@@ -119,7 +122,7 @@ def test_the_kernel_reads_no_block_that_nobody_sees():
 def test_the_kernel_lowers_for_tpus_with_the_cache_as_it_lies(case):
     tokens, group, kv_heads, causal, window = case
     q, k, v = arrays(tokens, group, kv_heads, jnp.bfloat16, width=128)
-    run = partial(attention.pallas, causal=causal, window=window, interpret=False)
+    run = partial(attend_tpu, causal=causal, window=window, interpret=False)
     traced = jax.jit(run).trace(q, k, v, jnp.zeros(4, jnp.int32))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in text
@@ -127,11 +130,11 @@ def test_the_kernel_lowers_for_tpus_with_the_cache_as_it_lies(case):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_cudnns_form_lowers_for_nvidia_gpus_with_the_cache_as_it_lies(case, monkeypatch):
+def test_cudnn_lowers_for_nvidia_gpus_with_the_cache_as_it_lies(case, monkeypatch):
     monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91200)  # there is none on this machine
     tokens, group, kv_heads, causal, window = case
     q, k, v = arrays(tokens, group, kv_heads, jnp.bfloat16, width=128)
-    traced = jax.jit(partial(attention.cudnn, causal=causal, window=window)).trace(q, k, v, jnp.zeros(4, jnp.int32))
+    traced = jax.jit(partial(attend_cudnn, causal=causal, window=window)).trace(q, k, v, jnp.zeros(4, jnp.int32))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmha" in text
     assert ("fmhaScaleBias" in text) == (window is not None or (causal and tokens > 1)), "masks only where needed"
@@ -151,26 +154,26 @@ def test_on_a_mesh_each_device_has_its_own_part(sizes):
     """The same numbers, nothing gathered."""
     q, k, v = arrays(5, 2, 2, jnp.float32)
     start = jnp.array([0, 60, 130, 251], jnp.int32)
-    alone = attend(q, k, v, start, form="pallas")
+    alone = attend(q, k, v, start, backend="pallas")
     with jax.set_mesh(sharding.make_mesh(*sizes)):
         placed = [sharding.shard_copy(x, letters) for x, letters in ((q, "B T N H"), (k, "B K S H"), (v, "B K S H"))]
-        run = jax.jit(partial(attend, form="pallas")).lower(*placed, sharding.shard_copy(start, "B")).compile()
+        run = jax.jit(partial(attend, backend="pallas")).lower(*placed, sharding.shard_copy(start, "B")).compile()
         np.testing.assert_allclose(run(*placed, sharding.shard_copy(start, "B")), alone, atol=1e-6, rtol=0)
         assert "all-gather" not in (run.as_text() or "") and "all-to-all" not in (run.as_text() or "")
 
 
-@pytest.mark.parametrize("form", [f for f in get_args(attention.Backend) if f != "xla"])
-def test_the_form_of_this_device(form):
-    """On a GPU or a TPU its own form, compiled, against xla's, both in bfloat16."""
+@pytest.mark.parametrize("backend", [b for b in get_args(attention.Backend) if b != "xla"])
+def test_the_backend_of_this_device(backend):
+    """On a GPU or a TPU its own backend, compiled, against xla, both in bfloat16."""
     try:
-        available_backends(form, [128], jnp.bfloat16)
+        available_backends(backend, [128], jnp.bfloat16)
     except DominoError as error:
         pytest.skip(str(error))
     for tokens, group, kv_heads, causal, window in CASES.values():
         q, k, v = arrays(tokens, group, kv_heads, jnp.bfloat16, capacity=1024, width=128)
         start = jnp.array([0, 65, 700, 1024 - tokens], jnp.int32)
-        run = jax.jit(partial(attend, causal=causal, window=window), static_argnames="form")
-        ours, plain = (np.asarray(run(q, k, v, start, form=f).astype(jnp.float32)) for f in (form, "xla"))
+        run = jax.jit(partial(attend, causal=causal, window=window), static_argnames="backend")
+        ours, plain = (np.asarray(run(q, k, v, start, backend=b).astype(jnp.float32)) for b in (backend, "xla"))
         np.testing.assert_allclose(ours, plain, atol=TOLERANCES["bfloat16"], rtol=0)
 
 
@@ -188,6 +191,8 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
             platform_version = "PJRT C API\ncuda 13000"
 
     monkeypatch.setattr(jax, "devices", lambda: [Gpu])
+    assert available_backends("auto", [128], jnp.bfloat16) == ("xla",), "no kernel was tested on this kind of device"
+    monkeypatch.setitem(attention.TESTED_KINDS, "NVIDIA H200", ("cudnn", "pallas"))
     assert available_backends("auto", [128], jnp.bfloat16) == ("xla", "cudnn")
     assert (
         available_backends("auto", [128], jnp.float32)
@@ -204,12 +209,15 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
         available_backends("pallas", [128], jnp.bfloat16)
 
 
-def test_auto_is_the_fastest_form_that_says_the_same(monkeypatch):
-    """Measured: xla is made slow, and the other forms are what a backend might turn out to have."""
-    plain, config = attention.xla, dataclasses.replace(factory.TARGET, head_dim=16)
+def test_auto_is_the_fastest_backend_with_the_same_output(monkeypatch):
+    """Measured: xla is made slow, and the other backends are what a device might turn out to have."""
+    plain, config = attention.attend_xla, dataclasses.replace(factory.TARGET, head_dim=16)
 
     def slow(*args: Any) -> Array:
         return sum((plain(*args) for _ in range(8)), start=jnp.float32(0)) / 8
+
+    def right(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:
+        return plain(q, k, v, start, how["causal"], how["window"])
 
     def wrong(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:
         return plain(q, k, v, start + 9, how["causal"], how["window"])
@@ -217,36 +225,41 @@ def test_auto_is_the_fastest_form_that_says_the_same(monkeypatch):
     def wrong_in_a_window(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:
         return plain(q, k, v, start, how["causal"], None)
 
+    def wrong_for_ragged_rows(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:
+        return plain(q, k, v, jnp.broadcast_to(start[:1], start.shape), how["causal"], how["window"])
+
     def broken(*_: Any, **__: Any) -> Array:
         raise NotImplementedError("no such kernel\nand more")
 
-    monkeypatch.setattr(attention, "xla", slow)
-    monkeypatch.setattr(
-        attention, "cudnn", lambda q, k, v, start, causal, window: plain(q, k, v, start, causal, window)
-    )
-    monkeypatch.setattr(attention, "pallas", wrong)
+    def pretend(xla: Any = slow, cudnn: Any = right, pallas: Any = right) -> None:
+        monkeypatch.setattr(attention, "attend_xla", xla)
+        monkeypatch.setattr(attention_cudnn, "attend_cudnn", cudnn)
+        monkeypatch.setattr(attention_tpu, "attend_tpu", pallas)
+
     run = partial(fastest_backend, config=config, dtype=jnp.float32, tokens=8)
-    form, notes = run(("xla", "cudnn", "pallas"))
-    assert form == "cudnn" and len(notes) == 1
-    assert "pallas" in notes[0] and "says something else here than xla" in notes[0]
-    monkeypatch.setattr(attention, "pallas", wrong_in_a_window)
+    pretend(pallas=wrong)
+    backend, notes = run(("xla", "cudnn", "pallas"))
+    assert backend == "cudnn" and len(notes) == 1
+    assert "pallas" in notes[0] and "its output differs from that of xla" in notes[0]
+    pretend(pallas=wrong_in_a_window)
     assert run(("xla", "pallas")) == ("xla", notes), "a drafter may need it"
-    monkeypatch.setattr(fastest_module, "MARGIN", 0.0)
+    pretend(pallas=wrong_for_ragged_rows)
+    assert run(("xla", "pallas")) == ("xla", notes), "rows of a batch have lengths of their own"
+    monkeypatch.setattr(autotune, "MARGIN", 0.0)
     assert run(("xla", "cudnn")) == ("xla", ()), "the first stays unless another is clearly faster"
-    monkeypatch.setattr(attention, "xla", plain)
-    monkeypatch.setattr(attention, "cudnn", broken)
+    pretend(xla=plain, cudnn=broken)
     assert run(("xla", "cudnn")) == (
         "xla",
         ("attention by cudnn is left out, since it fails here: no such kernel.",),
     )
-    monkeypatch.setattr(attention, "xla", broken)
+    pretend(xla=broken)
     assert run(("xla",)) == ("xla", ()), "where there is no choice nothing is run"
 
 
 def test_the_command_line_refuses_too(tmp_path, capsys):
     make_target(tmp_path, tokenizer=False)
-    for form, says in (("cudnn", "needs an NVIDIA GPU"), ("pallas", "needs a TPU")):
-        assert main(["one", "--model", str(tmp_path), "--attention", form]) == 1
+    for backend, says in (("cudnn", "needs an NVIDIA GPU"), ("pallas", "needs a TPU")):
+        assert main(["one", "--model", str(tmp_path), "--attention", backend]) == 1
         assert says in capsys.readouterr().err
 
 

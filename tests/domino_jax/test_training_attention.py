@@ -1,4 +1,4 @@
-"""The blocks' Pallas kernel, interpreted, against the dense form; what it reads, how it lowers, what is refused.
+"""The blocks' Pallas kernel, interpreted, against the dense backend; what it reads, how it lowers, what is refused.
 
 On a TPU, `JAX_PLATFORMS=tpu pytest tests/domino_jax/test_training_attention.py` also runs it compiled.
 """
@@ -58,12 +58,12 @@ def arrays(count: int, heads: int, kv_heads: int, length: int, dtype: Any = jnp.
 
 
 @cache
-def program(window: int | None, form: Any, remat: bool = False) -> Any:
+def program(window: int | None, backend: Any, remat: bool = False) -> Any:
     """The attention and the gradients of all five arrays. Compiling is what these tests take, so cases share it."""
 
     def run(given: list[Any], places: Any, first: Any) -> Any:
         def loss(q: Any, own_k: Any, own_v: Any, k: Any, v: Any) -> Any:
-            attend = partial(training_attention.attend_blocks, window=window, form=form)
+            attend = partial(training_attention.attend_blocks, window=window, backend=backend)
             out = (jax.checkpoint(attend) if remat else attend)(q, (own_k, own_v), (k, v), places, first)
             return (out * given[5]).sum(dtype=jnp.float32), out
 
@@ -73,8 +73,8 @@ def program(window: int | None, form: Any, remat: bool = False) -> Any:
     return jax.jit(run)
 
 
-def differentiated(given: list[Any], places: Any, first: Any, window: int | None, form: Any) -> dict[str, Any]:
-    return program(window, form)(given, places, first)
+def differentiated(given: list[Any], places: Any, first: Any, window: int | None, backend: Any) -> dict[str, Any]:
+    return program(window, backend)(given, places, first)
 
 
 def positions(rows: Any) -> Any:

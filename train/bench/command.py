@@ -167,7 +167,7 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
         form = training_attention.resolve_block_backend(
             objective.block_attention, recipe.draft, chosen.shape[1], recipe.dtype
         )
-        return block.training_blocks(drafter(weights), recipe.draft, x, chosen, features, form=form), hidden
+        return block.training_blocks(drafter(weights), recipe.draft, x, chosen, features, backend=form), hidden
 
     def loss(weights: Any, frozen: Any, given: Inputs) -> Any:
         total = denominator(objective, supervision(recipe.draft, given, chosen, valid))

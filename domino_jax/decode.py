@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from domino_jax import cache as kv
 from domino_jax import target, verify
@@ -413,7 +414,7 @@ def _resize(cache: KVCache, capacity: int) -> KVCache:
 
     def resized(buffer: Array) -> Array:
         new = _resized(buffer, capacity)
-        if not isinstance(buffer, jax.core.Tracer):  # whoever traces `prefill_batch` has no memory to free
+        if not isinstance(buffer, Tracer):  # whoever traces `prefill_batch` has no memory to free
             buffer.delete()
         return new
 

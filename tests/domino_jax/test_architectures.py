@@ -136,6 +136,7 @@ def test_decoding_with_a_cache_is_transformers_greedy_decoding(tmp_path, name):
 @pytest.mark.parametrize("norm", [True, False])
 def test_both_forms_of_the_experts_are_the_reference(norm, tokens):
     config = make(moe=dataclasses.replace(MOE, norm_topk_prob=norm), num_hidden_layers=1)
+    assert config.moe is not None
     params = factory.random_weights(config, 3)
     y = np.random.default_rng(0).normal(size=(2, tokens, 32)).astype(np.float32)
     named = factory.hf_weights(params, config)

@@ -297,7 +297,7 @@ def test_the_output_does_not_depend_on_the_drafts(oracle, pair, dtype):
 
 def test_growing_holds_one_cache_and_one_buffer_more(pair: Pair, monkeypatch):
     """Each buffer is deleted before the next one is resized."""
-    state = factory.begin(pair.params, pair.configs, PROMPTS, COUNT)
+    state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
     old, resized, alive = jax.tree.leaves((state.cache, state.context)), decode._resized, []
 
     def noted(buffer: jax.Array, capacity: int) -> jax.Array:

@@ -9,7 +9,7 @@ import sys
 
 from domino_jax.errors import DominoError
 from domino_jax.runtime.processes import join_processes, resolve_processes
-from train.config import parse_options
+from train.options import parse_options
 
 
 def main(argv: list[str] | None = None) -> int:

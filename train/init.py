@@ -59,7 +59,7 @@ def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) ->
     """
     config = folders.read_config(folder, draft.num_target_layers)
     if not isinstance(config, DraftConfig):
-        raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --begin-as.")
+        raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --init-from.")
     for name in DraftConfig.__dataclass_fields__:
         theirs, ours = getattr(config, name), getattr(draft, name)
         if theirs != ours and not (name == "head" and theirs is None):

@@ -15,7 +15,7 @@ Position weights:
                  each branch has the weights of its own probabilities. Rows without supervision are passed over.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,7 @@ from domino_jax.drafters import block, training_attention
 from domino_jax.drafters.heads import domino
 from domino_jax.sharding import constrain, gathered, row_shards
 from domino_jax.weights import Draft, Head, Target, axes, lm_head
-
-PositionWeights = Literal["exponential", "d-pace"]
-Kind = Literal["ce", "kl"]
-TargetAttention = Literal["xla", "cudnn"]
-
-
-class Objective(NamedTuple):
-    """What is minimised and how it is computed; static."""
-
-    gamma: float  # γ of the exponential weights
-    chunk: int  # proposals whose logits exist at a time on a device
-    position_weights: PositionWeights = "exponential"
-    d_pace_alpha: float = 0.5  # α
-    loss: Kind = "ce"  # to the labels, or Σ p (log p - log q) to the target's distribution p where each label stands
-    block_attention: training_attention.BlockBackendChoice = "auto"
-    remat: bool = False  # layers of the drafter are computed again in the backward pass
-    target_attention: TargetAttention = "xla"  # of the frozen target
+from train.config import Objective
 
 
 class Inputs(NamedTuple):
@@ -119,36 +103,6 @@ def denominator(objective: Objective, supervised: Array) -> Array:
 
 def _decay(objective: Objective, proposals: int) -> Array:
     return jnp.exp(-jnp.arange(proposals, dtype=jnp.float32) / objective.gamma)
-
-
-def curriculum(
-    drafter: Draft,
-    frozen: Target,
-    configs: tuple[TargetConfig, DraftConfig],
-    ids: Array,
-    mask: Array,
-    anchors: Array,
-    valid: Array,
-    *,
-    lam: Array,
-    gamma: float,
-    chunk: int,
-    starts: Array | None = None,
-    features: Array | None = None,
-    hidden: Array | None = None,
-    position_weights: PositionWeights = "exponential",
-    d_pace_alpha: float = 0.5,
-    loss: Kind = "ce",
-    block_attention: training_attention.BlockBackendChoice = "auto",
-    remat: bool = False,
-    target_attention: TargetAttention = "xla",
-) -> tuple[Array, StepMetrics]:
-    """loss = (1 - λ)·loss(final) + λ·loss(base) of one whole batch; the arguments are those of `part`."""
-    objective = Objective(gamma, chunk, position_weights, d_pace_alpha, loss, block_attention, remat, target_attention)
-    inputs = Inputs(ids, mask, starts, features, hidden)
-    total = denominator(objective, supervision(configs[1], inputs, anchors, valid))
-    value, sums = part(drafter, frozen, configs, objective, inputs, anchors, valid, lam, total)
-    return value, report(sums, lam, total)
 
 
 def part(

@@ -1,6 +1,6 @@
-"""Muon for the matrices of a model, AdamW for the rest (optax.contrib.muon; Jordan et al. 2024)."""
+"""Optimizers: AdamW, or Muon for the matrices with AdamW for the rest (optax.contrib.muon; Jordan et al. 2024)."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -8,8 +8,47 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
 
-from domino_jax.config import DecoderConfig
-from domino_jax.weights import axes, flatten
+from domino_jax.weights import is_bias
+from train.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, letters: Mapping[str, str]) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW or Muon; norms and biases do not decay.
+
+    Args:
+        steps: of the whole run.
+        letters: axis letters of each weight that is trained, by its path.
+    """
+    rate = learning_rate(config, steps, config.lr)
+    if config.optimizer == "muon":
+        muon_rate = learning_rate(config, steps, config.muon_lr)
+        rule = muon(muon_rate, rate, config.weight_decay, letters)
+    else:
+        rule = optax.adamw(rate, weight_decay=config.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+
+
+def learning_rate(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """A linear rise to `peak` over the warm-up, then a cosine to zero at `steps`."""
+    rise = max(1, round(config.warmup * steps))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1))
+
+
+def muon(
+    lr: optax.Schedule, adam_lr: optax.Schedule, weight_decay: float, letters: Mapping[str, str]
+) -> optax.GradientTransformation:
+    """The rule over a flat dict of weights: Muon for matrices, AdamW for the rest.
+
+    Args:
+        letters: axis letters of each weight, by its path.
+    """
+    matrices = {path: None if is_bias(path) else dimensions(names) for path, names in letters.items()}
+    # optax's own division between the two lets everything that AdamW moves decay, norms too.
+    rules: dict[Any, optax.GradientTransformation] = {
+        "muon": optax_muon(lr, weight_decay=weight_decay, muon_weight_dimension_numbers=cast(Any, matrices)),
+        "adamw": optax.adamw(adam_lr, weight_decay=weight_decay, mask=decayed, nesterov=True),
+    }
+    return optax.partition(rules, {path: "adamw" if matrix is None else "muon" for path, matrix in matrices.items()})
 
 
 def dimensions(letters: str) -> MuonDimensionNumbers | None:
@@ -22,21 +61,6 @@ def dimensions(letters: str) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(inputs, tuple(i for i in range(len(names)) if i not in inputs))
 
 
-def muon(
-    config: DecoderConfig,
-    lr: optax.Schedule,
-    adam_lr: optax.Schedule,
-    weight_decay: float,
-    paths: Collection[str] | None = None,
-) -> optax.GradientTransformation:
-    """The rule over a model's flat dict of weights, or those of `paths`; norms do not decay."""
-    letters = flatten(axes(config))
-    matrices = {path: dimensions(letters[path]) for path in letters if paths is None or path in paths}
-    return optax_muon(
-        lr,
-        adam_learning_rate=adam_lr,
-        weight_decay=weight_decay,
-        adam_weight_decay=weight_decay,
-        weight_decay_mask=lambda weights: jax.tree.map(lambda w: w.ndim > 1, weights),
-        muon_weight_dimension_numbers=cast(Any, matrices),
-    )
+def decayed(weights: Any) -> Any:
+    """True in the place of each weight that decays: matrices do, norms and biases do not."""
+    return jax.tree_util.tree_map_with_path(lambda path, w: w.ndim > 1 and not is_bias(path[-1].key), weights)

@@ -42,8 +42,9 @@ from domino_jax.sharding import fetch, mesh_context
 from domino_jax.weights import Target, flatten, init_weights, unflatten
 from train import config
 from train import mesh as meshes
+from train import options as settings
 from train.checkpoint import Checkpoints
-from train.config import Train
+from train.config import Recipe, TrainConfig
 from train.data import dataset
 from train.evaluate.prompts import read_heldout_prompts
 from train.evaluate.validate import Stopped, Validation
@@ -55,7 +56,7 @@ from train.monitor import curves
 from train.monitor.divergence import USUAL, DivergenceMonitor
 from train.monitor.log import METRICS, Log
 from train.monitor.progress import counting
-from train.step import Metrics, Recipe, TrainState, exported, form, start, train_step
+from train.step import Metrics, TrainState, exported, form, start, train_step
 from train.stopping import stop_signals
 
 ORIGIN = "origin.json"  # what a run's data and target are known by
@@ -66,7 +67,7 @@ NEWEST, BEST = "drafter", "best"
 class Setup:
     """What a run is made of, ready to begin."""
 
-    options: Train  # settled: nothing in it is left to be found out
+    options: TrainConfig  # settled: nothing in it is left to be found out
     recipe: Recipe
     corpus: dataset.Corpus
     frozen: Target
@@ -81,7 +82,7 @@ class Setup:
             yield
 
 
-def prepare(options: Train) -> Setup:
+def prepare(options: TrainConfig) -> Setup:
     """Find and check everything a run needs, the cheap things first.
 
     Raises:
@@ -125,8 +126,16 @@ def prepare(options: Train) -> Setup:
     ):
         frozen = folders.load_weights(folder, target, dtype, partial(progress, "loading target"), mesh)
     frozen = meshes.place(frozen, target, mesh)
-    values = config.flat(options)
-    recipe = Recipe(target, draft, **{name: values[name] for name in Recipe._fields if name not in ("target", "draft")})
+    recipe = Recipe(
+        target,
+        draft,
+        options.objective,
+        options.optimizer,
+        steps,
+        dtype.name,
+        options.run.accumulate,
+        options.drafter.freeze_backbone,
+    )
     validation = None
     if prompts:
         stop_ids = hf.stop_ids(folder, raw)
@@ -135,13 +144,13 @@ def prepare(options: Train) -> Setup:
     return Setup(options, recipe, corpus, frozen, features, validation, mesh)
 
 
-def replaced(options: Train, group: str, **changes: Any) -> Train:
+def replaced(options: TrainConfig, group: str, **changes: Any) -> TrainConfig:
     """The options with what was found out about some of a group's: saved so, a resumed run has the same."""
     changed: Any = {group: dataclasses.replace(getattr(options, group), **changes)}
     return dataclasses.replace(options, **changed)
 
 
-def mask_token(options: Train, tokenizer: Any) -> int:
+def mask_token(options: TrainConfig, tokenizer: Any) -> int:
     """The id that stands for what is to be drafted.
 
     Raises:
@@ -156,7 +165,7 @@ def mask_token(options: Train, tokenizer: Any) -> int:
     return found
 
 
-def settle_mesh(options: Train, target: TargetConfig, draft: DraftConfig) -> Mesh | None:
+def settle_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig) -> Mesh | None:
     """The mesh to train on; None for one device.
 
     Raises:
@@ -176,7 +185,7 @@ def settle_mesh(options: Train, target: TargetConfig, draft: DraftConfig) -> Mes
     return mesh if mesh.size > 1 else None
 
 
-def check_origin(options: Train, corpus: dataset.Corpus, target: Path) -> None:
+def check_origin(options: TrainConfig, corpus: dataset.Corpus, target: Path) -> None:
     """Note what the run learns from, and whose words; a resumed run must have the same.
 
     Raises:
@@ -195,7 +204,7 @@ def check_origin(options: Train, corpus: dataset.Corpus, target: Path) -> None:
         hf.write_json(path, now)
 
 
-def held_out(options: Train, target: TargetConfig, tokenizer: Any) -> list[Any]:
+def held_out(options: TrainConfig, target: TargetConfig, tokenizer: Any) -> list[Any]:
     """The prompts to validate with; none without --validation."""
     if options.data.validation is None:
         return []
@@ -212,14 +221,14 @@ def begin(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     weights = flatten(init_weights(draft, jax.random.key(options.run.seed)))
     if draft.head:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
-    if options.drafter.warm:
+    if options.drafter.init == "target-layers":
         weights = from_target(weights, draft, setup.recipe.target, fetch(setup.frozen))
-    if options.drafter.begin_as:
-        weights = from_drafter(weights, draft, options.drafter.begin_as)
+    if options.drafter.init_from:
+        weights = from_drafter(weights, draft, options.drafter.init_from)
     return start(setup.recipe, fetch(weights), options.run.seed)
 
 
-def run_training(options: Train) -> None:
+def run_training(options: TrainConfig) -> None:
     """Train to the end, or to an interruption, which saves first.
 
     Raises:
@@ -256,7 +265,7 @@ class Loop:
         self.first = self.done = int(fetch(self.state.step))
         assert self.options.steps is not None
         self.steps = self.options.steps
-        self.watch = DivergenceMonitor(self.options.explosion, self.norms())
+        self.watch = DivergenceMonitor(self.options.max_grad_norm_ratio, self.norms())
         self.pending: list[Metrics] = []  # of steps that were started and not looked at
         self.clock = Clock()
         if setup.features is not None and setup.validation is None:
@@ -272,7 +281,7 @@ class Loop:
         """From where the state is to the last step, or to a signal."""
         setup, chief = self.setup, jax.process_index() == 0
         if chief:
-            config.write_recipe(setup.options, self.folder)
+            settings.write_recipe(setup.options, self.folder)
             hf.write_json(self.folder / "config.json", setup.recipe.draft.to_hf())  # all that convert needs beside it
         count = sum(w.size for w in self.state.weights.values())
         say_state(
@@ -282,9 +291,9 @@ class Loop:
         with ExitStack() as stack:
             self.log = None
             if chief:
-                settings = config.flat(setup.options)
+                values = config.flat(setup.options)
                 self.log = stack.enter_context(
-                    Log(self.folder, settings, self.steps, self.done, self.options.tensorboard)
+                    Log(self.folder, values, self.steps, self.done, self.options.tensorboard)
                 )
             piece = meshes.piece(setup.mesh)
             batches = stack.enter_context(
@@ -314,7 +323,7 @@ class Loop:
         """Start one step; nothing waits for it."""
         setup = self.setup
         features = captured.features if captured else None
-        hidden = captured.hidden if captured and setup.recipe.loss == "kl" else None
+        hidden = captured.hidden if captured and setup.recipe.objective.loss == "kl" else None
         inputs = meshes.put(batch, setup.mesh, features, hidden)
         if not setup.options.data.pack:
             inputs = inputs._replace(starts=None)  # a row is one sequence

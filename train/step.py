@@ -1,7 +1,7 @@
 """The training state and its one jitted step."""
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,62 +9,24 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from domino_jax.config import DraftConfig, TargetConfig
-from domino_jax.drafters import training_attention
 from domino_jax.errors import DominoError
 from domino_jax.sharding import row_shards, stored_spec
 from domino_jax.weights import Target, axes, flatten, unflatten
 from train import anchors
+from train.config import Recipe
 from train.loss import (
     Inputs,
-    Kind,
-    Objective,
-    PositionWeights,
     StepMetrics,
     Sums,
-    TargetAttention,
     denominator,
     part,
     report,
     supervision,
 )
-from train.optimizer import muon
+from train.optimizer import learning_rate, make_optimizer
 
 # Weights that a loop of the loss reads. It casts them itself, so that the gradients of its turns are summed in float32.
 LOOPED = ("head.proj_out", "head.gru_state")
-
-Schedule = Literal["linear", "cosine", "constant"]
-Trains = Literal["all", "head"]
-
-
-class Recipe(NamedTuple):
-    """What shapes a run and is static to the compiled step (docs/algorithm.md, section 7 names the symbols)."""
-
-    target: TargetConfig
-    draft: DraftConfig
-    steps: int
-    optimizer: str  # "adamw", or "muon" for the matrices and AdamW for the rest
-    lr: float  # of AdamW
-    muon_lr: float
-    warmup: float  # share of the steps
-    weight_decay: float
-    clip: float  # largest global gradient norm
-    gamma: float  # γ
-    anchors: int  # A
-    lambda_base_start: float
-    lambda_base_decay_ratio: float  # share of the steps over which λ falls to 0
-    chunk: int  # proposals whose logits exist at a time on a device
-    dtype: str  # of the computation; masters are float32
-    lambda_schedule: Schedule = "linear"
-    position_weights: PositionWeights = "exponential"
-    d_pace_alpha: float = 0.5  # α of D-PACE
-    loss: Kind = "ce"  # or "kl" to the target's distribution
-    ema: float = 0.0  # decay of the weights' moving average, 0 for none
-    trains: Trains = "all"  # or the causal "head" alone, on a backbone that stays as it is
-    accumulate: int = 1  # parts that a batch is computed in, one after another
-    block_attention: training_attention.BlockBackendChoice = "auto"
-    remat: bool = False  # the drafter's layers are computed again in the backward pass
-    target_attention: TargetAttention = "xla"
 
 
 class TrainState(NamedTuple):
@@ -87,39 +49,27 @@ class Metrics(NamedTuple):
     finite: Array  # [] bool; if False the update was not applied
 
 
-def schedule(recipe: Recipe, peak: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then cosine to zero."""
-    rise = max(1, round(recipe.warmup * recipe.steps))
-    return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(recipe.steps, rise + 1))
-
-
 def lambda_base(recipe: Recipe, step: Array) -> Array:
     """λ: `lambda_base_start` all along, or from it to 0 over `lambda_base_decay_ratio` of the run, then 0."""
-    if recipe.lambda_schedule == "constant":
-        return jnp.full((), recipe.lambda_base_start, jnp.float32)
-    span = recipe.lambda_base_decay_ratio * recipe.steps
+    objective = recipe.objective
+    if objective.lambda_schedule == "constant":
+        return jnp.full((), objective.lambda_base_start, jnp.float32)
+    span = objective.lambda_base_decay_ratio * recipe.steps
     left = jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / span) if span else jnp.zeros((), jnp.float32)
-    if recipe.lambda_schedule == "cosine":
+    if objective.lambda_schedule == "cosine":
         left = 0.5 * (1 - jnp.cos(jnp.pi * left))
-    return recipe.lambda_base_start * left
+    return objective.lambda_base_start * left
 
 
 def trained(recipe: Recipe, weights: dict[str, Any]) -> dict[str, Any]:
     """Those of the drafter's weights (or of what stands in their place) that the recipe trains."""
-    return {path: w for path, w in weights.items() if recipe.trains == "all" or path.startswith("head.")}
+    return {path: w for path, w in weights.items() if not recipe.freeze_backbone or path.startswith("head.")}
 
 
-def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon; norm weights do not decay."""
-    lr = schedule(recipe, recipe.lr)
-    if recipe.optimizer == "muon":
-        paths = trained(recipe, flatten(axes(recipe.draft)))
-        rule = muon(recipe.draft, schedule(recipe, recipe.muon_lr), lr, recipe.weight_decay, paths)
-    else:
-        rule = optax.adamw(
-            lr, weight_decay=recipe.weight_decay, mask=lambda weights: jax.tree.map(lambda w: w.ndim > 1, weights)
-        )
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), rule)
+def recipe_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """The optimizer of the weights that the recipe trains."""
+    letters = trained(recipe, flatten(axes(recipe.draft)))
+    return make_optimizer(recipe.optimizer, recipe.steps, letters)
 
 
 def start(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
@@ -153,9 +103,9 @@ def _state(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
     return TrainState(
         jnp.zeros((), jnp.int32),
         weights,
-        optimizer(recipe).init(ours),
+        recipe_optimizer(recipe).init(ours),
         jax.random.key_data(jax.random.key(seed)),
-        jax.tree.map(jnp.copy, ours) if recipe.ema else None,
+        jax.tree.map(jnp.copy, ours) if recipe.optimizer.ema else None,
     )
 
 
@@ -226,9 +176,9 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
     says so in its metrics.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    chosen, valid = anchors.draw_anchors(key, inputs.mask, recipe.anchors, inputs.starts)
+    chosen, valid = anchors.draw_anchors(key, inputs.mask, recipe.objective.anchors, inputs.starts)
     lam = lambda_base(recipe, state.step)
-    objective = Objective(**{name: getattr(recipe, name) for name in Objective._fields})
+    objective = recipe.objective
     total = denominator(objective, supervision(recipe.draft, inputs, chosen, valid))
     ours = trained(recipe, state.weights)
     where = partitions(recipe)
@@ -258,7 +208,7 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
 
         (value, sums, gradient), _ = jax.lax.scan(add, zeros, pieces)
     norm = optax.tree.norm(gradient)
-    updates, moments = optimizer(recipe).update(gradient, state.optimizer, ours)
+    updates, moments = recipe_optimizer(recipe).update(gradient, state.optimizer, ours)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
     def keep(new: Array, old: Array) -> Array:
@@ -268,9 +218,8 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
     average = None
     if state.average is not None:
         # Where the weights stayed as they were, so does their average.
-        average = jax.tree.map(
-            lambda mean, w: keep(recipe.ema * mean + (1 - recipe.ema) * w, mean), state.average, moved
-        )
+        decay = recipe.optimizer.ema
+        average = jax.tree.map(lambda mean, w: keep(decay * mean + (1 - decay) * w, mean), state.average, moved)
     updated = TrainState(
         step=state.step + 1,
         weights=state.weights | moved,
@@ -278,7 +227,8 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
         key=state.key,
         average=average,
     )
-    metrics = Metrics(report(sums, lam, total), lam, jnp.asarray(schedule(recipe, recipe.lr)(state.step)), norm, finite)
+    lr = learning_rate(recipe.optimizer, recipe.steps, recipe.optimizer.lr)(state.step)
+    metrics = Metrics(report(sums, lam, total), lam, jnp.asarray(lr), norm, finite)
     return _laid(updated, where), metrics
 
 

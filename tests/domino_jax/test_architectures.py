@@ -17,6 +17,7 @@ import reference
 import torch
 from factory import make_draft, make_target
 from safetensors.numpy import load_file
+from training import curriculum
 
 from convert import hf
 from convert.folders import convert_folder
@@ -28,7 +29,6 @@ from domino_jax.drafters import block
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init_weights
 from infer.__main__ import main
-from train.loss import curriculum
 
 TOLERANCE = 1e-4
 

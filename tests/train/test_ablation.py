@@ -5,7 +5,7 @@ import json
 import pytest
 from factory import make_target
 
-from train import config
+from train import config, options
 from train.demo import command
 from train.evaluate import ablation
 from train.monitor import curves
@@ -39,7 +39,7 @@ length = 24
 [drafter]
 layers = 1
 block_size = 4
-taps = [0, 1]
+target_layer_ids = [0, 1]
 gru_hidden_dim = 8
 emb_dim = 6
 mask_token_id = 3
@@ -66,7 +66,7 @@ def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     assert [row["kind"] for row in rows] == list(ablation.KINDS)
     assert rows[0]["base_tau"] is None if "base_tau" in rows[0] else True
     for kind, head, start in (("dflash", False, 1.0), ("joint", True, 0.0), ("curriculum", True, 1.0)):
-        settings = config.flat(config.read_recipe(tmp_path / "runs" / f"{kind}-0" / "settings.toml"))
+        settings = config.flat(options.read_recipe(tmp_path / "runs" / f"{kind}-0" / "settings.toml"))
         assert (settings["head"], settings["lambda_base_start"]) == (head, start)
     assert (tmp_path / "runs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "runs" / "ablation.md").read_text() in capfd.readouterr().out

@@ -2,12 +2,12 @@
 
 from threading import Event
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from training import change_recipe
 
 from convert import folders, hf, orbax
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
@@ -16,10 +16,11 @@ from domino_jax.sharding import stored_spec
 from domino_jax.weights import axes, flatten, init_weights
 from train import mesh, run, step
 from train.checkpoint import Checkpoints
-from train.config import parse_options
+from train.config import Objective, OptimizerConfig, Recipe
 from train.demo import command
 from train.monitor import curves, progress
 from train.monitor.divergence import DivergenceMonitor
+from train.options import parse_options
 
 TARGET = TargetConfig(40, 32, 3, 4, 2, 8, 48, 1e-6, 1e4, 64, True)
 DRAFT = DraftConfig(
@@ -33,18 +34,12 @@ DRAFT = DraftConfig(
 )
 
 
-def recipe(**changes: Any) -> step.Recipe:
-    plain = parse_options(
-        ["--target", "x", "--data", "y", "--mask-token-id", "39", "--steps", "20", "--dtype", "float32"]
-    )
-    values = run.config.flat(plain)
-    given = {name: values[name] for name in step.Recipe._fields if name not in ("target", "draft")}
-    return step.Recipe(TARGET, DRAFT, **(given | changes))
+RECIPE = Recipe(TARGET, DRAFT, Objective(), OptimizerConfig(), steps=20, dtype="float32")
 
 
 def test_a_checkpoint_is_restored_without_a_second_state(tmp_path):
     """What it is read into holds no arrays, and lies where a state that `start` makes does."""
-    asked = recipe(ema=0.5)
+    asked = change_recipe(RECIPE, ema=0.5)
     state = step.start(asked, flatten(init_weights(DRAFT, jax.random.key(2))), 0)
     saved = Checkpoints(tmp_path)
     saved.save(state)
@@ -94,10 +89,10 @@ def test_a_gradient_that_begins_at_zero_does_not_explode():
 
 
 def test_a_head_alone_needs_a_backbone():
-    words = ["--target", "x", "--data", "y", "--trains", "head"]
-    with pytest.raises(DominoError, match="give --begin-as a drafter"):
+    words = ["--target", "x", "--data", "y", "--freeze-backbone"]
+    with pytest.raises(DominoError, match="give --init-from a drafter"):
         parse_options(words)
-    assert parse_options([*words, "--begin-as", "z"]).drafter.trains == "head"
+    assert parse_options([*words, "--init-from", "z"]).drafter.freeze_backbone
 
 
 def test_the_demo_goes_on_with_a_training_that_was_interrupted(tmp_path, monkeypatch):

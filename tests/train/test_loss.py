@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from training import curriculum
 
 from convert.names import entries
 from domino_jax import target
@@ -16,7 +17,7 @@ from domino_jax.drafters import training_attention
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init_weights, unflatten
 from train import anchors
-from train.loss import chunked_scores, curriculum, d_pace
+from train.loss import chunked_scores, d_pace
 from train.step import LOOPED
 
 TARGET = TargetConfig(23, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, 64, True)

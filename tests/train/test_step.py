@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training import change_recipe
 
 from convert import hf
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
@@ -21,28 +22,20 @@ from domino_jax.errors import DominoError
 from domino_jax.sharding import parse_training_mesh
 from domino_jax.weights import flatten, init_weights
 from train import anchors, mesh
+from train.config import Objective, OptimizerConfig, Recipe
 from train.loss import Inputs
-from train.step import Recipe, TrainState, exported, lambda_base, shapes, shardings, start, train_step
+from train.step import TrainState, exported, lambda_base, shapes, shardings, start, train_step
 
 # Every mesh of eight devices divides these; the MLP widths differ so that axes can't be mistaken.
 TARGET = TargetConfig(96, 16, 1, 8, 4, 6, 24, 1e-6, 1e4, 64, True)
 DRAFT = DraftConfig(96, 16, 1, 4, 4, 6, 40, 1e-6, 1e4, 64, 4, 95, (0,), 1, True, HeadConfig(8, 8, 1))
 ROWS, LENGTH = 8, 20
 RECIPE = Recipe(
-    target=TARGET,
-    draft=DRAFT,
+    TARGET,
+    DRAFT,
+    Objective(gamma=4.0, anchors=5, lambda_base_start=0.5, lambda_base_decay_ratio=0.5, chunk=7),
+    OptimizerConfig(lr=1e-2, warmup=0.0, weight_decay=0.1),
     steps=20,
-    optimizer="adamw",
-    lr=1e-2,
-    muon_lr=0.02,
-    warmup=0.0,
-    weight_decay=0.1,
-    clip=1.0,
-    gamma=4.0,
-    anchors=5,
-    lambda_base_start=0.5,
-    lambda_base_decay_ratio=0.5,
-    chunk=7,
     dtype="float32",
 )
 
@@ -107,13 +100,13 @@ def run(recipe: Recipe, steps: int = 2) -> tuple[Any, Any]:
 @pytest.mark.parametrize("weights", ["exponential", "d-pace"])
 def test_accumulating_gives_the_step_of_the_whole_batch(weights):
     """The parts differ in how much of them is supervised: a mean of their means would be another loss."""
-    recipe = RECIPE._replace(position_weights=weights)
-    (whole, told), (parts, told_of_parts) = (run(recipe._replace(accumulate=n), 1) for n in (1, 4))
+    recipe = change_recipe(RECIPE, position_weights=weights)
+    (whole, told), (parts, told_of_parts) = (run(change_recipe(recipe, accumulate=n), 1) for n in (1, 4))
     close(told_of_parts, told)
     # Adam's first moment is the gradient.
     close(parts.optimizer[1][0].mu, whole.optimizer[1][0].mu)
     with pytest.raises(DominoError, match="8 rows can't be divided into --accumulate 3"):
-        run(recipe._replace(accumulate=3), 1)
+        run(change_recipe(recipe, accumulate=3), 1)
 
 
 ALL_AXES = "data=2,fsdp=2,model=2"
@@ -147,7 +140,7 @@ KINDS = {
 
 
 def changed(kind: str) -> Recipe:
-    return RECIPE._replace(**KINDS[kind])
+    return change_recipe(RECIPE, **KINDS[kind])
 
 
 def on_mesh(recipe: Recipe, text: str, steps: int = 2) -> tuple[TrainState, Any]:
@@ -182,7 +175,7 @@ def test_a_mesh_gives_the_steps_of_one_device(alone, kind, text):
 
 @pytest.mark.slow
 def test_accumulating_on_a_mesh_too(alone):
-    state, metrics = on_mesh(changed("adamw")._replace(accumulate=2), ALL_AXES)
+    state, metrics = on_mesh(change_recipe(changed("adamw"), accumulate=2), ALL_AXES)
     close(host(metrics), alone("adamw")[1])
     close(host(state.optimizer), alone("adamw")[0].optimizer)
 
@@ -195,7 +188,7 @@ def test_no_logits_cross_between_devices():
     vocab = 4096
     target = TargetConfig(vocab, 16, 1, 4, 2, 8, 16, 1e-6, 1e4, 64, False)
     draft = DraftConfig(vocab, 16, 1, 4, 2, 8, 16, 1e-6, 1e4, 64, 4, 3, (0,), 1, True, HeadConfig(8, 8, 1))
-    recipe = RECIPE._replace(target=target, draft=draft, chunk=20, anchors=8)
+    recipe = change_recipe(RECIPE, target=target, draft=draft, chunk=20, anchors=8)
     made = mesh.make("data=2,fsdp=2,model=2", (target, draft))
     with jax.set_mesh(made):
         state = begin(recipe)
@@ -259,7 +252,7 @@ def test_two_processes_give_the_steps_of_one(alone, text, pieces):
 
 def test_a_restored_state_knows_its_mesh():
     """`shardings` and `shapes` are of the state that `start` makes, so that a checkpoint can be read into them."""
-    for recipe in (changed("adamw"), changed("muon"), RECIPE._replace(trains="head")):
+    for recipe in (changed("adamw"), changed("muon"), change_recipe(RECIPE, freeze_backbone=True)):
         made = mesh.make("data=2,fsdp=2,model=2", (TARGET, DRAFT))
         where, form = shardings(recipe, made), shapes(recipe)
         with jax.set_mesh(made):
@@ -304,7 +297,7 @@ def test_meshes_that_do_not_fit_are_refused():
 
 
 def test_head_only_training_leaves_the_backbone_as_it_is():
-    recipe = RECIPE._replace(trains="head", lambda_base_start=0.0, ema=0.5)
+    recipe = change_recipe(RECIPE, freeze_backbone=True, lambda_base_start=0.0, ema=0.5)
     before = host(begin(recipe).weights)
     state, metrics = run(recipe)
     moved = {path for path, w in state.weights.items() if np.abs(w - before[path]).max() > 1e-6}
@@ -315,10 +308,10 @@ def test_head_only_training_leaves_the_backbone_as_it_is():
     }
     assert of_optimizer == head, "no state for what is not trained"
     assert metrics.gradient_norm > 0
-    assert (shapes(recipe._replace(optimizer="muon")).average or {}).keys() == head
+    assert (shapes(change_recipe(recipe, optimizer="muon")).average or {}).keys() == head
     bare = dataclasses.replace(DRAFT, head=None)
     with pytest.raises(DominoError, match="no causal head"):
-        begin(recipe._replace(draft=bare))
+        begin(change_recipe(recipe, draft=bare))
 
 
 def test_the_average_follows_the_weights():
@@ -336,7 +329,7 @@ def test_the_average_follows_the_weights():
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing(accumulate):
-    recipe = changed("adamw")._replace(accumulate=accumulate)
+    recipe = change_recipe(changed("adamw"), accumulate=accumulate)
     state = begin(recipe)
     state, _ = train_step(recipe, state, frozen(), inputs())
     before = host(state)
@@ -352,10 +345,10 @@ def test_a_step_that_is_not_finite_changes_nothing(accumulate):
 
 def test_lambda_follows_its_schedule():
     steps = [0, 5, 10, 15]
-    made = RECIPE._replace(lambda_base_start=0.8)
+    made = change_recipe(RECIPE, lambda_base_start=0.8)
 
     def values(**changes) -> list[float]:
-        return [float(lambda_base(made._replace(**changes), jnp.int32(s))) for s in steps]
+        return [float(lambda_base(change_recipe(made, **changes), jnp.int32(s))) for s in steps]
 
     assert values() == pytest.approx([0.8, 0.4, 0.0, 0.0])
     assert values(lambda_schedule="cosine", lambda_base_decay_ratio=1.0) == pytest.approx(
@@ -368,7 +361,7 @@ def test_lambda_follows_its_schedule():
 @pytest.mark.parametrize("lam", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_only_the_branch_that_counts_learns(lam):
     """At λ = 1 the head gets no gradient; at λ = 0 it does."""
-    recipe = RECIPE._replace(lambda_base_start=lam, lambda_schedule="constant", weight_decay=0.0)
+    recipe = change_recipe(RECIPE, lambda_base_start=lam, lambda_schedule="constant", weight_decay=0.0)
     before = host(begin(recipe).weights)
     state, metrics = run(recipe)
     assert metrics.lam == lam
@@ -379,7 +372,7 @@ def test_only_the_branch_that_counts_learns(lam):
 
 @pytest.mark.slow
 def test_computing_in_bfloat16_keeps_float32_masters():
-    state, metrics = run(RECIPE._replace(dtype="bfloat16", accumulate=2, remat=True, block_attention="chunked"))
+    state, metrics = run(change_recipe(RECIPE, dtype="bfloat16", accumulate=2, remat=True, block_attention="chunked"))
     _, exact = run(RECIPE)
     assert {w.dtype for w in jax.tree.leaves(state.weights)} == {np.dtype("float32")}
     assert metrics.report.loss == pytest.approx(exact.report.loss, rel=0.03) and metrics.finite

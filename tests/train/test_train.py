@@ -22,7 +22,7 @@ from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import lock_folder
 from domino_jax.weights import flatten, init_weights
-from train import config
+from train import config, options
 from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.features import capture
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 
 def words(folder, out, *more) -> list[str]:
-    sizes = "--layers 1 --block-size 4 --taps 0 2 --gru-hidden-dim 8 --emb-dim 6 --mask-token-id 39"
+    sizes = "--layers 1 --block-size 4 --target-layer-ids 0 2 --gru-hidden-dim 8 --emb-dim 6 --mask-token-id 39"
     run = "--steps 20 --batch 4 --length 24 --anchors 4 --save-every 10 --log-every 5 --lr 1e-2"
     given = ["--target", str(folder / "target"), "--data", str(folder / "data.jsonl"), "--out", str(out)]
     return [*given, *sizes.split(), *run.split(), *more]
@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (finished / "curves.png").stat().st_size > 10_000
     assert "Step 20 of 20 (100%): finished" in (finished / "report.md").read_text()
     assert list((finished / "tensorboard").iterdir())
-    settings = config.flat(config.read_recipe(finished / "settings.toml"))
+    settings = config.flat(options.read_recipe(finished / "settings.toml"))
     assert (settings["steps"], settings["dtype"], settings["mask_token_id"]) == (20, "float32", 39)
     raw = hf.read_json(finished / "drafter" / "config.json")
     draft = hf.parse_config(raw)
@@ -115,10 +115,12 @@ def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished
     assert np.array_equal(begun["head.proj_in"], ours["head.proj_in"]) and not np.array_equal(begun["fc"], ours["fc"])
     with pytest.raises(DominoError, match="has block_size 4, this one 5"):
         from_drafter(ours, dataclasses.replace(draft, block_size=5), finished / "drafter")
-    assert main(words(folder, tmp_path / "run", "--begin-as", str(tmp_path / "dflash"))) == 0
+    assert main(words(folder, tmp_path / "run", "--init-from", str(tmp_path / "dflash"))) == 0
     shutil.rmtree(tmp_path / "dflash")
     assert main(["--resume", "--out", str(tmp_path / "run")]) == 0, "what it began as is needed no more"
-    assert main(words(folder, tmp_path / "both", "--begin-as", str(tmp_path / "dflash"), "--warm")) == 1
+    assert (
+        main(words(folder, tmp_path / "both", "--init-from", str(tmp_path / "dflash"), "--init", "target-layers")) == 1
+    )
 
 
 def test_resuming_is_bit_equal(finished, tmp_path):
@@ -178,7 +180,7 @@ REFUSED = [
     pytest.param(["--target", "missing"], "neither a name", id="no target"),
     pytest.param(["--length", "65"], "65 is beyond the target's 64 positions", id="too long"),
     pytest.param(["--mask-token-id", "40"], "outside the vocabulary", id="mask token"),
-    pytest.param(["--taps", "0", "3"], "must name layers 0 to 2", id="taps"),
+    pytest.param(["--target-layer-ids", "0", "3"], "must name layers 0 to 2", id="target layers"),
     pytest.param(["--pure-draft-prefix-len", "4"], "pure_draft_prefix_len", id="prefix"),
     pytest.param(["--batch", "0"], "--batch can't be 0", id="batch"),
     pytest.param(["--mesh", "data=3"], "--batch 4 can't be divided", id="batch over the mesh"),
@@ -186,7 +188,7 @@ REFUSED = [
     pytest.param(["--mesh", "data=16"], "needs 16 devices; found 8", id="devices"),
     pytest.param(["--features", "missing"], "missing", id="features"),
     pytest.param(["--validation", "missing"], "missing", id="validation"),
-    pytest.param(["--begin-as", "missing"], "missing is not a folder", id="begin as"),
+    pytest.param(["--init-from", "missing"], "missing is not a folder", id="init from"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from training import curriculum
 
 from convert.shapes import SHAPES, Shape
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
@@ -14,7 +15,6 @@ from domino_jax.weights import init_weights
 from train.bench import command
 from train.bench.command import main
 from train.bench.flops import flops
-from train.loss import curriculum
 
 TINY = "--batch 2 --length 32 --anchors 4 --block-size 4 --gru-hidden-dim 16 --emb-dim 8 --steps 1"
 

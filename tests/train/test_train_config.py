@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from domino_jax.errors import DominoError
-from train import config
-from train.config import GROUPS, Train, check_options, dump, flat, parse_options, read_recipe, recipe_path
+from train import options as settings
+from train.config import GROUPS, TrainConfig, check_options, flat
+from train.options import dump, parse_options, read_recipe, recipe_path
 
 GIVEN = ["--target", "t", "--data", "a.jsonl", "b.jsonl"]
 
@@ -18,15 +19,16 @@ def out(tmp_path) -> list[str]:
 
 
 def test_no_name_is_in_two_groups():
-    names = [f.name for form in (Train, *GROUPS.values()) for f in dataclasses.fields(form)]
+    names = [f.name for form in (TrainConfig, *GROUPS.values()) for f in dataclasses.fields(form)]
     assert len(set(names) - {"data", "optimizer"}) == len(names) - 4  # those two are a group and a setting of it
 
 
 def test_what_is_saved_reads_back(tmp_path, out):
-    words = "--taps 1 3 --no-head --lr 1e-3 --mesh fsdp=2 --lambda-schedule cosine --epochs 2 --features f --pack"
+    words = "--target-layer-ids 1 3 --no-head --lr 1e-3 --mesh fsdp=2 --lambda-schedule cosine --epochs 2"
+    words += " --features f --pack"
     options = parse_options([*GIVEN, *words.split(), *out])
     values = flat(options)
-    assert values["data"] == ("a.jsonl", "b.jsonl") and values["taps"] == (1, 3) and values["head"] is False
+    assert values["data"] == ("a.jsonl", "b.jsonl") and values["target_layer_ids"] == (1, 3) and values["head"] is False
     assert values["features"] == Path("f") and values["steps"] is None and values["lr"] == 1e-3
     (tmp_path / "x.toml").write_text(dump(options))
     assert flat(read_recipe(tmp_path / "x.toml")) == values
@@ -39,7 +41,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, out):
     options = parse_options(["--config", str(tmp_path / "mine.toml"), "--anchors", "13", *out])
     assert (options.target, options.data.data) == ("mine", ("d.jsonl",))
     assert (options.objective.gamma, options.objective.anchors) == (5.0, 13)
-    assert options.objective.loss == Train().objective.loss
+    assert options.objective.loss == TrainConfig().objective.loss
 
 
 @pytest.mark.parametrize("name", ["demo", "qwen3-4b", "qwen3-8b"])
@@ -52,6 +54,23 @@ def test_shipped_recipes_are_whole(name, out):
         wanted |= {"anchors": 256, "gamma": 7.0, "block_size": 16, "layers": 5, "gru_hidden_dim": 1024, "emb_dim": 256}
         wanted |= {"lambda_base_start": 1.0, "lambda_base_decay_ratio": 1.0, "lambda_schedule": "linear"}
         assert {key: values[key] for key in wanted} == wanted
+
+
+def test_earlier_names_mean_what_they_meant(tmp_path, out):
+    """In flags, and in the files of runs that began before the names of today."""
+    flags = ["--taps", "1", "3", "--begin-as", "d", "--explosion", "5", "--trains", "head"]
+    drafter = (options := parse_options([*GIVEN, *flags, *out])).drafter
+    assert (drafter.target_layer_ids, drafter.init_from) == ((1, 3), Path("d"))
+    assert drafter.freeze_backbone and options.run.max_grad_norm_ratio == 5
+    assert parse_options([*GIVEN, "--warm", "--trains=all", *out]).drafter.init == "target-layers"
+    with pytest.raises(DominoError, match="give --freeze-backbone"):
+        parse_options([*GIVEN, "--trains", "tail", *out])
+    (tmp_path / "before.toml").write_text(
+        '[drafter]\ntaps = [1, 3]\nwarm = true\ntrains = "head"\n[run]\nexplosion = 5\nremat = true\n'
+    )
+    values = flat(read_recipe(tmp_path / "before.toml"))
+    assert (values["target_layer_ids"], values["init"], values["freeze_backbone"]) == ((1, 3), "target-layers", True)
+    assert (values["max_grad_norm_ratio"], values["remat"]) == (5.0, True)
 
 
 WRONG = [
@@ -83,12 +102,12 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, out, text, message):
         ("--lambda-base-start 2", "--lambda-base-start can't be 2"),
         ("--intermediate-size 0", "--intermediate-size can't be 0"),
         ("--ema 1", "--ema can't be 1"),
-        ("--explosion 1", "--explosion can't be 1"),
+        ("--max-grad-norm-ratio 1", "--max-grad-norm-ratio can't be 1"),
         ("--epochs 0", "--epochs can't be 0"),
         ("--steps 0", "--steps can't be 0"),
         ("--batch 8 --accumulate 3", "--accumulate 3 does not divide --batch 8"),
-        ("--warm --begin-as x", "not both"),
-        ("--trains head --no-head", "needs a head"),
+        ("--init target-layers --init-from x", "not both"),
+        ("--freeze-backbone --no-head", "needs a head"),
         ("--config nothing", "neither a file nor a shipped recipe (demo, qwen3-4b, qwen3-8b)"),
     ],
 )
@@ -109,7 +128,7 @@ def test_a_resumed_run_keeps_its_settings_but_for_some(tmp_path, out):
         parse_options(["--resume", *out])
     folder.mkdir()
     options = parse_options([*GIVEN, *out, "--gamma", "3", "--mesh", "fsdp=2"])
-    config.write_recipe(options, folder)
+    settings.write_recipe(options, folder)
     again = parse_options(["--resume", *out])
     assert flat(again) == flat(options) and again.resume
     assert parse_options(["--resume", *out, "--lr", "1e-5", "--mesh", "data=4"]).run.mesh == "data=4"

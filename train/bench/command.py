@@ -11,9 +11,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +31,9 @@ from domino_jax.sharding import mesh_context
 from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
 from train.bench.flops import flops
-from train.loss import (
-    Inputs,
-    Kind,
-    Objective,
-    TargetAttention,
-    denominator,
-    gather_positions,
-    part,
-    supervision,
-    target_states,
-)
-from train.step import LOOPED, Recipe, TrainState, start, train_step
+from train.config import Objective, OptimizerConfig, Recipe, flag
+from train.loss import Inputs, denominator, gather_positions, part, supervision, target_states
+from train.step import LOOPED, TrainState, start, train_step
 
 DEMO_SHAPE = "demo"
 # Dense bfloat16 TFLOP/s of a device, as its maker states them, by what JAX calls it.
@@ -69,21 +60,11 @@ class TrainBench:
     batch: int = 2
     """sequences a step"""
     length: int = 768
-    anchors: int = 256
-    """A, blocks a sequence"""
     block_size: int | None = None
     """M; that of the shape's drafter when not given, as the next two"""
     gru_hidden_dim: int | None = None
     emb_dim: int | None = None
     accumulate: int = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    loss: Kind = "ce"
-    chunk: int = 1024
-    """proposals whose logits exist at a time on a device"""
-    block_attention: training_attention.BlockBackendChoice = "auto"
-    target_attention: TargetAttention = "xla"
-    remat: bool = False
-    """compute the drafter's layers again in the backward pass"""
     captured: bool = False
     """the target's states are given and not computed"""
     dtype: str | None = None
@@ -96,6 +77,8 @@ class TrainBench:
     """time the parts as well, each a program of its own"""
     peak_tflops: float | None = None
     """of one device: from a table, or measured by a large product where that has none"""
+    objective: Objective = field(default_factory=Objective)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 def configs(options: TrainBench) -> tuple[TargetConfig, DraftConfig]:
@@ -143,10 +126,10 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     One part of the batch runs, if it is accumulated in several. What is left of the whole step is called optimizer.
     """
     pair = recipe.target, recipe.draft
-    objective = Objective(**{name: getattr(recipe, name) for name in Objective._fields})
+    objective = recipe.objective
     rows = inputs.ids.shape[0] // recipe.accumulate
     given = jax.tree.map(lambda x: x[:rows], inputs)
-    chosen, valid = jax.jit(lambda mask: anchors.draw_anchors(jax.random.key(0), mask, recipe.anchors))(given.mask)
+    chosen, valid = jax.jit(lambda mask: anchors.draw_anchors(jax.random.key(0), mask, objective.anchors))(given.mask)
     lam = jnp.float32(0.5)
 
     def drafter(weights: Any) -> Any:
@@ -193,34 +176,16 @@ def run_bench(options: TrainBench) -> dict[str, Any]:
         DominoError: the options don't fit together, or the devices don't.
     """
     target, config = configs(options)
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-            raise DominoError(f"--{field.name.replace('_', '-')} can't be {value}.")
+    for name in ("batch", "length", "block_size", "gru_hidden_dim", "emb_dim", "accumulate", "steps", "peak_tflops"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise DominoError(f"{flag(name)} can't be {value}.")
+    for name in ("anchors", "chunk", "gamma"):
+        if getattr(options.objective, name) <= 0:
+            raise DominoError(f"{flag(name)} can't be {getattr(options.objective, name)}.")
     dtype = resolve_dtype(options.dtype)
     made = mesh.make(options.mesh, (target, config)) if options.mesh else None
-    recipe = Recipe(
-        target=target,
-        draft=config,
-        steps=1000,
-        optimizer=options.optimizer,
-        lr=6e-4,
-        muon_lr=0.02,
-        warmup=0.04,
-        weight_decay=0.01,
-        clip=1.0,
-        gamma=7.0,
-        anchors=options.anchors,
-        lambda_base_start=1.0,
-        lambda_base_decay_ratio=1.0,
-        chunk=options.chunk,
-        dtype=dtype.name,
-        loss=options.loss,
-        accumulate=options.accumulate,
-        block_attention=options.block_attention,
-        target_attention=options.target_attention,
-        remat=options.remat,
-    )
+    recipe = Recipe(target, config, options.objective, options.optimizer, 1000, dtype.name, options.accumulate)
     with mesh_context(made), matmul_precision(dtype):
         return _run(options, recipe, made)
 
@@ -253,13 +218,13 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     peak, source = options.peak_tflops or PEAKS.get(device.device_kind), "stated"
     if peak is None:
         peak, source = measured_peak(dtype), "measured"
-    counted = flops(target, config, options.batch, options.length, options.anchors)
+    counted = flops(target, config, options.batch, options.length, options.objective.anchors)
     if options.captured:
         counted["target"] = 0.0
     drafter_flops = counted["forward"] + counted["backward"]
     stats = device.memory_stats() or {}
     return {
-        **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        **settings(options),
         "block_size": config.block_size,
         "dtype": dtype.name,
         "weights": "random",
@@ -287,6 +252,13 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     }
 
 
+def settings(options: TrainBench) -> dict[str, Any]:
+    """The options by flat names."""
+    values = asdict(options) | asdict(options.objective) | asdict(options.optimizer)
+    del values["objective"]
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
 def _inputs(options: TrainBench, target: TargetConfig, config: DraftConfig, dtype: Any, made: Any) -> Inputs:
     shape = options.batch, options.length
 
@@ -296,7 +268,7 @@ def _inputs(options: TrainBench, target: TargetConfig, config: DraftConfig, dtyp
         if options.captured:
             features = jax.random.normal(jax.random.key(1), (*shape, config.sizes["LD"]), dtype)
             hidden = jax.random.normal(jax.random.key(2), (*shape, target.hidden_size), dtype)
-        return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.loss == "kl" else None)
+        return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.objective.loss == "kl" else None)
 
     return mesh.laid_rows(jax.jit(make)(), made)
 
@@ -324,7 +296,7 @@ PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(TrainBench, args=argv, prog="python -m train.bench")
+    options = tyro.cli(TrainBench, args=argv, prog="python -m train.bench", config=(tyro.conf.OmitArgPrefixes,))
     enable_compile_cache()
     try:
         row = run_bench(options)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import tyro
 
 from domino_jax.errors import DominoError
-from train.config import SETTINGS
+from train.options import SETTINGS
 
 # glibc gives XLA's large buffers back to the system after every step, and asks for them again at the next.
 ALLOCATOR = (

@@ -24,7 +24,7 @@ from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.weights import flatten, init_weights, unflatten
+from domino_jax.weights import axes, flatten, init_weights, unflatten
 from train.demo.corpus import read_texts
 from train.monitor import curves
 from train.optimizer import muon
@@ -115,7 +115,7 @@ def pretrain_optimizer(config: TargetConfig, options: Pretrain) -> optax.Gradien
             [rise, options.steps - fall],
         )
 
-    rule = muon(config, schedule(options.muon_lr), schedule(options.adam_lr), options.weight_decay)
+    rule = muon(schedule(options.muon_lr), schedule(options.adam_lr), options.weight_decay, flatten(axes(config)))
     return optax.chain(optax.clip_by_global_norm(1.0), rule)
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import tyro
 
 from domino_jax.errors import DominoError
-from train.config import SETTINGS
 from train.monitor import curves
 from train.monitor.log import METRICS
+from train.options import SETTINGS, read_recipe, recipe_path
 from train.run import NEWEST
 
 KINDS = {"dflash": ["--no-head"], "joint": ["--lambda-base-start", "0"], "curriculum": []}
@@ -158,8 +158,6 @@ def run_ablation(options: Ablation) -> int:
     status = train(options)
     if status:
         return status
-    from train.config import read_recipe, recipe_path
-
     target = options.target or read_recipe(recipe_path(options.config)).target
     assert target is not None, "training has had one"
     rows = measure_ablation(options, target)

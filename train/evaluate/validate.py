@@ -32,7 +32,7 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.sharding import parse_mesh
 from domino_jax.weights import Target, flatten, unflatten
-from train import config
+from train import options as settings
 from train.evaluate.prompts import read_heldout_prompts, varied
 from train.generate import Request, generate
 from train.loading import find
@@ -206,7 +206,7 @@ def settle(options: Validate) -> tuple[Path, Path]:
             raise DominoError("give --target, the model that this drafter is for.")
         return find(o.target), o.draft
     assert o.run is not None
-    target = o.target or config.read_recipe(o.run / config.SETTINGS).target
+    target = o.target or settings.read_recipe(o.run / settings.SETTINGS).target
     assert target is not None, "a run has one"
     return find(target), o.run
 

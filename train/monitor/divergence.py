@@ -11,12 +11,12 @@ LEAST = 20  # of them, before anything is called unusual
 class DivergenceMonitor:
     """Looks at each step's loss and gradient norm, in order."""
 
-    def __init__(self, explosion: float, before: Iterable[float] = ()):
+    def __init__(self, ratio: float, before: Iterable[float] = ()):
         """Args:
-        explosion: how many times the median norm of the last steps is too much.
+        ratio: a norm this many times the median of the last steps is an explosion.
         before: norms of earlier steps, where a run goes on: a step that it stopped at is no more usual now.
         """
-        self.explosion = explosion
+        self.ratio = ratio
         self._norms: deque[float] = deque(before, maxlen=USUAL)
 
     def wrong(self, finite: bool, loss: float, norm: float) -> str | None:
@@ -24,7 +24,7 @@ class DivergenceMonitor:
         if not finite:
             return f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm})"
         usual = median(self._norms) if len(self._norms) >= LEAST else 0.0  # 0 while λ is 1 and the head alone learns
-        if usual and norm > self.explosion * usual:
+        if usual and norm > self.ratio * usual:
             return f"the gradient has exploded (norm {norm:.3g}, usually {usual:.3g}; loss {loss:.3g})"
         self._norms.append(norm)
         return None

@@ -1,0 +1,239 @@
+"""A run's settings from flags and TOML files, and as the file that is saved with the run.
+
+The tables of a file are the groups of `TrainConfig`, its keys the flags' names with underscores:
+
+    target = "qwen3-4b"
+    [data]
+    data = ["conversations.jsonl"]
+    [objective]
+    lambda_schedule = "cosine"
+
+A flag wins over the file (`--config`), and the file over the defaults.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import tomli_w
+import tyro
+
+from domino_jax.errors import DominoError
+from domino_jax.runtime.files import write_text
+from train.config import GROUPS, HERE, TrainConfig, check_options, flag, flat
+
+# What a resumed run may change: where things are, the devices, what is kept and shown, and gentler rates for a run that
+# diverged. The steps are not among them: the schedules depend on them.
+CHANGEABLE = {
+    *("target", "data", "features", "validation"),
+    *("mesh", "accumulate", "remat", "block_attention", "target_attention", "chunk"),
+    *("lr", "muon_lr", "clip", "max_grad_norm_ratio"),
+    *("log_every", "save_every", "keep", "validate_every", "validation_tokens", "validation_prompts", "tensorboard"),
+}
+
+SETTINGS = "settings.toml"
+
+# Names that settings had before; flags, files and saved runs may still use them.
+RENAMED = {"taps": "target_layer_ids", "begin_as": "init_from", "explosion": "max_grad_norm_ratio"}
+# Settings that became a value of another one: the old name and value -> the new name and value.
+REPLACED: dict[tuple[str, Any], tuple[str, Any]] = {
+    ("warm", True): ("init", "target-layers"),
+    ("warm", False): ("init", "random"),
+    ("trains", "head"): ("freeze_backbone", True),
+    ("trains", "all"): ("freeze_backbone", False),
+}
+MOVED = {("run", "remat"): "objective"}  # a setting's earlier group -> its group
+
+
+def parse_options(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The settings that the words of a command line give, with those of --config or of the run that is resumed.
+
+    Raises:
+        DominoError: a file can't be read, names a setting that does not exist, or a value makes no sense.
+        SystemExit: the words are wrong, or ask for help.
+    """
+    argv = current_flags(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--out", type=Path, default=TrainConfig.out)
+    early.add_argument("--resume", action="store_true")
+    words, _ = early.parse_known_args(argv)
+    default = default_options(words.config, words.out, words.resume)
+    flat_names = (tyro.conf.OmitArgPrefixes,)
+    options = tyro.cli(TrainConfig, args=argv, default=default, prog="python -m train", config=flat_names)
+    return check_change(default, options)
+
+
+def default_options(recipe: str | None, out: Path, resume: bool) -> TrainConfig:
+    """The settings that flags or keywords change: the resumed run's own, a recipe's, or the defaults.
+
+    Raises:
+        DominoError: there is no such run or recipe, or it can't be read.
+    """
+    if not resume:
+        return read_recipe(recipe_path(recipe)) if recipe else TrainConfig()
+    if recipe:
+        raise DominoError("a resumed run has its own settings: leave out --config.")
+    saved = out / SETTINGS
+    if not saved.exists():
+        raise DominoError(f"there is no run to resume in {out}: {saved} does not exist.")
+    return read_recipe(saved)
+
+
+def check_change(default: TrainConfig, options: TrainConfig) -> TrainConfig:
+    """The options, if the run may begin, or go on, with them.
+
+    Args:
+        default: what they were before flags or keywords changed them.
+
+    Raises:
+        DominoError: a value makes no sense, a resumed run would become another, or --out holds a run already.
+    """
+    if options.resume:
+        before, now = flat(default), flat(options)
+        kept = [name for name in now if now[name] != before[name] and name not in CHANGEABLE]
+        if kept:
+            raise DominoError(f"a resumed run keeps its settings; leave out {', '.join(map(flag, kept))}.")
+    elif (options.out / SETTINGS).exists():
+        raise DominoError(f"{options.out} already holds a run; continue it with --resume, or give another --out.")
+    return check_options(options)
+
+
+def current_flags(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, with today's flags in the place of earlier ones."""
+    made, words = [], iter(argv)
+    for word in words:
+        given, equals, value = word.partition("=")
+        name = given.removeprefix("--").replace("-", "_")
+        if not given.startswith("--"):
+            made.append(word)
+        elif name in RENAMED:
+            made.append(flag(RENAMED[name]) + equals + value)
+        elif name in ("warm", "no_warm"):
+            made += ["--init", REPLACED["warm", name == "warm"][1]]
+        elif name == "trains":
+            value = value if equals else next(words, "")
+            if ("trains", value) not in REPLACED:
+                raise DominoError(f"--trains can't be {value!r}; give --freeze-backbone to train the head alone.")
+            made.append("--freeze-backbone" if REPLACED["trains", value][1] else "--no-freeze-backbone")
+        else:
+            made.append(word)
+    return made
+
+
+def recipe_path(name: str) -> Path:
+    """A TOML file by its path or, for those that are shipped, by name.
+
+    Raises:
+        DominoError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(str(resources.files("train"))) / "recipes"
+    shipped = folder / f"{name}.toml"
+    if not shipped.is_file():
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
+        raise DominoError(f"--config {name} is neither a file nor a shipped recipe ({names}).")
+    return shipped
+
+
+def read_recipe(path: Path) -> TrainConfig:
+    """The settings of a TOML file over the defaults.
+
+    Raises:
+        DominoError: it can't be read, or a name or a value in it is wrong.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DominoError(f"{path} can't be read as TOML: {error}.") from None
+    wrong = [name for name in tables if name in HERE]
+    if wrong:
+        raise DominoError(f"{path} sets {wrong[0]}, which belongs on the command line.")
+    for name in GROUPS:
+        if not isinstance(tables.get(name, {}), Mapping):
+            raise DominoError(f"[{name}] of {path} is no table: settings of a group stand under [{name}].")
+    for (group, name), now in MOVED.items():
+        if name in tables.get(group, {}):
+            tables.setdefault(now, {}).setdefault(name, tables[group].pop(name))
+    groups = {name: _fill(GROUPS[name], tables.pop(name), f"[{name}] of {path}") for name in GROUPS if name in tables}
+    return dataclasses.replace(_fill(TrainConfig, tables, str(path)), **groups)
+
+
+def _fill(form: Any, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from a table of TOML, each value of its field's type."""
+    named = {f.name: f for f in dataclasses.fields(form) if f.name not in GROUPS or form is not TrainConfig}
+    made = {}
+    for given, value in values.items():
+        name = RENAMED.get(given, given)
+        if isinstance(value, bool | str):
+            name, value = REPLACED.get((name, value), (name, value))
+        if name not in named:
+            raise DominoError(f"{where} sets {given}, which is no setting there; those are {', '.join(named)}.")
+        made[name] = typed(named[name].type, value, f"{where} sets {given} to")
+    return form(**made)
+
+
+def typed(kind: Any, value: Any, said: str) -> Any:
+    """A value of TOML, or of a keyword, as a field of that type holds it.
+
+    Args:
+        said: how an error begins.
+
+    Raises:
+        DominoError: it is of another type.
+    """
+    try:
+        return _typed(kind, value)
+    except (TypeError, ValueError):
+        raise DominoError(f"{said} {value!r}; expected {_words(kind)}.") from None
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ValueError
+    if get_origin(kind) is tuple:
+        values = [value] if isinstance(value, str | Path) else list(value)
+        return tuple(_typed(get_args(kind)[0], one) for one in values)
+    choices = get_args(kind)
+    if choices:  # a type or None, and TOML knows no None
+        return None if value is None else _typed(next(one for one in choices if one is not type(None)), value)
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    if kind is str and isinstance(value, Path):
+        return str(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (bool, int, float, str) and type(value) is kind:
+        return value
+    raise TypeError
+
+
+def _words(kind: Any) -> str:
+    """A type in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def dump(options: TrainConfig) -> str:
+    """The settings as TOML that `read_recipe` reads back; what is None is left out."""
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        return {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
+
+    top = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in (*HERE, *GROUPS)}
+    groups = {name: plain(dataclasses.asdict(getattr(options, name))) for name in GROUPS}
+    return tomli_w.dumps(plain(top) | groups)
+
+
+def write_recipe(options: TrainConfig, folder: Path) -> None:
+    """Save the settings with the run, whole or not at all."""
+    write_text(folder / SETTINGS, dump(options))

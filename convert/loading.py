@@ -25,9 +25,9 @@ from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
-from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.runtime.memory import default_mesh_sizes, explain_out_of_memory
 from domino_jax.runtime.precision import Matrices, keeps_bfloat16, matmul_precision, resolve_dtype
-from domino_jax.sharding import config_of_device, default_mesh_sizes, fit_to_mesh, make_mesh, mesh_context
+from domino_jax.sharding import config_of_device, fit_to_mesh, make_mesh, mesh_context
 from domino_jax.weights import Draft, OutputsFirst
 
 
@@ -86,7 +86,7 @@ def plan_load(
     Args:
         dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
-        mesh: sizes of its axes data and model; for the devices found when None.
+        mesh: sizes of its axes data and model; when None one device if the models fit (`memory.default_mesh_sizes`).
         attention: its backend; "auto" chooses among those that are tested on this kind of device.
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
@@ -103,7 +103,7 @@ def plan_load(
         raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
     kind = resolve_dtype(dtype)
     models = [c for c in (configs.target, configs.draft) if c]
-    sizes = mesh or default_mesh_sizes(models)
+    sizes = mesh or default_mesh_sizes(models, kind)
     spread = make_mesh(*sizes) if sizes != (1, 1) else None
     fitted = dataclasses.replace(
         configs,

@@ -65,8 +65,8 @@ class DeviceOptions:
     """attention backend: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto takes the fastest
     that this device can run"""
     mesh: Annotated[str | None, DisallowNone, UNSET] = None
-    """devices to spread over, such as data=2,model=4: rows over data, weights over model; the default is the devices
-    found (one CPU)"""
+    """devices to spread over, such as data=2,model=4: rows over data, weights over model; the default is one
+    device, or all that the model can be divided over where it does not fit on one"""
     fuse: FlagCreatePairsOff[bool] = False
     """one matrix product for keys and values, and one for the MLP's gate and up"""
 

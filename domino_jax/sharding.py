@@ -197,22 +197,6 @@ def _parse(text: str, sizes: dict[str, int], example: str) -> Any:
     return tuple(sizes.values())
 
 
-def default_mesh_sizes(configs: Sequence[DecoderConfig]) -> tuple[int, int]:
-    """The mesh (data, model) for the devices found: as many as these models can be divided over, for the least latency.
-
-    One on a single CPU, whose devices are one and the same.
-    """
-
-    def fits(model: int) -> bool:
-        try:
-            return all(fit_to_mesh(config, model) for config in configs)
-        except DominoError:
-            return False
-
-    most = 1 if jax.default_backend() == "cpu" and jax.process_count() == 1 else len(jax.devices())
-    return 1, max(filter(fits, range(1, most + 1)))
-
-
 Config = TypeVar("Config", bound=DecoderConfig)
 
 

@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import exit_code
 
 DONE, FAILED, WRONG_WORDS, CANCELLED = 0, 1, 2, 130
 
@@ -92,4 +93,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -25,6 +25,7 @@ from domino_jax.decode import DecodeConfig, Params
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
+from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.memory import default_mesh_sizes, explain_out_of_memory
 from domino_jax.runtime.precision import Matrices, keeps_bfloat16, matmul_precision, resolve_dtype
 from domino_jax.sharding import config_of_device, fit_to_mesh, make_mesh, mesh_context
@@ -198,7 +199,8 @@ def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, P
 def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None) -> Any:
     """The one place where a folder's weights are read, in any of their forms."""
     if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
-        from convert import folders  # brings in Orbax, which is slow to import
+        with explain_missing_extra():
+            from convert import folders  # brings in Orbax, which is slow to import and an extra
 
         return folders.load_weights(folder, config, dtype, progress, mesh)
     return hf.load_hf(folder, config, dtype, progress, mesh)

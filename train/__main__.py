@@ -8,6 +8,7 @@ python -m train --resume --out runs/drafter
 import sys
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.processes import join_processes, resolve_processes
 from train.options import parse_options
 
@@ -17,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse_options(argv)
         join_processes(resolve_processes(options.coordinator, options.num_processes, options.process_id))
-        from train.run import run_training  # brings in JAX, whose devices the processes must have met for
+        with explain_missing_extra():
+            from train.run import run_training  # brings in JAX, whose devices the processes must have met for
 
         try:
             run_training(options)

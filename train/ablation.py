@@ -2,7 +2,7 @@
 
 import sys
 
-from train.evaluate.ablation import main
+from domino_jax.runtime.command import run_module
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_module("train.evaluate.ablation"))

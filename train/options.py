@@ -20,7 +20,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import tomli_w
 import tyro
 
 from domino_jax.errors import DominoError
@@ -225,6 +224,7 @@ def _words(kind: Any) -> str:
 
 def dump(options: TrainConfig) -> str:
     """The settings as TOML that `read_recipe` reads back; what is None is left out."""
+    import tomli_w  # of an extra, and the command line is checked without it
 
     def plain(values: dict[str, Any]) -> dict[str, Any]:
         return {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if v is not None}

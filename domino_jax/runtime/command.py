@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.extras import explain_missing_extra
 
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -82,7 +83,8 @@ def exit_code(action: Callable[[], int | None]) -> int:
     """
     try:
         try:
-            code = action()
+            with explain_missing_extra():
+                code = action()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else DONE
         sys.stdout.flush()
@@ -105,6 +107,11 @@ def exit_code(action: Callable[[], int | None]) -> int:
             print_error(f"{error.filename}: {error.strerror}.")
         return FAILED
     return DONE if code is None else code
+
+
+def run_module(module: str) -> int:
+    """Import a command's module, call its main(), and return the exit code; also where an import fails."""
+    return exit_code(lambda: import_module(module).main())
 
 
 @contextmanager

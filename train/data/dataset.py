@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.extras import explain_missing_extra
 from train.data.conversations import Template, Tokens, messages_of, tools_of
 from train.data.sources import read_rows
 
@@ -90,10 +91,8 @@ class Corpus:
 
 
 def _grain() -> Any:
-    try:
+    with explain_missing_extra():
         import grain
-    except ImportError:
-        raise DominoError('training needs grain, which is missing: pip install "domino-jax[train]".') from None
     return grain
 
 

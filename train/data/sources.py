@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from domino_jax.errors import DominoError, first_line
+from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.files import read_jsonl
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
@@ -36,12 +37,8 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[tuple[str, A
 
 def _table(source: str | Path, builder: str, **how: Any) -> Iterator[tuple[str, Any]]:
     """Rows through the `datasets` library, without what a column has no value for."""
-    try:
+    with explain_missing_extra():
         import datasets
-    except ImportError:
-        raise DominoError(
-            f'{source} is read by the datasets library, which is missing: pip install "domino-jax[train]".'
-        ) from None
     try:
         table = datasets.load_dataset(builder, **how)
         for number, row in enumerate(table, 1):

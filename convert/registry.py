@@ -1,4 +1,4 @@
-"""Which model to run: the one table of public names, and from what the user wrote to folders of this machine."""
+"""Which model to run: the table of public names, and how --model and --draft become folders of this machine."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from domino_jax.errors import DominoError
 
-if TYPE_CHECKING:  # slow to import, and the command line is checked first
+if TYPE_CHECKING:  # slow to import, and the command line is checked before
     from collections.abc import Callable
 
     from rich.console import Console
@@ -24,7 +24,7 @@ class PublicModel(NamedTuple):
     target: str
     domino: str | None = None
     dflash: str | None = None
-    shape: tuple[int, int] | None = None  # width and layers of a target with drafters, to know it in a folder
+    shape: tuple[int, int] | None = None  # width and layers of a target with drafters, to recognise it in a folder
 
 
 TABLE = {
@@ -37,7 +37,7 @@ TABLE = {
     "qwen3-32b": PublicModel("Qwen/Qwen3-32B"),
     "qwen3-30b-a3b": PublicModel("Qwen/Qwen3-30B-A3B"),
 }
-# A target's name stands for its Domino drafter after --draft; its DFlash one has a name of its own.
+# After --draft a target's name means its Domino drafter; its DFlash drafter has a name of its own.
 DFLASH = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash}
 DRAFTERS = {name: public.domino for name, public in TABLE.items() if public.domino} | DFLASH
 # What --help says, here and in the benchmark.
@@ -47,12 +47,12 @@ DRAFT_HELP = (
     "the model's name or repository (a folder has none)"
 )
 REVISION_HELP = "branch, tag or commit of the target's repository; its main branch when not given"
-DRAFT_REVISION_HELP = "likewise of the drafter's"
+DRAFT_REVISION_HELP = "branch, tag or commit of the drafter's repository"
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 
 def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
-    """Where a target and its drafter are: folders or Hub repositories, by the words of --model and --draft.
+    """Where a target and its drafter are: folders or Hub repositories, by the values of --model and --draft.
 
     Args:
         model: a name of the table, a folder, or "org/repo" on the Hub.
@@ -63,10 +63,10 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
     """
     if model in DFLASH:
         raise DominoError(f"{model} is a drafter: give it with --draft, and its target with --model.")
-    # A folder of this name would be taken by its path, "./demo": the table comes first.
+    # The table comes first; a folder of the same name is given as "./demo".
     target = TABLE[model].target if model in TABLE else model
     if draft is None:
-        # A folder has no public drafter, not even one that is called as a repository is.
+        # A folder has no public drafter, even if its path reads like a repository's name.
         public = model in TABLE or not _is_folder(target)
         return target, next((p.domino for p in TABLE.values() if public and p.target == target), None)
     if draft == NO_DRAFT:
@@ -112,7 +112,7 @@ def resolve_folders(
         console: standard error, for notes and progress.
         revision, draft_revision: branch, tag or commit of a Hub repository; its main branch when None.
         check: raises if the pair can't run as asked; called before weights are fetched.
-        flag: the word that asked for the target.
+        flag: of the command line for the target, for errors.
 
     Raises:
         DominoError: nothing is found under one of them, the two do not fit, or fetching fails.
@@ -144,10 +144,10 @@ def resolve_folders(
 def read_configs(
     target: Path, draft: Path | None, flag: str = "--model"
 ) -> "tuple[dict[str, Any], TargetConfig, DraftConfig | None, list[str]]":
-    """What the config.json files of a pair say: the target's as it is and parsed, the drafter's, and warnings.
+    """The config.json files of a pair: the target's as it is and parsed, the drafter's parsed, and warnings.
 
     Args:
-        flag: the word that asked for the target.
+        flag: of the command line for the target, for errors.
 
     Raises:
         DominoError: one of them is not of a supported model, or the two do not fit.

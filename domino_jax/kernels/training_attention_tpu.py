@@ -1,17 +1,16 @@
 """The attention of training's blocks as a TPU kernel: their context by an online softmax, forward and backward.
 
-What a query sees of the context is an interval of positions: from its conversation's first, or its window's, up to its
-block's anchor. So no mask exists in memory, only two bounds a query, and of each tile of queries the key blocks between
-the lowest and the highest bound: no other is fetched or computed. That pays where a tile's anchors are neighbours, as
+A query sees an interval of the context: from the first position of its conversation, or of its window, up to its
+block's anchor. So no mask exists in memory, only two bounds a query. A tile of queries fetches and computes only the
+key blocks between its lowest and its highest bound. That pays where a tile's anchors are neighbours, as
 `train.anchors.draw_anchors` gives them; the result is the same in any order. A block's own M x M part is dense, and the
-two are joined by their log-sum-exp.
+two parts are joined by their log-sum-exp.
 
 The backward pass computes the weights again from the log-sum-exp, as FlashAttention-2 does (Dao 2023, arXiv 2307.08691,
 algorithm 2): one kernel over key blocks for the queries' gradient, one over tiles of queries for the keys' and values'.
 
-Queries lie in the lanes: scores are [keys, rows], and what is known of a row (bounds, maximum, sum) is one row of
-registers. Every product is then one of matrices as they lie, for which the second form of the keys and values
-[.., H, S] is made once, outside.
+Queries lie in the lanes: scores are [keys, rows], and a row's bounds, maximum and sum take one row of registers. No
+product then needs a transpose inside the kernel; the transposed keys and values [.., H, S] are made once, outside.
 """
 
 import math
@@ -45,10 +44,10 @@ def attend_blocks_tpu(
     window: int | None,
     interpret: bool | None = None,
 ) -> Array:
-    """`blocks.attend` by the kernel. On a mesh each device runs it over its own rows and heads.
+    """`training_attention.attend_blocks` by the kernel. On a mesh each device runs it over its own rows and heads.
 
     Args:
-        interpret: run it as XLA operations, which is for tests; by default on a CPU.
+        interpret: run the kernel as XLA operations, for tests; by default on a CPU.
     """
     run = partial(_attend, window=window, interpret=jax.default_backend() == "cpu" if interpret is None else interpret)
     if not jax.sharding.get_abstract_mesh().empty:

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that a second start compiles little."""
+"""JAX's persistent compilation cache, so that a second start compiles little."""
 
 import hashlib
 import os
@@ -9,22 +9,22 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-MOST_BYTES = 2 << 30  # the oldest programs go first
-LEAST_SECONDS = 0.1  # of compilation, below which keeping a program gains nothing
+MAX_BYTES = 2 << 30  # of the cache; the oldest programs are deleted first
+MIN_COMPILE_SECONDS = 0.1  # a program that compiles in less is not written
 
 
 def enable_compile_cache() -> Path | None:
-    """Turn on JAX's persistent compilation cache, where the user has not placed it elsewhere or turned it off.
+    """Turn on JAX's persistent compilation cache in the user's cache folder.
 
-    JAX_COMPILATION_CACHE_DIR places it, JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    A folder given by JAX_COMPILATION_CACHE_DIR is kept; JAX_ENABLE_COMPILATION_CACHE=false leaves the cache off.
 
     Returns:
-        The folder, None where nothing is kept (it is off, or there is no place for it).
+        The cache's folder; None where the cache is off or its folder can't be made.
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     placed = jax.config.values["jax_compilation_cache_dir"]
-    if placed:  # maybe no folder but a bucket's address
+    if placed:  # by the user; it may be a bucket's address
         return Path(placed)
     folder = _default_folder()
     try:
@@ -32,13 +32,13 @@ def enable_compile_cache() -> Path | None:
     except OSError:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return folder
 
 
 def _default_folder() -> Path:
-    """A folder of this version and this kind of machine: a home may be shared, and a CPU's programs are its own."""
+    """A folder for this version of JAX and this kind of CPU: machines may share a home, but not a CPU's programs."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home

@@ -46,7 +46,7 @@ def keeps_bfloat16(asked: Matrices, dtype: Any) -> bool:
 
 
 def has_amx() -> bool:
-    """Whether this CPU says that it has units for products of bfloat16 matrices (Intel's AMX; Linux)."""
+    """Whether Linux lists units for products of bfloat16 matrices (Intel's AMX) among this CPU's features."""
     try:
         lines = CPUS.read_text().splitlines()
     except OSError:  # not Linux

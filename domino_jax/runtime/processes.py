@@ -1,4 +1,4 @@
-"""Several processes that run one model: `jax.distributed`, told by flags, by the environment, or by a TPU pod."""
+"""Several processes that run one model: `jax.distributed`, set up by flags, the environment or a TPU pod."""
 
 import os
 import sys
@@ -27,10 +27,10 @@ class ProcessConfig:
 def resolve_processes(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> ProcessConfig | None:
-    """What the flags say, and the environment where they are silent; None for a process on its own.
+    """The place of this process by the flags, or by the environment where a flag is None; None for a single process.
 
     Raises:
-        DominoError: only a part is given, or it makes no sense.
+        DominoError: only some of the three are given, or one is out of range.
     """
     flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     given = {name: os.environ.get(VARIABLES[name]) if flag is None else str(flag) for name, flag in flags.items()}
@@ -54,7 +54,7 @@ def resolve_processes(
 
 
 def join_processes(hosts: ProcessConfig | None) -> bool:
-    """Meet the other processes, before JAX looks for devices; returns whether this is the first, which prints.
+    """Join the other processes, before JAX looks for devices; returns whether this is the first one, which prints.
 
     Raises:
         DominoError: the coordinator can't be reached.
@@ -62,8 +62,8 @@ def join_processes(hosts: ProcessConfig | None) -> bool:
     pod = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
     if hosts is None and not pod:
         return True
-    # The libraries beneath write to file descriptor 1, where --json promises nothing but JSON: from here on that is
-    # standard error's, and Python keeps the real one for itself.
+    # Libraries write to file descriptor 1, where --json promises nothing but JSON. It becomes standard error's here,
+    # and Python keeps a copy of the real one.
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -80,7 +80,7 @@ def join_processes(hosts: ProcessConfig | None) -> bool:
 
 
 def broadcast_from_first(numbers: list[float]) -> list[float]:
-    """What the first process has, in all of them: those that decide differently would wait for each other for ever."""
+    """The first process's numbers, in all processes, so that all decide alike: else they would wait for each other."""
     import jax
 
     if jax.process_count() == 1:
@@ -91,7 +91,7 @@ def broadcast_from_first(numbers: list[float]) -> list[float]:
 
 
 def max_over_processes(numbers: list[float]) -> list[float]:
-    """Each number as it is in the process where it is largest; all of them must ask."""
+    """The largest value of each number over the processes, all of which must call this."""
     import jax
 
     if jax.process_count() == 1:
@@ -102,5 +102,5 @@ def max_over_processes(numbers: list[float]) -> list[float]:
 
 
 def any_process(here: bool) -> bool:
-    """Whether something is so in any process; all of them must ask."""
+    """Whether `here` is true in any process; all of them must call this."""
     return max_over_processes([float(here)])[0] > 0

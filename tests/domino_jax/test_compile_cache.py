@@ -7,10 +7,10 @@ from pathlib import Path
 
 SCRIPT = """
 import jax
-from domino_jax.runtime.compile_cache import keep_programs
+from domino_jax.runtime.compile_cache import enable_compile_cache
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
-folder = keep_programs()
+folder = enable_compile_cache()
 def slow(x):
     for i in range(60):
         x = jax.numpy.sin(x @ x) + jax.numpy.sort(x, axis=i % 2)

@@ -1,0 +1,18 @@
+"""Float32 training computes its products in float32 on every device, and changes nothing for other programs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from train.run import Setup
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "highest"), ("bfloat16", None)])
+def test_the_precision_of_products_is_the_runs(dtype, expected):
+    setup: Any = SimpleNamespace(mesh=None, recipe=SimpleNamespace(dtype=dtype))
+    assert jax.config.jax_default_matmul_precision is None
+    with Setup.context(setup):
+        assert jax.config.jax_default_matmul_precision == expected
+    assert jax.config.jax_default_matmul_precision is None

@@ -105,7 +105,7 @@ def describe(config: TargetConfig | DraftConfig) -> str:
 
 def parameters(config: DecoderConfig) -> int:
     """How many parameters a model of this config has."""
-    return sum(prod(entry.hf_shape) for entry in hf.entries(config))
+    return sum(prod(entry.shape) for entry in hf.entries(config))
 
 
 Tensor = tuple[str, int, Callable[[], Any]]  # name, bytes, and its values
@@ -119,7 +119,10 @@ def _safetensors(folder: Path, config: DecoderConfig, report: FolderReport) -> l
     where = hf.today(tensors)
     report.say("dtype", _dtypes(Counter(stored.dtype for stored in where.values())))
     report.problems += hf.account(config, where)
-    report.say("tensors", f"{len(where)} found, {sum(len(e.hf_names) for e in hf.entries(config))} expected")
+    report.say(
+        "tensors",
+        f"{len(where)} found, {len({name for entry in hf.entries(config) for name in entry.hf_names})} expected",
+    )
     return [(name, stored.bytes, partial(tensors.read, stored)) for name, stored in where.items()]
 
 

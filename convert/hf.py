@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert.names import Entry, entries
+from convert.names import Entry, entries, to_hf, units
 from convert.safetensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
@@ -140,38 +140,23 @@ def load_hf(
         if problems:
             raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
         # The largest first: what is needed besides a tensor itself is needed while the device is still empty.
-        table.sort(key=lambda entry: -prod(entry.hf_shape))
-        total, done = sum(where[name].bytes for entry in table for name in entry.hf_names), 0
+        table.sort(key=lambda entry: -prod(entry.shape))
+        total, done = sum(prod(entry.shape) for entry in table), 0
+        size = max(where[name].bytes // max(prod(where[name].shape), 1) for entry in table for name in entry.hf_names)
         leaves: dict[str, Any] = {}
         for entry in table:
-            sources = [where[name] for name in entry.hf_names]
-            read = partial(_read, files, sources, entry.stacked)
+            read = partial(entry.read, lambda name, index: files.read(where[name], index))
             if mesh is None:
-                tensor = jnp.asarray(read())
+                stored = jnp.asarray(read())
             else:
-                tensor = shard_stored(read, entry.hf_letters, entry.hf_shape, config, mesh)
+                stored = shard_stored(read, entry.letters, entry.shape, config, mesh)
             # Waiting for each keeps at most one in flight; reading costs more than the wait.
-            leaves[entry.path] = jax.block_until_ready(entry.to_ours(tensor, dtype))
-            del tensor
-            done += sum(source.bytes for source in sources)
+            leaves[entry.path] = jax.block_until_ready(stored if dtype is None else stored.astype(dtype))
+            del stored
+            done += prod(entry.shape)
             if progress:
-                progress(done, total)
+                progress(done * size, total * size)
     return unflatten(config, leaves)
-
-
-def _read(
-    files: TensorFiles, sources: Sequence[Stored], stacked: bool, index: tuple[slice, ...] | None = None
-) -> np.ndarray:
-    """One tensor, or several as one along a first axis; or the part that `index` has a slice for each axis of."""
-    if not stacked:
-        return files.read(sources[0], index)
-    chosen, inner = (sources, None) if index is None else (sources[index[0]], index[1:])
-    for number, source in enumerate(chosen):
-        part = files.read(source, inner)
-        if number == 0:
-            whole = np.empty((len(chosen), *part.shape), part.dtype)
-        whole[number] = part
-    return whole
 
 
 def today(files: TensorFiles) -> dict[str, Stored]:
@@ -181,7 +166,7 @@ def today(files: TensorFiles) -> dict[str, Stored]:
 
 def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
     """What is wrong with the tensors of a model of this config, in words: see `tensor_differences`."""
-    wanted = {name: entry.tensor_shape for entry in entries(config) for name in entry.hf_names}
+    wanted = {name: entry.hf_shape for entry in entries(config) for name in entry.hf_names}
     found = {name: (stored.shape, stored.dtype) for name, stored in where.items()}
     if isinstance(config, TargetConfig) and config.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # some files carry the embedding a second time
@@ -242,8 +227,8 @@ def write_hf(
     Raises:
         DominoError: the folder can't be written (a full disk, say); no half-written file keeps a final name.
     """
-    table = entries(config)
-    total = sum(_bytes(entry, dtype) for entry in table)
+    table = units(entries(config))
+    total = sum(_bytes(unit, dtype) for unit in table)
     files: list[tuple[Path, list[str]]] = []  # temporary names, and what is inside
     done = written = 0
     try:
@@ -256,16 +241,16 @@ def write_hf(
             save_file(shard, files[-1][0], metadata={"format": "pt"})
             shard = {}
 
-        for group in grouped(table, lambda entry: _bytes(entry, dtype)):
-            held = leaves([entry.path for entry in group])
-            for entry in group:
-                whole = np.asarray(jax.device_get(entry.to_hf(held[entry.path], dtype)))
-                for name, tensor in entry.tensors(whole).items():
+        for group in grouped(table, lambda unit: _bytes(unit, dtype)):
+            held = leaves([entry.path for unit in group for entry in unit])
+            for unit in group:
+                parts = {entry.path: _on_host(held[entry.path], dtype) for entry in unit}
+                for name, tensor in to_hf(unit, parts).items():
                     if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
                         flush()
                     shard[name] = np.ascontiguousarray(tensor)
                     written += tensor.nbytes
-            done += sum(_bytes(entry, dtype) for entry in group)
+            done += sum(_bytes(unit, dtype) for unit in group)
             if progress:
                 progress(done, total)
         flush()
@@ -288,8 +273,13 @@ def write_hf(
                 file.unlink()
 
 
-def _bytes(entry: Entry, dtype: Any) -> int:
-    return prod(entry.hf_shape) * jnp.dtype(dtype or jnp.float32).itemsize
+def _bytes(unit: list[Entry], dtype: Any) -> int:
+    return sum(prod(entry.shape) for entry in unit) * jnp.dtype(dtype or jnp.float32).itemsize
+
+
+def _on_host(array: Any, dtype: Any) -> np.ndarray:
+    """A weight on the host, converted on its device unless `dtype` is None."""
+    return np.asarray(jax.device_get(array if dtype is None else array.astype(dtype)))
 
 
 Item = TypeVar("Item")
@@ -318,7 +308,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def copy_companions(source: Path, destination: Path) -> None:
     """Copy what belongs to a model beside its weights: tokenizer, templates, generation config, card."""
-    skip = {INDEX, "config.json"}
+    skip = {INDEX, "config.json", "format.json"}
     for file in sorted(source.iterdir()):
         text = file.suffix in {".json", ".jinja", ".txt", ".md", ".model"} or file.name == "LICENSE"
         if file.is_file() and text and file.name not in skip:

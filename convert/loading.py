@@ -21,7 +21,7 @@ from convert.tokenizer import load_tokenizer
 from domino_jax import prepare
 from domino_jax.attention import Backend, BackendChoice, available_backends
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
@@ -29,7 +29,7 @@ from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.memory import default_mesh_sizes, explain_out_of_memory
 from domino_jax.runtime.precision import Matrices, keeps_bfloat16, matmul_precision, resolve_dtype
 from domino_jax.sharding import config_of_device, fit_to_mesh, make_mesh, mesh_context
-from domino_jax.weights import Draft, OutputsFirst
+from domino_jax.weights import Draft, Params
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class LoadedModel:
     @property
     def narrow(self) -> bool:
         """Whether this is a float32 run with matrices in bfloat16."""
-        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, OutputsFirst))
-        return any(isinstance(leaf, OutputsFirst) and leaf.values.dtype != self.dtype for leaf in leaves)
+        return self.dtype == jnp.float32 and any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(self.params))
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -91,7 +90,7 @@ def plan_load(
         attention: its backend; "auto" chooses among those that are tested on this kind of device.
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
-        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.outputs_first`).
+        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.for_cpu`).
 
     Raises:
         DominoError: a setting does not fit the pair or these devices.
@@ -121,7 +120,6 @@ def load_model(
     dtype: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     *,
-    fuse: bool = False,
     plain: bool = False,
     weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
     **how: Unpack[PlanOptions],
@@ -132,7 +130,6 @@ def load_model(
         target, draft: folders.
         dtype: see `plan_load`.
         progress: called with what is loaded, bytes done, bytes in all.
-        fuse: one product where several have the same input (see `prepare.fuse`).
         plain: leave the weights in the form of `weights.axes`, which is what trains; none is made ready for decoding.
         weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
         how: what else `plan_load` takes.
@@ -146,7 +143,7 @@ def load_model(
     kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
 
     narrow = chosen.narrow and not plain
-    turned = narrow or (kind == jnp.float32 and jax.default_backend() == "cpu" and not plain)
+    on_cpu = narrow or (kind == jnp.float32 and jax.default_backend() == "cpu" and not plain)
 
     def read(folder: Path, config: Any, what: str, whole: bool = False) -> Any:
         """The weights of a model; where `whole`, as arrays of `kind`."""
@@ -156,9 +153,9 @@ def load_model(
         else:
             bar = partial(progress, f"loading {what}") if progress else None
             module = _weights(folder, config, None if stored else kind, bar, mesh)
-        if turned and not whole:
+        if on_cpu and not whole:
             with mesh_context(mesh):
-                prepare.outputs_first(module, config)
+                prepare.for_cpu(module, config)
         return module
 
     with explain_out_of_memory(f"the device has too little memory for the weights in {kind.name}."):
@@ -172,10 +169,7 @@ def load_model(
             if eight_bits is not None and chosen.fitted.draft:
                 params = prepare.quantize(params, chosen.fitted.draft, eight_bits)
             if not plain:
-                prepare.fuse_head(params, 0 if mesh else prepare.LARGEST_TABLE)  # its rows are on all devices
-            if fuse:
-                for module in filter(None, params[:2]):
-                    prepare.fuse(module)
+                prepare.tabulate_head(params, 0 if mesh else prepare.LARGEST_TABLE)  # its rows are on all devices
         jax.block_until_ready(params)
     with matmul_precision(kind):
         backend, notes = fastest_backend(

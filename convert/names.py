@@ -1,63 +1,68 @@
 """The one table between Hugging Face tensors and our weights; import and export read the same rows.
 
-A row is: the Hugging Face name, our path, and the einops pattern from their layout to ours. `{i}`
-stands for a layer's number. `{e}` stands for an expert's, where each expert has a tensor of its own: the
-pattern is then that of all of them, one after another along a first axis E. The letters are those of the
-legend in `domino_jax.config`.
+A row is: our path, the axes of Hugging Face's tensor by the letters of the legend in `domino_jax.config`, and the
+tensor's name. Ours are the same axes in the same order, with heads split: nothing is transposed. `{i}` stands for a
+layer's number.
+
+Several names make one weight of ours, one tensor after another along the first axis ("2"). `{e}` stands for an expert's
+number, where each expert has a tensor of its own: theirs lie along a first axis E. Two rows with one name divide the
+tensor's last axis between them.
 """
 
+import itertools
 import re
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import jax
-from einops import rearrange
-from jax import Array
+import numpy as np
 
 from domino_jax.config import DecoderConfig, TargetConfig
-from domino_jax.sharding import constrain_stored
 from domino_jax.weights import axes, flatten
 
-LAYER = (
-    ("layers.{i}.input_layernorm.weight", "layers.{i}.input_norm", "D -> D"),
-    ("layers.{i}.self_attn.q_proj.weight", "layers.{i}.q", "(N H) D -> D N H"),
-    ("layers.{i}.self_attn.k_proj.weight", "layers.{i}.k", "(K H) D -> D K H"),
-    ("layers.{i}.self_attn.v_proj.weight", "layers.{i}.v", "(K H) D -> D K H"),
-    ("layers.{i}.self_attn.q_proj.bias", "layers.{i}.q_bias", "(N H) -> N H"),
-    ("layers.{i}.self_attn.k_proj.bias", "layers.{i}.k_bias", "(K H) -> K H"),
-    ("layers.{i}.self_attn.v_proj.bias", "layers.{i}.v_bias", "(K H) -> K H"),
-    ("layers.{i}.self_attn.q_norm.weight", "layers.{i}.q_norm", "H -> H"),
-    ("layers.{i}.self_attn.k_norm.weight", "layers.{i}.k_norm", "H -> H"),
-    ("layers.{i}.self_attn.o_proj.weight", "layers.{i}.o", "D (N H) -> N H D"),
-    ("layers.{i}.self_attn.o_proj.bias", "layers.{i}.o_bias", "D -> D"),
-    ("layers.{i}.post_attention_layernorm.weight", "layers.{i}.mlp_norm", "D -> D"),
-    ("layers.{i}.mlp.gate_proj.weight", "layers.{i}.gate", "F D -> D F"),
-    ("layers.{i}.mlp.up_proj.weight", "layers.{i}.up", "F D -> D F"),
-    ("layers.{i}.mlp.down_proj.weight", "layers.{i}.down", "D F -> F D"),
+Row = tuple[str, str, tuple[str, ...]]  # our path, Hugging Face's axes, Hugging Face's names
+Index = tuple[slice, ...]  # one slice for each axis
+
+LAYER: tuple[Row, ...] = (
+    ("layers.{i}.input_norm", "D", ("layers.{i}.input_layernorm.weight",)),
+    ("layers.{i}.q", "(N H) D", ("layers.{i}.self_attn.q_proj.weight",)),
+    ("layers.{i}.kv", "(K H) D", ("layers.{i}.self_attn.k_proj.weight", "layers.{i}.self_attn.v_proj.weight")),
+    ("layers.{i}.q_bias", "(N H)", ("layers.{i}.self_attn.q_proj.bias",)),
+    ("layers.{i}.kv_bias", "(K H)", ("layers.{i}.self_attn.k_proj.bias", "layers.{i}.self_attn.v_proj.bias")),
+    ("layers.{i}.q_norm", "H", ("layers.{i}.self_attn.q_norm.weight",)),
+    ("layers.{i}.k_norm", "H", ("layers.{i}.self_attn.k_norm.weight",)),
+    ("layers.{i}.o", "D NH", ("layers.{i}.self_attn.o_proj.weight",)),
+    ("layers.{i}.o_bias", "D", ("layers.{i}.self_attn.o_proj.bias",)),
+    ("layers.{i}.mlp_norm", "D", ("layers.{i}.post_attention_layernorm.weight",)),
+    ("layers.{i}.gate_up", "F D", ("layers.{i}.mlp.gate_proj.weight", "layers.{i}.mlp.up_proj.weight")),
+    ("layers.{i}.down", "D F", ("layers.{i}.mlp.down_proj.weight",)),
 )
-EXPERTS = (
-    ("layers.{i}.mlp.gate.weight", "layers.{i}.router", "RE D -> D RE"),
-    ("layers.{i}.mlp.experts.{e}.gate_proj.weight", "layers.{i}.gate", "E I D -> E D I"),
-    ("layers.{i}.mlp.experts.{e}.up_proj.weight", "layers.{i}.up", "E I D -> E D I"),
-    ("layers.{i}.mlp.experts.{e}.down_proj.weight", "layers.{i}.down", "E D I -> E I D"),
+EXPERTS: tuple[Row, ...] = (
+    ("layers.{i}.router", "RE D", ("layers.{i}.mlp.gate.weight",)),
+    (
+        "layers.{i}.gate_up",
+        "I D",
+        ("layers.{i}.mlp.experts.{e}.gate_proj.weight", "layers.{i}.mlp.experts.{e}.up_proj.weight"),
+    ),
+    ("layers.{i}.down", "D I", ("layers.{i}.mlp.experts.{e}.down_proj.weight",)),
 )
-TARGET = (
-    ("model.embed_tokens.weight", "embed", "V D -> V D"),
-    *((f"model.{name}", path, pattern) for name, path, pattern in (*LAYER, *EXPERTS)),
-    ("model.norm.weight", "norm", "D -> D"),
-    ("lm_head.weight", "lm_head", "V D -> V D"),
+TARGET: tuple[Row, ...] = (
+    ("embed", "V D", ("model.embed_tokens.weight",)),
+    *((path, theirs, tuple(f"model.{name}" for name in names)) for path, theirs, names in (*LAYER, *EXPERTS)),
+    ("norm", "D", ("model.norm.weight",)),
+    ("lm_head", "V D", ("lm_head.weight",)),
 )
-DRAFT = (
-    ("fc.weight", "fc", "D LD -> LD D"),
-    ("hidden_norm.weight", "context_norm", "D -> D"),
+DRAFT: tuple[Row, ...] = (
+    ("fc", "D LD", ("fc.weight",)),
+    ("context_norm", "D", ("hidden_norm.weight",)),
     *LAYER,
-    ("norm.weight", "norm", "D -> D"),
-    ("prefix_gru.weight_ih_l0", "head.gru_in", "GU D -> D GU"),
-    ("prefix_gru.weight_hh_l0", "head.gru_state", "GU U -> U GU"),
-    ("embed_proj.0.weight", "head.proj_in", "R DU -> DU R"),
-    ("embed_proj.2.weight", "head.proj_out", "V R -> V R"),
+    ("norm", "D", ("norm.weight",)),
+    ("head.gru_in", "GU D", ("prefix_gru.weight_ih_l0",)),
+    ("head.gru_state", "GU U", ("prefix_gru.weight_hh_l0",)),
+    ("head.proj_block", "R D", ("embed_proj.0.weight",)),
+    ("head.proj_state", "R U", ("embed_proj.0.weight",)),
+    ("head.proj_out", "V R", ("embed_proj.2.weight",)),
 )
 
 
@@ -65,59 +70,46 @@ DRAFT = (
 class Entry:
     """One weight of one model: its names and its two layouts.
 
-    It is one tensor of Hugging Face's, or (`stacked`) several: the parts of `hf_shape` along its first axis, in the
-    order of `hf_names`.
+    It is one tensor of Hugging Face's, or several along its first axes (`stacked` of them), or (`columns`) a part of
+    the last axis of one.
     """
 
-    hf_names: tuple[str, ...]
     path: str
-    pattern: str
-    hf_shape: tuple[int, ...]
-    sizes: tuple[tuple[str, int], ...]  # of the letters that share an axis with one before them
-    stacked: bool = False
+    letters: tuple[str, ...]
+    shape: tuple[int, ...]
+    hf_names: tuple[str, ...]
+    hf_shape: tuple[int, ...]  # of each of Hugging Face's tensors
+    stacked: int  # of our axes, how many number Hugging Face's tensors
+    groups: tuple[tuple[int, ...], ...]  # for each axis of Hugging Face's, the sizes of ours that share it
+    columns: slice
 
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """Of each of Hugging Face's tensors."""
-        return self.hf_shape[1:] if self.stacked else self.hf_shape
+    def read(self, read: Callable[[str, Index], np.ndarray], index: Index | None = None) -> np.ndarray:
+        """The weight in our layout, or the part of it at `index`, from Hugging Face's tensors.
 
-    def tensors(self, whole: Any) -> dict[str, Any]:
-        """Hugging Face's tensors by name, from all of them in one array in its layout."""
-        return dict(zip(self.hf_names, whole if self.stacked else [whole], strict=True))
-
-    @property
-    def hf_letters(self) -> list[str]:
-        """The letter of each axis in Hugging Face's layout; of several in one the first, which the others divide."""
-        return [axis[0] for axis in _axes(self.pattern)]
-
-    def to_ours(self, tensor: Any, dtype: Any = None) -> Array:
-        """An array in Hugging Face's layout, in ours, on a mesh laid out by it; `dtype` as it is when None."""
-        theirs, ours = self.pattern.split(" -> ")
-        if theirs == ours and dtype in (None, tensor.dtype):
-            return tensor
-        return _rearrange(tensor, self.pattern, self.sizes, dtype, ours)
-
-    def to_hf(self, array: Any, dtype: Any = None) -> Array:
-        """An array in our layout, in Hugging Face's; `dtype` as it is when None."""
-        theirs, ours = self.pattern.split(" -> ")
-        if theirs == ours and dtype in (None, array.dtype):
-            return array
-        return _rearrange(array, f"{ours} -> {theirs}", self.sizes, dtype, None)
-
-
-# Compiled, because NumPy transposes slower than a disk reads; and on the device, next to where the weight is to be.
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _rearrange(x: Array, pattern: str, sizes: tuple[tuple[str, int], ...], dtype: Any, letters: str | None) -> Array:
-    """`x` rearranged, then laid out by its axis `letters` where a mesh is in context."""
-    here = {letter: size for letter, size in sizes if letter in re.findall("[A-Z]+", pattern)}
-    out = rearrange(x, pattern, **here).astype(dtype or x.dtype)
-    return constrain_stored(out, letters) if letters else out
-
-
-def _axes(pattern: str) -> list[list[str]]:
-    """The letters of each axis of a pattern's left side: "(N H) D -> ..." gives [["N", "H"], ["D"]]."""
-    found = re.findall(r"\(([^)]*)\)|(\S+)", pattern.split(" -> ")[0])
-    return [several.split() if several else [one] for several, one in found]
+        Args:
+            read: gives the part of a tensor by its name and slices.
+        """
+        index = index or (slice(None),) * len(self.shape)
+        index = tuple(slice(*one.indices(size)) for one, size in zip(index, self.shape, strict=True))
+        theirs, own = [], list(index[self.stacked :])
+        for group in self.groups:
+            first, inner = own[0], prod(group[1:])
+            assert all(one == slice(0, size, 1) for one, size in zip(own[1 : len(group)], group[1:], strict=True)), (
+                "of axes that share one only the first is divided"
+            )
+            theirs.append(slice(first.start * inner, first.stop * inner))
+            del own[: len(group)]
+        theirs[-1] = slice(theirs[-1].start + self.columns.start, theirs[-1].stop + self.columns.start)
+        lead, inner = index[: self.stacked], [one.stop - one.start for one in index[self.stacked :]]
+        numbers = np.arange(len(self.hf_names)).reshape(self.shape[: self.stacked])[lead]
+        if numbers.size == 1:
+            return read(self.hf_names[numbers.item()], tuple(theirs)).reshape(*numbers.shape, *inner)
+        for place, number in enumerate(numbers.flat):
+            part = read(self.hf_names[number], tuple(theirs))
+            if place == 0:
+                whole = np.empty((numbers.size, *inner), part.dtype)
+            whole[place] = part.reshape(inner)
+        return whole.reshape(*numbers.shape, *inner)
 
 
 def entries(config: DecoderConfig) -> list[Entry]:
@@ -127,20 +119,45 @@ def entries(config: DecoderConfig) -> list[Entry]:
         KeyError: a weight of ours has no row in the table (a mistake in this file).
     """
     table = TARGET if isinstance(config, TargetConfig) else DRAFT
-    # By path and axes: a layer has one MLP or many, under the same path.
-    rows = {
-        (path.format(i=i), pattern.split(" -> ")[1]): (i, name, pattern)
-        for name, path, pattern in table
-        for i in range(config.num_hidden_layers)
-    }
     sizes = config.sizes
+    # By path and letters: a layer has one MLP or many, under the same path.
+    rows = {}
+    for (path, theirs, names), i in itertools.product(table, range(config.num_hidden_layers)):
+        stack = ["E"] * ("{e}" in names[0]) + ["2"] * (len(names) > 1)
+        letters = (*stack, *re.findall(r"\w+", theirs))
+        rows[path.format(i=i), letters] = (theirs, [name.replace("{i}", str(i)) for name in names])
+    taken: dict[str, int] = {}  # columns of each divided tensor
     made = []
-    for path, letters in flatten(axes(config)).items():
-        i, name, pattern = rows[path, letters]
-        stacked = "{e}" in name
-        names = tuple(name.format(i=i, e=e) for e in range(sizes["E"] if stacked else 1))
-        grouped = _axes(pattern)
-        shape = tuple(prod(sizes[letter] for letter in axis) for axis in grouped)
-        inner = tuple((letter, sizes[letter]) for axis in grouped for letter in axis[1:])
-        made.append(Entry(names, path, pattern, shape, inner, stacked))
-    return made
+    for path, text in flatten(axes(config)).items():
+        letters = tuple(text.split())
+        theirs, names = rows[path, letters]
+        experts = range(sizes["E"]) if "{e}" in names[0] else range(1)
+        names = tuple(name.replace("{e}", str(e)) for e in experts for name in names)
+        grouped = [axis.strip("()").split() for axis in re.findall(r"\([^)]*\)|\S+", theirs)]
+        groups = tuple(tuple(sizes[letter] for letter in axis) for axis in grouped)
+        shape, width = tuple(sizes[letter] for letter in letters), prod(groups[-1])
+        columns = slice(taken.get(names[0], 0), taken.get(names[0], 0) + width)
+        taken[names[0]] = columns.stop
+        stacked = len(letters) - sum(map(len, groups))
+        made.append(Entry(path, letters, shape, names, tuple(map(prod, groups)), stacked, groups, columns))
+    return [replace(entry, hf_shape=(*entry.hf_shape[:-1], taken[entry.hf_names[0]])) for entry in made]
+
+
+def units(table: list[Entry]) -> list[list[Entry]]:
+    """The entries in groups that share tensors: mostly one each."""
+    found: dict[str, list[Entry]] = {}
+    for entry in table:
+        found.setdefault(entry.hf_names[0], []).append(entry)
+    return list(found.values())
+
+
+def to_hf(unit: list[Entry], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hugging Face's tensors by name, from the weights of a group of `units` by path."""
+    shape = (len(unit[0].hf_names), *unit[0].hf_shape[:-1], -1)
+    whole = np.concatenate([np.asarray(leaves[entry.path]).reshape(shape) for entry in unit], axis=-1)
+    return dict(zip(unit[0].hf_names, whole, strict=True))
+
+
+def export(config: DecoderConfig, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """All of Hugging Face's tensors by name, from a model's weights by path."""
+    return {name: tensor for unit in units(entries(config)) for name, tensor in to_hf(unit, leaves).items()}

@@ -2,12 +2,13 @@
 
 DIR/config.json, DIR/tokenizer.json, ...    as they were
 DIR/weights/                                our tree, each array in our layout and its stored dtype
+DIR/format.json                             the number of that layout: another one is refused
 
 A training run's folder is read as well: DIR/config.json is its drafter's, DIR/checkpoints holds its states.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from convert.hf import Progress, grouped, some, tensor_differences
+from convert.hf import Progress, grouped, read_json, some, tensor_differences, write_json
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import DATA, MODEL, stored_shape
@@ -27,6 +28,10 @@ from domino_jax.weights import axes, flatten, unflatten, weight_shapes
 
 WEIGHTS = "weights"
 CHECKPOINTS = "checkpoints"  # of a training run
+# Of the tree's names and layouts: 1 (without a file) had matrices [in, out...], 2 has [out..., in], K with V and gate
+# with up in one array each, and the head's projection in two.
+FORMAT = 2
+FORMAT_FILE = "format.json"
 CHUNK_BYTES = 2**22  # what a device of a mesh reads of a weight is whole chunks: small ones, little for nothing
 
 
@@ -77,8 +82,27 @@ def save_orbax(folder: Path, module: Any) -> None:
     try:
         with ocp.AsyncCheckpointer(handler) as checkpointer:
             checkpointer.save((folder / WEIGHTS).absolute(), args=form)
+        write_json(folder / FORMAT_FILE, {"format": FORMAT})
     except Exception as error:  # the array storage behind Orbax raises several kinds
         raise DominoError(f"{folder / WEIGHTS} can't be written: {error}") from error
+
+
+def check_format(folder: Path, names: Iterable[str]) -> None:
+    """Refuse weights in another format than this version's.
+
+    Args:
+        names: of the stored weights; a training run has no file that tells its format.
+
+    Raises:
+        DominoError: they are in another one.
+    """
+    if is_run(folder):
+        found = 1 if any(name.endswith((".k", ".v")) for name in names) else FORMAT
+    else:
+        found = read_json(folder / FORMAT_FILE).get("format") if (folder / FORMAT_FILE).exists() else 1
+    if found != FORMAT:
+        again = "train it again" if is_run(folder) else "convert the Hugging Face files again with python -m convert"
+        raise DominoError(f"{folder} holds weights in format {found}, and this version reads format {FORMAT}: {again}.")
 
 
 class Saved:
@@ -103,6 +127,7 @@ class Saved:
             found = flatten(tree) if self._nest else dict(tree["weights"]) | averaged
         except Exception as error:  # the array storage behind Orbax raises several kinds
             raise DominoError(f"{self._path} is not a whole Orbax checkpoint: {error}") from error
+        check_format(folder, found)
         self.shapes = {name: form.shape for name, form in wanted.items()}
         problems = tensor_differences(
             self.shapes, {n: (tuple(x.shape), jnp.dtype(x.dtype).name) for n, x in found.items()}

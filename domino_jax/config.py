@@ -8,10 +8,11 @@ Axis legend, used in every docstring and einsum of the project:
     V   vocabulary                   H   head width
     L   tapped target layers         F   MLP width
     M   draft block length           U   GRU width (GU = its three gates, 3·U)
-    J   proposals of a block         R   rank of the head's projection (DU = D + U)
+    J   proposals of a block         R   rank of the head's projection
     A   anchors in training          LD  width of the target's features, L·D
     E   experts                      I   MLP width of one expert
     RE  the router's scores of all experts: as many as E, but whole on every device
+    NH  query heads side by side, N·H    2   K and V, or gate and up
 """
 
 import math
@@ -175,6 +176,8 @@ class DecoderConfig:
             "N": self.num_attention_heads,
             "K": self.num_key_value_heads,
             "H": self.head_dim,
+            "NH": self.num_attention_heads * self.head_dim,
+            "2": 2,
             "F": self.intermediate_size,
         }
 
@@ -298,7 +301,7 @@ class DraftConfig(DecoderConfig):
         sizes = {**super().sizes, "LD": len(self.target_layer_ids) * self.hidden_size}
         if self.head:
             width = self.head.gru_hidden_dim
-            sizes |= {"U": width, "GU": 3 * width, "DU": self.hidden_size + width, "R": self.head.emb_dim}
+            sizes |= {"U": width, "GU": 3 * width, "R": self.head.emb_dim}
         return sizes
 
     @classmethod

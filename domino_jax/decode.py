@@ -25,7 +25,7 @@ from domino_jax.drafters.heads import domino
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling, probabilities, sample
 from domino_jax.sharding import shard_copy, zeros
-from domino_jax.weights import Draft, Quantized, Target
+from domino_jax.weights import Params
 
 LARGEST_CHUNK = 512  # prompt tokens a prefill program runs at once; bounds its memory
 SMALLEST_CHUNK = 16
@@ -87,19 +87,6 @@ class DecodeConfig:
     def lookahead(self) -> int:
         """Positions from a row's anchor on that one cycle may write: the block, or anchor and drafts; 2 at least."""
         return max(self.draft.block_size if self.draft else 0, self.proposals + 1, 2)
-
-
-class Params(NamedTuple):
-    """The weights that go with Configs."""
-
-    target: Target
-    draft: Draft | None = None
-    output: Quantized | None = None  # an 8-bit copy of the LM head, for drafting alone
-
-    @property
-    def without_drafter(self) -> "Params":
-        """The same without the drafter."""
-        return Params(self.target)
 
 
 class DecodeState(NamedTuple):

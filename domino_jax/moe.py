@@ -3,7 +3,7 @@
 A router gives each token k of E experts, each a SwiGLU MLP of its own, and sums their outputs by its weights. Two
 backends compute the same:
 
-    grouped     The T·k pairs of token and expert sorted by expert, and `jax.lax.ragged_dot` over the groups. On a TPU
+    grouped     The T·k pairs of token and expert sorted by expert, and `matrix.dot_grouped` over the groups. On a TPU
                 it is a kernel that computes those pairs and no others. On CPUs and CUDA devices JAX 0.10 lowers it to
                 a masked product of every row with every expert, at any number of tokens.
     one by one  A loop over those experts that any token has chosen, each over all T tokens: it reads no weight that
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.config import MoeBackend, MoeConfig, TargetConfig
+from domino_jax.matrix import AnyMatrix, dot, dot_grouped, select
 from domino_jax.sharding import MODEL, spec
 
 
@@ -40,12 +41,12 @@ def resolve_moe_backend(config: TargetConfig, platform: str | None = None) -> Ta
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
 
 
-def route(router: Array, config: MoeConfig, y: Array) -> tuple[Array, Array]:
+def route(router: AnyMatrix, config: MoeConfig, y: Array) -> tuple[Array, Array]:
     """Each token's experts and their weights: y [..., D] -> two [..., k], the weights of y's dtype.
 
     A softmax in float32 over all experts, of which the k likeliest count; with `norm_topk_prob` they sum to one.
     """
-    likelihood = jax.nn.softmax(jnp.tensordot(y, router, 1).astype(jnp.float32), axis=-1)
+    likelihood = jax.nn.softmax(dot(y, router).astype(jnp.float32), axis=-1)
     weights, chosen = jax.lax.top_k(likelihood, config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -56,11 +57,11 @@ def mlp(layer: Any, config: MoeConfig, y: Array) -> Array:
     """The layer's MLP over y [B, T, D]: the weighted sum of the outputs of each token's experts, [B, T, D].
 
     Args:
-        layer: a Layer or FusedLayer with a router.
+        layer: a Layer with a router.
     """
     assert config.backend in get_args(MoeBackend)
     run = _one_by_one if config.backend == "one by one" else _grouped
-    weights = layer.router, layer.gate, layer.up, layer.down
+    weights = layer.router, layer.gate_up, layer.down
     if jax.sharding.get_abstract_mesh().empty:
         return run(y, *route(layer.router, config, y), *weights[1:]).astype(y.dtype)
 
@@ -70,41 +71,44 @@ def mlp(layer: Any, config: MoeConfig, y: Array) -> Array:
         first = jax.lax.axis_index(MODEL) * experts[0].shape[0]
         return jax.lax.psum(run(y, shares, chosen - first, *experts).astype(y.dtype), MODEL)
 
-    rows, experts = spec("B T D"), spec("E - -")
+    rows = spec("B T D")
     # No check of what varies over which axis: the sum of a loop begins with zeros, which vary over none.
     spread = jax.shard_map(
-        part, in_specs=(rows, spec("D RE"), experts, experts, experts), out_specs=rows, check_vma=False
+        part,
+        in_specs=(rows, spec("RE D"), spec("E 2 I D"), spec("E D I")),
+        out_specs=rows,
+        check_vma=False,
     )
     return spread(y, *weights)
 
 
-def _grouped(y: Array, weights: Array, chosen: Array, gate: Array, up: Array, down: Array) -> Array:
+def _grouped(y: Array, weights: Array, chosen: Array, gate_up: AnyMatrix, down: AnyMatrix) -> Array:
     """The experts that are here, by grouped products.
 
     Args:
         y: [B, T, D].
         weights, chosen: [B, T, k]; experts below 0 and from E on are elsewhere.
-        gate, up: [E, D, I]; down: [E, I, D].
+        gate_up: [E, 2, I, D]; down: [E, D, I].
 
     Returns:
         [B, T, D] float32.
     """
-    count, each = gate.shape[0], chosen.shape[-1]
+    count, each = gate_up.shape[0], chosen.shape[-1]
     tokens, experts = y.reshape(-1, y.shape[-1]), chosen.reshape(-1)
     here = (experts >= 0) & (experts < count)
     experts = jnp.where(here, experts, count)  # behind all groups, where no product reaches them
     order = jnp.argsort(experts)
     sizes = jnp.bincount(experts, length=count).astype(jnp.int32)
     rows = tokens[order // each]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    said = jax.lax.ragged_dot(hidden, down, sizes)[jnp.argsort(order)].astype(jnp.float32)
+    gate, up = jnp.moveaxis(dot_grouped(rows, gate_up, sizes), 1, 0)
+    said = dot_grouped(jax.nn.silu(gate) * up, down, sizes)[jnp.argsort(order)].astype(jnp.float32)
     said = jnp.where(here[:, None], said * weights.reshape(-1, 1).astype(jnp.float32), 0.0)
     return jnp.sum(said.reshape(*chosen.shape, -1), axis=-2)
 
 
-def _one_by_one(y: Array, weights: Array, chosen: Array, gate: Array, up: Array, down: Array) -> Array:
+def _one_by_one(y: Array, weights: Array, chosen: Array, gate_up: AnyMatrix, down: AnyMatrix) -> Array:
     """`_grouped`, one expert after another."""
-    count = gate.shape[0]
+    count = gate_up.shape[0]
     tokens = y.reshape(-1, y.shape[-1])
     # [T, E]: the weight of each expert in each token, 0 where it was not chosen.
     pairs = chosen.reshape(tokens.shape[0], -1)[..., None] == jnp.arange(count, dtype=chosen.dtype)
@@ -114,7 +118,8 @@ def _one_by_one(y: Array, weights: Array, chosen: Array, gate: Array, up: Array,
 
     def add(turn: Array, total: Array) -> Array:
         e = which[turn]
-        said = (jax.nn.silu(tokens @ gate[e]) * (tokens @ up[e])) @ down[e]
+        gate, up = jnp.moveaxis(dot(tokens, select(gate_up, e)), 1, 0)
+        said = dot(jax.nn.silu(gate) * up, select(down, e))
         # Chosen, and not times zero: an expert may say infinity to a token that never asked it.
         mine = jnp.any(pairs[:, :, e], axis=1)[:, None]
         return total + jnp.where(mine, said.astype(jnp.float32) * share[:, e, None], 0.0)

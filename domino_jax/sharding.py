@@ -29,10 +29,10 @@ DATA, FSDP, MODEL = "data", "fsdp", "model"
 
 # Letters that are not here are whole on every device. The head's GRU and its inner projection are small, and a cycle
 # runs them J times one after another: sharding them would cost a collective each time.
-RULES = {"B": DATA, "N": MODEL, "K": MODEL, "F": MODEL, "E": MODEL, "V": MODEL}
+RULES = {"B": DATA, "N": MODEL, "NH": MODEL, "K": MODEL, "F": MODEL, "E": MODEL, "V": MODEL}
 
 # Which axis of a matrix lies over `fsdp`: the first of these that it has. Norms and biases are whole.
-DIVIDED = ("D", "U", "DU", "R")
+DIVIDED = ("D", "U", "R")
 
 
 def make_mesh(data: int, model: int, fsdp: int | None = None) -> Mesh:

@@ -7,8 +7,9 @@ from domino_jax import layers
 from domino_jax.attention import Backend, attend, attend_without_cache
 from domino_jax.cache import KVCache, append_kv
 from domino_jax.config import TargetConfig
+from domino_jax.matrix import AnyMatrix
 from domino_jax.sharding import constrain, gathered
-from domino_jax.weights import Quantized, Target, axes, lm_head
+from domino_jax.weights import Target, axes, lm_head
 
 
 def forward(
@@ -41,7 +42,7 @@ def forward(
     positions = begin[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [B or 1, T]
     angles = layers.rotary(positions, config)
     letters = axes(config)
-    x = constrain(layers.rows(gathered(params.embed, letters.embed), tokens), "B T D")
+    x = constrain(layers.embed(gathered(params.embed, letters.embed), tokens), "B T D")
     tapped = {}
     for i, layer in enumerate(params.layers):
         layer = gathered(layer, letters.layers[i])
@@ -61,12 +62,12 @@ def forward(
     return x, features, cache
 
 
-def logits(params: Target, config: TargetConfig, hidden: Array, output: Quantized | None = None) -> Array:
+def logits(params: Target, config: TargetConfig, hidden: Array, output: AnyMatrix | None = None) -> Array:
     """LM head: [B, T, D] -> [B, T, V], float32; entries that only pad the vocabulary are -inf.
 
     `output` is a copy of the LM head to use in its place, for drafting.
     """
-    scores = layers.scores(hidden, lm_head(params) if output is None else output)
+    scores = layers.unembed(hidden, lm_head(params) if output is None else output)
     if scores.shape[-1] > config.vocab_size:
         scores = jnp.where(jnp.arange(scores.shape[-1]) < config.vocab_size, scores, -jnp.inf)
     return constrain(scores, "B T V")

@@ -54,8 +54,6 @@ class Generate:
     matrices: Literal["auto", "float32", "bfloat16"] = "auto"
     """of float32 runs: how matrices are held that are stored in bfloat16. So is half the memory, at the same precision;
     auto is bfloat16 where this CPU has units for it (AMX), and float32 elsewhere"""
-    fuse: FlagCreatePairsOff[bool] = False
-    """one matrix product for keys and values, and one for the MLP's gate and up"""
     max_new_tokens: int = 256
     """tokens to generate at most"""
     temperature: float = 0.0
@@ -320,7 +318,7 @@ class Session:
         check = partial(loading.plan_load, **how)
         target, draft = registry.resolve_folders(o.model, o.draft, self.notes, o.revision, o.draft_revision, check)
         with progress_bars(self.notes) as progress:
-            self.loaded = loading.load_model(target, draft, progress=progress, fuse=o.fuse, **how)
+            self.loaded = loading.load_model(target, draft, progress=progress, **how)
         warn(self.loaded.warnings)
         self.engine = Engine(self.loaded, auto=o.drafts == "auto", report=say)
         if o.system is not None and not self._is_chat():

@@ -14,12 +14,13 @@ import numpy as np
 from convert.loading import LoadedModel
 from domino_jax import cache, decode
 from domino_jax.config import DecoderConfig
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.sampling import SamplingParams, settings
 from domino_jax.sharding import DATA, fetch, shard_copy
+from domino_jax.weights import Params
 from infer.auto import AcceptanceEstimate, Chooser, Time, calibrate
 from infer.conversation import Conversation
 from infer.text import TextStream

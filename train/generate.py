@@ -13,10 +13,11 @@ import numpy as np
 from jax import Array
 
 from domino_jax import cache, decode, sampling
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.sampling import SamplingParams
 from domino_jax.sharding import MODEL, fetch, shard_copy
+from domino_jax.weights import Params
 
 CYCLES = 8  # a dispatch; plain steps give one token each, so there are more of them
 STEPS = 32

@@ -45,7 +45,8 @@ def from_target(
     made["norm"] = theirs["norm"]
     made["context_norm"] = theirs[f"layers.{depth - 1}.input_norm"]
     width, place = config.hidden_size, draft.target_layer_ids.index(max(taps))
-    made["fc"] = weights["fc"].at[place * width : (place + 1) * width].add(jnp.eye(width, dtype=weights["fc"].dtype))
+    columns = slice(place * width, (place + 1) * width)
+    made["fc"] = weights["fc"].at[:, columns].add(jnp.eye(width, dtype=weights["fc"].dtype))
     return made
 
 

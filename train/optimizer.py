@@ -56,9 +56,8 @@ def dimensions(letters: str) -> MuonDimensionNumbers | None:
     names = letters.split()
     if len(names) == 1 or "V" in names:
         return None
-    # Ours are [in, out]; where the model width comes last it is the only output, else the first axis is the only input.
-    inputs = tuple(range(len(names) - 1)) if names[-1] == "D" else (0,)
-    return MuonDimensionNumbers(inputs, tuple(i for i in range(len(names)) if i not in inputs))
+    last = len(names) - 1  # the input; K with V, and gate with up, are two matrices of their own
+    return MuonDimensionNumbers((last,), tuple(i for i in range(last) if names[i] != "2"))
 
 
 def decayed(weights: Any) -> Any:

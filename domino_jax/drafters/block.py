@@ -15,19 +15,20 @@ from domino_jax.attention import Backend, attend
 from domino_jax.cache import KVCache, append_kv
 from domino_jax.config import DraftConfig
 from domino_jax.drafters import training_attention
+from domino_jax.matrix import AnyMatrix, dot
 from domino_jax.sharding import constrain, gathered
-from domino_jax.weights import Draft, Layer, OutputsFirst, axes
+from domino_jax.weights import Draft, Layer, axes
 
 
 def context(params: Draft, config: DraftConfig, features: Array) -> Array:
     """c = hidden_norm(fc(features)): [..., LD] -> [..., D]."""
-    return layers.rms_norm(layers.linear(features, params.fc), params.context_norm, config.rms_norm_eps)
+    return layers.rms_norm(dot(features, params.fc), params.context_norm, config.rms_norm_eps)
 
 
-def block_inputs(embed: Array | OutputsFirst, config: DraftConfig, anchor: Array) -> Array:
+def block_inputs(embed: AnyMatrix, config: DraftConfig, anchor: Array) -> Array:
     """The target's embeddings of [anchor, MASK, ..., MASK]: anchor [...] -> [..., M, D]."""
     masks = jnp.full((*anchor.shape, config.block_size - 1), config.mask_token_id, anchor.dtype)
-    return layers.rows(embed, jnp.concatenate([anchor[..., None], masks], axis=-1))
+    return layers.embed(embed, jnp.concatenate([anchor[..., None], masks], axis=-1))
 
 
 def proposing(config: DraftConfig, rows: Array) -> Array:
@@ -100,7 +101,7 @@ def training_blocks(
     """
     letters, eps = axes(config), config.rms_norm_eps
     fc = gathered(params.fc, letters.fc)
-    c = layers.rms_norm(layers.linear(features, fc), params.context_norm, eps)
+    c = layers.rms_norm(dot(features, fc), params.context_norm, eps)
     positions = anchors[..., None] + jnp.arange(config.block_size, dtype=jnp.int32)  # [B, A, M]
     angles = layers.rotary(positions, config)
     context_angles = layers.rotary(jnp.arange(features.shape[1], dtype=jnp.int32), config)

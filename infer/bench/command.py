@@ -52,14 +52,13 @@ def main(argv: list[str] | None = None) -> int:
             "candidates": None if options.head_candidates == "all" else options.head_candidates,
             "draft_dtype": options.draft_dtype,
             "matrices": options.matrices,
-            "fuse": options.fuse,
         }
         if options.shapes:
             target = None
             with console.status("making weights"):
                 loaded = load_random(options.shapes, options.draft, **how)
         else:
-            can_run = partial(plan_load, **{name: value for name, value in how.items() if name != "fuse"})
+            can_run = partial(plan_load, **how)
             revisions = options.revision, options.draft_revision
             target, drafter = resolve_folders(options.model, options.draft, console, *revisions, can_run)
             with console.status("loading"):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff
 
 from convert import registry
 from domino_jax.errors import DominoError
@@ -59,8 +58,6 @@ class Bench:
     matrices: Literal["auto", "float32", "bfloat16"] = "auto"
     """of float32 runs: how matrices are held that are stored in bfloat16. So is half the memory, at the same precision;
     auto is bfloat16 where this CPU has units for it (AMX), and float32 elsewhere"""
-    fuse: FlagCreatePairsOff[bool] = False
-    """one matrix product for keys and values, and one for the MLP's gate and up"""
     mesh: str | None = None
     """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
     head_off: bool = True

@@ -13,6 +13,7 @@ from domino_jax import decode, verify
 from domino_jax.drafters import block
 from domino_jax.drafters.heads import domino
 from domino_jax.sampling import probabilities, settings
+from domino_jax.weights import Params
 
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
 TRIES, ENOUGH_SECONDS = 5, 3.0  # timed runs of such a program: fewer where they take long
@@ -36,8 +37,8 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], temperature: floa
     greedy = temperature == 0
     none = jnp.zeros((batch, 0), jnp.int32)
 
-    def timed(run: Callable[[decode.Params, decode.DecodeState], tuple[decode.DecodeState, Any]]) -> float:
-        def body(_: int, carry: tuple[decode.Params, decode.DecodeState, jax.Array]) -> Any:
+    def timed(run: Callable[[Params, decode.DecodeState], tuple[decode.DecodeState, Any]]) -> float:
+        def body(_: int, carry: tuple[Params, decode.DecodeState, jax.Array]) -> Any:
             params, state, used = carry
             # Behind a barrier, every result is used and the next repetition depends on it: nothing is dropped,
             # hoisted, or computed only in the part that is looked at.
@@ -60,8 +61,8 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], temperature: floa
             times.append((time.perf_counter() - began) / REPEATS)
         return statistics.median(times) * 1e3
 
-    def verified_by(drafts: jax.Array) -> Callable[[decode.Params, decode.DecodeState], Any]:
-        def run(p: decode.Params, s: decode.DecodeState) -> Any:
+    def verified_by(drafts: jax.Array) -> Callable[[Params, decode.DecodeState], Any]:
+        def run(p: Params, s: decode.DecodeState) -> Any:
             logits, features, cache = decode.run_target(p, configs, s, drafts)
             return s._replace(cache=cache), (logits, features)
 
@@ -79,16 +80,16 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], temperature: floa
         """`x`, in a form that the compiler must take for another one in each repetition."""
         return x + 0 * s.token.astype(x.dtype)[:, None, None]
 
-    def drafted(p: decode.Params, s: decode.DecodeState) -> Any:
+    def drafted(p: Params, s: decode.DecodeState) -> Any:
         z, base, context = decode.draft_block(p, configs, s)
         return s._replace(context=context), (z, base)
 
-    def proposed(p: decode.Params, s: decode.DecodeState) -> Any:
+    def proposed(p: Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None
         how = s.sampling, None if greedy else s.keys, configs.candidates
         return s, domino.propose_corrected(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
 
-    def verified(p: decode.Params, s: decode.DecodeState) -> Any:
+    def verified(p: Params, s: decode.DecodeState) -> Any:
         seen = anew(logits, s)
         if q is None:
             count, bonus = verify.accept_greedy(drafts, seen)
@@ -96,7 +97,7 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], temperature: floa
             count, bonus = verify.accept_sampled(s.keys, drafts, q, probabilities(seen, s.sampling))
         return s, decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
 
-    def remembered(p: decode.Params, s: decode.DecodeState) -> Any:
+    def remembered(p: Params, s: decode.DecodeState) -> Any:
         assert p.draft is not None and s.context is not None
         return s._replace(context=block.append_context(p.draft, config, s.context, anew(features, s), s.length)), ()
 

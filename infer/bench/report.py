@@ -25,7 +25,6 @@ def title(row: Row) -> str:
     changed = {"head candidates": "head_candidates", "drafter in": "draft_dtype", "attention": "attention"}
     words += [f"{name} {row[key]}" for name, key in changed.items() if row.get(key) not in (None, "", "all", "xla")]
     words += ["bfloat16 matrices"] if row.get("matrices") != row["dtype"] else []
-    words += ["fused products"] if row.get("fused") else []
     if row["simulated_tau"] is not None:
         words.append(f"acceptance length simulated: {row['simulated_tau']:g}")
     return ", ".join(words)

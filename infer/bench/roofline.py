@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from convert.loading import LoadedModel
-from domino_jax.decode import DecodeConfig, Params
-from domino_jax.layers import exact_product
+from domino_jax.decode import DecodeConfig
+from domino_jax.matrix import dot, for_cpu, operands
 from domino_jax.sharding import DATA, MODEL
-from domino_jax.weights import FusedLayer, Head, Layer, lm_head
+from domino_jax.weights import Layer, Params, lm_head
 from infer.bench.modes import LEAN
 
 LOGIT_BYTES = 4  # logits are float32
@@ -56,7 +56,7 @@ def measure_device(dtype: Any, narrow: bool = False) -> Machine:
     """Measure the first device: the best of several ways to go through memory, and one large product.
 
     Args:
-        narrow: products are float32 ones with bfloat16 matrices (`layers.exact_product`).
+        narrow: products are float32 ones with bfloat16 matrices (`matrix.CpuBfloat16`).
     """
     size, side = probe_sizes()
     width = 4096
@@ -68,12 +68,11 @@ def measure_device(dtype: Any, narrow: bool = False) -> Machine:
         (2, jax.jit(lambda x: x + 1), (x,)),  # reads and writes
     )
     bandwidth = max(times * x.nbytes / _best(run, arguments) for times, run, arguments in ways)
-    multiply = exact_product if narrow else jnp.dot
-    pair = square, square.astype(jnp.bfloat16 if narrow else dtype)
-    return Machine(bandwidth, 2 * side**3 / _best(jax.jit(multiply), pair))
+    pair = square, for_cpu(square.astype(jnp.bfloat16)) if narrow else square
+    return Machine(bandwidth, 2 * side**3 / _best(jax.jit(dot), pair))
 
 
-def _best(run: Callable[..., Array], arguments: tuple[Array, ...]) -> float:
+def _best(run: Callable[..., Array], arguments: tuple[Any, ...]) -> float:
     """Seconds of a call, the least of several tries."""
     jax.block_until_ready(run(*arguments))
     tries = []
@@ -156,21 +155,20 @@ def work(
         phases["head"] = _sum(
             phases["head"],
             # Small: read once, then they stay in the cache. Of a table only rows are read.
-            products([head.gru_in, head.gru_state if isinstance(head, Head) else head.state], proposals),
-            products([head.proj_in if isinstance(head, Head) else head.block], corrected),
+            products([*operands(head.gru_in), head.gru_state], proposals),
+            products([head.proj_block, head.proj_state], corrected),
             # Each proposal scores the vocabulary or its candidates, and needs the token before it to do so.
             *[Work(*(scored * x for x in products([head.proj_out], 1)))] * corrected,
         )
     read = tokens * logits * (2 if sampled else 1)
     phases["verify"] = Work(read * LOGIT_BYTES, read)
-    keys_values = [layer.kv if isinstance(layer, FusedLayer) else (layer.k, layer.v) for layer in drafter.layers]
-    phases["context"] = products([drafter.fc, drafter.context_norm, *keys_values], tokens)
+    phases["context"] = products([drafter.fc, drafter.context_norm, *(layer.kv for layer in drafter.layers)], tokens)
     return phases
 
 
-def _parted(layers: Iterable[Layer | FusedLayer]) -> tuple[list[Any], list[Any]]:
+def _parted(layers: Iterable[Layer]) -> tuple[list[Any], list[Any]]:
     """The weights of the layers' experts, and all the others."""
-    experts = [leaf for x in layers if x.router is not None for leaf in (x.gate, x.up, x.down)]
+    experts = [leaf for x in layers if x.router is not None for leaf in jax.tree.leaves((x.gate_up, x.down))]
     known = set(map(id, experts))
     return experts, [leaf for layer in layers for leaf in jax.tree.leaves(layer) if id(leaf) not in known]
 

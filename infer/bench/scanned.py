@@ -70,7 +70,7 @@ def scanned(params: Target, config: TargetConfig, stacked: Any, tokens: Array, s
         k, v = kv.write(k, new_k, start), kv.write(v, new_v, start)
         return layers.residual(layer, x, attend(q, k, v, start), eps, config.moe), (k, v)
 
-    x, (k, v) = jax.lax.scan(step, params.embed[tokens], (stacked, k, v))
+    x, (k, v) = jax.lax.scan(step, layers.embed(params.embed, tokens), (stacked, k, v))
     return layers.rms_norm(x, params.norm, eps), k, v
 
 

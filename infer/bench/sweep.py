@@ -107,7 +107,6 @@ def circumstances(options: Bench, loaded: LoadedModel) -> Row:
         "head_candidates": str(options.head_candidates),
         "draft_dtype": options.draft_dtype or "",
         "matrices": "bfloat16" if loaded.narrow else loaded.dtype.name,
-        "fused": options.fuse,
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,
         "model": options.shapes or options.model,

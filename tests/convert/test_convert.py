@@ -114,7 +114,18 @@ def test_a_damaged_orbax_folder_is_refused(tmp_path, capsys):
     assert "missing layers.3.q" in error
     hf.write_json(tmp_path / "orbax" / "config.json", raw | {"intermediate_size": 25})
     assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 1
-    assert "layers.0.gate has shape [16, 24], expected [16, 25]" in capsys.readouterr().err
+    assert "layers.0.down has shape [16, 24], expected [16, 25]" in capsys.readouterr().err
+
+
+def test_orbax_weights_in_an_older_format_are_refused_in_one_sentence(tmp_path, capsys):
+    source = write(tmp_path / "hf", TARGET)
+    assert main([str(source), str(tmp_path / "orbax")]) == 0
+    assert hf.read_json(tmp_path / "orbax" / "format.json") == {"format": 2}
+    (tmp_path / "orbax" / "format.json").unlink()  # as before there was one
+    assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 1
+    error = capsys.readouterr().err
+    assert "holds weights in format 1, and this version reads format 2: convert the Hugging Face files again" in error
+    assert error.count("\n") == 1 and not (tmp_path / "back").exists()
 
 
 def test_a_drafter_that_does_not_state_its_targets_depth_is_converted_and_comes_back(tmp_path):

@@ -92,11 +92,15 @@ def test_layouts_are_hugging_faces(draft, target):
     """Matrices on disk are [out, in]; a transposed table would still round-trip."""
     d, t = load_file(draft / hf.SINGLE), load_file(target / hf.SINGLE)
     ours = load(target)
-    np.testing.assert_array_equal(t["model.layers.1.mlp.up_proj.weight"].T, ours.layers[1].up)
-    for name, heads in (("q", 4), ("k", 2), ("v", 2)):
-        stored = t[f"model.layers.1.self_attn.{name}_proj.weight"].T.reshape(32, heads, 6)
-        np.testing.assert_array_equal(stored, getattr(ours.layers[1], name))
-    np.testing.assert_array_equal(t["model.layers.0.self_attn.o_proj.weight"].T.reshape(4, 6, 32), ours.layers[0].o)
+    layer = ours.layers[1]
+    for name, own in (("gate", layer.gate_up[0]), ("up", layer.gate_up[1]), ("down", layer.down)):
+        np.testing.assert_array_equal(t[f"model.layers.1.mlp.{name}_proj.weight"], own)
+    for name, own in (("q", layer.q), ("k", layer.kv[0]), ("v", layer.kv[1])):
+        stored = t[f"model.layers.1.self_attn.{name}_proj.weight"].reshape(-1, 6, 32)
+        np.testing.assert_array_equal(stored, own)
+    np.testing.assert_array_equal(t["model.layers.0.self_attn.o_proj.weight"], ours.layers[0].o)
+    head = load(draft).head
+    np.testing.assert_array_equal(d["embed_proj.0.weight"], np.concatenate([head.proj_block, head.proj_state], axis=1))
     assert d["fc.weight"].shape == (32, 64)
     assert d["prefix_gru.weight_ih_l0"].shape == (42, 32)
     assert d["prefix_gru.weight_hh_l0"].shape == (42, 14)

@@ -28,6 +28,7 @@ from domino_jax.kernels.attention_cudnn import attend_cudnn
 from domino_jax.kernels.attention_tpu import attend_tpu
 from domino_jax.runtime import autotune
 from domino_jax.runtime.autotune import fastest_backend
+from domino_jax.weights import Params
 from infer.__main__ import main
 
 CAPACITY, WIDTH = 256, 16
@@ -269,7 +270,7 @@ def test_a_prefills_memory_grows_with_its_chunk_and_its_bucket_and_not_with_thei
     pair = factory.Pair.make()
 
     def temporaries(capacity: int) -> int:
-        configs, params = pair.configs.without_drafter, decode.Params(pair.params.target)
+        configs, params = pair.configs.without_drafter, Params(pair.params.target)
         state = loops.begin(params, configs, [[1, 2, 3]], 1)
         state = decode.grow_caches(state, capacity)
         tokens, last = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, configs.target.hidden_size))

@@ -14,10 +14,11 @@ import reference
 from domino_jax import cache as kv
 from domino_jax import decode
 from domino_jax.config import DraftConfig, HeadConfig, default_taps
-from domino_jax.decode import DecodeConfig, DecodeState, Params
+from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.drafters import block
 from domino_jax.drafters.heads import domino
 from domino_jax.sampling import settings
+from domino_jax.weights import Params
 
 TOLERANCE = 1e-4
 S = 12  # positions with features
@@ -256,5 +257,5 @@ def test_gru_is_pytorchs():
     ours, weights = np.zeros((2, 14), np.float32), pair.params.draft.head
     cell = jax.jit(domino.gru_cell)
     for t in range(6):
-        ours = cell(x[:, t] @ np.asarray(weights.gru_in), ours @ np.asarray(weights.gru_state), ours)
+        ours = cell(x[:, t] @ np.asarray(weights.gru_in).T, ours @ np.asarray(weights.gru_state).T, ours)
         np.testing.assert_allclose(ours, expected[:, t], atol=1e-5, rtol=0)

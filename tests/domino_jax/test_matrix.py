@@ -1,4 +1,4 @@
-"""What makes a cycle cheaper and must not change the output: turned, narrow and fused products, 8 bits, candidates."""
+"""What makes a cycle cheaper and must not change the output: the forms of a matrix, 8 bits, candidates."""
 
 import dataclasses
 from functools import partial
@@ -13,13 +13,13 @@ import pytest
 from factory import Pair
 from loops import Output
 
-from domino_jax import decode, layers, prepare
+from domino_jax import decode, layers, matrix, prepare
 from domino_jax.config import DecoderConfig, MoeConfig
-from domino_jax.decode import DecodeConfig, Params
 from domino_jax.drafters.heads import domino
 from domino_jax.errors import DominoError
+from domino_jax.matrix import CpuBfloat16, CpuFloat32, Scaled, Tabulated
 from domino_jax.sampling import settings
-from domino_jax.weights import FusedHead, OutputsFirst, Quantized, build_module, flatten
+from domino_jax.weights import Params, axes, flatten, is_matrix
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
@@ -54,39 +54,32 @@ def test_every_matrix_comes_back_to_within_its_columns_step(config: DecoderConfi
     """Each kind of weight there is: the error of a value is at most `bound` of the largest of its output's column."""
     sizes = config.sizes
     seen = set()
-
-    def check(letters: str) -> None:
-        names = letters.split()
-        if len(names) == 1 or letters in seen or letters not in prepare.SUMMED:
-            return
+    for path, letters in flatten(axes(config)).items():
+        if not is_matrix(path, letters) or path in prepare.WHOLE or letters in seen:
+            continue
         seen.add(letters)
-        weight = jax.random.normal(jax.random.key(len(seen)), tuple(sizes[a] for a in names))
-        small = prepare.to_8_bits(weight, letters, kind)
-        assert small.values.dtype == prepare.KINDS[kind] and small.values.shape == weight.shape
-        if names[0] == "V":  # in the einsum and in the gather
-            whole = small.values.astype(jnp.float32) * small.scale[:, None]
-            np.testing.assert_array_equal(layers.rows(small, jnp.arange(sizes["V"])), whole)
-            x = jax.random.normal(jax.random.key(0), (3, weight.shape[1]))
-            np.testing.assert_allclose(layers.scores(x, small), x @ whole.T, atol=1e-4)
-            column = jnp.abs(weight).max(axis=1, keepdims=True)
-        else:
-            if names[0] == "N":
-                weight, small = weight.reshape(-1, sizes["D"]), layers.flat_heads(small)
-            whole = layers.linear(jnp.eye(weight.shape[0]), small)
-            column = jnp.abs(weight).max(axis=0)
+        weight = jax.random.normal(jax.random.key(len(seen)), tuple(sizes[a] for a in letters.split()))
+        small = matrix.quantize(weight, kind)
+        assert small.values.dtype == matrix.QUANTIZED[kind] and small.shape == weight.shape
+        assert small.scale.shape == weight.shape[:-1]
+        whole = small.values.astype(jnp.float32) * small.scale[..., None]
+        x = jax.random.normal(jax.random.key(0), (3, weight.shape[-1]))
+        np.testing.assert_allclose(matrix.dot(x, small), matrix.dot(x, whole), atol=1e-4)
+        if letters[0] == "V":  # in the product and in the gather
+            np.testing.assert_array_equal(layers.embed(small, jnp.arange(sizes["V"])), whole)
+            np.testing.assert_allclose(layers.unembed(x, small), x @ whole.T, atol=1e-4)
+        column = jnp.abs(weight).max(axis=-1, keepdims=True)
         assert (jnp.abs(whole - weight) <= bound * column * 1.01).all()
         assert (jnp.abs(whole - weight) > bound * column / 10).any(), "nothing was rounded"
-
-    build_module(config, check)
     assert len(seen) >= 5
 
 
-@pytest.mark.parametrize("kind", prepare.KINDS)
+@pytest.mark.parametrize("kind", matrix.QUANTIZED)
 def test_an_output_of_zeros_stays_zero(kind):
     """As in a head that has learned nothing yet, and in rows that only pad a vocabulary."""
     weight = jnp.zeros((6, 4)).at[1].set(jnp.arange(4.0)).at[2].set(1e-38)
-    small = prepare.to_8_bits(weight, "V R", kind)
-    whole = np.asarray(layers.rows(small, jnp.arange(6)))
+    small = matrix.quantize(weight, kind)
+    whole = np.asarray(layers.embed(small, jnp.arange(6)))
     assert np.isfinite(np.asarray(small.scale)).all()
     np.testing.assert_allclose(whole, weight, atol=0.2)
     assert (whole[3:] == 0).all()
@@ -100,7 +93,7 @@ def test_the_recurrent_part_and_the_norms_stay_as_they_are():
         stays = weight.ndim == 1 or path in prepare.WHOLE
         assert (path in after) == stays
         assert not stays or after[path] is weight
-    assert isinstance(small.params.output, Quantized)
+    assert isinstance(small.params.output, Scaled)
     assert small.params.target is pair.params.target
 
 
@@ -129,7 +122,7 @@ def test_a_float32_is_the_sum_of_its_pieces():
     x = (rng.normal(size=(64, 16)) * 10.0 ** rng.integers(-25, 30, (64, 16))).astype(np.float32)
     x[0, :4] = 0, 1, -(2**24 - 1), np.float32(1) / 3
     one = jnp.eye(16, dtype=jnp.bfloat16)
-    np.testing.assert_array_equal(jax.jit(layers.exact_product)(x, one), x)
+    np.testing.assert_array_equal(jax.jit(matrix.dot)(x, CpuBfloat16(one)), x)
 
 
 @pytest.mark.parametrize("shape", [(1, 300), (8, 300), (3, 5, 300)], ids=str)
@@ -145,9 +138,16 @@ def test_narrow_products_are_as_exact_as_float32s(shape):
         return float(np.abs(np.asarray(y, np.float64) - true).max())
 
     plain = error(jnp.einsum("...D,abD->...ab", x, w.astype(jnp.float32)))
-    assert error(jax.jit(layers.linear)(x, OutputsFirst(w))) < 2 * plain
+    assert error(jax.jit(matrix.dot)(x, CpuBfloat16(w))) < 2 * plain
     rounded = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
     assert error(jnp.einsum("...D,abD->...ab", rounded, w.astype(jnp.float32))) > 50 * plain
+
+
+def test_an_infinity_times_a_narrow_matrix_is_what_float32_says():
+    """Its pieces are infinity and zeros; infinity less infinity would make the sum NaN."""
+    x = jnp.asarray([[jnp.inf, 1.0], [-jnp.inf, 2.0]])
+    w = jnp.asarray([[1.0, 2.0], [-3.0, 0.5]], jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(matrix.dot)(x, CpuBfloat16(w)), matrix.dot(x, w.astype(jnp.float32)))
 
 
 def narrowed(pair: Pair) -> tuple[Pair, Pair]:
@@ -156,65 +156,59 @@ def narrowed(pair: Pair) -> tuple[Pair, Pair]:
 
 
 def test_matrices_stay_narrow_and_the_rest_is_float32():
-    whole, narrow = narrowed(good())
-    for module, other in zip(whole.params[:2], narrow.params[:2], strict=True):
+    whole, mixed = narrowed(good())
+    for module, other in zip(whole.params[:2], mixed.params[:2], strict=True):
         before, after = flatten(module), flatten(other)
         for path, weight in before.items():
-            matrix = weight.ndim > 1 and not path.startswith("head.")
-            values = after[f"{path}.values" if matrix else path]
-            assert values.dtype == (jnp.bfloat16 if matrix else jnp.float32) and values.size == weight.size
-        assert after["layers.0.down.values"].shape == before["layers.0.down"].shape[::-1]
+            narrow = weight.ndim > 1 and not path.startswith("head.")
+            values = after[f"{path}.values" if narrow else path]
+            assert values.dtype == (jnp.bfloat16 if narrow else jnp.float32) and values.shape == weight.shape
     for path, weight in flatten(factory.turned(good()).params.target).items():
         assert weight.dtype == jnp.float32, f"{path} would have been rounded"
 
 
-def test_turned_products_are_the_same_sums():
-    """Of every kind of weight, and whole: logits, features and drafts are those of matrices in their own order."""
+def test_products_of_the_cpus_form_are_the_same_sums():
+    """Of every kind of weight, and whole: logits, features and drafts are those of plain arrays."""
     pair = good()
     turned = factory.turned(pair)
     layer: Any = turned.params.target.layers[0]
-    assert layer.down.values.shape == pair.params.target.layers[0].down.shape[::-1]
     x = jax.random.normal(jax.random.key(0), (2, 3, TARGET.hidden_size))
-    for name in ("q", "k", "v", "gate", "up"):
-        expected = layers.linear(x, getattr(pair.params.target.layers[0], name))
-        np.testing.assert_allclose(layers.linear(x, getattr(layer, name)), expected, atol=1e-5)
+    for name in ("q", "kv", "gate_up"):
+        expected = matrix.dot(x, getattr(pair.params.target.layers[0], name))
+        assert isinstance(getattr(layer, name), CpuFloat32)
+        np.testing.assert_allclose(matrix.dot(x, getattr(layer, name)), expected, atol=1e-5)
     ids = jnp.array([[3, 0], [1, 3]])
     embed = pair.params.target.embed
-    np.testing.assert_array_equal(layers.rows(turned.params.target.embed, ids), embed[ids])
-    np.testing.assert_allclose(layers.scores(x, turned.params.target.embed), layers.scores(x, embed), atol=1e-5)
-    assert run(turned) == run(pair)
-    for module in turned.params[:2]:
-        prepare.fuse(module)
+    np.testing.assert_array_equal(layers.embed(turned.params.target.embed, ids), embed[ids])
+    np.testing.assert_allclose(layers.unembed(x, turned.params.target.embed), layers.unembed(x, embed), atol=1e-5)
     assert run(turned) == run(pair)
 
 
 @pytest.mark.parametrize(
-    ("product", "dtype", "columns", "summed"),
+    ("form", "dtype", "columns", "summed"),
     [
-        pytest.param(layers.turned_product, jnp.float32, 8, 0, id="float32"),
-        pytest.param(layers.exact_product, jnp.bfloat16, 24, 1, id="bfloat16"),
+        pytest.param(CpuFloat32, jnp.float32, 8, 0, id="float32"),
+        pytest.param(CpuBfloat16, jnp.bfloat16, 24, 1, id="bfloat16"),
     ],
 )
-def test_a_product_in_a_loop_has_the_matrix_on_its_left(product, dtype, columns, summed):
+def test_a_product_in_a_loop_has_the_matrix_on_its_left(form, dtype, columns, summed):
     """As compiled: XLA would take x's columns for rows again, and have its kernels put the matrix in order instead.
 
     Or it would make a transposed copy of the matrix before each loop.
     """
 
     @jax.jit
-    def run(x, matrix, times):
-        return jax.lax.fori_loop(0, times, lambda _, x: jnp.tanh(product(x, matrix))[:, :64], x)
+    def run(x, weight, times):
+        return jax.lax.fori_loop(0, times, lambda _, x: jnp.tanh(matrix.dot(x, weight))[:, :64], x)
 
-    program = run.lower(jnp.zeros((8, 64)), jnp.zeros((96, 64), dtype), 5).compile().as_text() or ""
+    program = run.lower(jnp.zeros((8, 64)), form(jnp.zeros((96, 64), dtype)), 5).compile().as_text() or ""
     (line,) = [line for line in program.splitlines() if " dot(" in line]
     assert f"= f32[96,{columns}]" in line
     assert f"lhs_contracting_dims={{1}}, rhs_contracting_dims={{{summed}}}" in line
     assert "[64,96]" not in program
 
 
-@pytest.mark.parametrize(
-    "more", ["alone", "fused", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "candidates"))]
-)
+@pytest.mark.parametrize("more", ["alone", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "candidates"))])
 def test_narrow_matrices_change_no_token(more):
     whole, narrow = narrowed(good())
     drafter = narrow.configs.draft
@@ -224,10 +218,6 @@ def test_narrow_matrices_change_no_token(more):
         narrow = Pair(prepare.quantize(mixed, drafter, "int8"), narrow.configs)
     if more == "candidates":
         narrow = Pair(narrow.params, dataclasses.replace(narrow.configs, candidates=7))
-    if more == "fused":
-        for module in narrow.params[:2]:
-            prepare.fuse(module)
-        assert {"layers.0.gate_up.values", "layers.1.kv.values"} <= set(flatten(narrow.params.target))
     expected, found = run(whole), run(narrow)
     assert [o.tokens for o in found] == [o.tokens for o in expected]
     assert tau(found) > 0.8 * tau(expected) > 1.4
@@ -238,58 +228,29 @@ def test_experts_stay_float32_beside_narrow_matrices():
     target = dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True))
     whole, narrow = narrowed(Pair.make(factory.draft_config(target), target))
     layer = narrow.params.target.layers[0]
-    assert isinstance(layer.q, OutputsFirst) and layer.router is not None
-    assert layer.gate.dtype == layer.router.dtype == jnp.float32
+    assert isinstance(layer.q, CpuBfloat16) and layer.router is not None
+    assert layer.gate_up.dtype == layer.router.dtype == jnp.float32
     assert [o.tokens for o in run(narrow)] == [o.tokens for o in run(whole)]
 
 
-# --- Fused products -----------------------------------------------------------------------------------------------
-
-
-def test_fused_products_are_the_same_sums():
-    pair, fused = good(), good()
-    prepare.fuse(fused.params.target)
-    prepare.fuse(fused.params.draft)
-    names = set(flatten(fused.params.target)) | set(flatten(fused.params.draft))
-    assert "layers.0.kv" in names and not {"layers.0.k", "layers.0.v", "layers.0.gate", "layers.1.up"} & names
-
-    @partial(jax.jit, static_argnums=1)
-    def step(params: Params, configs: DecodeConfig, state):
-        drafts, _, _ = decode.propose(params, configs, state, None)
-        return drafts, *decode.run_target(params, configs, state, drafts)[:2]
-
-    state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
-    for a, b in zip(step(pair.params, pair.configs, state), step(fused.params, fused.configs, state), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
-    assert run(fused) == run(pair)
+# --- A table of the GRU's inputs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("largest", [0, prepare.LARGEST_TABLE], ids=["computed", "looked up"])
 @pytest.mark.parametrize("kind", ["whole", "narrow", pytest.param("int8", marks=pytest.mark.slow)])
-def test_a_fused_head_proposes_the_same(kind, largest):
+def test_a_tabulated_head_proposes_the_same(kind, largest):
     whole = factory.narrow(good()) if kind == "narrow" else eight_bits(good(), "int8") if kind == "int8" else good()
     expected = run(whole)
-    prepare.fuse_head(whole.params, largest)
+    prepare.tabulate_head(whole.params, largest)
     head = whole.params.draft.head if whole.params.draft else None
-    assert isinstance(head, FusedHead) and (head.gates is None) == (largest == 0) == (head.gru_in is not None)
+    assert head is not None and isinstance(head.gru_in, Tabulated) == (largest > 0)
     assert run(whole) == expected
     assert tau(expected) > 1.4
-    prepare.fuse_head(whole.params, largest)  # there is nothing left to do, nor is there without a head
+    prepare.tabulate_head(whole.params, largest)  # there is nothing left to do, nor is there without a head
     plain = good(head=None, shift_label=False)
-    prepare.fuse_head(plain.params)
-    prepare.fuse_head(plain.params.without_drafter)
+    prepare.tabulate_head(plain.params)
+    prepare.tabulate_head(plain.params.without_drafter)
     assert plain.params.draft is not None and plain.params.draft.head is None
-
-
-def test_fused_and_8_bit_together():
-    pair = good()
-    expected = run(pair)
-    small = eight_bits(pair, "int8")
-    alone = run(small)
-    prepare.fuse(small.params.target)
-    prepare.fuse(small.params.draft)
-    assert run(small) == alone
-    assert [o.tokens for o in run(small)] == [o.tokens for o in expected]
 
 
 # --- Head candidates ----------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from loops import NO_STOP, Output
 
 from domino_jax import decode, prepare, sharding
 from domino_jax.config import MoeConfig
-from domino_jax.decode import DecodeConfig, DecodeState, Params
+from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
-from domino_jax.weights import flatten
+from domino_jax.weights import Params, flatten
 from infer.__main__ import main
 
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
@@ -78,12 +78,9 @@ def alone(pair) -> list[Output]:
 
 
 def cheap(pair: Pair) -> Pair:
-    """The other form of the head, which scores candidates, an 8-bit drafter and fused products."""
+    """The other form of the head, which scores candidates, and an 8-bit drafter."""
     assert pair.configs.draft is not None
     small = prepare.quantize(pair.params, pair.configs.draft, "int8")
-    small = small._replace(target=jax.tree.map(lambda w: w, small.target))  # fusing is in place
-    for module in small[:2]:
-        prepare.fuse(module)
     return Pair(small, dataclasses.replace(pair.configs, candidates=5))
 
 
@@ -102,14 +99,14 @@ def test_a_mesh_gives_the_tokens_of_one_device_with_candidates_too(pair, alone_c
         ours = cheap(spread(pair, mesh))
         assert run(ours) == alone_cheaply
     parts = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in flatten(ours.params).items()}
-    assert parts["draft.layers.0.kv.values"][2] == max(4, model) // model
+    assert parts["draft.layers.0.kv.values"][1] == max(4, model) // model
     assert parts["draft.layers.0.gate_up.scale"] == (2, 40 // model)
     assert parts["output.values"][0] == -(-89 // model)
 
 
 @pytest.mark.parametrize("form", [factory.turned, factory.narrow], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("data", "model"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
-def test_a_mesh_gives_the_tokens_of_one_device_with_outputs_first_too(pair, alone, data, model, form):
+def test_a_mesh_gives_the_tokens_of_one_device_with_a_cpus_matrices_too(pair, alone, data, model, form):
     """As a CPU holds matrices, in either dtype: each device has its part of every one."""
     expected = run(form(pair))
     assert form is factory.narrow or expected == alone
@@ -136,7 +133,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     embed = ours.params.target.embed
     assert embed.shape[0] == -(-89 // model) * model
     assert embed.sharding.shard_shape(embed.shape)[0] == embed.shape[0] // model
-    assert ours.params.target.layers[0].q.sharding.shard_shape((32, 8, 6)) == (32, 8 // model, 6)
+    assert ours.params.target.layers[0].q.sharding.shard_shape((8, 6, 32)) == (8 // model, 6, 32)
 
 
 def with_backend(pair: Pair, backend: Any) -> Pair:
@@ -159,8 +156,9 @@ def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, fo
         ours = with_backend(spread(moe_pair, mesh), form)
         assert run(ours) == moe_alone
     parts = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in flatten(ours.params.target).items()}
-    assert parts["layers.1.gate"] == (8 // model, 32, 20) and parts["layers.1.down"] == (8 // model, 20, 32)
-    assert parts["layers.1.router"] == (32, 8) and parts["layers.0.gate"] == (32, 40 // model)
+    assert parts["layers.1.gate_up"] == (8 // model, 2, 20, 32) and parts["layers.1.down"] == (8 // model, 32, 20)
+    assert parts["layers.1.router"] == (8, 32) and parts["layers.0.gate_up"] == (2, 40 // model, 32)
+    assert parts["layers.0.o"] == (32, 48 // model)
     assert parts["layers.0.q_bias"] == (8 // model, 6) and parts["layers.0.o_bias"] == (32,)
 
 

@@ -15,7 +15,8 @@ import torch
 from domino_jax import cache as kv
 from domino_jax import decode, target
 from domino_jax.config import TargetConfig
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
+from domino_jax.weights import Params
 
 TOLERANCE = 1e-4
 CLOSE = 2e-5  # between two orders of the same float32 sums

@@ -14,10 +14,10 @@ from convert import shapes
 from convert.loading import LoadedModel
 from convert.shapes import SHAPES, Shape
 from domino_jax import decode, prepare, verify, weights
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.sampling import SamplingParams, settings
-from domino_jax.weights import flatten
+from domino_jax.weights import Params, flatten
 from infer.bench import main as bench
 from infer.bench import plots, roofline, sweep
 from infer.bench.report import PHASES
@@ -88,9 +88,9 @@ def test_random_weights_lie_on_a_mesh_in_parts():
     """The shapes and layout are those of loaded weights: a mesh pads the vocabulary and repeats KV heads."""
     loaded = load_random("wide", mesh=(1, 4), matrices="float32")
     leaves = flatten(loaded.params.target)
-    embed, k = leaves["embed.values"], leaves["layers.0.k.values"]
+    embed, kv = leaves["embed.values"], leaves["layers.0.kv.values"]
     assert embed.shape == (264, 32) and embed.sharding.shard_shape(embed.shape) == (66, 32)
-    assert k.shape == (4, 8, 32) and k.sharding.shard_shape(k.shape) == (1, 8, 32)
+    assert kv.shape == (2, 4, 8, 32) and kv.sharding.shard_shape(kv.shape) == (2, 1, 8, 32)
     sequence, _ = Engine(loaded).sequence([1, 2, 3], 9)
     Engine(loaded).generate([sequence])
     assert len(sequence.tokens) == 9 and max(sequence.tokens) < 261

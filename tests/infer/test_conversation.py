@@ -16,9 +16,9 @@ from factory import BYTE_TARGET, make_tokenizer
 from convert.loading import LoadedModel
 from domino_jax import cache as kv
 from domino_jax import decode, prepare, sharding
-from domino_jax.decode import Params
 from domino_jax.errors import DominoError
 from domino_jax.sampling import SamplingParams, settings
+from domino_jax.weights import Params
 from infer import engine
 from infer.auto import Chooser
 from infer.conversation import Conversation
@@ -228,12 +228,9 @@ def test_on_a_mesh_with_a_row_that_only_fills_it(loaded, fresh, data, model):
 
 
 @pytest.mark.slow
-def test_with_fused_products_and_an_8_bit_drafter(loaded, fresh):
+def test_with_an_8_bit_drafter(loaded, fresh):
     assert loaded.configs.draft is not None
     params = prepare.quantize(loaded.params, loaded.configs.draft, "int8")
-    params = params._replace(target=jax.tree.map(lambda w: w, params.target))  # fusing is in place
-    for module in filter(None, params[:2]):
-        prepare.fuse(module)
     cheap = Engine(replace(loaded, params=params, configs=replace(loaded.configs, candidates=5)))
     check_two_turns(cheap, cheap)
 

@@ -5,6 +5,7 @@ reads folders and text.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.hf import save_hf, write_json
-from convert.names import entries
+from convert.names import entries, export
 from domino_jax import prepare, sharding, weights
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
+from domino_jax.weights import Params
 
 # Every size differs from the others, so that a swapped axis can't go unseen.
 TARGET = TargetConfig(
@@ -87,28 +89,45 @@ REPEATING = 2e-3
 
 
 def random_weights(config: DecoderConfig, seed: int, scale: float = 1.5) -> Any:
-    """Weights whose activations keep their size from layer to layer, and norm weights other than one."""
+    """Weights whose activations keep their size from layer to layer, and norm weights other than one.
+
+    They are drawn tensor by tensor under Hugging Face's names, so that no layout of ours changes them.
+    """
     rng = np.random.default_rng(seed)
 
-    def leaf(entry) -> np.ndarray:
-        if weights.is_bias(entry.path):
-            return (0.5 * rng.normal(size=entry.hf_shape)).astype(np.float32)
-        if len(entry.hf_shape) == 1:
-            return rng.uniform(0.5, 1.5, entry.hf_shape).astype(np.float32)
-        fan_in = 1 if entry.path == "embed" else entry.hf_shape[-1]
-        return (scale * rng.normal(size=entry.hf_shape) / fan_in**0.5).astype(np.float32)
+    def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("bias"):
+            return (0.5 * rng.normal(size=shape)).astype(np.float32)
+        if len(shape) == 1:
+            return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        fan_in = 1 if "embed_tokens" in name else shape[-1]
+        return (scale * rng.normal(size=shape) / fan_in**0.5).astype(np.float32)
 
-    return weights.unflatten(config, {e.path: jnp.asarray(e.to_ours(leaf(e))) for e in entries(config)})
+    shapes = {name: entry.hf_shape for entry in entries(config) for name in entry.hf_names}
+    tensors = {name: tensor(name, shapes[name]) for name in sorted(shapes, key=_drawn)}
+    return weights.unflatten(
+        config, {e.path: jnp.asarray(e.read(lambda name, index: tensors[name][index])) for e in entries(config)}
+    )
+
+
+def _drawn(name: str) -> tuple[Any, ...]:
+    """The order in which tensors are drawn: tests are written for the weights that it gives."""
+    short = name.removeprefix("model.").removesuffix(".weight").replace("post_attention_layernorm", "mlp_norm")
+    layer, expert = re.search(r"layers\.(\d+)", short), re.search(r"experts\.(\d+)", short)
+    last = short.rsplit(".", 1)[-1].replace("_proj", "").replace("input_layernorm", "input_norm")
+    if short.endswith(".bias"):
+        last = short.split(".")[-2].replace("_proj", "_bias")
+    if short.endswith("mlp.gate"):
+        last = "router"
+    top = {"hidden_norm": "context_norm", "embed_tokens": "embed"}.get(short, short)
+    top = {"embed_proj.0": "head.proj_in", "embed_proj.2": "head.proj_out"}.get(top, top)
+    top = {"prefix_gru.weight_ih_l0": "head.gru_in", "prefix_gru.weight_hh_l0": "head.gru_state"}.get(top, top)
+    return ("layers", int(layer[1]), last, int(expert[1]) if expert else 0) if layer else (top, 0, "", 0)
 
 
 def hf_weights(module: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
     """The same weights under Hugging Face's names, in its layout [out, in]."""
-    leaves = weights.flatten(module)
-    return {
-        name: np.ascontiguousarray(tensor)
-        for e in entries(config)
-        for name, tensor in e.tensors(np.asarray(e.to_hf(leaves[e.path]))).items()
-    }
+    return {name: np.ascontiguousarray(x) for name, x in export(config, weights.flatten(module)).items()}
 
 
 def place(module: Any, config: DecoderConfig, mesh: Mesh) -> Any:
@@ -168,8 +187,8 @@ def turned(pair: Pair) -> Pair:
     """The pair with its matrices as a float32 run on a CPU holds them; those in bfloat16 stay so."""
     assert pair.configs.draft is not None
     params = jax.tree.map(lambda w: w, pair.params)  # other modules of the same arrays
-    prepare.outputs_first(params.target, pair.configs.target)
-    prepare.outputs_first(params.draft, pair.configs.draft)
+    prepare.for_cpu(params.target, pair.configs.target)
+    prepare.for_cpu(params.draft, pair.configs.draft)
     return Pair(params, pair.configs)
 
 
@@ -208,9 +227,10 @@ def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> P
         forget = np.zeros((width, width), np.float32)
         forget[0] = -10.0  # times the constant coordinate: u = σ(-40)
         readout = np.asarray(weights.lm_head(model) * model.norm) * 100
-        drafter.head.gru_in = jnp.asarray(np.concatenate([zero, forget, identity / 8], axis=1))
-        drafter.head.gru_state = jnp.zeros((width, 3 * width))
-        drafter.head.proj_in = jnp.asarray(np.block([[zero, zero], [identity, -identity]]))
+        drafter.head.gru_in = jnp.asarray(np.concatenate([zero, forget.T, identity / 8]))
+        drafter.head.gru_state = jnp.zeros((3 * width, width))
+        drafter.head.proj_block = jnp.zeros((2 * width, width))
+        drafter.head.proj_state = jnp.asarray(np.concatenate([identity, -identity]))
         drafter.head.proj_out = jnp.asarray(np.concatenate([readout, -readout], axis=1))
     return pair
 

@@ -9,7 +9,7 @@ import pytest
 import reference
 from training import curriculum
 
-from convert.names import entries
+from convert.names import export
 from domino_jax import target
 from domino_jax.attention import attend_without_cache
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
@@ -34,10 +34,7 @@ def make_draft(shift: bool, prefix: int | None, block: int = 4, window: int | No
 
 def named(config, module) -> dict[str, np.ndarray]:
     """A module as tensors under Hugging Face's names."""
-    leaves = flatten(module)
-    return {
-        n: np.asarray(t) for e in entries(config) for n, t in e.tensors(np.asarray(e.to_hf(leaves[e.path]))).items()
-    }
+    return export(config, flatten(module))
 
 
 def sequences(seed: int = 0):

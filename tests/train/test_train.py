@@ -112,7 +112,9 @@ def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished
     plain = dataclasses.replace(draft, head=None)
     hf.save_hf(tmp_path / "dflash", init_weights(plain, jax.random.key(6)), plain, plain.to_hf())
     begun = from_drafter(ours, draft, tmp_path / "dflash")
-    assert np.array_equal(begun["head.proj_in"], ours["head.proj_in"]) and not np.array_equal(begun["fc"], ours["fc"])
+    assert np.array_equal(begun["head.proj_block"], ours["head.proj_block"]) and not np.array_equal(
+        begun["fc"], ours["fc"]
+    )
     with pytest.raises(DominoError, match="has block_size 4, this one 5"):
         from_drafter(ours, dataclasses.replace(draft, block_size=5), finished / "drafter")
     assert main(words(folder, tmp_path / "run", "--init-from", str(tmp_path / "dflash"))) == 0

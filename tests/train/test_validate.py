@@ -20,10 +20,9 @@ from convert import hf, loading
 from convert.registry import DEMO_FOLDER
 from domino_jax import sharding
 from domino_jax.config import DraftConfig
-from domino_jax.decode import Params
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
-from domino_jax.weights import axes, flatten, init_weights
+from domino_jax.weights import Params, axes, flatten, init_weights
 from train.evaluate.prompts import read_heldout_prompts, varied
 from train.evaluate.validate import MeasuredAcceptance, Validate, Validation, main, measure_acceptance, settle
 from train.generate import Completion

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
+from domino_jax.weights import Params
 from train.generate import Request, generate
 from train.regenerate.prompts import LeftOut, Lines, encode_turn, said
 

@@ -27,11 +27,11 @@ from jax import Array
 from convert.loading import load_model, without_head
 from convert.progress import progress_bars
 from convert.registry import read_configs
-from domino_jax.decode import DecodeConfig, Params
+from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.sharding import parse_mesh
-from domino_jax.weights import Target, flatten, unflatten
+from domino_jax.weights import Params, Target, flatten, unflatten
 from train import options as settings
 from train.evaluate.prompts import read_heldout_prompts, varied
 from train.generate import Request, generate

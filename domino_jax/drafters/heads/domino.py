@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.config import DraftConfig
-from domino_jax.layers import rows, scores
+from domino_jax.layers import unembed
+from domino_jax.matrix import AnyMatrix, concatenate, dot, dot_rows, take
 from domino_jax.sampling import Sampling, probabilities, sample
 from domino_jax.sharding import constrain, model_devices
-from domino_jax.weights import Draft, FusedHead, Head, OutputsFirst
+from domino_jax.weights import Draft, Head
 
 SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
 
@@ -34,48 +35,27 @@ def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
 
     Args:
         z: [..., J, D] of the proposing rows.
-        embedded: [..., J, D] embeddings of t_a, t_{a+1}, ..., t_{a+J-1}: what each state has newly eaten.
+        embedded: [..., J, D] embeddings of t_a, t_{a+1}, ..., t_{a+J-1}: the GRU's inputs.
 
     Returns:
         [..., J, R]; the logits' correction is this times embed_proj.2.
     """
-    gates = jnp.moveaxis(embedded @ head.gru_in, -2, 0)  # [J, ..., GU]
-    start = jnp.zeros((*gates.shape[1:-1], head.gru_state.shape[0]), z.dtype)
+    gates = jnp.moveaxis(dot(embedded, head.gru_in), -2, 0)  # [J, ..., GU]
+    start = jnp.zeros((*gates.shape[1:-1], head.gru_state.shape[1]), z.dtype)
 
     def step(state: Array, x: Array) -> tuple[Array, Array]:
         # Training keeps this matrix in float32, so that its gradient is summed over the steps in float32.
-        state = gru_cell(x, state @ head.gru_state.astype(state.dtype), state)
+        state = gru_cell(x, dot(state, head.gru_state.astype(state.dtype)), state)
         return state, state
 
     _, states = jax.lax.scan(step, start, gates)
-    block, state = jnp.split(head.proj_in, [z.shape[-1]])
-    return jax.nn.silu(z @ block + jnp.moveaxis(states, 0, -2) @ state)
-
-
-def fused(head: Head, embed: Array | OutputsFirst | None = None) -> FusedHead:
-    """The head as `propose_corrected` takes it.
-
-    Args:
-        embed: [V, D], to look up what each token gives the gates; None to compute it for every proposal.
-    """
-    hidden = head.gru_state.shape[0]
-    block, state = jnp.split(head.proj_in, [head.proj_in.shape[0] - hidden])
-    gates = None if embed is None else rows(embed, jnp.arange(jax.tree.leaves(embed)[0].shape[0])) @ head.gru_in
-    return FusedHead(head, jnp.concatenate([head.gru_state, state], axis=1), block, gates)
-
-
-def gru_inputs(head: FusedHead, embed: Array | OutputsFirst, token: Array) -> Array:
-    """What tokens [...] give the gates: [..., GU]."""
-    if head.gates is not None:
-        return head.gates[token]
-    assert head.gru_in is not None
-    return rows(embed, token) @ head.gru_in
+    return jax.nn.silu(dot(z, head.proj_block) + dot(jnp.moveaxis(states, 0, -2), head.proj_state))
 
 
 def propose_corrected(
     params: Draft,
     config: DraftConfig,
-    embed: Array | OutputsFirst,
+    embed: AnyMatrix,
     z: Array,
     base: Array,
     anchor: Array,
@@ -101,32 +81,33 @@ def propose_corrected(
         drafts [B, J] int32; the distributions they were drawn from [B, J, V], None if greedy.
     """
     proposals = z.shape[1]
-    head = fused(params.head) if isinstance(params.head, Head) else params.head
+    head = params.head
     prefix = config.head.pure_draft_prefix_len if config.head else proposals
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.split(key, proposals))(keys)
     token, drafts, distributions = anchor, [], []
-    state, recurrent, part, few = z, z, z, None
+    state, recurrent, part, from_state, few = z, z, z, z, None
     if head:
-        state = jnp.zeros((anchor.shape[0], head.state.shape[0]), z.dtype)
+        state = jnp.zeros((anchor.shape[0], head.gru_state.shape[1]), z.dtype)
         recurrent = jnp.zeros((anchor.shape[0], 3 * state.shape[1]), z.dtype)  # what a state of zeros gives the gates
-        part = z @ head.block  # no token changes it, so a block needs it once
+        part = dot(z, head.proj_block)  # no token changes it, so a block needs it once
+        from_state = concatenate(head.gru_state, head.proj_state)  # one product with a state instead of two
     if head and candidates is not None and candidates < base.shape[-1]:
         best, ids = likeliest(base, candidates)  # [B, J, C]
-        few = best, ids, rows(head.proj_out, ids)  # the last [B, J, C, R]
+        few = best, ids, take(head.proj_out, ids)  # the last [B, J, C, R]
     # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
     for j in range(proposals):
         logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
         if head:
-            state = gru_cell(gru_inputs(head, embed, token), recurrent, state)
-            recurrent, inner = jnp.split(state @ head.state, [recurrent.shape[1]], axis=1)
+            state = gru_cell(dot_rows(embed, token, head.gru_in), recurrent, state)
+            recurrent, inner = jnp.split(dot(state, from_state), [recurrent.shape[1]], axis=1)
             if j >= prefix:
                 rank = jax.nn.silu(part[:, j] + inner)
                 if few:
                     logits, names, weights = (x[:, j] for x in few)
                     logits += jnp.einsum("BR,BCR->BC", rank, weights, preferred_element_type=jnp.float32)
                 else:
-                    logits = constrain(logits + scores(rank, head.proj_out), "B V")
+                    logits = constrain(logits + unembed(rank, head.proj_out), "B V")
         distribution = None
         if keys is not None and (j == 0 or j >= prefix):
             distribution = probabilities(logits[:, None], sampling)[:, 0]

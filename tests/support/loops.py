@@ -12,8 +12,9 @@ import pytest
 from jax import Array
 
 from domino_jax import decode
-from domino_jax.decode import DecodeConfig, DecodeState, Emitted, Params
+from domino_jax.decode import DecodeConfig, DecodeState, Emitted
 from domino_jax.sampling import Sampling, settings
+from domino_jax.weights import Params
 
 NO_STOP = jnp.full(1, -1, jnp.int32)
 

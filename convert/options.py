@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
-from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
+from tyro.conf import DisallowNone, arg
 
 from convert import registry
 from domino_jax.runtime.command import UsageError, words_at_fault
@@ -67,8 +67,6 @@ class DeviceOptions:
     mesh: Annotated[str | None, DisallowNone, UNSET] = None
     """devices to spread over, such as data=2,model=4: rows over data, weights over model; the default is one
     device, or all that the model can be divided over where it does not fit on one"""
-    fuse: FlagCreatePairsOff[bool] = False
-    """one matrix product for keys and values, and one for the MLP's gate and up"""
 
     def mesh_sizes(self) -> tuple[int, int] | None:
         """The sizes (data, model) that --mesh gives, None without it.
@@ -236,4 +234,4 @@ def load(
         drafting.draft_revision,
         lambda config, draft_config: loading.plan_load(config, draft_config, dtype, **how),
     )
-    return loading.load_model(target, draft, dtype, progress, fuse=options.device.fuse, **how)
+    return loading.load_model(target, draft, dtype, progress, **how)

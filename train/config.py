@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+from tyro.conf import DisallowNone
+
+from convert.options import UNSET, Dtype, ProcessOptions
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, default_taps
-from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError
 
 LossKind = Literal["ce", "kl"]
 PositionWeights = Literal["exponential", "d-pace"]
@@ -20,23 +23,25 @@ BlockAttention = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 TargetAttention = Literal["xla", "cudnn"]
 OptimizerName = Literal["adamw", "muon"]
 
+T = TypeVar("T")
+Unset = Annotated[T | None, DisallowNone, UNSET]  # not given when None; the help does not show that as a value
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """The data."""
 
-    data: tuple[str, ...] = ()
-    """JSONL files or a dataset of the Hub, see docs/training.md. Answers that the target itself wrote are best
-    (python -m train regenerate)"""
+    data: Annotated[tuple[str, ...], UNSET] = ()
+    """JSONL files or a dataset of the Hub, see docs/training.md; best are answers that the target itself wrote"""
     split: str = "train"
     """split of a Hub dataset"""
     length: int = 3072
     """longest sequence, in tokens; longer ones are cut"""
     pack: bool = False
     """put several short conversations into one sequence"""
-    features: Path | None = None
+    features: Unset[Path] = None
     """folder of python -m train capture: read the target's features instead of computing them"""
-    validation: Path | None = None
+    validation: Unset[Path] = None
     """JSONL of held-out prompts, decoded now and then to measure the true acceptance length"""
 
 
@@ -48,9 +53,9 @@ class DrafterOptions:
     """layers of the drafter"""
     block_size: int = 16
     """M, rows of a block"""
-    target_layer_ids: tuple[int, ...] = ()
+    target_layer_ids: Annotated[tuple[int, ...], UNSET] = ()
     """target layers whose output the drafter reads; spread over the depth when not given"""
-    intermediate_size: int | None = None
+    intermediate_size: Unset[int] = None
     """MLP width of the drafter; the target's when not given"""
     head: bool = True
     """train the causal head; --no-head is plain DFlash"""
@@ -62,11 +67,11 @@ class DrafterOptions:
     """the head does not correct this many first proposals"""
     shift_label: bool = True
     """the anchor's own row makes the first proposal"""
-    mask_token_id: int | None = None
+    mask_token_id: Unset[int] = None
     """the tokenizer's mask token when not given; 151669 for Qwen3"""
     init: Literal["random", "target-layers"] = "random"
     """first weights; target-layers copies the target's last layers"""
-    init_from: Path | None = None
+    init_from: Unset[Path] = None
     """begin with the weights of the drafter in this folder; a DFlash drafter gets a head that corrects nothing yet"""
     freeze_backbone: bool = False
     """train the head alone (with --init-from or --init target-layers)"""
@@ -127,7 +132,7 @@ class OptimizerConfig:
 class RunConfig:
     """The run: how long, on which devices, and what is kept."""
 
-    steps: int | None = None
+    steps: Unset[int] = None
     """optimizer steps; as many as --epochs takes when not given"""
     epochs: float = 6.0
     """passes over the data"""
@@ -135,9 +140,9 @@ class RunConfig:
     """sequences a step, on all devices together"""
     accumulate: int = 1
     """compute a batch in this many parts: less memory, more time, the same gradient"""
-    mesh: str | None = None
+    mesh: Unset[str] = None
     """devices, such as data=1,fsdp=4,model=2; all of them on fsdp when not given (one on a CPU)"""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Unset[Dtype] = None
     """of the computation; masters are float32. float32 on a CPU, bfloat16 elsewhere when not given"""
     seed: int = 0
     """of the first weights, the order of the data and the anchors"""
@@ -163,25 +168,20 @@ class RunConfig:
 class TrainConfig:
     """Train a Domino drafter for a frozen Qwen3 target (base-anchored curriculum)."""
 
-    target: str | None = None
+    target: Unset[str] = None
     """the frozen target: a name such as qwen3-4b, a folder, or org/repo on the Hub"""
     out: Path = Path("runs/drafter")
     """folder of the run"""
-    config: str | None = None
+    config: Unset[str] = None
     """TOML file of settings, or a shipped recipe: demo, qwen3-4b, qwen3-8b"""
     resume: bool = False
     """continue the run in --out, with its own settings"""
-    coordinator: str | None = None
-    """with several processes: HOST:PORT of the first one"""
-    num_processes: int | None = None
-    """how many processes there are"""
-    process_id: int | None = None
-    """number of this process, from 0"""
     data: DataConfig = field(default_factory=DataConfig)
     drafter: DrafterOptions = field(default_factory=DrafterOptions)
     objective: Objective = field(default_factory=Objective)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ GROUPS: dict[str, Any] = {
     "run": RunConfig,
 }
 # Settings of one start of a run; they are not saved with it.
-HERE = ("out", "config", "resume", "coordinator", "num_processes", "process_id")
+HERE = ("out", "config", "resume", "processes")
 
 
 def flag(name: str) -> str:
@@ -226,11 +226,11 @@ def check_options(options: TrainConfig) -> TrainConfig:
     """The options, if their values make sense.
 
     Raises:
-        DominoError: one does not, or what is needed was not given.
+        UsageError: one does not, or what is needed was not given.
     """
     values = flat(options)
     if options.target is None or not options.data.data:
-        raise DominoError(
+        raise UsageError(
             "give --target (a model's name or folder) and --data (JSONL files, or a Hub dataset), or --resume with "
             "--out."
         )
@@ -250,16 +250,16 @@ def check_options(options: TrainConfig) -> TrainConfig:
     }
     for name, holds in rules.items():
         if not holds(values[name]):
-            raise DominoError(f"{flag(name)} can't be {values[name]}.")
+            raise UsageError(f"{flag(name)} can't be {values[name]}.")
     if options.run.batch % options.run.accumulate:
-        raise DominoError(f"--accumulate {options.run.accumulate} does not divide --batch {options.run.batch}.")
+        raise UsageError(f"--accumulate {options.run.accumulate} does not divide --batch {options.run.batch}.")
     drafter = options.drafter
     if drafter.init != "random" and drafter.init_from:
-        raise DominoError(f"a drafter begins in one way: give --init {drafter.init} or --init-from, not both.")
+        raise UsageError(f"a drafter begins in one way: give --init {drafter.init} or --init-from, not both.")
     if drafter.freeze_backbone and not drafter.head:
-        raise DominoError("--freeze-backbone trains the head alone, so it needs a head: leave out --no-head.")
+        raise UsageError("--freeze-backbone trains the head alone, so it needs a head: leave out --no-head.")
     if drafter.freeze_backbone and drafter.init == "random" and not drafter.init_from:
-        raise DominoError(
+        raise UsageError(
             "--freeze-backbone keeps the first weights of the backbone, which are random here: give --init-from a "
             "drafter."
         )

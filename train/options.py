@@ -18,11 +18,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
-
-import tyro
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, parse_words
 from domino_jax.runtime.files import write_text
 from train.config import GROUPS, HERE, TrainConfig, check_options, flag, flat
 
@@ -49,23 +48,71 @@ REPLACED: dict[tuple[str, Any], tuple[str, Any]] = {
 MOVED = {("run", "remat"): "objective"}  # a setting's earlier group -> its group
 
 
-def parse_options(argv: Sequence[str] | None = None) -> TrainConfig:
+def parse_options(argv: Sequence[str] | None = None, prog: str = "python -m train", epilog: str = "") -> TrainConfig:
     """The settings that the words of a command line give, with those of --config or of the run that is resumed.
 
+    Args:
+        argv: the words; the process's own when None.
+        prog: the command as the user types it, for the help.
+        epilog: text of the help after its first sentence.
+
     Raises:
-        DominoError: a file can't be read, names a setting that does not exist, or a value makes no sense.
-        SystemExit: the words are wrong, or ask for help.
+        UsageError: a word is unknown, or a value makes no sense.
+        DominoError: a file can't be read, or a setting in it is wrong.
+        SystemExit: the help was asked for, and was printed.
     """
     argv = current_flags(sys.argv[1:] if argv is None else argv)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config")
     early.add_argument("--out", type=Path, default=TrainConfig.out)
     early.add_argument("--resume", action="store_true")
-    words, _ = early.parse_known_args(argv)
+    try:
+        words, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; see {prog} --help.") from None
     default = default_options(words.config, words.out, words.resume)
-    flat_names = (tyro.conf.OmitArgPrefixes,)
-    options = tyro.cli(TrainConfig, args=argv, default=default, prog="python -m train", config=flat_names)
-    return check_change(default, options)
+    return check_change(default, parse_words(TrainConfig, argv, prog=prog, default=default, epilog=epilog))
+
+
+def configure(options: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a call from Python, checked as those of a command line are.
+
+    Args:
+        options: when None, the defaults, or those of the recipe or the run that the settings name.
+        settings: fields of the groups by name, of `TrainConfig` itself, or whole groups.
+
+    Raises:
+        DominoError: a name is unknown, or a value of another type or without sense.
+    """
+    if options is None:
+        recipe, out = settings.get("config"), Path(settings.get("out", TrainConfig.out))
+        options = default_options(recipe, out, bool(settings.get("resume")))
+    made: dict[str, dict[str, Any]] = {}
+    whole: dict[str, Any] = {}
+    for name, value in settings.items():
+        if (name in GROUPS and isinstance(value, GROUPS[name])) or name == "processes":
+            whole[name] = value
+            continue
+        groups = {**GROUPS, "": TrainConfig}
+        group, kind = next(
+            (
+                (group, f.type)
+                for group, form in groups.items()
+                for f in dataclasses.fields(form)
+                if f.name == name and (group or name not in GROUPS)
+            ),
+            (None, None),
+        )
+        if group is None:
+            known = ", ".join(["out", "config", "resume", *flat(options)])
+            raise UsageError(f"{name} is no setting of a training; those are {known}.")
+        made.setdefault(group, {})[name] = typed(kind, value, f"{name} is set to")
+    options = dataclasses.replace(options, **whole, **made.pop("", {}))
+    changed: dict[str, Any] = {
+        group: dataclasses.replace(getattr(options, group), **values) for group, values in made.items()
+    }
+    options = dataclasses.replace(options, **changed)
+    return check_change(default_options(None, options.out, True) if options.resume else options, options)
 
 
 def default_options(recipe: str | None, out: Path, resume: bool) -> TrainConfig:
@@ -77,7 +124,7 @@ def default_options(recipe: str | None, out: Path, resume: bool) -> TrainConfig:
     if not resume:
         return read_recipe(recipe_path(recipe)) if recipe else TrainConfig()
     if recipe:
-        raise DominoError("a resumed run has its own settings: leave out --config.")
+        raise UsageError("a resumed run has its own settings: leave out --config.")
     saved = out / SETTINGS
     if not saved.exists():
         raise DominoError(f"there is no run to resume in {out}: {saved} does not exist.")
@@ -91,13 +138,14 @@ def check_change(default: TrainConfig, options: TrainConfig) -> TrainConfig:
         default: what they were before flags or keywords changed them.
 
     Raises:
-        DominoError: a value makes no sense, a resumed run would become another, or --out holds a run already.
+        UsageError: a value makes no sense, or a resumed run would become another.
+        DominoError: --out holds a run already.
     """
     if options.resume:
         before, now = flat(default), flat(options)
         kept = [name for name in now if now[name] != before[name] and name not in CHANGEABLE]
         if kept:
-            raise DominoError(f"a resumed run keeps its settings; leave out {', '.join(map(flag, kept))}.")
+            raise UsageError(f"a resumed run keeps its settings; leave out {', '.join(map(flag, kept))}.")
     elif (options.out / SETTINGS).exists():
         raise DominoError(f"{options.out} already holds a run; continue it with --resume, or give another --out.")
     return check_options(options)
@@ -118,7 +166,7 @@ def current_flags(argv: Sequence[str]) -> list[str]:
         elif name == "trains":
             value = value if equals else next(words, "")
             if ("trains", value) not in REPLACED:
-                raise DominoError(f"--trains can't be {value!r}; give --freeze-backbone to train the head alone.")
+                raise UsageError(f"--trains can't be {value!r}; give --freeze-backbone to train the head alone.")
             made.append("--freeze-backbone" if REPLACED["trains", value][1] else "--no-freeze-backbone")
         else:
             made.append(word)
@@ -129,7 +177,7 @@ def recipe_path(name: str) -> Path:
     """A TOML file by its path or, for those that are shipped, by name.
 
     Raises:
-        DominoError: there is neither.
+        UsageError: there is neither.
     """
     if Path(name).is_file():
         return Path(name)
@@ -137,7 +185,7 @@ def recipe_path(name: str) -> Path:
     shipped = folder / f"{name}.toml"
     if not shipped.is_file():
         names = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
-        raise DominoError(f"--config {name} is neither a file nor a shipped recipe ({names}).")
+        raise UsageError(f"--config {name} is neither a file nor a shipped recipe ({names}).")
     return shipped
 
 
@@ -194,6 +242,8 @@ def typed(kind: Any, value: Any, said: str) -> Any:
 
 
 def _typed(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Annotated:
+        return _typed(get_args(kind)[0], value)
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
@@ -217,6 +267,10 @@ def _typed(kind: Any, value: Any) -> Any:
 
 def _words(kind: Any) -> str:
     """A type in words."""
+    if get_origin(kind) is Annotated:
+        return _words(get_args(kind)[0])
+    if type(None) in get_args(kind):
+        return " or ".join(_words(one) for one in get_args(kind) if one is not type(None))
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)

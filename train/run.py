@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -37,7 +38,7 @@ from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
-from domino_jax.runtime.processes import any_process, broadcast_from_first
+from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.sharding import fetch, mesh_context
 from domino_jax.weights import Target, flatten, init_weights, unflatten
 from train import config
@@ -303,7 +304,7 @@ class Loop:
                 pairs = stack.enter_context(closing(setup.features.read_ahead(batches)))
             else:
                 pairs = ((batch, None) for batch in batches)
-            stopping = stack.enter_context(stop_signals())
+            stopping = stack.enter_context(stop_signals(several=jax.process_count() > 1))
             stopped = False
             while self.done < self.steps and not stopped:
                 self.step(*next(pairs))
@@ -354,8 +355,7 @@ class Loop:
             self.clock.start()
         elif self.log:
             self.log.progress.advance(self.done)
-        # Several processes ask each other, which waits for the devices: not at every step.
-        return any_process(stopping.is_set()) if jax.process_count() == 1 or logs else False
+        return stopping.is_set() if jax.process_count() == 1 else reached_preemption_sync_point(self.done)
 
     def look(self) -> Metrics:
         """What the steps since the last look reported, fetched; the last one's.

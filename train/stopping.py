@@ -9,11 +9,15 @@ from typing import Any
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals(several: bool = False) -> Iterator[threading.Event]:
     """Within the block, the first Ctrl-C or SIGTERM sets the event instead of breaking into a step.
 
     A step that is broken into has given its donated state away and not returned the next: nothing
     would be left to save. A second signal, of either kind, acts as usual.
+
+    Args:
+        several: this is one of several processes, which must stop after the same step. JAX agrees on it: its own
+            handler takes SIGTERM as the notice (`reached_preemption_sync_point`), and Ctrl-C is passed on as one.
     """
     event = threading.Event()
     previous = {}
@@ -26,8 +30,10 @@ def stop_signals() -> Iterator[threading.Event]:
         event.set()
         restore()
         print("stopping after this step, and saving; once more to stop at once", file=sys.stderr)
+        if several:
+            signal.raise_signal(signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, note)
     try:
         yield event

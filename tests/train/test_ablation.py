@@ -93,4 +93,4 @@ def test_the_shipped_drafter_from_nothing(tmp_path, capfd):
 def test_the_demo_names_every_command_from_the_text_to_the_measure(tmp_path):
     found = [stage.words[0] for stage in command.stages(command.Demo(tmp_path))]
     assert found == ["train.pretrain", *["train.prompts"] * 3, *["train.regenerate"] * 2, "train", "train.validate"]
-    assert command.main(["--out", str(tmp_path), "--prompts", "1"]) == 1
+    assert command.main(["--out", str(tmp_path), "--prompts", "1"]) == 2

@@ -106,9 +106,9 @@ def test_flops_are_those_of_the_products():
 
 
 def test_refusals(tiny, capsys):
-    assert main(["--shapes", "qwen3-9b"]) == 1
+    assert main(["--shapes", "qwen3-9b"]) == 2
     assert "the shapes are qwen3-0.6b" in capsys.readouterr().err
-    assert main([*tiny, "--length", "0"]) == 1
+    assert main([*tiny, "--length", "0"]) == 2
     assert "--length can't be 0" in capsys.readouterr().err
     assert main([*tiny, "--mesh", "model=3"]) == 1
     assert "model=3 does not divide num_attention_heads 4" in capsys.readouterr().err

@@ -207,20 +207,20 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("status", "words", "sentence"),
     [
-        ([], "give either --run"),
-        (["--draft", "draft"], "give --target"),
-        (["--run", "target"], "settings.toml"),
-        (["--draft", "target", "--target", "target"], "is not a drafter"),
-        (["--draft", "draft", "--target", "target", "--num-prompts", "5"], "has 4 prompts"),
-        (["--draft", "draft", "--target", "target", "--new-tokens", "300"], "no room for 300 new tokens in 256"),
-        (["--draft", "draft", "--target", "target", "--new-tokens", "0"], "--new-tokens must be at least 1"),
+        (2, [], "give either --run"),
+        (2, ["--draft", "draft"], "give --target"),
+        (1, ["--run", "target"], "settings.toml"),
+        (1, ["--draft", "target", "--target", "target"], "is not a drafter"),
+        (1, ["--draft", "draft", "--target", "target", "--num-prompts", "5"], "has 4 prompts"),
+        (1, ["--draft", "draft", "--target", "target", "--new-tokens", "300"], "no room for 300 new tokens in 256"),
+        (2, ["--draft", "draft", "--target", "target", "--new-tokens", "0"], "--new-tokens must be at least 1"),
     ],
 )
-def test_wrong_words_are_one_sentence(folder, capsys, monkeypatch, words, sentence):
+def test_wrong_words_are_one_sentence(folder, capsys, monkeypatch, status, words, sentence):
     monkeypatch.chdir(folder)
-    assert main(["--prompts", "held.jsonl", *words]) == 1
+    assert main(["--prompts", "held.jsonl", *words]) == status
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
 

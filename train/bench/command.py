@@ -1,6 +1,6 @@
 """What a training step costs at the public shapes, with random weights: time, its parts, FLOPs, memory.
 
-    python -m train.bench --shapes qwen3-8b --out docs/results/train-8b-h200.json
+    python -m train bench --shapes qwen3-8b --out docs/results/train-8b-h200.json
 
 The cost does not depend on the weights' values. FLOPs are counted by `train.bench.flops`, of the model and not of the
 program: what is computed a second time in the backward pass is not counted a second time.
@@ -8,22 +8,21 @@ program: what is computed a second time in the backward pass is not counted a se
 
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from convert.registry import DEMO_FOLDER, read_configs
 from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
@@ -173,16 +172,18 @@ def run_bench(options: TrainBench) -> dict[str, Any]:
     """The figures, as one flat row.
 
     Raises:
-        DominoError: the options don't fit together, or the devices don't.
+        UsageError: there is no such shape, or a number makes no sense.
+        DominoError: the mesh does not fit the devices or the models.
     """
-    target, config = configs(options)
+    with words_at_fault():
+        target, config = configs(options)
     for name in ("batch", "length", "block_size", "gru_hidden_dim", "emb_dim", "accumulate", "steps", "peak_tflops"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise DominoError(f"{flag(name)} can't be {value}.")
+            raise UsageError(f"{flag(name)} can't be {value}.")
     for name in ("anchors", "chunk", "gamma"):
         if getattr(options.objective, name) <= 0:
-            raise DominoError(f"{flag(name)} can't be {getattr(options.objective, name)}.")
+            raise UsageError(f"{flag(name)} can't be {getattr(options.objective, name)}.")
     dtype = resolve_dtype(options.dtype)
     made = mesh.make(options.mesh, (target, config)) if options.mesh else None
     recipe = Recipe(target, config, options.objective, options.optimizer, 1000, dtype.name, options.accumulate)
@@ -295,16 +296,16 @@ def show_bench(row: dict[str, Any]) -> str:
 PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(TrainBench, args=argv, prog="python -m train.bench", config=(tyro.conf.OmitArgPrefixes,))
+def print_bench(options: TrainBench) -> None:
+    """Measure, write the figures if a file was named, and print them."""
     enable_compile_cache()
-    try:
-        row = run_bench(options)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    except (DominoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    row = run_bench(options)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     print(show_bench(row))
-    return 0
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train bench") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(TrainBench, print_bench, argv, prog=prog)

@@ -1,7 +1,7 @@
 """Make the shipped pair, or its drafter alone, from nothing: one command for the commands of its model card.
 
-    python -m train.demo --out work                     # target, data, drafter: three to four hours on two cores
-    python -m train.demo --out work --target demo       # data and drafter for the target that is shipped
+    python -m train demo --out work                     # target, data, drafter: three to four hours on two cores
+    python -m train demo --out work --target demo       # data and drafter for the target that is shipped
 
 Each command is printed before it runs. What an earlier start has finished is not run again, and what it began goes on.
 """
@@ -9,14 +9,12 @@ Each command is printed before it runs. What an earlier start has finished is no
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-
-from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, run_command
 from train.options import SETTINGS
 
 # glibc gives XLA's large buffers back to the system after every step, and asks for them again at the next.
@@ -93,12 +91,12 @@ def run_demo(options: Demo) -> int:
     """Run what is missing; the first exit status that is not 0.
 
     Raises:
-        DominoError: a number makes no sense.
+        UsageError: a number makes no sense.
     """
     least = {"prompts": len(TEMPERATURES), "pretrain_steps": 1, "held_out": 1, "new_tokens": 2, "steps": 1}
     for name, low in least.items():
         if getattr(options, name) < low:
-            raise DominoError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(options, name)}.")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(options, name)}.")
     options.out.mkdir(parents=True, exist_ok=True)
     environment = {"GLIBC_TUNABLES": ALLOCATOR} | os.environ
     for stage in stages(options):
@@ -111,13 +109,6 @@ def run_demo(options: Demo) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = tyro.cli(Demo, args=argv, prog="python -m train.demo")
-    try:
-        return run_demo(options)
-    except (DominoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # the command that was running has said what it did
-        return 130
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train demo") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Demo, run_demo, argv, prog=prog)

@@ -1,6 +1,6 @@
 """Pre-train a small Qwen3 target and its tokenizer from text, so that the demo can be made from nothing.
 
-    python -m train.pretrain --out target
+    python -m train pretrain --out target
 
 The result is a standard Hugging Face folder. Matrices train with Muon, embeddings and norms with AdamW.
 """
@@ -8,6 +8,7 @@ The result is a standard Hugging Face folder. Matrices train with Muon, embeddin
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from convert.hf import save_hf, write_json
 from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.weights import axes, flatten, init_weights, unflatten
 from train.demo.corpus import read_texts
@@ -138,9 +140,9 @@ def check_pretrain(options: Pretrain) -> None:
     least |= dict.fromkeys(("steps", "batch", "length"), 1) | {"vocab_size": 256 + 4}  # bytes and special tokens
     for name, low in least.items():
         if getattr(options, name) < low:
-            raise DominoError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(options, name)}.")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(options, name)}.")
     if min(options.warmup, options.decay) < 0 or options.warmup + options.decay > 1:
-        raise DominoError("--warmup and --decay are shares of the steps, of at most 1 together.")
+        raise UsageError("--warmup and --decay are shares of the steps, of at most 1 together.")
     if (options.out / "config.json").exists():
         raise DominoError(f"{options.out} already holds a model; give another --out.")
 
@@ -222,13 +224,6 @@ def run_pretrain(options: Pretrain) -> None:
         raise KeyboardInterrupt
 
 
-def main() -> int:
-    options = tyro.cli(Pretrain, prog="python -m train.pretrain")
-    try:
-        run_pretrain(options)
-    except (DominoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train pretrain") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Pretrain, run_pretrain, argv, prog=prog)

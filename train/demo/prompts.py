@@ -1,19 +1,19 @@
 """Cut prompts out of text, for a target to continue: on-policy training data, or held-out measurements.
 
-python -m train.prompts --tokenizer target --out prompts.jsonl --count 4000
+python -m train prompts --tokenizer target --out prompts.jsonl --count 4000
 python -m infer --model target --draft none --raw --prompts prompts.jsonl --json --temperature 0.7 > data.jsonl
 """
 
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.files import write_text
 from train.demo.corpus import read_texts
 from train.loading import find
@@ -56,18 +56,25 @@ def cut(texts: list[str], tokenizer, count: int, tokens: int, seed: int) -> list
     raise DominoError(f"the text is too short for {count} prompts of {tokens} tokens.")
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(PromptOptions, args=argv, prog="python -m train.prompts")
-    try:
-        train, held_out = read_texts(options.text, options.files)
-        tokenizer = load_tokenizer(find(options.tokenizer, "--tokenizer"))
-        if tokenizer is None:
-            raise DominoError(f"{options.tokenizer} has no tokenizer.")
-        prompts = cut(held_out if options.held_out else train, tokenizer, options.count, options.tokens, options.seed)
-        # Whole or not at all, since train.demo takes a file that is there for whole.
-        write_text(options.out, "".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
-    except (DominoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def write_prompts(options: PromptOptions) -> None:
+    """Cut the prompts and write them.
+
+    Raises:
+        DominoError: there is no tokenizer, or too little text.
+    """
+    for name in ("count", "tokens"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, found {getattr(options, name)}.")
+    train, held_out = read_texts(options.text, options.files)
+    tokenizer = load_tokenizer(find(options.tokenizer, "--tokenizer"))
+    if tokenizer is None:
+        raise DominoError(f"{options.tokenizer} has no tokenizer.")
+    prompts = cut(held_out if options.held_out else train, tokenizer, options.count, options.tokens, options.seed)
+    # Whole or not at all, since train demo skips a file that is there.
+    write_text(options.out, "".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts))
     print(f"wrote {len(prompts)} prompts to {options.out}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train prompts") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(PromptOptions, write_prompts, argv, prog=prog)

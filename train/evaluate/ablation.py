@@ -1,6 +1,6 @@
 """Does the head help, and the curriculum? The same recipe, data and budget with and without them, over several seeds.
 
-    python -m train.ablation --config demo --data answers.jsonl --prompts heldout.jsonl --out runs/ablation
+    python -m train ablation --config demo --data answers.jsonl --prompts heldout.jsonl --out runs/ablation
 
     dflash      no head: the backbone alone
     joint       head and backbone on the corrected loss from the first step on (λ = 0)
@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, run_command
 from train.monitor import curves
 from train.monitor.log import METRICS
 from train.options import SETTINGS, read_recipe, recipe_path
@@ -153,7 +151,7 @@ def run_ablation(options: Ablation) -> int:
         DominoError: a run or a measurement is not possible.
     """
     if not options.seeds or options.steps < 1:
-        raise DominoError("give at least one of --seeds, and --steps of at least 1.")
+        raise UsageError("give at least one of --seeds, and --steps of at least 1.")
     options.out.mkdir(parents=True, exist_ok=True)
     status = train(options)
     if status:
@@ -169,13 +167,6 @@ def run_ablation(options: Ablation) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = tyro.cli(Ablation, args=argv, prog="python -m train.ablation")
-    try:
-        return run_ablation(options)
-    except (DominoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train ablation") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Ablation, run_ablation, argv, prog=prog)

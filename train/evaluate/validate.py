@@ -1,7 +1,7 @@
 """The acceptance length that a drafter really has: held-out prompts, decoded greedily by its target.
 
-    python -m train.validate --run runs/drafter --prompts held.jsonl
-    python -m train.validate --target target --draft drafter --prompts held.jsonl --min-distinct 0.8 --json
+    python -m train validate --run runs/drafter --prompts held.jsonl
+    python -m train validate --target target --draft drafter --prompts held.jsonl --min-distinct 0.8 --json
 
 τ = tokens a cycle, its bonus included, over all cycles of all answers (docs/algorithm.md, section 5), with the causal
 head and without it. A training run does the same with `Validation` every some steps, beside the acceptance that its
@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from jax import Array
 
 from convert.loading import load_model, without_head
@@ -29,6 +28,7 @@ from convert.progress import progress_bars
 from convert.registry import read_configs
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.sharding import parse_mesh
 from domino_jax.weights import Params, Target, flatten, unflatten
@@ -190,20 +190,20 @@ def settle(options: Validate) -> tuple[Path, Path]:
     """The folders of target and drafter.
 
     Raises:
-        DominoError: not enough was given, or too much, or a value makes no sense.
+        UsageError: not enough was given, or too much, or a value makes no sense.
     """
     o = options
     for name in ("num_prompts", "prompt_tokens", "new_tokens", "batch_size"):
         value = getattr(o, name)
         if value is not None and value < 1:
-            raise DominoError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
     if not 0 <= o.min_distinct <= 1:
-        raise DominoError(f"--min-distinct is a share, from 0 to 1, found {o.min_distinct}.")
+        raise UsageError(f"--min-distinct is a share, from 0 to 1, found {o.min_distinct}.")
     if (o.run is None) == (o.draft is None):
-        raise DominoError("give either --run (a training run's folder) or --draft (a drafter's).")
+        raise UsageError("give either --run (a training run's folder) or --draft (a drafter's).")
     if o.draft is not None:
         if o.target is None:
-            raise DominoError("give --target, the model that this drafter is for.")
+            raise UsageError("give --target, the model that this drafter is for.")
         return find(o.target), o.draft
     assert o.run is not None
     target = o.target or settings.read_recipe(o.run / settings.SETTINGS).target
@@ -279,16 +279,13 @@ def words(found: Mapping[str, Any]) -> str:
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = tyro.cli(Validate, args=argv, prog="python -m train.validate")
-    try:
-        enable_compile_cache()
-        found = measure_acceptance(options)
-    except DominoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def print_acceptance(options: Validate) -> None:
+    """Measure, and print the figures."""
+    enable_compile_cache()
+    found = measure_acceptance(options)
     print(json.dumps(found) if options.json else words(found))
-    return 0
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train validate") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Validate, print_acceptance, argv, prog=prog)

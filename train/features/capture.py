@@ -1,6 +1,6 @@
 """Capture a target's features for a corpus once, so that training reads them instead of running the target.
 
-    python -m train.capture --target target --data data.jsonl --length 3072 --out features
+    python -m train capture --target target --data data.jsonl --length 3072 --out features
     python -m train --features features ...
 
 The data options, the taps and the layers must be those of the training. A capture that was interrupted goes on where
@@ -10,7 +10,7 @@ it stopped when the same command is given again.
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from convert import folders
 from convert.registry import read_configs
@@ -28,6 +27,7 @@ from domino_jax import sharding, target
 from domino_jax.config import TargetConfig, default_taps
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
+from domino_jax.runtime.command import run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.precision import matmul_precision
@@ -257,14 +257,14 @@ def write_missing(folder: Path, plan: shards.ShardPlan, rows_of: Callable[[slice
             raise KeyboardInterrupt(f"{total - len(plan.missing)} of {total} shards are finished") from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Capture, args=argv, prog="python -m train.capture")
+def _capture(options: Capture) -> None:
     try:
         run_capture(options)
-    except (DominoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop or 'nothing was written'}; the same command goes on.", file=sys.stderr)
-        return 130
-    return 0
+        raise
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train capture") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Capture, _capture, argv, prog=prog)

@@ -1,6 +1,6 @@
 """Let the target rewrite the answers of conversations: a drafter learns best from what its target says itself.
 
-    python -m train.regenerate --target qwen3-8b --data sharegpt.jsonl --out data.jsonl --draft qwen3-8b-domino
+    python -m train regenerate --target qwen3-8b --data sharegpt.jsonl --out data.jsonl --draft qwen3-8b-domino
 
 Data: see train.regenerate.prompts. Every assistant turn of a conversation is written anew, in order, with the new
 answers as its context. OUT gets one line for each answer:
@@ -19,14 +19,13 @@ The same command goes on where it was interrupted. The answers are then those of
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from convert import template
 from convert.loading import LoadedModel, load_model
@@ -34,6 +33,7 @@ from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.files import lock_file
 from domino_jax.runtime.precision import resolve_dtype
@@ -259,17 +259,13 @@ def turns_text(tokenizer: Any, tokens: list[int]) -> str:
     return template.final_answer(template.decode(tokenizer, tokens))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = tyro.cli(Regenerate, args=argv, prog="python -m train.regenerate")
+def _regenerate(options: Regenerate) -> None:
     try:
         run_regenerate(options)
-    except DominoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
     except OSError as error:
-        print(f"error: {error}; the answers in {options.out} are kept.", file=sys.stderr)
-        return 1
-    return 0
+        raise DominoError(f"{error}; the answers in {options.out} are kept.") from None
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m train regenerate") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Regenerate, _regenerate, argv, prog=prog)

@@ -1,12 +1,24 @@
-"""The tokenizer of a model's folder."""
+"""A model's tokenizer and chat template: text and conversations to ids, and ids to text."""
 
+import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.messages import LeftOut, valid_unicode
 from domino_jax.errors import DominoError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
+
+
+class RefusedByTemplate(LeftOut):
+    """A chat template does not render these messages; `why` is its own word."""
+
+    def __init__(self, why: str):
+        super().__init__(f"are refused by the chat template ({why})", f"the target's chat template refuses it: {why}")
+        self.why = why
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -21,3 +33,103 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its errors are of many kinds, and all mean the same here
         raise DominoError(f"the tokenizer in {folder} can't be loaded: {first_line(error)}.") from None
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = True, split_special: bool = False) -> list[int]:
+    """The ids of text; by default as a raw prompt, with the tokens that the tokenizer puts around one (a BOS, say).
+
+    Args:
+        special: add those tokens. Text that continues other text, and a rendered template, goes without them.
+        split_special: text that spells a special token is ordinary text.
+
+    Raises:
+        DominoError: there is no tokenizer, or it is not valid Unicode.
+    """
+    if tokenizer is None:
+        raise DominoError("this is text, and the model's folder has no tokenizer.")
+    try:
+        valid_unicode(text)
+    except ValueError as error:
+        raise DominoError(f"the prompt can't be encoded: {error}.") from None
+    more = {"split_special_tokens": True} if split_special else {}
+    return list(tokenizer(text, add_special_tokens=special, **more)["input_ids"])
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of tokens, without special ones."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether conversations can be rendered; a base model has no template and takes raw text."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    ask: bool = True,
+    thinking: bool = False,
+    tools: list[Any] | None = None,
+) -> str:
+    """A conversation in the model's template, which writes the special tokens itself.
+
+    Args:
+        messages: as `convert.messages.parse_messages` gives them; their `weight` is for training and is not rendered.
+        ask: with the generation prompt, up to where the assistant answers.
+        thinking: off by default (templates that know no `enable_thinking` ignore it): the drafters are trained so.
+
+    Raises:
+        DominoError: there is no template.
+        RefusedByTemplate: the template refuses the messages, or leaves out what one of them says.
+    """
+    if not has_template(tokenizer):
+        raise DominoError("this model has no chat template, so it takes raw prompts and no messages.")
+    plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            plain, tools=tools, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking
+        )
+    except Exception as error:  # jinja's, and whatever the template itself raises
+        raise RefusedByTemplate(first_line(error)) from None
+    for message in plain:
+        if not _shown(message, rendered):
+            raise RefusedByTemplate(f"it leaves out a message of the role {message['role']!r}")
+    return rendered
+
+
+def _shown(message: Mapping[str, Any], rendered: str) -> bool:
+    """Whether a message's text is in the rendering; of an answer, templates leave out thoughts."""
+    content = message.get("content")
+    if message.get("role") == "assistant" or not isinstance(content, str) or content.strip() in rendered:
+        return True
+    if message.get("role") == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in rendered:
+        return True
+    return "".join(content.split()) in "".join(rendered.split())  # templates may set other spaces and line ends
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], thinking: bool = False, tools: list[Any] | None = None
+) -> list[int]:
+    """The ids of a conversation in the model's own template, up to where the assistant answers; see `render`.
+
+    Raises:
+        DominoError: there is no template, or it refuses the messages.
+    """
+    try:
+        rendered = render(tokenizer, messages, thinking=thinking, tools=tools)
+    except RefusedByTemplate as error:
+        raise DominoError(f"the model's chat template refuses these messages: {error.why}.") from None
+    return encode(tokenizer, rendered, special=False)
+
+
+def final_answer(text: str) -> str:
+    """An answer without the thoughts before it, which later turns are not told; empty where they were cut off.
+
+    Qwen3's own template drops them too, but only those that came to an end.
+    """
+    _, end, answer = text.rpartition(THOUGHTS_END)
+    if end:
+        return answer.lstrip("\n")
+    return "" if text.lstrip().startswith(THOUGHTS_START) else text

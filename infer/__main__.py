@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from convert import registry, template
+from convert import registry
 from convert.progress import progress_bars
+from convert.tokenizer import final_answer, has_template
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import read_jsonl
 from domino_jax.runtime.processes import join_processes, resolve_processes
 from infer.output import Notes, Output, Printer, histogram, keep_silent, say, show_drafts, warn
-from infer.rows import max_new_tokens
+from infer.rows import max_new_tokens, messages_of_row
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
     from convert.loading import LoadedModel
@@ -107,7 +108,7 @@ class Prompt:
     """One thing to generate from: raw text, messages or ids, exactly one of them."""
 
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     ids: list[int] | None = None
     max_new_tokens: int | None = None
     where: str = "the prompt"  # for errors
@@ -238,7 +239,8 @@ def _parse_row(row: Any, where: str) -> Prompt:
             f'{where} must have one of "prompt" (a string), "messages" (a list of objects) and "input_ids" (integers).'
         )
     limit = max_new_tokens(row, where)
-    return Prompt(row.get("prompt"), row.get("messages"), row.get("input_ids"), limit, where)
+    messages = messages_of_row(row, where) if "messages" in row else None
+    return Prompt(row.get("prompt"), messages, row.get("input_ids"), limit, where)
 
 
 class Session:
@@ -344,7 +346,7 @@ class Session:
 
     def _is_chat(self) -> bool:
         """Whether prompts go through the model's chat template."""
-        return not self.options.raw and template.has_template(self.loaded.tokenizer)
+        return not self.options.raw and has_template(self.loaded.tokenizer)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids that the model is given."""
@@ -565,7 +567,7 @@ class Session:
                     self._batch([sequence], 1, 1, conversation)
                 self._summary()
                 said = sequence.text or ""
-                answer = template.final_answer(said) if self.options.thinking else said
+                answer = final_answer(said) if self.options.thinking else said
                 messages.append({"role": "assistant", "content": answer})
             except DominoError as error:
                 say(f"error: {error} The conversation starts over.")

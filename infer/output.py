@@ -95,7 +95,7 @@ def show_drafts(console: Console, s: "Sequence", tokenizer: Any) -> None:
     """
     from rich.text import Text
 
-    from convert.template import decode
+    from convert.tokenizer import decode
     from infer.text import Detokenizer
 
     stream = Detokenizer(tokenizer) if tokenizer is not None else None

@@ -1,44 +1,14 @@
-"""Between text and token ids: chat template, incremental detokenisation, stop strings."""
+"""From token ids to text while they come: whole characters, stop strings. Encoding is convert.tokenizer's."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from convert.template import decode, has_template, render
+from convert.tokenizer import RefusedByTemplate, decode, encode, encode_chat, render
 from domino_jax.errors import DominoError
 
+__all__ = ["Detokenizer", "TextStream", "encode", "encode_chat", "knows_thinking"]
+
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
-
-Message = dict[str, str]  # {"role": "user", "content": "..."}
-
-
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of raw text.
-
-    Raises:
-        DominoError: it is not text (a lone half of a UTF-16 pair, from JSON or a badly encoded command line).
-    """
-    return list(tokenizer(_whole(prompt))["input_ids"])
-
-
-def _whole(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DominoError(f"the prompt is not valid Unicode: {error}.") from None
-    return text
-
-
-def encode_chat(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> list[int]:
-    """The ids of a conversation in the model's own template, up to where the assistant answers.
-
-    Thinking is off by default (templates that know no `enable_thinking` ignore it): the drafters are trained so.
-
-    Raises:
-        DominoError: there is no template, or it refuses the messages.
-    """
-    rendered = _render(tokenizer, messages, thinking)
-    # The template has written the special tokens itself.
-    return list(tokenizer(_whole(rendered), add_special_tokens=False)["input_ids"])
 
 
 def knows_thinking(tokenizer: Any) -> bool:
@@ -48,16 +18,10 @@ def knows_thinking(tokenizer: Any) -> bool:
         DominoError: there is no template, or it refuses even a greeting.
     """
     greeting = [{"role": "user", "content": "Hello"}]
-    return _render(tokenizer, greeting, True) != _render(tokenizer, greeting, False)
-
-
-def _render(tokenizer: Any, messages: Sequence[Message], thinking: bool) -> str:
-    if not has_template(tokenizer):
-        raise DominoError("this model has no chat template, so it takes raw prompts and no messages.")
     try:
-        return render(tokenizer, messages, thinking=thinking)
-    except ValueError as error:
-        raise DominoError(f"the model's chat template refuses these messages: {error}.") from None
+        return render(tokenizer, greeting, thinking=True) != render(tokenizer, greeting)
+    except RefusedByTemplate as error:
+        raise DominoError(f"the model's chat template refuses a greeting: {error.why}.") from None
 
 
 class Detokenizer:

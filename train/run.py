@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from convert import folders, hf
+from convert.identity import model_fingerprint
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
@@ -47,12 +48,13 @@ from train import options as settings
 from train.checkpoint import Checkpoints
 from train.config import Recipe, TrainConfig
 from train.data import dataset
+from train.data.cache import cache_folder
+from train.data.corpus import Corpus
 from train.evaluate.prompts import read_heldout_prompts
 from train.evaluate.validate import Stopped, Validation
-from train.features.store import Captured, Features, identity
+from train.features.store import Captured, Features
 from train.init import from_drafter, from_target
 from train.loading import find
-from train.loading import identity as digest
 from train.monitor import curves
 from train.monitor.divergence import USUAL, DivergenceMonitor
 from train.monitor.log import METRICS, Log
@@ -70,7 +72,7 @@ class Setup:
 
     options: TrainConfig  # settled: nothing in it is left to be found out
     recipe: Recipe
-    corpus: dataset.Corpus
+    corpus: Corpus
     frozen: Target
     features: Features | None
     validation: Validation | None
@@ -111,6 +113,7 @@ def prepare(options: TrainConfig) -> Setup:
         split=wanted.split,
         pack=wanted.pack,
         progress=counting("lines read", say_state),
+        cache=cache_folder(),
     )
     say_state(str(summary))
     check_origin(options, corpus, folder)
@@ -119,7 +122,9 @@ def prepare(options: TrainConfig) -> Setup:
     features = None
     if wanted.features is not None:
         features = Features.open(wanted.features)
-        features.check(identity(folder), corpus.fingerprint, draft.target_layer_ids, options.objective.loss == "kl")
+        features.check(
+            model_fingerprint(folder), corpus.fingerprint, draft.target_layer_ids, options.objective.loss == "kl"
+        )
     prompts = held_out(options, target, tokenizer)
     with (
         progress_bars() as progress,
@@ -186,14 +191,14 @@ def settle_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig) 
     return mesh if mesh.size > 1 else None
 
 
-def check_origin(options: TrainConfig, corpus: dataset.Corpus, target: Path) -> None:
+def check_origin(options: TrainConfig, corpus: Corpus, target: Path) -> None:
     """Note what the run learns from, and whose words; a resumed run must have the same.
 
     Raises:
         DominoError: it has not.
     """
     path = options.out / ORIGIN
-    now = {"data": corpus.fingerprint, "target": digest(target)}
+    now = {"data": corpus.fingerprint, "target": model_fingerprint(target)}
     if options.resume and path.exists():
         was = hf.read_json(path)
         given = {"data": " ".join(options.data.data), "target": str(target)}

@@ -125,8 +125,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def lock_file(path: Path) -> Iterator[None]:
+def lock_file(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold an output file for this process alone until the block ends, by a lock file beside it.
+
+    Args:
+        wait: until another process that holds it lets go, instead of refusing.
 
     Raises:
         DominoError: another process holds it, or its folder can't be written.
@@ -135,13 +138,13 @@ def lock_file(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DominoError(f"{path} can't be written: {error}.") from None
-    with _lock(path.with_name(f".{path.name}{LOCK}"), path):
+    with _lock(path.with_name(f".{path.name}{LOCK}"), path, wait):
         yield
 
 
 @contextmanager
-def _lock(path: Path, output: Path) -> Iterator[None]:
-    handle = _locked(path, output)
+def _lock(path: Path, output: Path, wait: bool = False) -> Iterator[None]:
+    handle = _locked(path, output, wait)
     try:
         yield
     finally:
@@ -150,7 +153,7 @@ def _lock(path: Path, output: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked(path: Path, output: Path) -> int:
+def _locked(path: Path, output: Path, wait: bool) -> int:
     """The open lock file; the system lets go of the lock when the process ends, however it does."""
     while True:
         try:
@@ -159,7 +162,7 @@ def _locked(path: Path, output: Path) -> int:
             raise DominoError(f"{output} can't be written: {error}.") from None
         try:
             if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(handle)
             raise DominoError(

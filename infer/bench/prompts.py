@@ -7,6 +7,7 @@ import numpy as np
 
 from convert.loading import LoadedModel
 from convert.registry import DEMO_FOLDER
+from convert.tokenizer import encode
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import read_jsonl
 from domino_jax.runtime.provenance import distinct_ngrams
@@ -69,9 +70,7 @@ def read_bench_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
     found: list[list[int]] = []
     try:
         for row, *_ in read_jsonl(path, "prompts"):
-            if "input_ids" not in row and loaded.tokenizer is None:
-                raise DominoError(f"{path} holds text, and the model's folder has no tokenizer.")
-            ids = row["input_ids"] if "input_ids" in row else loaded.tokenizer(row["prompt"])["input_ids"]
+            ids = row["input_ids"] if "input_ids" in row else encode(loaded.tokenizer, row["prompt"])
             if len(ids) >= options.prompt_tokens:
                 found.append([int(i) for i in ids[: options.prompt_tokens]])
     except (ValueError, KeyError, TypeError) as error:

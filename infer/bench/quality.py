@@ -23,7 +23,7 @@ from rich.table import Table
 
 from convert.loading import LoadedModel
 from convert.registry import locate
-from convert.template import decode, has_template
+from convert.tokenizer import decode, has_template
 from domino_jax.errors import DominoError
 from domino_jax.sampling import SamplingParams
 from infer.bench import plots

@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.template import has_template
+from convert.messages import Message
+from convert.tokenizer import encode, encode_chat, has_template
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import read_jsonl
-from infer.rows import max_new_tokens
-from infer.text import Message, encode, encode_chat
+from infer.rows import max_new_tokens, messages_of_row
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def parse_questions(row: Any, where: str) -> Question:
     if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
         return Question(where, ids=tuple(ids), limit=limit)
     if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-        return Question(where, messages=tuple(messages), limit=limit)
+        return Question(where, messages=tuple(messages_of_row(row, where)), limit=limit)
     for kind in FORMATS:
         if all(isinstance(row.get(name), held) for name, held in kind.fields.items()):
             if not isinstance(row.get("input"), str | None):
@@ -133,8 +133,6 @@ def prompt(question: Question, answers: list[str], tokenizer: Any) -> list[int]:
     try:
         if question.ids:
             return list(question.ids)
-        if tokenizer is None:
-            raise DominoError("this is text, and the model's folder has no tokenizer.")
         if question.messages:
             return encode_chat(tokenizer, question.messages)
         turns = question.turns[: len(answers) + 1]

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from factory import CHAT_END, CHAT_START, make_draft, make_target, make_tokenizer
 
-from convert import template
-from convert.tokenizer import load_tokenizer
+from convert.tokenizer import final_answer, load_tokenizer
 from domino_jax.errors import DominoError
 from infer import engine, text
 from infer.__main__ import main
@@ -140,7 +139,7 @@ def test_whether_a_template_knows_thinking_is_found_by_rendering():
     ],
 )
 def test_later_turns_are_told_the_final_answer_only(whole, answer):
-    assert template.final_answer(whole) == answer
+    assert final_answer(whole) == answer
 
 
 # --- The flag ------------------------------------------------------------------------------------------------------

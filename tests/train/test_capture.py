@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import corpus_of_rows
 from safetensors import safe_open
 
 from convert import hf
+from convert.folders import convert_folder
+from convert.identity import model_fingerprint
 from domino_jax import target
 from domino_jax.config import DraftConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import lock_folder
 from domino_jax.weights import init_weights
-from train.features import capture, shards, store
+from train.features import capture, shards
 from train.features.store import Features
 
 LENGTH, ROWS, TAPS = 12, 7, (0, 1)
@@ -37,7 +40,10 @@ def make_corpus(seed: int = 0, packed: bool = False) -> SimpleNamespace:
         starts[0, 4:], starts[2, 6:] = 4, 6
     starts = np.where(places < lengths[:, None], starts, places).astype(np.int32)
     mask = (places < lengths[:, None]) & (places > 0)
-    return SimpleNamespace(ids=ids, mask=mask, starts=starts, lengths=lengths, fingerprint=f"corpus {seed}{packed}")
+    corpus = corpus_of_rows(ids, mask, starts)
+    taken = corpus.take(range(ROWS))
+    assert (taken.ids == ids).all() and (taken.starts == starts).all() and (corpus.lengths == lengths).all()
+    return SimpleNamespace(corpus=corpus, ids=ids, mask=mask, lengths=lengths, fingerprint=corpus.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def folder(tmp_path_factory):
 def corpus(monkeypatch):
     """What the command reads in place of a file."""
     made = make_corpus()
-    monkeypatch.setattr(capture, "read_corpus", lambda *_: made)
+    monkeypatch.setattr(capture, "corpus_to_capture", lambda *_: made.corpus)
     monkeypatch.setattr(shards.plan_shards, "__kwdefaults__", {"shard_bytes": SHARD_BYTES})
     return made
 
@@ -115,7 +121,7 @@ def test_shards_are_plain_safetensors_without_the_padding(captured, corpus):
 
 def test_a_conversation_of_a_packed_row_does_not_see_the_one_before(folder, corpus, tmp_path, monkeypatch):
     made = make_corpus(packed=True)
-    monkeypatch.setattr(capture, "read_corpus", lambda *_: made)
+    monkeypatch.setattr(capture, "corpus_to_capture", lambda *_: made.corpus)
     assert capture.main(words(folder, tmp_path / "features")) == 0
     read = Features.open(tmp_path / "features").rows([0, 2]).features.astype(np.float32)
     for place, (row, cut) in enumerate([(0, 4), (2, 6)]):
@@ -250,7 +256,7 @@ def test_what_was_altered_is_noticed(captured, tmp_path):
 
 
 def test_features_of_something_else_are_refused(folder, captured, corpus, tmp_path):
-    identity = store.identity(folder)
+    identity = model_fingerprint(folder)
     read = Features.open(captured)
     read.check(identity, corpus.fingerprint, TAPS, True)
     with pytest.raises(DominoError, match="another target"):
@@ -268,19 +274,35 @@ def test_features_of_something_else_are_refused(folder, captured, corpus, tmp_pa
 
 
 def test_the_identity_is_the_weights_and_not_their_files(folder, tmp_path, monkeypatch):
-    identity = store.identity(folder)
+    identity = model_fingerprint(folder)
     config = factory.BYTE_TARGET
     module = init_weights(config, jax.random.key(0), std=0.2)
     monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
     hf.save_hf(tmp_path / "sharded", module, config, config.to_hf())
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    assert store.identity(tmp_path / "sharded") == identity
+    assert model_fingerprint(tmp_path / "sharded") == identity
     module.layers[1].q_norm = module.layers[1].q_norm.at[3].add(1e-3)
     hf.save_hf(tmp_path / "norm", module, config, config.to_hf())
     factory.make_target(tmp_path / "seed", seed=5, tokenizer=False)
     shutil.copytree(folder, tmp_path / "theta")
     hf.write_json(tmp_path / "theta" / "config.json", config.to_hf() | {"rope_theta": 2e4})
-    assert len({identity, *(store.identity(tmp_path / f) for f in ("norm", "seed", "theta"))}) == 4
+    assert len({identity, *(model_fingerprint(tmp_path / f) for f in ("norm", "seed", "theta"))}) == 4
+
+
+def test_an_orbax_target_is_captured_and_has_an_identity(folder, captured, corpus, tmp_path):
+    target = tmp_path / "orbax"
+    convert_folder(folder, target)
+    assert capture.main(words(target, tmp_path / "same", "--hidden")) == 0
+    ours, theirs = (Features.open(f).rows(range(ROWS)).features for f in (tmp_path / "same", captured))
+    assert (ours.view(np.uint16) == theirs.view(np.uint16)).all()
+    fingerprint = model_fingerprint(target)
+    shutil.copytree(target, tmp_path / "copy")
+    assert fingerprint == model_fingerprint(tmp_path / "copy") != model_fingerprint(folder)
+    file = max((target / "weights").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    flip(file, file.stat().st_size // 2)
+    assert model_fingerprint(target) != fingerprint
+    hf.write_json(tmp_path / "copy" / "config.json", hf.read_json(folder / "config.json") | {"rope_theta": 2e4})
+    assert model_fingerprint(tmp_path / "copy") != fingerprint
 
 
 def test_another_capture_in_the_same_folder_is_refused(folder, captured, corpus, monkeypatch, capsys):
@@ -288,7 +310,7 @@ def test_another_capture_in_the_same_folder_is_refused(folder, captured, corpus,
         assert capture.main(words(folder, captured, *more)) == 1
         error = capsys.readouterr().err
         assert f"differ in the {word if word[0] == '-' else 'choice of ' + word}" in error and error.count("\n") == 1
-    monkeypatch.setattr(capture, "read_corpus", lambda *_: make_corpus(1))
+    monkeypatch.setattr(capture, "corpus_to_capture", lambda *_: make_corpus(1).corpus)
     assert capture.main(words(folder, captured, "--hidden")) == 1
     assert "differ in the data" in capsys.readouterr().err
 
@@ -340,8 +362,6 @@ def test_rows_are_divided_whole():
     )
     assert sum(made.rows) == 6 and sum(made.tokens) == 14 and min(made.rows) > 0
     assert made.missing == list(range(len(made.rows)))
-    starts = np.array([[0, 0, 0, 3], [0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 2, 2]])
-    assert store.row_lengths(starts).tolist() == [3, 1, 4, 4]
 
 
 def test_two_captures_do_not_write_into_one_folder(folder, corpus, tmp_path, capsys):

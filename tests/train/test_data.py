@@ -1,22 +1,31 @@
 """Training data: loss masks against the chat template's own rendering, packing, and the order of batches."""
 
+import hashlib
 import itertools
 import json
+import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from factory import CHAT_END, CHAT_START, make_tokenizer
+from rows import corpus_of_rows
 
+from convert.messages import parse_messages
 from domino_jax.errors import DominoError
-from train.data import dataset
-from train.data.conversations import Template, messages_of
-from train.data.dataset import Corpus, best_fit, read_corpus
+from train.data import cache, dataset, workers
+from train.data.conversations import Template
+from train.data.corpus import Batch, Corpus, endless_order
+from train.data.dataset import read_corpus
+from train.data.examples import sequences_of
+from train.data.packing import best_fit
 from train.data.sources import read_rows as source_rows
 from train.demo.pretrain import train_tokenizer
 
@@ -183,7 +192,7 @@ def pieced(tokenizer: Any, pieces: list[str]) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("name", CASES)
 def test_masks_are_exact_at_their_boundaries(qwen, name):
     messages, expected = CASES[name]
-    made = Template(qwen).sequences(messages_of({"messages": messages}))
+    made = Template(qwen).sequences(parse_messages(messages))
     assert made == [pieced(qwen, pieces) for pieces in expected]
 
 
@@ -266,6 +275,11 @@ OPENAI = {
 }
 
 
+def whole(corpus: Corpus) -> Batch:
+    """All rows."""
+    return corpus.take(range(len(corpus)))
+
+
 def write(path: Path, *rows: Any) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -276,14 +290,15 @@ def test_both_forms_of_conversations_are_the_same(qwen, tmp_path):
         read_corpus([write(tmp_path / f"{i}.jsonl", row)], 60, 400, qwen)[0] for i, row in enumerate((OPENAI, SHAREGPT))
     ]
     assert made[0].fingerprint == made[1].fingerprint
-    on = made[0].ids[0][made[0].mask[0]]
+    rows = whole(made[0])
+    on = rows.ids[0][rows.mask[0]]
     assert qwen.decode(on) == f"yes yes{CHAT_END}"
 
 
 def test_tools_reach_the_template(qwen):
     tools = [{"name": "look"}]
     for given in (tools, json.dumps(tools)):
-        ((ids, _),) = dataset._sequences({"messages": CASES["single turn"][0], "tools": given}, Template(qwen))
+        ((ids, _),) = sequences_of({"messages": CASES["single turn"][0], "tools": given}, Template(qwen))
         assert qwen.decode(ids).startswith(said("system", json.dumps(tools)))
 
 
@@ -297,7 +312,8 @@ def test_lines_of_ids_and_of_text(tmp_path):
         {"text": "efg"},
     )
     path.write_text(path.read_text().replace("\\u2028", "\u2028").replace("\n", "\n\n"), encoding="utf-8")
-    corpus, summary = read_corpus([path], 8, 260, tokenizer)
+    read, summary = read_corpus([path], 8, 260, tokenizer)
+    corpus = whole(read)
     assert corpus.ids[:2].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [5, 6, 7, 0, 0, 0, 0, 0]]
     assert corpus.mask[:2].tolist() == [[False] * 2 + [True] * 3 + [False] * 3, [False, True, True] + [False] * 5]
     assert [tokenizer.decode(row[on]) for row, on in zip(corpus.ids[2:], corpus.mask[2:], strict=True)] == [
@@ -426,9 +442,10 @@ def lines_of(sizes: list[int]) -> list[dict[str, Any]]:
 def test_packing_keeps_every_sequence_once_and_whole(tmp_path):
     sizes = np.random.default_rng(0).integers(3, 60, 80).tolist()
     path = write(tmp_path / "data.jsonl", *lines_of(sizes))
-    corpus, summary = read_corpus([path], 64, 10_000, None, pack=True)
-    apart, loose = read_corpus([path], 64, 10_000, None)
-    assert len(corpus) == summary.rows < 50 and summary[:4] == loose[:4] and loose.rows == len(apart) == 80
+    read, summary = read_corpus([path], 64, 10_000, None, pack=True)
+    read_apart, loose = read_corpus([path], 64, 10_000, None)
+    assert len(read) == summary.rows < 50 and summary[:4] == loose[:4] and loose.rows == len(read_apart) == 80
+    corpus, apart = whole(read), whole(read_apart)
     assert (apart.starts == np.where(apart.ids > 0, 0, np.arange(64))).all()
     found = {}
     for ids, mask, starts in zip(corpus.ids, corpus.mask, corpus.starts, strict=True):
@@ -456,7 +473,7 @@ def test_the_summary_counts(tmp_path):
     seen = []
     first, second = write(tmp_path / "a.jsonl", *rows[:2]), write(tmp_path / "b.jsonl", *rows[2:])
     corpus, summary = read_corpus([first, second], 8, 10_000, None, progress=seen.append)
-    assert summary == (4, 2, 13, 11, 2, 1, 2, 8) and seen == [4] and len(corpus) == 2
+    assert summary == (4, 2, 13, 11, 2, 1, 2, 8, ()) and seen == [4] and len(corpus) == 2
     assert str(summary) == (
         "4 lines, 2 sequences of 13 tokens (11 to learn), a row each of 8, 19% padding; "
         "2 left out, nothing to learn; 1 cut"
@@ -475,7 +492,7 @@ def test_progress_is_told_while_reading(tmp_path, monkeypatch):
 
 def numbered(rows: int = 10) -> Corpus:
     ids = np.arange(rows, dtype=np.int32)[:, None].repeat(3, axis=1)
-    return Corpus(ids, ids > 0, np.zeros_like(ids))
+    return corpus_of_rows(ids, ids > 0, np.zeros_like(ids))
 
 
 def taken(corpus: Corpus, steps: range, size: int, seed: int = 3) -> list[int]:
@@ -491,7 +508,7 @@ def test_batches_are_a_function_of_the_step():
     assert taken(corpus, range(5), 4, seed=4) != seen
     assert len({tuple(taken(corpus, range(e, e + 1), 10)) for e in range(8)}) == 8
     batch = corpus.batch(1, 4, 3)
-    assert batch.ids[:, 0].tolist() == batch.rows.tolist() and (batch.mask == corpus.mask[batch.rows]).all()
+    assert batch.ids[:, 0].tolist() == batch.rows.tolist() and (batch.mask == whole(corpus).mask[batch.rows]).all()
     assert taken(corpus, range(1), 25, seed=-1)  # more rows than an epoch has
 
 
@@ -525,16 +542,16 @@ def test_reading_ahead_gives_the_same_from_any_step_on():
 
 def test_a_large_corpus_is_not_shuffled_to_find_a_batch():
     """An epoch's order is computed place by place, so that no step waits for all of it."""
-    order = dataset._order(10**9, 0)
+    order = endless_order(10**9, 0)
     assert len({order[place] for place in range(10**9 - 5, 10**9 + 5)}) >= 9
 
 
 def test_the_fingerprint_is_of_ids_mask_and_starts():
     made = {numbered().fingerprint, numbered().fingerprint}
     for name in ("ids", "mask", "starts"):
-        other = numbered()
-        getattr(other, name)[1, 1] ^= 1
-        made.add(other.fingerprint)
+        rows = whole(numbered())
+        getattr(rows, name)[1, 1] ^= 1
+        made.add(corpus_of_rows(*rows[:3]).fingerprint)
     assert len(made) == 4
 
 
@@ -542,3 +559,139 @@ def test_without_grain_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(DominoError, match="pip install"):
         numbered(11).batch(0, 1, 12345)
+
+
+# --- Memory, processes and the cache ---------------------------------------------------------------------------------
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [{"messages": [user("hi " * (i % 7)), answer(f"yes {i}"), user("so?"), answer("no")]} for i in range(count)]
+
+
+def same(one: Corpus, other: Corpus) -> bool:
+    fields = ("ids", "mask", "starts", "rows")
+    return all(np.array_equal(getattr(whole(one), f), getattr(whole(other), f)) for f in fields)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_corpus_holds_its_tokens_and_no_padding(tmp_path, pack):
+    sizes = np.random.default_rng(0).integers(3, 60, 300).tolist()
+    path = write(tmp_path / "data.jsonl", *lines_of(sizes))
+    corpus, summary = read_corpus([path], 4096, 40_000, None, pack=pack)
+    held = sum(getattr(corpus, name).nbytes for name in cache.ARRAYS)
+    assert summary.tokens == sum(sizes) == corpus.lengths.sum() and held <= 9 * sum(sizes)
+    rows = whole(corpus)
+    assert [row.dtype for row in rows] == [np.int32, bool, np.int32, np.int64] and rows.ids.shape[1] == 4096
+    digest = hashlib.sha256(repr(rows.ids.shape).encode())
+    for values in rows[:3]:
+        digest.update(values.data)
+    assert corpus.fingerprint == digest.hexdigest(), "features and runs of earlier versions are known by it"
+
+
+def test_several_processes_tokenize_as_one_does(qwen, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "GROUP_LINES", 8)
+    path = write(tmp_path / "data.jsonl", *conversations(100), {"text": "abc"}, {"input_ids": [1], "tokens": [2, 3]})
+    alone, summary = read_corpus([path], 60, 400, qwen, pack=True)
+    started, real = [], workers.Workers
+    monkeypatch.setattr(workers, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setattr(workers, "Workers", lambda *how: started.append(real(*how)) or started[-1])
+    together, again = read_corpus([path], 60, 400, qwen, pack=True)
+    assert same(alone, together) and summary == again and len(started) == 1
+    assert all(process.returncode is not None for process in started[0]._processes)
+    bad = write(tmp_path / "bad.jsonl", *conversations(40), {"words": "a"}, *conversations(40))
+    with pytest.raises(DominoError, match=r"line 41 is not a training sequence: expected input_ids"):
+        read_corpus([bad], 60, 400, qwen)
+
+    def killed(*how: Any) -> workers.Workers:
+        made = real(*how)
+        made._processes[0].kill()
+        return made
+
+    monkeypatch.setattr(workers, "Workers", killed)
+    with pytest.raises(DominoError, match="a tokenizing process ended early"):
+        read_corpus([path], 60, 400, qwen)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """A cache that keeps small corpora as well; grows by one each time that one is made."""
+    monkeypatch.setattr(cache, "WORTH_TOKENS", 0)
+    made: list[int] = []
+    read = dataset._read
+    monkeypatch.setattr(dataset, "_read", lambda *how: made.append(1) or read(*how))
+    return made
+
+
+def test_a_corpus_is_tokenized_once(qwen, bpe, tmp_path, counted):
+    path, kept = write(tmp_path / "data.jsonl", *conversations(20)), tmp_path / "cache"
+    first, summary = read_corpus([path], 60, 400, qwen, cache=kept, pack=True)
+    seen = []
+    again, same_summary = read_corpus([path], 60, 400, bpe(QWEN), cache=kept, pack=True, progress=seen.append)
+    assert len(counted) == 1 and same(first, again) and summary == same_summary and seen == [20]
+    assert again.fingerprint == first.fingerprint and isinstance(again.ids, np.memmap)
+    assert all(np.array_equal(a, b) for a, b in zip(first.batch(3, 8, 1), again.batch(3, 8, 1), strict=True))
+
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy2(path, copy)
+    read_corpus([copy], 60, 400, qwen, cache=kept, pack=True)
+    assert len(counted) == 1, "the same data under another name"
+    changes: list[Callable[[], Any]] = [
+        lambda: read_corpus([path], 61, 400, qwen, cache=kept, pack=True),
+        lambda: read_corpus([path], 60, 400, qwen, cache=kept),
+        lambda: read_corpus([path], 60, 401, qwen, cache=kept, pack=True),
+        lambda: read_corpus([path], 60, 400, bpe(CHATML), cache=kept, pack=True),
+        lambda: read_corpus([path, path], 60, 400, qwen, cache=kept, pack=True),
+        lambda: os.utime(path, (0, 0)) or read_corpus([path], 60, 400, qwen, cache=kept, pack=True),
+    ]
+    for number, change in enumerate(changes, 2):
+        change()
+        assert len(counted) == number
+    path.write_text(path.read_text().replace("yes 3", "yes 4"))
+    assert read_corpus([path], 60, 400, qwen, cache=kept)[0].fingerprint != first.fingerprint
+    assert sorted(entry.suffix for entry in kept.iterdir()) == [""] * (len(counted))
+
+
+def test_a_cache_that_is_damaged_or_can_not_be_written_is_no_error(qwen, tmp_path, counted):
+    path, kept = write(tmp_path / "data.jsonl", *conversations(20)), tmp_path / "cache"
+    first, _ = read_corpus([path], 60, 400, qwen, cache=kept)
+    (place,) = kept.iterdir()
+    for number, name in enumerate(["corpus.json", "ids.npy"], 2):
+        (place / name).write_bytes(b"{")
+        assert same(first, read_corpus([path], 60, 400, qwen, cache=kept)[0]) and len(counted) == number
+    read_corpus([path], 60, 400, qwen, cache=kept)
+    assert len(counted) == 3, "what was damaged was written anew"
+    (tmp_path / "file").touch()
+    assert same(first, read_corpus([path], 60, 400, qwen, cache=tmp_path / "file")[0])
+
+
+def test_small_corpora_are_not_kept(qwen, tmp_path):
+    path = write(tmp_path / "data.jsonl", *conversations(20))
+    read_corpus([path], 60, 400, qwen, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_of_several_processes_one_tokenizes(qwen, tmp_path, counted, monkeypatch):
+    """As hosts do that share a disk: threads stand for them, with locks of their own."""
+    path, kept = write(tmp_path / "data.jsonl", *conversations(20)), tmp_path / "cache"
+    slow = dataset._read
+
+    def waiting(*how: Any) -> Any:
+        time.sleep(0.3)
+        return slow(*how)
+
+    monkeypatch.setattr(dataset, "_read", waiting)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: read_corpus([path], 60, 400, qwen, cache=kept)[0], range(4)))
+    assert len(counted) == 1 and all(same(found[0], corpus) for corpus in found)
+
+
+def test_datasets_of_the_hub_are_known_by_their_files(qwen, tmp_path, offline, counted, monkeypatch):
+    rows = conversations(5)
+    offline.Dataset.from_list(rows).save_to_disk(tmp_path / "arrow")
+    held = [offline.load_from_disk(tmp_path / "arrow"), offline.Dataset.from_list(rows)]
+    for table, times in zip(held, (1, 3), strict=True):  # one in memory has no files, and is read each time
+        monkeypatch.setattr(offline, "load_dataset", lambda *_, table=table, **__: table)
+        for _ in range(2):
+            read_corpus(["org/set"], 60, 400, qwen, cache=tmp_path / "cache")
+        assert len(counted) == times

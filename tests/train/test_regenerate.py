@@ -15,7 +15,8 @@ import pytest
 from factory import CHAT_END_ID, END_ID, make_draft, make_target
 from loops import hf_greedy
 
-from convert import loading, template
+from convert import loading
+from convert.tokenizer import final_answer
 from domino_jax import target
 from domino_jax.runtime.files import lock_file
 from domino_jax.sampling import SamplingParams, probabilities, settings
@@ -348,9 +349,9 @@ def test_what_is_a_turn(messages, given):
 
 
 def test_later_turns_are_not_told_of_thoughts():
-    assert template.final_answer("<think>hm</think>\n\nYes") == "Yes"
-    assert template.final_answer("<think>cut off") == ""
-    assert template.final_answer("Yes") == "Yes"
+    assert final_answer("<think>hm</think>\n\nYes") == "Yes"
+    assert final_answer("<think>cut off") == ""
+    assert final_answer("Yes") == "Yes"
 
 
 @pytest.fixture(scope="module")

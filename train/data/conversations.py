@@ -10,60 +10,16 @@ the empty thought before an answer is left out once the turn is over. There ever
 earlier answers in its prompt are not learned again.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from convert.template import THOUGHTS_END, THOUGHTS_START, has_template, render
+from convert.messages import Message
+from convert.tokenizer import THOUGHTS_END, THOUGHTS_START, encode, render
 
-Message = dict[str, Any]  # {"role": "user", "content": "..."}, perhaps with reasoning_content, tool_calls, ...
 Tokens = tuple[list[int], list[int]]  # ids, and a mask that is 1 on those to learn
 
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-KEPT = ("reasoning_content", "tool_calls", "tool_call_id", "name", "weight")  # what else a message may say
 ANSWER = "the answer goes here"  # any text that no template changes
-
-
-def messages_of(row: Mapping[str, Any]) -> list[Message]:
-    """The conversation of a line: OpenAI's `messages` or ShareGPT's `conversations`, as roles and texts.
-
-    Raises:
-        ValueError: a message has no role or no text.
-    """
-    given = row["messages"] if "messages" in row else row["conversations"]
-    if not isinstance(given, Sequence) or not all(isinstance(message, Mapping) for message in given):
-        raise ValueError("a conversation is a list of messages, each with role and content")
-    return [_message(message) for message in given]
-
-
-def _message(given: Mapping[str, Any]) -> Message:
-    role = given.get("role", given.get("from"))
-    content = given.get("content", given.get("value"))
-    if not isinstance(role, str):
-        raise ValueError("a message has no role")
-    more = {key: given[key] for key in KEPT if given.get(key) is not None}
-    if content is None and "tool_calls" in more:
-        content = ""
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "".join(_part(part) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"the content of a message is text or a list of texts, found {type(content).__name__}")
-    return {"role": ROLES.get(role, role), "content": content, **more}
-
-
-def _part(part: Any) -> str:
-    """The text of one part of a content."""
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    raise ValueError(f"the parts of a content are texts, found {kind or type(part).__name__}")
-
-
-def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """The tools a line declares, which some datasets hold as JSON; None where there are none."""
-    tools = row.get("tools")
-    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
 
 
 class Template:
@@ -73,23 +29,11 @@ class Template:
         self.tokenizer = tokenizer
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """The ids that ask for the next answer, as in use.
+        """The ids that ask for the next answer, as in use; see `convert.tokenizer.render` for what it raises."""
+        return self._encode(render(self.tokenizer, messages, tools=tools))
 
-        Raises:
-            ValueError: there is no template, or it refuses the messages.
-        """
-        return self.encode(self._render(messages, tools, True))
-
-    def encode(self, text: str, specials: bool = True) -> list[int]:
-        """The ids of text; without `specials`, text that spells a special token is ordinary text.
-
-        Raises:
-            ValueError: there is no tokenizer, or it is not text (a lone half of a UTF-16 pair).
-        """
-        if self.tokenizer is None:
-            raise ValueError("it holds text, and the target's folder has no tokenizer")
-        text.encode("utf-8")
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not specials)["input_ids"])
+    def _encode(self, rendered: str, split_special: bool = False) -> list[int]:
+        return encode(self.tokenizer, rendered, special=False, split_special=split_special)
 
     def sequences(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Tokens]:
         """Every answer of a conversation once, each after exactly the ids that ask for it in use.
@@ -101,7 +45,8 @@ class Template:
             Ids and mask of each sequence; none if there is no answer to learn.
 
         Raises:
-            ValueError: as `prompt`.
+            DominoError, RefusedByTemplate: as `prompt`.
+            ValueError: the template leaves answers out.
         """
         made: list[Tokens] = []
         ids: list[int] = []
@@ -109,11 +54,11 @@ class Template:
         for place, message in enumerate(messages):
             if message["role"] != "assistant" or place == 0 or message.get("weight", 1) == 0 or _broke_off(message):
                 continue
-            asked = self._render(messages[:place], tools, True)
+            asked = render(self.tokenizer, messages[:place], tools=tools)
             answer = self._answer(asked, messages[: place + 1], tools)
             if answer is None:
                 continue
-            prompt = self.encode(asked)
+            prompt = self._encode(asked)
             if prompt[: len(ids)] != ids:
                 made.append((ids, mask))
                 ids, mask = [], []
@@ -127,11 +72,11 @@ class Template:
         after, end = self._ending
         # Where thinking is off, thoughts in the data are what the target would not have written.
         for content in (said, _without_thoughts(said)):
-            whole = self._render([*before, content], tools, False)
+            whole = render(self.tokenizer, [*before, content], ask=False, tools=tools)
             if whole.startswith(asked) and whole[len(asked) :].endswith(after):
                 text = whole[len(asked) : len(whole) - len(after)]
                 spelled = any(token in content["content"] for token in self._specials.values())
-                return self.encode(text, specials=not spelled) + end
+                return self._encode(text, split_special=spelled) + end
         return None
 
     @cached_property
@@ -143,21 +88,12 @@ class Template:
     def _ending(self) -> tuple[str, list[int]]:
         """What the template writes after the last answer, and its ids up to its first special token (none without)."""
         messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ANSWER}]
-        _, found, after = self._render(messages, None, False).rpartition(ANSWER)
+        _, found, after = render(self.tokenizer, messages, ask=False).rpartition(ANSWER)
         if not found:
             raise ValueError("the target's chat template leaves the answers out")
-        ids = self.encode(after)
+        ids = self._encode(after)
         ends = [place for place, token in enumerate(ids) if token in self._specials]
         return after, ids[: ends[0] + 1] if ends else []
-
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None, ask: bool) -> str:
-        if not has_template(self.tokenizer):
-            raise ValueError("it holds messages, and the target has no chat template")
-        plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        try:
-            return render(self.tokenizer, plain, ask=ask, tools=tools)
-        except ValueError as error:
-            raise ValueError(f"the target's chat template refuses it: {error}") from None
 
 
 def _broke_off(message: Message) -> bool:

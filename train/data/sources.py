@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.identity import file_fingerprint
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.files import read_jsonl
@@ -35,16 +36,45 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[tuple[str, A
     return _table(source, hub["name"], name=hub["config"], split=split)
 
 
-def _table(source: str | Path, builder: str, **how: Any) -> Iterator[tuple[str, Any]]:
-    """Rows through the `datasets` library, without what a column has no value for."""
+def source_fingerprint(source: str | Path, split: str = "train") -> list[str] | None:
+    """What the data of a source is known again by: its files' sizes, times and pieces; None where it has no files.
+
+    Raises:
+        DominoError: the source is missing or can't be read.
+    """
+    path, hub = Path(source), HUB_NAME.fullmatch(str(source))
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.exists() or hub is None or path.suffix in (*LINES, *TABLES):
+        files = [path]
+    else:
+        table = _load(source, hub["name"], name=hub["config"], split=split)
+        files = [Path(file["filename"]) for file in table.cache_files]
+    found = [f"{file_fingerprint(file)} {file.stat().st_mtime_ns}" for file in files]
+    return [split, *found] if found else None
+
+
+def _load(source: str | Path, builder: str, **how: Any) -> Any:
+    """A table of the `datasets` library."""
     with explain_missing_extra():
         import datasets
     try:
-        table = datasets.load_dataset(builder, **how)
-        for number, row in enumerate(table, 1):
-            yield f"{source} row {number}", _filled(row)
+        return datasets.load_dataset(builder, **how)
     except Exception as error:  # its errors are of many kinds, and all mean the same here
         raise DominoError(f"the training data {source} can't be read: {first_line(error)}.") from None
+
+
+def _table(source: str | Path, builder: str, **how: Any) -> Iterator[tuple[str, Any]]:
+    """Rows of a table, without what a column has no value for."""
+    table = iter(enumerate(_load(source, builder, **how), 1))
+    while True:
+        try:
+            number, row = next(table)
+        except StopIteration:
+            return
+        except Exception as error:  # as above
+            raise DominoError(f"the training data {source} can't be read: {first_line(error)}.") from None
+        yield f"{source} row {number}", _filled(row)
 
 
 def _filled(value: Any) -> Any:

@@ -1,15 +1,19 @@
 """Held-out prompts that a drafter is measured with."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from convert.messages import LeftOut, left_out_words
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
 from domino_jax.weights import Params
 from train.generate import Request, generate
-from train.regenerate.prompts import LeftOut, Lines, encode_turn, said
+from train.regenerate.prompts import Lines, encode_turn
 
 
 def read_heldout_prompts(
@@ -37,7 +41,9 @@ def read_heldout_prompts(
         else:
             left_out[f"have no room for {new_tokens} new tokens in {positions} positions"] += 1
     if not prompts:
-        raise DominoError(f"{path} has no prompt to validate with{said(left_out)}.")
+        raise DominoError(f"{path} has no prompt to validate with{left_out_words(left_out)}.")
+    if left_out and jax.process_index() == 0:
+        print(f"warning: {len(prompts)} prompts of {path}{left_out_words(left_out)}", file=sys.stderr)
     return prompts
 
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from convert import folders
+from convert.identity import model_fingerprint
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
@@ -34,6 +35,8 @@ from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
 from domino_jax.weights import Target
 from train.data import dataset
+from train.data.cache import cache_folder
+from train.data.corpus import Corpus
 from train.features import shards, store
 from train.loading import find
 from train.monitor.progress import Progress, counting
@@ -72,7 +75,7 @@ class Capture:
     """devices, such as data=2,model=4; one when not given"""
 
 
-def read_corpus(options: Capture, folder: Path, config: TargetConfig) -> Any:
+def corpus_to_capture(options: Capture, folder: Path, config: TargetConfig) -> Corpus:
     """The corpus that a training with the same data options reads."""
     tokenizer = load_tokenizer(folder)
     corpus, summary = dataset.read_corpus(
@@ -83,6 +86,7 @@ def read_corpus(options: Capture, folder: Path, config: TargetConfig) -> Any:
         split=options.split,
         pack=options.pack,
         progress=counting("lines read", partial(print, flush=True)),
+        cache=cache_folder(),
     )
     print(summary, flush=True)
     return corpus
@@ -104,34 +108,23 @@ def observe(
 
 
 def computed(
-    frozen: Target,
-    config: TargetConfig,
-    plan: shards.ShardPlan,
-    ids: np.ndarray,
-    starts: np.ndarray,
-    lengths: np.ndarray,
-    batch: int,
+    frozen: Target, config: TargetConfig, plan: shards.ShardPlan, corpus: Corpus, rows: slice, batch: int
 ) -> Iterator[np.ndarray]:
-    """What is kept of each row, [tokens, LD (+ D)]; the device is a batch ahead of whoever takes them.
-
-    Args:
-        ids, starts: [N, S].
-        lengths: [N].
-    """
-    packed = bool(((starts > 0) & (starts < np.arange(starts.shape[1]))).any())
+    """What is kept of each of these rows, [tokens, LD (+ D)]; the device is a batch ahead of whoever takes them."""
+    packed, last = corpus.packed(rows), rows.stop - 1
 
     def dispatch(at: int) -> jax.Array:
-        chosen = np.minimum(np.arange(at, at + batch), len(ids) - 1)  # of one size: the last row stands in
-        rows = sharding.shard_copy(ids[chosen], "B T")
-        since = sharding.shard_copy(starts[chosen], "B T") if packed else None
-        return observe(frozen, config, plan.taps, bool(plan.hidden), rows, since)
+        taken = corpus.take(np.minimum(np.arange(at, at + batch), last))  # of one size: the last row stands in
+        ids = sharding.shard_copy(taken.ids, "B T")
+        starts = sharding.shard_copy(taken.starts, "B T") if packed else None
+        return observe(frozen, config, plan.taps, bool(plan.hidden), ids, starts)
 
-    places = range(0, len(ids), batch)
-    ahead = dispatch(0)
-    for at in places:
-        current, ahead = ahead, dispatch(at + batch) if at + batch < len(ids) else ahead
+    lengths = corpus.lengths
+    ahead = dispatch(rows.start)
+    for at in range(rows.start, rows.stop, batch):
+        current, ahead = ahead, dispatch(at + batch) if at + batch < rows.stop else ahead
         held = np.asarray(sharding.fetch(current))
-        for row, length in zip(held, lengths[at : at + batch], strict=False):
+        for row, length in zip(held, lengths[at : min(at + batch, rows.stop)], strict=False):
             yield row[:length]
 
 
@@ -184,17 +177,17 @@ def run_capture(options: Capture) -> None:
         raise DominoError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
     mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
     fitted = sharding.fit_to_mesh(config, model)
-    corpus = read_corpus(options, folder, config)
-    lengths = store.row_lengths(corpus.starts)
+    corpus = corpus_to_capture(options, folder, config)
+    lengths = corpus.lengths
     plan = shards.plan_shards(
         lengths,
-        target=store.identity(folder),
+        target=model_fingerprint(folder),
         corpus=corpus.fingerprint,
         taps=taps,
         width=len(taps) * config.hidden_size,
         hidden=config.hidden_size if options.hidden else 0,
         dtype=dtype.name,
-        length=corpus.ids.shape[1],
+        length=corpus.length,
     )
     if not options.out.exists():  # a disk that is too small is left as it was
         check_space(options.out, plan)
@@ -210,7 +203,7 @@ def run_capture(options: Capture) -> None:
         shards.write_header(options.out, plan)
 
         def rows_of(part: slice) -> Iterator[np.ndarray]:
-            return computed(frozen, fitted, plan, corpus.ids[part], corpus.starts[part], lengths[part], options.batch)
+            return computed(frozen, fitted, plan, corpus, part, options.batch)
 
         with sharding.mesh_context(mesh), matmul_precision(dtype):
             write_missing(options.out, plan, rows_of)

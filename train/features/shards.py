@@ -26,7 +26,7 @@ from convert import hf
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import write_atomic
 
-VERSION = 1
+HEADER_VERSION = 1
 HEADER = "features.json"
 SHARD_BYTES = 2**32  # a run that is killed loses at most this much; each shard that is read is an open file
 
@@ -35,7 +35,7 @@ SHARD_BYTES = 2**32  # a run that is killed loses at most this much; each shard 
 class ShardPlan:
     """What is captured from what: the header of a folder."""
 
-    target: str  # `identity` of the model
+    target: str  # the model's fingerprint
     corpus: str  # fingerprint of the corpus
     taps: tuple[int, ...]
     width: int  # LD
@@ -127,7 +127,7 @@ def plan_shards(
 
 def write_header(folder: Path, plan: ShardPlan) -> None:
     """Write a plan as features.json, whole or not at all, with its own checksum."""
-    values = {"version": VERSION, **asdict(plan)}
+    values = {"version": HEADER_VERSION, **asdict(plan)}
     hf.write_json(folder / HEADER, values | {"checksum": _checksum(values)})
 
 
@@ -141,8 +141,10 @@ def read_header(folder: Path) -> ShardPlan:
         raise DominoError(f"{folder} holds no captured features ({HEADER}); write them with python -m train.capture.")
     values = hf.read_json(folder / HEADER)
     checksum = values.pop("checksum", None)
-    if values.get("version") != VERSION:
-        raise DominoError(f"{folder / HEADER} has version {values.get('version')}, expected {VERSION}: capture again.")
+    if values.get("version") != HEADER_VERSION:
+        raise DominoError(
+            f"{folder / HEADER} has version {values.get('version')}, expected {HEADER_VERSION}: capture again."
+        )
     if checksum != _checksum(values):
         raise DominoError(f"{folder / HEADER} was altered (its checksum is wrong): capture the features again.")
     del values["version"]

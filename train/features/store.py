@@ -4,9 +4,7 @@ A folder holds features.json, which says what was captured from what, and shards
 train.capture` writes it; training reads the rows of its batches.
 """
 
-import hashlib
-import json
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -16,11 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert import hf
 from domino_jax.errors import DominoError
 from train.features.shards import HEADER, Shard, ShardPlan, read_header
-
-WINDOW = 4096  # bytes of a tensor's begin, middle and end that count for its model's identity
 
 
 class Captured(NamedTuple):
@@ -28,45 +23,6 @@ class Captured(NamedTuple):
 
     features: np.ndarray  # [B, S, LD] bfloat16
     hidden: np.ndarray | None  # [B, S, D] bfloat16, the states after the final norm, if they were wanted
-
-
-def row_lengths(starts: np.ndarray) -> np.ndarray:
-    """Tokens of each row up to its padding, from `starts` [N, S]: a padding token's start is its own position.
-
-    A row that ends in a conversation of one token loses that one, from which nothing is learned.
-    """
-    real = starts < np.arange(starts.shape[1])
-    return np.where(real.any(1), starts.shape[1] - real[:, ::-1].argmax(1), 1).astype(np.int64)
-
-
-def identity(folder: Path) -> str:
-    """A model's identity: SHA-256 over its config and, of each tensor, name, dtype, shape and some of the bytes.
-
-    Of each tensor the first, middle and last 4 KiB count: reading a whole model would take minutes. Weights that were
-    trained differ there, however they are divided into files; a few values changed elsewhere are not noticed.
-
-    Raises:
-        DominoError: it has no safetensors, or one is damaged.
-    """
-    digest = hashlib.sha256(json.dumps(hf.read_json(folder / "config.json"), sort_keys=True).encode())
-    found: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
-    for file in hf.tensor_files(folder):
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                tensors = json.loads(stream.read(size) if size <= file.stat().st_size else b"")
-            found |= {name: (file, 8 + size, value) for name, value in tensors.items() if name != "__metadata__"}
-        except (OSError, ValueError, AttributeError) as error:
-            raise DominoError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from None
-    for name in sorted(found):
-        file, start, tensor = found[name]
-        begin, end = tensor["data_offsets"]
-        digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
-        with file.open("rb") as stream:
-            for place in sorted({begin, max(begin, (begin + end - WINDOW) // 2), max(begin, end - WINDOW)}):
-                stream.seek(start + place)
-                digest.update(stream.read(min(WINDOW, end - place)))
-    return digest.hexdigest()
 
 
 class Features:
@@ -100,7 +56,7 @@ class Features:
         """Refuse features of something else.
 
         Args:
-            target: the model's `identity`.
+            target: the model's fingerprint.
             corpus: the corpus's fingerprint.
             taps: of the drafter that is trained.
             hidden: whether the states after the final norm are needed (for the KL loss).

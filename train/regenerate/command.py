@@ -27,11 +27,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert import template
+from convert.identity import model_fingerprint, text_fingerprint
 from convert.loading import LoadedModel, load_model
+from convert.messages import LeftOut, left_out_words
 from convert.progress import progress_bars
 from convert.registry import read_configs
-from convert.tokenizer import load_tokenizer
+from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
@@ -40,13 +41,15 @@ from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.sampling import SamplingParams
 from domino_jax.sharding import parse_mesh
 from train.generate import Completion, Request, generate
-from train.loading import find, identity
+from train.loading import find
 from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.output import Answers
-from train.regenerate.prompts import LeftOut, Lines, Source, encode_turn, said
+from train.regenerate.prompts import Lines, Source, encode_turn
 from train.stopping import stop_signals
 
-WINDOW = 64  # batches of lines that are sorted by length together, and brought to their last turns before the next
+WINDOW_BATCHES = (
+    64  # batches of lines that are sorted by length together, and brought to their last turns before the next
+)
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ def decisive(options: Regenerate, target: Path, lines: Lines) -> dict[str, Any]:
     """What decides the answers, for the file beside them."""
     o = options
     return {
-        "target_identity": identity(target),
-        "draft_identity": identity(o.draft) if o.draft else None,
+        "target_identity": model_fingerprint(target),
+        "text_identity": text_fingerprint(target),  # its tokenizer, template and end tokens
+        "draft_identity": model_fingerprint(o.draft) if o.draft else None,
         "data_sha256": lines.sha256,
         **asdict(choice(o)),
         "max_new_tokens": o.max_new_tokens,
@@ -162,17 +166,18 @@ def run_regenerate(options: Regenerate) -> None:
             DecodingProgress("answers", missing, pair.configs.draft) as tally,
         ):
             writer = Writer(options, pair, lines, answers, tally, stopping.is_set, size)
-            window = size * WINDOW
+            window = size * WINDOW_BATCHES
             for start in range(0, len(lines), window):
                 if not stopping.is_set():
                     writer.window(start, min(start + window, len(lines)))
         interrupted = stopping.is_set()
-        summary = f"{len(answers)} answers in {options.out}{tally.summary()}{said(lines.left_out + writer.left_out)}"
+        left_out = left_out_words(lines.left_out + writer.left_out)
+        summary = f"{len(answers)} answers in {options.out}{tally.summary()}{left_out}"
         if interrupted:
             print(f"interrupted: {summary}; the same command goes on", file=sys.stderr)
             raise KeyboardInterrupt
         if not len(answers):
-            raise DominoError(f"nothing could be answered{said(lines.left_out + writer.left_out)}.")
+            raise DominoError(f"nothing could be answered{left_out}.")
         print(summary)
 
 
@@ -249,14 +254,14 @@ class Writer:
         prompt = answer.prompt
         values = {"input_ids": list(prompt.ids), "tokens": answer.tokens, "finish_reason": answer.finish_reason}
         if source.given is not None:
-            text = template.decode(self.pair.tokenizer, answer.tokens)
+            text = decode(self.pair.tokenizer, answer.tokens)
             values["messages"] = [*source.messages(prompt.turn, told), {"role": "assistant", "content": text}]
         self.answers.add((prompt.row, prompt.turn), values)
 
 
 def turns_text(tokenizer: Any, tokens: list[int]) -> str:
     """What later turns are told of an answer."""
-    return template.final_answer(template.decode(tokenizer, tokens))
+    return final_answer(decode(tokenizer, tokens))
 
 
 def _regenerate(options: Regenerate) -> None:

@@ -142,7 +142,7 @@ def shard_copy(x: Any, letters: str) -> Array:
         return jnp.array(x, copy=True)
     if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(shard_copy(jax.random.key_data(x), f"{letters} -"))
-    return _spread(np.asarray(x), NamedSharding(jax.sharding.get_mesh(), spec(letters)))
+    return shard_array(np.asarray(x), NamedSharding(jax.sharding.get_mesh(), spec(letters)))
 
 
 def fetch(tree: Any) -> Any:
@@ -158,8 +158,8 @@ def _everywhere(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
-def _spread(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """Each process gives its own devices their parts, and tells the others nothing."""
+def shard_array(array: Any, sharding: NamedSharding) -> Array:
+    """An array that every process has, on a mesh: each gives its own devices their parts, and sends nothing."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

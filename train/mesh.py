@@ -6,7 +6,6 @@ model  heads, MLP width, experts and vocabulary
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
-from domino_jax.sharding import DATA, DIVIDED, FSDP, fit_to_mesh, make_mesh, parse_training_mesh, spec, stored_spec
+from domino_jax.sharding import (
+    DATA,
+    DIVIDED,
+    FSDP,
+    fit_to_mesh,
+    make_mesh,
+    parse_training_mesh,
+    shard_array,
+    spec,
+    stored_spec,
+)
 from domino_jax.weights import axes, flatten, unflatten
 from train.loss import Inputs
 
@@ -71,8 +80,7 @@ def _placed(weight: Any, letters: str, mesh: Mesh) -> Array:
         if weight.sharding.is_equivalent_to(sharding, weight.ndim):
             return weight
         return jax.jit(lambda x: x, out_shardings=sharding)(weight)
-    host = jax.device_get(weight)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return shard_array(jax.device_get(weight), sharding)
 
 
 def piece(mesh: Mesh | None) -> tuple[int, int]:
@@ -113,23 +121,16 @@ def put(batch: Any, mesh: Mesh | None, features: Any = None, hidden: Any = None)
     rows = len(batch.ids) * piece(mesh)[1]
     if rows % shards:
         raise DominoError(f"a batch of {rows} rows can't be divided over data x fsdp = {shards} devices.")
-    return jax.tree.map(partial(_put_rows, mesh), given)
+    # Unlike `shard_array`: a process has its own rows, and not the others'.
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(_row_sharding(mesh, x), np.asarray(x)), given)
 
 
 def laid_rows(inputs: Inputs, mesh: Mesh | None) -> Inputs:
     """Inputs that each process made alike, divided over the mesh."""
     if mesh is None:
         return inputs
-    where = jax.tree.map(lambda x: NamedSharding(mesh, spec(_row_letters(x), mesh)), inputs)
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), inputs, where
-    )
+    return jax.tree.map(lambda x: shard_array(x, _row_sharding(mesh, x)), inputs)
 
 
-def _row_letters(x: Any) -> str:
-    return " ".join(["B", *("-" for _ in x.shape[1:])])
-
-
-def _put_rows(mesh: Mesh, x: np.ndarray) -> Array:
-    sharding = NamedSharding(mesh, spec(_row_letters(x), mesh))
-    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+def _row_sharding(mesh: Mesh, x: Any) -> NamedSharding:
+    return NamedSharding(mesh, spec(" ".join(["B", *("-" for _ in x.shape[1:])]), mesh))

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from domino_jax.errors import DominoError
-from domino_jax.sharding import row_shards, stored_spec
+from domino_jax.sharding import row_shards, shard_array, stored_spec
 from domino_jax.weights import Target, axes, flatten, unflatten
 from train import anchors
 from train.config import Recipe
@@ -89,11 +90,8 @@ def start(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
     mesh = jax.sharding.get_mesh()
     placed = {}
     for path, w in weights.items():
-        host = jax.device_get(w)
-        sharding = NamedSharding(mesh, stored_spec(letters[path], mesh))
-        placed[path] = jax.make_array_from_callback(
-            host.shape, sharding, lambda index, host=host: host[index].astype("float32")
-        )
+        host = np.array(jax.device_get(w), np.float32)  # a copy, for steps may consume it
+        placed[path] = shard_array(host, NamedSharding(mesh, stored_spec(letters[path], mesh)))
     where = shardings(recipe, mesh)
     return jax.jit(partial(_state, recipe, seed=seed), out_shardings=where)(placed)
 

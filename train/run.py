@@ -49,7 +49,7 @@ from train.checkpoint import Checkpoints
 from train.config import Recipe, TrainConfig
 from train.data import dataset
 from train.data.cache import cache_folder
-from train.data.corpus import Corpus
+from train.data.corpus import Batch, Corpus
 from train.evaluate.prompts import read_heldout_prompts
 from train.evaluate.validate import Stopped, Validation
 from train.features.store import Captured, Features
@@ -325,7 +325,7 @@ class Loop:
             raise KeyboardInterrupt
         say_state(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
 
-    def step(self, batch: dataset.Batch, captured: Captured | None) -> None:
+    def step(self, batch: Batch, captured: Captured | None) -> None:
         """Start one step; nothing waits for it."""
         setup = self.setup
         features = captured.features if captured else None

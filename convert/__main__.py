@@ -1,4 +1,4 @@
-"""Convert a model's folder between its two forms, or look whether it is sound.
+"""Convert a model's folder between its two forms, or check it.
 
 python -m convert SRC DST                      Hugging Face -> Orbax; Orbax, or a training run's drafter -> Hugging Face
 python -m convert --check DIR [--target DIR]   what a folder holds, and what is wrong with it
@@ -6,56 +6,58 @@ python -m convert --check DIR [--target DIR]   what a folder holds, and what is 
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-import tyro
-from tyro.conf import Positional
+from tyro.conf import DisallowNone, Positional, arg
 
-from domino_jax.errors import DominoError
-from domino_jax.runtime.command import exit_code
-
-DONE, FAILED, WRONG_WORDS, CANCELLED = 0, 1, 2, 130
+from convert.options import UNSET, Dtype
+from domino_jax.runtime.command import DONE, FAILED, UsageError, run_command
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a target or drafter from Hugging Face files to Orbax, or from Orbax to Hugging Face files."""
+    """Convert a target or drafter between Hugging Face files and Orbax, or check it."""
 
-    source: Positional[Path | None] = None
-    """folder to read; which form it has is recognised. A training run (the folder of python -m train --out) gives the
-    drafter of its newest checkpoint"""
-    destination: Positional[Path | None] = None
-    """folder to write the other form to"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """convert the weights; as stored when not given, of a training run bfloat16"""
-    check: Path | None = None
-    """instead: report what this folder holds (sizes, dtypes, missing, unexpected and misshapen tensors, values that
-    are not finite), and how far a target's logits are from transformers' own, where PyTorch is installed"""
-    target: Path | None = None
+    source: Annotated[Positional[Path | None], UNSET, arg(metavar="SRC")] = None
+    """folder to read: Hugging Face files, Orbax, or a training run (the drafter of its newest checkpoint)"""
+    destination: Annotated[Positional[Path | None], UNSET, arg(metavar="DST")] = None
+    """folder to write: Orbax from Hugging Face files, Hugging Face files from the others"""
+    dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
+    """dtype to write (default: as stored, and bfloat16 of a training run)"""
+    check: Annotated[Path | None, DisallowNone, UNSET] = None
+    """report what a folder holds and what is wrong with it, and compare a target's logits with transformers'"""
+    target: Annotated[Path | None, DisallowNone, UNSET] = None
     """with --check of a drafter: its target, to see whether they fit"""
 
 
-def wrong(options: Convert) -> str | None:
-    """What is wrong with the words of the command line, None if nothing is."""
+def check_options(options: Convert) -> None:
+    """Raises: UsageError: the options make no sense together."""
     o = options
-    if o.check:
-        if o.source or o.dtype:
-            return "--check takes one folder, and --target; it converts nothing"
-        return None
-    if o.target:
-        return "--target goes with --check"
-    return None if o.source and o.destination else "give SRC and DST, or --check DIR"
+    if o.check and (o.source or o.dtype):
+        raise UsageError("--check takes one folder, and --target; it converts nothing.")
+    if not o.check and o.target:
+        raise UsageError("--target goes with --check.")
+    if not o.check and not (o.source and o.destination):
+        raise UsageError("give SRC and DST, or --check DIR.")
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Convert, args=argv, prog="python -m convert")
-    problem = wrong(options)
-    if problem:
-        print(f"error: {problem}.", file=sys.stderr)
-        return WRONG_WORDS
+def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Convert, run_convert, argv, prog=prog)
+
+
+def run_convert(options: Convert) -> int:
+    """Convert or check; returns the exit code.
+
+    Raises:
+        UsageError: the options make no sense.
+        DominoError: a folder can't be read or written.
+    """
+    check_options(options)
     # Nothing here gains from an accelerator, and one may be serving a model meanwhile.
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax.numpy as jnp
@@ -73,12 +75,9 @@ def main(argv: list[str] | None = None) -> int:
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
                 reading = partial(progress, f"reading {options.source}")
                 was, now = convert_folder(options.source, options.destination, reading, dtype)
-    except DominoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         print("interrupted" if options.check else "interrupted; nothing was written", file=sys.stderr)
-        return CANCELLED
+        raise
     if not options.check:
         print(f"{options.source} ({was}) -> {options.destination} ({now})")
         return DONE
@@ -93,4 +92,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main())

@@ -6,9 +6,10 @@ so that a command can check its words first.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
-from tyro.conf import DisallowNone, arg
+from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
 
 from convert import registry
 from domino_jax.runtime.command import UsageError, words_at_fault
@@ -26,6 +27,7 @@ Matrices = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn", "pallas"]
 
 UNSET = arg(help_behavior_hint="")  # the help says in words what an option without a value does
+Flag = Annotated[bool, FlagCreatePairsOff, UNSET]
 GROUP = arg(name="")  # the fields of a nested dataclass belong to the group around it
 
 
@@ -49,7 +51,7 @@ class DraftingOptions:
     head_candidates: int | Literal["all"] = "all"
     """vocabulary entries that the causal head scores: the highest base logits, or all"""
     draft_dtype: Annotated[DraftDtype | None, DisallowNone, UNSET] = None
-    """8-bit weights for the drafter; the default is --dtype. The output does not change, the drafts do"""
+    """8-bit weights for the drafter; the drafts change, the output does not (default: as --dtype)"""
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,13 @@ class DeviceOptions:
     """Devices and precision."""
 
     dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
-    """dtype of weights and caches; the default is float32 on CPUs, bfloat16 elsewhere"""
+    """dtype of weights and caches (default: float32 on CPUs, bfloat16 elsewhere)"""
     matrices: Matrices = "auto"
-    """float32 runs only: keep bfloat16 weights in bfloat16, which halves memory at the same precision (auto: on CPUs
-    with AMX)"""
+    """float32 runs only: bfloat16 keeps stored bfloat16 weights, at the same precision (auto: on CPUs with AMX)"""
     attention: Attention = "auto"
-    """attention backend: xla runs anywhere, cudnn on NVIDIA GPUs in bfloat16, pallas on TPUs; auto takes the fastest
-    that this device can run"""
+    """attention backend: xla (any device), cudnn (NVIDIA, bfloat16) or pallas (TPU); auto takes the fastest"""
     mesh: Annotated[str | None, DisallowNone, UNSET] = None
-    """devices to spread over, such as data=2,model=4: rows over data, weights over model; the default is one
-    device, or all that the model can be divided over where it does not fit on one"""
+    """devices to spread over, such as data=2,model=4 (default: one, or more where the model does not fit on it)"""
 
     def mesh_sizes(self) -> tuple[int, int] | None:
         """The sizes (data, model) that --mesh gives, None without it.
@@ -174,6 +173,11 @@ class SamplingOptions:
             if not holds:
                 raise UsageError(f"{rule}, found {found}.")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken: at temperature 0, or next to it."""
+        return self.params().temperature == 0
+
     def params(self) -> "SamplingParams":
         """The parameters as decoding takes them."""
         from domino_jax.sampling import SamplingParams
@@ -211,8 +215,6 @@ def load(
 ) -> "LoadedModel":
     """Find the folders that the options name, fetch what is missing, and load the weights.
 
-    A pair that does not fit, or can't run here, is refused before a weight is fetched or read.
-
     Args:
         console: standard error, for notes and download bars.
         num_draft_tokens: draft tokens that a cycle verifies; all of a block when None.
@@ -224,14 +226,27 @@ def load(
     """
     from convert import loading
 
+    target, draft = resolve(options, console, num_draft_tokens)
+    device, how = options.device, options.plan(num_draft_tokens)
+    return loading.load_model(target, draft, device.dtype, progress, **how)
+
+
+def resolve(options: ModelOptions, console: "Console", num_draft_tokens: int | None = None) -> tuple[Path, Path | None]:
+    """The folders of target and drafter that the options name; what is missing is fetched.
+
+    A pair that does not fit, or can't run here, is refused before a weight is fetched or read.
+
+    Args and errors: see `load`.
+    """
+    from convert import loading
+
     options.check()
-    drafting, dtype, how = options.drafting, options.device.dtype, options.plan(num_draft_tokens)
-    target, draft = registry.resolve_folders(
+    dtype, how = options.device.dtype, options.plan(num_draft_tokens)
+    return registry.resolve_folders(
         options.model,
-        drafting.draft,
+        options.draft,
         console,
         options.revision,
-        drafting.draft_revision,
+        options.drafting.draft_revision,
         lambda config, draft_config: loading.plan_load(config, draft_config, dtype, **how),
     )
-    return loading.load_model(target, draft, dtype, progress, **how)

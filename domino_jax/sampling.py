@@ -9,17 +9,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+GREEDY_BELOW = 1e-5  # temperatures: logits divided by a smaller one overflow float32
 DIGIT = 4  # bits of a score that one pass over the vocabulary finds
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are chosen; temperature 0 is greedy, and the filters' defaults are off."""
+    """How a request's tokens are chosen; temperature 0 is greedy, and the filters' defaults are off.
+
+    A temperature below GREEDY_BELOW becomes 0.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 class Sampling(NamedTuple):
@@ -32,9 +40,9 @@ class Sampling(NamedTuple):
 
 
 def settings(batch: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampling:
-    """The same settings for every row."""
+    """The same settings for every row; a temperature below GREEDY_BELOW is 0."""
     return Sampling(
-        jnp.full(batch, temperature, jnp.float32),
+        jnp.full(batch, temperature if temperature >= GREEDY_BELOW else 0.0, jnp.float32),
         jnp.full(batch, top_k, jnp.int32),
         jnp.full(batch, top_p, jnp.float32),
         jnp.full(batch, min_p, jnp.float32),

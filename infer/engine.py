@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,6 +40,16 @@ class Cycle(NamedTuple):
     drafts: list[int]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How a batch is decoded."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0  # of the random keys; each row folds its number in
+    speculative: bool = True  # draft and verify if there is a drafter; False for the autoregressive baseline
+    rows: int = 0  # at least so many are run, so that a smaller batch needs no programs of its own
+
+
 @dataclass
 class Sequence:
     """One prompt and what is generated for it."""
@@ -54,6 +64,7 @@ class Sequence:
     steps: int = 0  # plain ones, without drafts; those after the cycles where "auto" gave drafts up are none of τ's
     finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it runs
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # until it finished
+    wall_seconds: float = 0.0  # likewise; with what is in no phase, such as making and printing text
 
     @property
     def text(self) -> str | None:
@@ -93,6 +104,14 @@ class Sequence:
             self.stream.finish()
             if self.stream.stopped:
                 self.finish_reason = "stop"
+
+
+class Chunk(NamedTuple):
+    """What a dispatch added to one sequence."""
+
+    sequence: Sequence
+    text: str  # whole characters, without what may still become a stop string; empty without a tokenizer
+    tokens: list[int]
 
 
 def tau(accepted: list[int]) -> float | None:
@@ -157,22 +176,21 @@ class Engine:
         return Sequence(row, list(prompt), min(max_new_tokens, fits), stream), warnings
 
     def generate(
-        self,
-        sequences: list[Sequence],
-        choose: SamplingParams | None = None,
-        seed: int = 0,
-        speculative: bool = True,
-        update: Callable[[], None] | None = None,
-        batch: int = 0,
-        conversation: Conversation | None = None,
+        self, sequences: list[Sequence], how: Decoding | None = None, conversation: Conversation | None = None
     ) -> None:
-        """Generate all sequences as one batch, in place.
+        """Generate all sequences as one batch, in place; see `stream`."""
+        for _ in self.stream(sequences, how, conversation):
+            pass
+
+    def stream(
+        self, sequences: list[Sequence], how: Decoding | None = None, conversation: Conversation | None = None
+    ) -> Generator[Chunk]:
+        """Generate all sequences as one batch, in place, and yield what each dispatch adds to them.
+
+        Closing the generator early ends the sequences as cancelled.
 
         Args:
-            choose: how tokens are chosen; greedy when None.
-            speculative: draft and verify if there is a drafter; False for the lean loop.
-            update: called when tokens have arrived.
-            batch: rows to run at least, so that a smaller batch needs no programs of its own.
+            how: greedy and speculative when None.
             conversation: whose next turn the one sequence is; what its caches hold of the prompt is not run again.
 
         Raises:
@@ -180,43 +198,49 @@ class Engine:
             DominoError: the device's memory is exhausted.
         """
         assert conversation is None or len(sequences) == 1, "a conversation has one sequence a turn"
-        mesh = self.loaded.mesh
+        how, mesh = how or Decoding(), self.loaded.mesh
+        rows = max(how.rows, len(sequences))
         if mesh:  # every device of the data axis has the same number of rows
-            batch = -(-max(batch, len(sequences)) // mesh.shape[DATA]) * mesh.shape[DATA]
-        rows = max(batch, len(sequences))
-        memory = explain_out_of_memory(
+            rows = -(-rows // mesh.shape[DATA]) * mesh.shape[DATA]
+        memory = (
             f"the device has too little memory for {rows} sequences of this length; "
             "run fewer at a time or shorter ones."
         )
+        run = self._run(sequences, dataclasses.replace(how, rows=rows), conversation)
+        told = [(0, 0)] * len(sequences)  # tokens and characters of each
+        began, running = time.perf_counter(), sequences
         try:
-            run = self._run(sequences, choose or SamplingParams(), seed, speculative, batch, conversation)
-            with memory, self.loaded.context(), closing(run):
-                for _ in run:
-                    if update:
-                        update()
-        except KeyboardInterrupt:
+            while True:
+                with explain_out_of_memory(memory), self.loaded.context():  # not around what the caller does
+                    if next(run, run) is run:  # it yields None
+                        return
+                for s in running:
+                    s.wall_seconds = time.perf_counter() - began
+                running = [s for s in running if s.finish_reason is None]
+                for i, s in enumerate(sequences):
+                    tokens, text = s.tokens[told[i][0] :], (s.text or "")[told[i][1] :]
+                    told[i] = told[i][0] + len(tokens), told[i][1] + len(text)
+                    if tokens or text:
+                        yield Chunk(s, text, tokens)
+        except (KeyboardInterrupt, GeneratorExit):
             for s in sequences:
                 if s.finish_reason is None:
                     s.finish("cancelled")
             raise
+        finally:
+            with self.loaded.context():
+                run.close()
 
-    def _run(
-        self,
-        sequences: list[Sequence],
-        choose: SamplingParams,
-        seed: int,
-        speculative: bool,
-        batch: int,
-        conversation: Conversation | None,
-    ) -> Generator[None]:
-        """The loop of `generate`; yields when tokens have arrived."""
+    def _run(self, sequences: list[Sequence], how: Decoding, conversation: Conversation | None) -> Generator[None]:
+        """The loop of `stream`; yields when tokens have arrived."""
         loaded = self.loaded
         configs, params = loaded.configs, loaded.params
-        speculative = speculative and configs.draft is not None
+        choose = how.sampling
+        speculative = how.speculative and configs.draft is not None
         greedy = choose.temperature == 0
         auto = self.auto and speculative
         room = cache.length_bucket(max(len(s.prompt) for s in sequences) + configs.lookahead)
-        case = max(batch, len(sequences)), greedy, room
+        case = how.rows, greedy, room
         chooser = self.choosers.get(case) if auto else None
         if chooser:
             speculative = chooser.start()
@@ -224,13 +248,13 @@ class Engine:
             configs, params = configs.without_drafter, params.without_drafter
         seconds = dict.fromkeys(PHASES, 0.0)
         # Rows that only fill the batch are over after their first token.
-        spare = max(0, batch - len(sequences))
+        spare = how.rows - len(sequences)
         prompts = [s.prompt for s in sequences] + [sequences[0].prompt[:1]] * spare
         limits = [s.limit for s in sequences] + [1] * spare
         rows = np.array([s.row for s in sequences] + [0] * spare, np.uint32)
 
         with _timed(seconds, "prefill"):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(how.seed), rows)
             sampling = settings(len(prompts), choose.temperature, choose.top_k, choose.top_p, choose.min_p)
             caches, held = conversation.take(prompts[0], speculative) if conversation else (None, 0)
             arguments = (prompts, keys, limits, sampling, self._stop, loaded.dtype, caches, held)

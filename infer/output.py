@@ -1,15 +1,23 @@
-"""What people see: warnings and notes on standard error, text and its drafts on standard output."""
+"""What people see: notes on standard error; text and its drafts, or JSON, on standard output."""
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
+
+from domino_jax.errors import DominoError
 
 if TYPE_CHECKING:
-    from infer.engine import Sequence
+    from convert.loading import LoadedModel
+    from infer.auto import Chooser
+    from infer.compare import Comparison
+    from infer.engine import Chunk, Sequence
 
 ACCEPTED, ADDED, REJECTED = "green", "yellow", "dim strike"
 
@@ -17,15 +25,15 @@ _speaks = True
 
 
 def keep_silent() -> None:
-    """Say nothing but errors from here on: of several processes, only the first speaks."""
+    """Print no notes from here on: of several processes, only the first speaks. Errors are still printed."""
     global _speaks
     _speaks = False
 
 
 def say(line: str) -> None:
-    """One line on standard error, if anybody reads it."""
+    """A note on standard error, if anybody reads it."""
     with suppress(OSError):
-        if _speaks or line.startswith("error"):
+        if _speaks:
             print(line, file=sys.stderr, flush=True)
 
 
@@ -59,22 +67,129 @@ class Printer:
         """Args: before: called when there is text for the first time."""
         self.sequence = sequence
         self.before = before
-        self.shown = 0
+        self.printed = 0
 
-    def more(self) -> None:
+    def add(self, chunk: "Chunk") -> None:
         """Print what is new."""
-        if self.before:
-            self.before()
-            self.before = None
-        text = self.sequence.text or ""
-        print(text[self.shown :], end="", flush=True)
-        self.shown = len(text)
+        self._print(chunk.text)
 
     def end(self) -> None:
         """Print the rest, and end the line."""
-        self.more()
-        if not (self.sequence.text or "").endswith("\n"):
+        text = self.sequence.text or ""
+        self._print(text[self.printed :])
+        if not text.endswith("\n"):
             print(flush=True)
+
+    def _print(self, text: str) -> None:
+        if self.before:
+            self.before()
+            self.before = None
+        print(text, end="", flush=True)
+        self.printed += len(text)
+
+
+def record(s: "Sequence", load_seconds: float, comparison: "Comparison | None") -> str:
+    """A finished sequence as the JSON object that --json prints."""
+    from infer.engine import tau
+
+    found = {
+        "row": s.row,
+        "tokens": s.tokens,
+        "text": s.text,
+        "finish_reason": s.finish_reason,
+        "prompt_tokens": len(s.prompt),
+        "input_ids": s.prompt,
+        "cycles": len(s.cycles),
+        "accepted": s.accepted,
+        "drafts": [len(cycle.drafts) for cycle in s.cycles],
+        "plain_steps": s.steps,
+        "tau": tau(s.accepted),
+        "seconds": {"load": load_seconds, **s.seconds},
+        "wall_seconds": s.wall_seconds,
+        "tokens_per_second": s.tokens_per_second,
+    }
+    if comparison:
+        found["compare"] = comparison.record(s.row)
+    return json.dumps(found)
+
+
+class Summary:
+    """What a run did: printed in the end, on standard error."""
+
+    def __init__(self, loaded: "LoadedModel", notes: Notes):
+        self.loaded = loaded
+        self.notes = notes
+        self.batches: list[list[Sequence]] = []
+        self.comparisons: list[Comparison] = []
+
+    def progress(self, total: int) -> None:
+        """Say where a file of prompts stands."""
+        done = sum(map(len, self.batches))
+        tokens = sum(len(s.tokens) for batch in self.batches for s in batch)
+        rate = overall_rate(self.batches)
+        say(f"{done}/{total} prompts, {tokens} tokens" + (f", {rate:.0f} tokens/s" if rate else ""))
+
+    def show(self, choosers: "Iterable[Chooser]") -> None:
+        """Print the times, τ, the accepted lengths, what --num-draft-tokens auto chose, and the comparison."""
+        from infer.engine import PHASES, tau
+
+        sequences = [s for batch in self.batches for s in batch]
+        if not sequences:
+            return
+        show = self.notes.print
+        total = {phase: sum(max(s.seconds[phase] for s in batch) for batch in self.batches) for phase in PHASES}
+        wall = sum(max(s.wall_seconds for s in batch) for batch in self.batches)
+        tokens, reused = sum(len(s.tokens) for s in sequences), sum(s.reused for s in sequences)
+        run = sum(len(s.prompt) for s in sequences) - reused
+        rate = overall_rate(self.batches)
+        show(f"\n{tokens} tokens" + (f", decoded at [bold]{rate:.1f} tokens/s[/]" if rate else ""))
+        show(
+            f"load {self.loaded.seconds:.2f} s · compile {total['compile']:.2f} s · "
+            f"prefill {total['prefill']:.3f} s ({run} tokens{f', {reused} reused' if reused else ''}) · "
+            + (f"calibrate {total['calibrate']:.2f} s · " if total["calibrate"] else "")
+            + f"decode {total['decode']:.3f} s · wall time without loading {wall:.2f} s",
+            style="dim",
+        )
+        for chooser in choosers:
+            show(f"drafts auto: {chooser}")
+        accepted = [n for s in sequences for n in s.accepted]
+        if accepted:
+            show(f"τ = [bold]{tau(accepted):.2f}[/] tokens a cycle, over {len(accepted)} cycles; drafts accepted:")
+            for line in histogram(accepted, self.loaded.configs.proposals):
+                show(line)
+        if self.comparisons:
+            self._show_comparisons()
+
+    def _show_comparisons(self) -> None:
+        from infer.compare import RUNS
+
+        show = self.notes.print
+        runs = [c for c in self.comparisons if c.speedup]
+        for c in runs:
+            show(
+                f"with drafts {c.tokens_per_second:.1f} tokens/s · "
+                f"autoregressive baseline {c.baseline_tokens_per_second:.1f} tokens/s · "
+                f"[bold]{c.speedup:.2f}×[/] (median of {RUNS} runs in turns)"
+            )
+        if not runs:
+            show("one token comes from the prefill: there is no decoding to compare.")
+        if any(c.identical is None for c in self.comparisons):
+            show("samples with and without drafts differ by design (same distribution): only the speed is compared.")
+            return
+        different = [row for c in self.comparisons for row, same in (c.identical or {}).items() if not same]
+        if not different:
+            show("tokens: [bold green]identical[/]")
+            return
+        show(f"tokens: [bold red]different[/] in {len(different)} sequences (the first: {different[0]})")
+        if self.loaded.dtype != "float32":
+            show("in bfloat16 two logits can tie to rounding, and the two ways may then break the tie differently.")
+
+
+def overall_rate(batches: "list[list[Sequence]]") -> float | None:
+    """Decoded tokens per second over batches that ran one after another."""
+    seconds = sum(max(s.seconds["decode"] for s in batch) for batch in batches)
+    tokens = sum(max(len(s.tokens) - 1, 0) for batch in batches for s in batch)
+    return tokens / seconds if seconds else None
 
 
 def histogram(accepted: list[int], proposals: int, width: int = 40) -> list[str]:
@@ -87,14 +202,12 @@ def histogram(accepted: list[int], proposals: int, width: int = 40) -> list[str]
     ]
 
 
-def show_drafts(console: Console, s: "Sequence", tokenizer: Any) -> None:
-    """Print a sequence with each token's origin in its colour, and a legend.
+def color_drafts(s: "Sequence", tokenizer: Any) -> Text:
+    """A sequence with each token's origin in its colour, and a legend.
 
     Text appears with the token that completes its characters. A text that a stop string cut is
     shown whole here, as drafted.
     """
-    from rich.text import Text
-
     from convert.tokenizer import decode
     from infer.text import Detokenizer
 
@@ -118,6 +231,20 @@ def show_drafts(console: Console, s: "Sequence", tokenizer: Any) -> None:
     kept(s.tokens[1 + sum(len(cycle.tokens) for cycle in s.cycles) :], ADDED)  # plain steps after them
     if stream:
         out.append(stream.finish(), ADDED)
-    console.print(out)
-    legend = Text("drafted and accepted", ACCEPTED) + Text(" · ") + Text("rejected", REJECTED)
-    console.print(legend + Text(" · ") + Text("the target's own", ADDED))
+    legend = Text("\ndrafted and accepted", ACCEPTED) + Text(" · ") + Text("rejected", REJECTED)
+    return out + legend + Text(" · ") + Text("the target's own", ADDED)
+
+
+def write_svg(colored: Text, title: str, path: Path, columns: int = 96) -> None:
+    """Write coloured text as a picture of a terminal.
+
+    Raises:
+        DominoError: the file can't be written.
+    """
+    with Path("/dev/null").open("w") as nowhere:
+        console = Console(record=True, width=columns, file=nowhere, force_terminal=True, color_system="truecolor")
+        console.print(colored)
+    try:
+        console.save_svg(str(path), title=title)
+    except OSError as error:
+        raise DominoError(f"{path} can't be written: {error}.") from None

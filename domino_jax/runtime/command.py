@@ -7,9 +7,11 @@ standard output that leaves early (`| head`) is no error.
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +23,7 @@ from domino_jax.runtime.extras import explain_missing_extra
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 T = TypeVar("T")
+ESCAPES = r"\x1b\[[0-9;]*m"  # colours of a terminal
 
 
 class UsageError(DominoError):
@@ -30,9 +33,9 @@ class UsageError(DominoError):
 class Subcommand(NamedTuple):
     """A command behind a word of another command."""
 
-    module: str  # whose main(argv, prog) runs it; imported only then
+    module: str  # whose function(argv, prog) runs it; imported only then
     summary: str  # one line of the other command's help
-    words: tuple[str, ...] = ()  # given to it before the user's
+    function: str = "main"
 
 
 def run_command(
@@ -65,12 +68,13 @@ def parse_words(
     how: dict[str, Any] = {"description": f"{options.__doc__}\n\n{epilog}"} if epilog else {}
     if default is not None:
         how["default"] = default
-    said = io.StringIO()
+    said, help_text = io.StringIO(), _Captured()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(said), redirect_stdout(help_text):
             return tyro.cli(options, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **how)
     except SystemExit as end:
         if not end.code:
+            print(_wrap_help(help_text.getvalue()), end="")
             raise
         raise UsageError(_sentence(said.getvalue(), prog)) from None
 
@@ -143,9 +147,10 @@ def find_subcommand(table: Mapping[str, Subcommand], argv: Sequence[str] | None,
     command = table[name]
 
     def run() -> int:
-        return import_module(command.module).main([*command.words, *rest], prog=f"{prog} {name}")
+        main = getattr(import_module(command.module), command.function)
+        return main(rest, prog=f"{prog} {name}")
 
-    return run
+    return lambda: exit_code(run)  # the import may fail too
 
 
 def list_subcommands(table: Mapping[str, Subcommand]) -> str:
@@ -154,9 +159,30 @@ def list_subcommands(table: Mapping[str, Subcommand]) -> str:
     return "\n".join(f"  {name:{width}}  {command.summary}" for name, command in table.items())
 
 
+class _Captured(io.StringIO):
+    """Standard output while a help is written: as colourful and wide as the real one."""
+
+    encoding = property(lambda _: getattr(sys.__stdout__, "encoding", None) or "utf-8")  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+def _wrap_help(text: str) -> str:
+    """A help no wider than the terminal: tyro wraps what stands in its boxes, and not the usage and description."""
+    width, lines = shutil.get_terminal_size().columns, []
+    for line in text.split("\n"):
+        plain = re.sub(ESCAPES, "", line)
+        if len(plain) > width and not plain.startswith(("│", "╭", "╰")):
+            indent = " " * 7 if plain.startswith("usage:") else ""
+            line = textwrap.fill(plain, width, subsequent_indent=indent, break_on_hyphens=False)
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def _sentence(box: str, prog: str) -> str:
     """Tyro's error, which it draws in a box of several lines, as one sentence."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    plain = re.sub(ESCAPES, "", box)
     rows = [line.strip("│").rstrip() for line in plain.splitlines() if not re.match("[╭╰]", line)]
     if len(rows) > 1 and set(rows[1].strip()) == {"-"}:  # not UTF-8: no box, but a line under the title
         rows = rows[2:]

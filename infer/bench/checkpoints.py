@@ -1,6 +1,6 @@
 """A checkpoint's way through every form, with the memory and the rate of each step.
 
-    python -m infer.bench.checkpoints --shapes qwen3-0.6b --json round.json
+    python -m infer.bench checkpoints --shapes qwen3-0.6b --json round.json
 
 Random bfloat16 weights of a public shape are written as Hugging Face files (or yours are taken), loaded on one device
 and generated from; converted to Orbax; loaded from there on a mesh and generated from again (the same tokens); and
@@ -13,19 +13,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import tyro
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import DisallowNone
 
+from convert.options import UNSET, DeviceOptions
 from domino_jax.errors import DominoError
-from domino_jax.sharding import parse_mesh
+from domino_jax.runtime.command import UsageError, run_command
 
 PROMPT = list(range(1, 33))
 NEW_TOKENS = 8
@@ -39,17 +40,17 @@ class Round:
 
     shapes: str = "qwen3-0.6b"
     """target's shape: see python -m infer.bench --help"""
-    model: Path | None = None
+    model: Annotated[Path | None, DisallowNone, UNSET] = None
     """a target's folder of Hugging Face files to send instead of a synthetic one"""
-    out: Path | None = None
+    out: Annotated[Path | None, DisallowNone, UNSET] = None
     """folder for the three copies of the model, which are left there; a temporary one when not given"""
     mesh: str = "data=2,model=4"
     """of the second loading; on a CPU of as many virtual devices"""
     shard_mb: int = 400
     """size of the Hugging Face files"""
-    json: Path | None = None
+    json: Annotated[Path | None, DisallowNone, UNSET] = None
     """file for the figures"""
-    step: Step | None = None
+    step: Annotated[Step | None, DisallowNone, UNSET] = None
     """one step alone, in this process, on the copies in --out"""
 
 
@@ -83,6 +84,7 @@ def run_checkpoints(options: Round) -> dict[str, Any]:
     from convert.folders import convert_folder
     from convert.loading import load_model
     from convert.shapes import find_shape, random_weights
+    from domino_jax.sharding import parse_mesh
     from infer.engine import Engine
 
     assert options.out is not None
@@ -149,6 +151,8 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
     Raises:
         DominoError: a step failed, or the two loadings gave different tokens.
     """
+    from domino_jax.sharding import parse_mesh
+
     figures: dict[str, dict[str, Any]] = {}
     data, model = parse_mesh(options.mesh)
     for step in STEPS:
@@ -209,29 +213,27 @@ def print_figures(options: Round, figures: dict[str, dict[str, Any]]) -> None:
     console.print(f"the same tokens on one device and on the mesh; {same} tensors came back bit for bit")
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Round, args=argv, prog="python -m infer.bench.checkpoints")
-    try:
-        if options.step and options.out is None:
-            raise DominoError("--step works on the copies in --out DIR.")
-        if options.step:
-            print(json.dumps(run_checkpoints(options)))
-            return 0
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            if any(options.out.iterdir()):
-                raise DominoError(f"{options.out} is not empty; give another folder with --out.")
-        with nullcontext(options.out) if options.out else TemporaryDirectory() as out:
-            figures = every_step(options, Path(out))
-        if options.json:
-            options.json.write_text(json.dumps({**sampling_settings(options), **figures}, indent=1))
-    except (DominoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench.checkpoints") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Round, _run, argv, prog=prog)
+
+
+def _run(options: Round) -> None:
+    if options.step and options.out is None:
+        raise UsageError("--step works on the copies in --out DIR.")
+    DeviceOptions(mesh=options.mesh).mesh_sizes()  # refuses what is malformed
+    if options.step:
+        print(json.dumps(run_checkpoints(options)))
+        return
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if any(options.out.iterdir()):
+            raise DominoError(f"{options.out} is not empty; give another folder with --out.")
+    with nullcontext(options.out) if options.out else TemporaryDirectory() as out:
+        figures = every_step(options, Path(out))
+    if options.json:
+        options.json.write_text(json.dumps({**sampling_settings(options), **figures}, indent=1))
     print_figures(options, figures)
-    return 0
 
 
 if __name__ == "__main__":

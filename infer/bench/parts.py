@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from convert.loading import LoadedModel
+from convert.options import SamplingOptions
 from domino_jax import decode, verify
 from domino_jax.drafters import block
 from domino_jax.drafters.heads import domino
@@ -19,7 +20,7 @@ REPEATS = 20  # runs of a phase inside one program, so that dispatching is not w
 TRIES, ENOUGH_SECONDS = 5, 3.0  # timed runs of such a program: fewer where they take long
 
 
-def time_phases(loaded: LoadedModel, prompts: list[list[int]], temperature: float) -> dict[str, float]:
+def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingOptions) -> dict[str, float]:
     """Milliseconds of each part of one cycle, each alone in a program that repeats it.
 
     The parts: draft (backbone and base logits), head, target (the verification pass with its LM head),
@@ -31,10 +32,10 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], temperature: floa
     batch = len(prompts)
     keys = jax.random.split(jax.random.key(0), batch)
     stop = jnp.full(1, -1, jnp.int32)
-    sampling = settings(batch, temperature)
+    sampling = settings(batch, choose.temperature, choose.top_k, choose.top_p, choose.min_p)
     limits = [1 << 20] * batch
     state = decode.prefill_batch(params, configs, prompts, keys, limits, sampling, stop, loaded.dtype)
-    greedy = temperature == 0
+    greedy = choose.greedy
     none = jnp.zeros((batch, 0), jnp.int32)
 
     def timed(run: Callable[[Params, decode.DecodeState], tuple[decode.DecodeState, Any]]) -> float:

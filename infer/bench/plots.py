@@ -11,9 +11,12 @@ from infer.bench.report import Row, label, title
 AXES = {"context": "context, tokens", "batch": "batch size", "drafts": "drafts a cycle"}
 # What is drawn over each axis: a field and its label, one panel each.
 PANELS = {
-    "context": {"ms_per_cycle": "ms per cycle (lean: per step)", "speed_over_lean": "speed over the lean loop"},
-    "batch": {"tokens_per_second": "tokens/s", "speed_over_lean": "speed over the lean loop"},
-    "drafts": {"ms_per_cycle": "ms per cycle", "speed_over_lean": "speed over the lean loop"},
+    "context": {
+        "ms_per_cycle": "ms per cycle (baseline: per step)",
+        "speed_over_lean": "speed over the autoregressive baseline",
+    },
+    "batch": {"tokens_per_second": "tokens/s", "speed_over_lean": "speed over the baseline"},
+    "drafts": {"ms_per_cycle": "ms per cycle", "speed_over_lean": "speed over the baseline"},
 }
 
 
@@ -25,7 +28,7 @@ def plot_sweep(rows: list[Row], folder: Path) -> list[Path]:
     """
     written = []
     for axis, panels in PANELS.items():
-        # A lean step has no drafts: it is the 1 of the ratio there.
+        # A baseline step has no drafts: it is the 1 of the ratio there.
         shown = [
             r for r in rows if axis != "drafts" or (r["mode"] not in (LEAN, TRANSFORMERS) and r["drafts"] != "auto")
         ]

@@ -11,9 +11,8 @@ from convert.tokenizer import encode
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import read_jsonl
 from domino_jax.runtime.provenance import distinct_ngrams
-from domino_jax.sampling import SamplingParams
 from infer.bench.options import Bench
-from infer.engine import Engine
+from infer.engine import Decoding, Engine
 
 RANDOM_IDS = "random ids"
 
@@ -47,14 +46,14 @@ def collect_prompts(options: Bench, loaded: LoadedModel, engine: Engine) -> Benc
 
 def prompts_file(options: Bench) -> Path | None:
     """The file that prompts are read from; None for random ids."""
-    if options.prompts is None and options.model == "demo" and options.shapes is None:
+    if options.prompts is None and options.model.model == "demo" and options.shapes is None:
         return DEMO_FOLDER / "prompts.jsonl"
     return options.prompts
 
 
 def random_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
     """`num_prompts` lists of `prompt_tokens` random ids."""
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(options.sampling.seed)
     return rng.integers(0, loaded.configs.target.vocab_size, (options.num_prompts, options.prompt_tokens)).tolist()
 
 
@@ -91,7 +90,7 @@ def choose(prompts: list[list[int]], options: Bench, engine: Engine) -> tuple[li
             break
         if options.min_distinct > 0:
             sequence, _ = engine.sequence(prompt, options.new_tokens)
-            engine.generate([sequence], SamplingParams(), speculative=False)
+            engine.generate([sequence], Decoding(speculative=False))
             if distinct_ngrams(sequence.tokens) < options.min_distinct:
                 looping += 1
                 continue

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,29 +25,14 @@ from convert.loading import LoadedModel
 from convert.registry import locate
 from convert.tokenizer import decode, has_template
 from domino_jax.errors import DominoError
-from domino_jax.sampling import SamplingParams
 from infer.bench import plots
 from infer.bench.modes import DFLASH, LEAN
+from infer.bench.options import Bench
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
-from infer.engine import Engine, Sequence, tau
+from infer.engine import Decoding, Engine, Sequence, tau
 
-if TYPE_CHECKING:
-    from infer.bench.options import Bench
-
-Mode = tuple[str, int]  # one of them, and the proposals that a cycle verifies (0 for the lean loop)
+Mode = tuple[str, int]  # one of them, and the proposals that a cycle verifies (0 for the autoregressive baseline)
 BARS = "▁▂▃▄▅▆▇█"
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Acceptance on sets of questions."""
-
-    quality: tuple[str, ...] = ()
-    """measure acceptance, not speed, on JSONL files of questions: NAME=FILE, or FILE, whose stem is then the name"""
-    limit_prompts: int | None = None
-    """questions of each --quality file, from its beginning; all when not given"""
-    lean: bool = False
-    """with --quality, also run the lean loop on the same questions, for the speed ratio"""
 
 
 # What others measured, by (target, drafter) on the Hub. A row belongs to that drafter as it is: DFlash's own is another
@@ -73,31 +58,14 @@ def published(model: str, draft: str | None, name: str) -> float | None:
     return figures.get(re.sub("[^a-z0-9]", "", name.lower()))
 
 
-def read_answers(options: "Bench") -> list[QuestionSet]:
-    """The sets to measure, none without --quality; checks the options that go with it and those that do not.
+def read_answers(options: Bench) -> list[QuestionSet]:
+    """The sets to measure, none without --quality.
 
     Raises:
-        DominoError: an option contradicts, or a file holds no questions of a known format.
+        DominoError: a file holds no questions of a known format.
     """
-    sweep = options.sweep
-    if not sweep.quality:
-        if sweep != Sweep():
-            raise DominoError("--limit-prompts and --lean need --quality NAME=FILE.")
-        return []
-    speed = ("prompts", "prompt_tokens", "num_prompts", "min_distinct", "rounds", "transformers", "contexts", "shapes")
-    speed += ("simulate_tau", "roofline", "profile", "phases")
-    for each in dataclasses.fields(options):
-        if each.name in speed and getattr(options, each.name) != each.default:
-            raise DominoError(
-                f"--{each.name.replace('_', '-')} is for measuring speed and does nothing with --quality."
-            )
-    if sweep.limit_prompts is not None and sweep.limit_prompts < 1:
-        raise DominoError(f"--limit-prompts must be at least 1, found {sweep.limit_prompts}.")
-    if len(options.batch_sizes) != 1:
-        raise DominoError(f"--quality runs at one batch size, found {len(options.batch_sizes)} of --batch-sizes.")
-    if "auto" in options.drafts:
-        raise DominoError("--quality measures acceptance, which needs a number: --drafts auto goes by speed.")
-    return read_sets(sweep.quality, sweep.limit_prompts)
+    questions = options.questions
+    return read_sets(questions.quality, questions.limit_prompts) if questions.quality else []
 
 
 class QuestionAnswer(NamedTuple):
@@ -105,7 +73,7 @@ class QuestionAnswer(NamedTuple):
 
     turn: int  # from 0
     tokens: list[int]
-    accepted: list[int]  # drafts accepted, cycle by cycle; empty for the lean loop
+    accepted: list[int]  # drafts accepted, cycle by cycle; empty for the autoregressive baseline
     stopped: bool  # at a stop token, not at the limit
 
 
@@ -154,7 +122,7 @@ class Measured:
     short: int = 0  # answers with less room than --new-tokens
 
 
-def measure_quality(one: Measured, engines: Mapping[Mode, Engine], options: "Bench", tokenizer: Any) -> Iterator[int]:
+def measure_quality(one: Measured, engines: Mapping[Mode, Engine], options: Bench, tokenizer: Any) -> Iterator[int]:
     """Answer the questions of one set in every way; `one` grows by whole batches, and their ends are yielded.
 
     The prompts of a second turn follow the first way's answers, in every way: all decode the same prompts.
@@ -163,7 +131,7 @@ def measure_quality(one: Measured, engines: Mapping[Mode, Engine], options: "Ben
         DominoError: a question can't be encoded, or memory is exhausted.
         KeyboardInterrupt: the user cancelled; `one` holds the batches before.
     """
-    questions, size = one.set.questions, options.batch_sizes[0]
+    questions, size, sampling = one.set.questions, options.batch_sizes[0], options.sampling
     for start in range(0, len(questions), size):
         batch = range(start, min(start + size, len(questions)))
         answered: dict[int, list[str]] = {number: [] for number in batch}
@@ -182,8 +150,7 @@ def measure_quality(one: Measured, engines: Mapping[Mode, Engine], options: "Ben
                 break
             for mode, engine in engines.items():
                 rows, warned = _sequences(questions, engine, prompts, turn, options.new_tokens)
-                choose = SamplingParams(options.temperature)
-                engine.generate(rows, choose, options.seed, speculative=mode[0] != LEAN, batch=size)
+                engine.generate(rows, Decoding(sampling.params(), sampling.seed, mode[0] != LEAN, size))
                 tallies[mode].seconds += max(s.seconds["decode"] for s in rows)
                 tallies[mode].answers += [
                     QuestionAnswer(turn, s.tokens, s.accepted, s.finish_reason == "stop") for s in rows
@@ -223,7 +190,7 @@ def _sequences(
 
 
 def run_quality(
-    options: "Bench",
+    options: Bench,
     sets: list[QuestionSet],
     loaded: LoadedModel,
     views: Mapping[Mode, LoadedModel],
@@ -242,13 +209,12 @@ def run_quality(
         DominoError: there is no drafter, no prompt of a set fits the model, or one can't be encoded.
         OSError: a file can't be written.
     """
-    sweep = options.sweep
     if not views:
         raise DominoError("--quality measures a drafter, and there is none: give one with --draft DIR.")
     # The checkpoint as it is comes first: its answers are what second turns follow.
     order = sorted(views, key=lambda key: key[0] == DFLASH)
     engines = {key: Engine(dataclasses.replace(views[key], tokenizer=None)) for key in order}
-    if sweep.lean:
+    if options.questions.lean:
         engines[LEAN, 0] = Engine(dataclasses.replace(loaded, tokenizer=None))
     room = positions_of(engines)
     for one in sets:  # before anything runs
@@ -312,19 +278,20 @@ def warn_quality(one: Measured) -> None:
             print(f"warning: {one.set.name}: {what}: {count}.", file=sys.stderr)
 
 
-def quality_figures(one: Measured, options: "Bench", whole: Mode, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def quality_figures(one: Measured, options: Bench, whole: Mode, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A flat row for each way of decoding a set. `whole` is the checkpoint as it is, which published figures are of."""
     lean = one.tallies.get((LEAN, 0))
     for key, tally in one.tallies.items():
         lengths = Counter(m + 1 for m in tally.accepted)
-        as_it_is = options.head_candidates == "all" and options.draft_dtype is None and not options.drafts
-        as_it_is &= options.revision is None and options.draft_revision is None
-        comparable = key == whole and options.temperature == 0 and as_it_is
-        theirs = published(options.model, options.draft, one.set.name) if comparable else None
+        asked, drafting = options.model, options.model.drafting
+        as_it_is = drafting.head_candidates == "all" and drafting.draft_dtype is None and not options.drafts
+        as_it_is &= asked.revision is None and drafting.draft_revision is None
+        comparable = key == whole and options.sampling.greedy and as_it_is
+        theirs = published(asked.model, asked.draft, one.set.name) if comparable else None
         ours, rate = tally.tau_per_answer, tally.tokens_per_second
         base = lean.tokens_per_second if lean else None
         same = None
-        if lean and options.temperature == 0:
+        if lean and options.sampling.greedy:
             same = sum(a.tokens == b.tokens for a, b in zip(tally.answers, lean.answers, strict=True))
         yield {
             **about,
@@ -369,7 +336,7 @@ def show_quality(rows: list[dict[str, Any]], console: Console, chat: bool) -> No
         "published": ("published_tau_per_answer", "{:.2f}"),
         "difference": ("difference", "{:+.2f}"),
         "tokens/s": ("tokens_per_second", "{:,.0f}"),
-        "× lean": ("speed_over_lean", "{:.2f}"),
+        "× baseline": ("speed_over_lean", "{:.2f}"),
     }
     columns = {title: column for title, column in columns.items() if any(r[column[0]] is not None for r in rows)}
     table = Table("set", "mode", "J", title="Acceptance", title_justify="left")
@@ -396,7 +363,7 @@ def show_quality(rows: list[dict[str, Any]], console: Console, chat: bool) -> No
         same = row["same_answers_as_lean"]
         if row["mode"] != LEAN and same is not None and same < row["answers"]:
             other = row["answers"] - same
-            console.print(f"{quality_label(row)}: {other} of {row['answers']} answers differ from the lean loop's")
+            console.print(f"{quality_label(row)}: {other} of {row['answers']} answers differ from the baseline's")
 
 
 def quality_label(row: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def show_report(rows: list[Row], console: Console) -> None:
         "τ": ("tau", "{:.2f}"),
         "distinct-4": ("distinct_4", "{:.2f}"),
         "tokens/s": ("tokens_per_second", "{:,.0f}"),
-        "× lean": ("speed_over_lean", "{:.2f}"),
+        "× baseline": ("speed_over_lean", "{:.2f}"),
         "ms/cycle": ("ms_per_cycle", "{:.2f}"),
         "cycle/step": ("cycle_over_step", "{:.2f}"),
         "prefill s": ("prefill_s", "{:.3f}"),
@@ -65,7 +65,7 @@ def show_report(rows: list[Row], console: Console) -> None:
         if row.get("same_tokens_as_lean") is False:
             other, rate = row["other_answers"], row["differences_per_1000_tokens"]
             console.print(
-                f"batch {row['batch']}: {label(row)} {row['drafts']} gave other tokens than the lean loop in {other} "
+                f"batch {row['batch']}: {label(row)} {row['drafts']} gave other tokens than the baseline in {other} "
                 f"answers, {rate:.2f} first differences in 1000 tokens"
             )
     for row in rows:

@@ -93,7 +93,7 @@ def work(
     mesh: tuple[int, int] = (1, 1),
     sampled: bool = False,
 ) -> dict[str, Work]:
-    """What each phase of one cycle needs at least; the target alone (the lean step) without a drafter.
+    """What each phase of one cycle needs at least; the target alone (the baseline's step) without a drafter.
 
     Args:
         params: arrays, or jax.ShapeDtypeStructs of them.
@@ -209,7 +209,7 @@ def fields(
 
 
 def over_lean(rows: list[dict[str, Any]]) -> None:
-    """Add to each of the rows (of one batch and context) the floor of `cycle_over_step`, the lean step being one."""
+    """Add the floor of `cycle_over_step` to the rows of one batch and context; the baseline's step is the 1 of it."""
     lean = next(row for row in rows if row["mode"] == LEAN)["cycle_floor_ms"]
     for row in rows:
         if "cycle_floor_ms" in row:

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 
 from domino_jax.errors import DominoError
-from domino_jax.sampling import SamplingParams
 from infer.bench.modes import LEAN
 from infer.bench.options import Bench
-from infer.engine import Engine, Sequence, tau
+from infer.engine import Decoding, Engine, Sequence, tau
 
 
 def batches(items: list[Any], size: int) -> list[list[Any]]:
@@ -32,7 +31,7 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
             if warnings:
                 raise DominoError(f"--new-tokens {options.new_tokens}: {warnings[0]}")
             rows.append(sequence)
-        engine.generate(rows, SamplingParams(options.temperature), options.seed, speculative=mode != LEAN)
+        engine.generate(rows, Decoding(options.sampling.params(), options.sampling.seed, mode != LEAN))
         for phase in seconds:
             seconds[phase] += max(s.seconds[phase] for s in rows)
         accepted += [m for s in rows for m in s.accepted]
@@ -56,7 +55,7 @@ def transformers_runner(
         from transformers import AutoModelForCausalLM
     except ImportError:
         return None
-    if options.temperature > 0 or not any(folder.glob("*.safetensors")):
+    if not options.sampling.greedy or not any(folder.glob("*.safetensors")):
         return None
     place = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
     if place is None or (place == "cuda" and not torch.cuda.is_available()):

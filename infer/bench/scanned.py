@@ -1,160 +1,46 @@
-"""Layers unrolled, as decoding runs them, against one scan over stacked weights: time of a pass, and of compiling it.
+"""Unrolled layers against scanned ones.
 
-    python -m infer.bench.scanned --shapes qwen3-0.6b --layers 8 --tokens 1 8 17
-
-Unrolled programs compile longer; a scan may copy each layer's slice of the stacked weights (docs/algorithm.md,
-section 8). Which is faster is a question for each device.
+python -m infer.bench scan --shapes qwen3-0.6b --layers 8 --tokens 1 8 17
 """
 
-import dataclasses
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated
 
-import jax
-import jax.numpy as jnp
-import tyro
-from jax import Array
-from rich.console import Console
-from rich.table import Table
+from tyro.conf import DisallowNone
 
-from convert.shapes import find_shape, random_weights
-from domino_jax import cache as kv
-from domino_jax import layers, target
-from domino_jax.attention import attend
-from domino_jax.config import TargetConfig
-from domino_jax.errors import DominoError
-from domino_jax.runtime.memory import explain_out_of_memory
-from domino_jax.runtime.precision import matmul_precision, resolve_dtype
-from domino_jax.weights import Target
-
-REPEATS, TRIES = 4, 5
+from convert.options import UNSET, Dtype
+from domino_jax.runtime.command import UsageError, run_command
 
 
 @dataclass(frozen=True)
-class Options:
+class Scan:
     """Compare unrolled layers with scanned ones on random weights."""
 
     shapes: str = "qwen3-0.6b"
-    """a public shape, as for `python -m infer.bench`"""
-    layers: int | None = None
-    """so many of its layers; all when not given"""
+    """a public shape, as for python -m infer.bench"""
+    layers: Annotated[int | None, DisallowNone, UNSET] = None
+    """its first layers; the default is all"""
     tokens: tuple[int, ...] = (1, 8, 17)
     """tokens of a pass"""
     positions: int = 256
     """length of the cache"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """by default float32 on CPU, bfloat16 elsewhere"""
+    dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
+    """the default is float32 on CPUs, bfloat16 elsewhere"""
 
 
-def scanned(params: Target, config: TargetConfig, stacked: Any, tokens: Array, start: Array, k: Array, v: Array) -> Any:
-    """`target.forward` with its layers in a scan.
-
-    Args:
-        stacked: a Layer whose leaves have a leading axis of layers.
-        k, v: [layers, B, K, S, H].
-
-    Returns:
-        Hidden states [B, T, D], and the caches.
-    """
-    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    angles, eps = layers.rotary(positions, config), config.rms_norm_eps
-
-    def step(x: Array, one: Any) -> tuple[Array, tuple[Array, Array]]:
-        layer, k, v = one
-        y = layers.rms_norm(x, layer.input_norm, eps)
-        q, (new_k, new_v) = layers.queries(layer, y, angles, eps), layers.keys_values(layer, y, angles, eps)
-        k, v = kv.write(k, new_k, start), kv.write(v, new_v, start)
-        return layers.residual(layer, x, attend(q, k, v, start), eps, config.moe), (k, v)
-
-    x, (k, v) = jax.lax.scan(step, layers.embed(params.embed, tokens), (stacked, k, v))
-    return layers.rms_norm(x, params.norm, eps), k, v
+def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench.scanned") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Scan, _run, argv, prog=prog)
 
 
-def timed(make: Callable[[], Any], weights: Any, run: Callable[[Any, Any], tuple[Array, Any]]) -> tuple[float, float]:
-    """Seconds to compile `run`, and milliseconds of a call.
+def _run(options: Scan) -> None:
+    if not options.tokens or min(options.tokens) < 1 or options.positions < 2 * max(options.tokens):
+        raise UsageError("--tokens must be at least 1, --positions at least twice the most tokens.")
+    from infer.bench.layer_scan import run_scan
 
-    Args:
-        make: the first caches, which the program may overwrite.
-        weights: an argument too: closed over, they would be constants of the program.
-        run: from caches and weights to an output and the caches to go on with.
-    """
-    began = time.perf_counter()
-    program = jax.jit(run, donate_argnums=0).lower(make(), weights).compile()
-    compiled = time.perf_counter() - began
-    caches, times = make(), []
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        for _ in range(REPEATS):
-            out, caches = program(caches, weights)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - began) / REPEATS)
-    return compiled, statistics.median(times) * 1e3
-
-
-def measure_scanned(options: Options, config: TargetConfig) -> list[tuple[int, str, float, float]]:
-    """(tokens, form, ms of a pass, seconds to compile) of each."""
-    dtype = resolve_dtype(options.dtype)
-    params = random_weights(config, dtype)
-    start = jnp.full(1, options.positions // 2, jnp.int32)
-    rows = []
-
-    def caches(leading: tuple[int, ...]) -> Any:
-        shape = (*leading, 1, config.num_key_value_heads, options.positions, config.head_dim)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-    for count in options.tokens:
-        tokens = jnp.arange(count, dtype=jnp.int32)[None]
-
-        def unrolled(cache: kv.KVCache, params: Target, tokens: Array = tokens) -> tuple[Array, kv.KVCache]:
-            hidden, _, after = target.forward(params, config, tokens, start, cache)
-            assert after is not None
-            return hidden, after
-
-        rows.append(
-            (count, "unrolled", *timed(lambda: kv.init_cache(config, 1, options.positions, dtype), params, unrolled))
-        )
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers)
-    for count in options.tokens:
-        tokens = jnp.arange(count, dtype=jnp.int32)[None]
-
-        def over_layers(pair: Any, weights: tuple[Target, Any], tokens: Array = tokens) -> tuple[Array, Any]:
-            hidden, *after = scanned(weights[0], config, weights[1], tokens, start, *pair)
-            return hidden, tuple(after)
-
-        whole = timed(lambda: caches((config.num_hidden_layers,)), (params, stacked), over_layers)
-        rows.append((count, "scanned", *whole))
-    return [(count, form, ms, seconds) for count, form, seconds, ms in sorted(rows, key=lambda row: row[0])]
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv, prog="python -m infer.bench.scanned")
-    try:
-        config = find_shape(options.shapes).target
-        count = config.num_hidden_layers if options.layers is None else options.layers
-        if not 1 <= count <= config.num_hidden_layers:
-            raise DominoError(f"--layers must be from 1 to {config.num_hidden_layers}, found {options.layers}.")
-        if not options.tokens or min(options.tokens) < 1 or options.positions < 2 * max(options.tokens):
-            raise DominoError("--tokens must be at least 1, --positions at least twice the most tokens.")
-        config = dataclasses.replace(config, num_hidden_layers=count)
-        table = Table("tokens", "layers", "ms a pass", "compile s", title=f"{options.shapes}, one row, no LM head")
-        precision = matmul_precision(resolve_dtype(options.dtype))
-        with (
-            explain_out_of_memory("the device has too little memory for both forms of the weights: fewer --layers."),
-            precision,
-        ):
-            for tokens, form, ms, seconds in measure_scanned(options, config):
-                table.add_row(str(tokens), form, f"{ms:.2f}", f"{seconds:.1f}")
-        Console().print(table)
-    except DominoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    run_scan(options)
 
 
 if __name__ == "__main__":

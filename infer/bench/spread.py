@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import run_command
 from infer.bench.modes import DFLASH, DOMINO, LEAN, TRANSFORMERS
 from infer.bench.report import Row
 
@@ -132,14 +132,9 @@ def _range(values: Sequence[float], unit: str = "×") -> str:
     return words[1] + unit if len(set(words)) == 1 else " – ".join(words) + unit
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Spread, args=argv, prog="python -m infer.bench.spread")
-    try:
-        print(spread_tables(options.runs))
-    except DominoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench.spread") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Spread, lambda options: print(spread_tables(options.runs)), argv, prog=prog)
 
 
 if __name__ == "__main__":

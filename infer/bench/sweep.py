@@ -75,10 +75,10 @@ def measure_sweep(options: Bench, loaded: LoadedModel, folder: Path | None, cons
                 view = with_drafts(view, choice) if choice else lean_view(view)
                 if options.phases:
                     with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
-                        row |= time_phases(view, found.prompts[:batch], options.temperature)
+                        row |= time_phases(view, found.prompts[:batch], options.sampling)
                 row |= megabytes(view, batch, context + options.new_tokens)
                 if machine:
-                    row |= roofline.fields(view, batch, context, options.temperature > 0, machine, row)
+                    row |= roofline.fields(view, batch, context, not options.sampling.greedy, machine, row)
                 if options.profile and first:
                     with console.status(f"tracing {key[0]}"):
                         row |= trace(options.profile, engines[key], found.prompts[:batch], here, key)
@@ -89,7 +89,7 @@ def measure_sweep(options: Bench, loaded: LoadedModel, folder: Path | None, cons
 
 
 def build(options: Bench, loaded: LoadedModel) -> dict[Key, Engine]:
-    """An engine for each of our modes: the lean loop, and each kind of drafting at each number of drafts."""
+    """An engine for each of our modes: the baseline, and each kind of drafting at each number of drafts."""
     engines: dict[Key, Engine] = {(LEAN, 0): Engine(loaded)}
     for key, view in drafting(loaded, options.drafts, options.head_off).items():
         engines[key] = Engine(simulated(view, options.simulate_tau), auto=key[1] == "auto")
@@ -98,27 +98,31 @@ def build(options: Bench, loaded: LoadedModel) -> dict[Key, Engine]:
 
 def circumstances(options: Bench, loaded: LoadedModel) -> Row:
     """What every row says of the run, whatever it measures."""
+    drafting, sampling = options.model.drafting, options.sampling
     return {
         "commit": git_commit(),
         "device": jax.devices()[0].device_kind,
         "processor": processor(),
-        "mesh": options.mesh or "",
+        "mesh": options.model.device.mesh or "",
         "attention": loaded.configs.attention,
-        "head_candidates": str(options.head_candidates),
-        "draft_dtype": options.draft_dtype or "",
+        "head_candidates": str(drafting.head_candidates),
+        "draft_dtype": drafting.draft_dtype or "",
         "matrices": "bfloat16" if loaded.narrow else loaded.dtype.name,
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,
-        "model": options.shapes or options.model,
-        "draft": options.draft or "",
-        "revision": options.revision or "",
-        "draft_revision": options.draft_revision or "",
+        "model": options.shapes or options.model.model,
+        "draft": drafting.draft or "",
+        "revision": options.model.revision or "",
+        "draft_revision": drafting.draft_revision or "",
         "weights": "random" if options.random_weights else "loaded",
         "simulated_tau": options.simulate_tau,
         "dtype": jnp.dtype(loaded.dtype).name,
         "new_tokens": options.new_tokens,
-        "temperature": options.temperature,
-        "seed": options.seed,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "seed": sampling.seed,
     }
 
 
@@ -149,7 +153,7 @@ def alternate(
 
 
 def speed(results: list[Row], lean: list[Row], groups: int) -> Row:
-    """Medians over the rounds of one mode, and of its ratios to the lean loop of the same round.
+    """Medians over the rounds of one mode, and of its ratios to the autoregressive baseline of the same round.
 
     Args:
         groups: batches of a round.
@@ -174,14 +178,14 @@ def acceptance(result: Row, lean: Row, options: Bench) -> Row:
         return {"tau": None, "distinct_4": None, "same_tokens_as_lean": None}
     found: Row = {"tau": result["tau"], "distinct_4": statistics.mean(map(distinct_ngrams, result["outputs"]))}
     found["same_tokens_as_lean"] = None
-    if options.temperature == 0:
+    if options.sampling.greedy:
         other, rate = differences(result["outputs"], lean["outputs"])
         found |= {"same_tokens_as_lean": other == 0, "other_answers": other, "differences_per_1000_tokens": 1000 * rate}
     return found
 
 
 def differences(ours: list[list[int]], lean: list[list[int]]) -> tuple[int, float]:
-    """Answers that differ from the lean loop's, and first differences a token: what follows one has another context.
+    """Answers that differ from the baseline's, and first differences a token: what follows one has another context.
 
     Where a block and a single token round differently (bfloat16), two logits that tie to rounding may swap.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from domino_jax.errors import DominoError
+from infer.bench.options import check_writable
 
 SCOPES = ("draft", "head", "target", "verify", "context")  # as `domino_jax.decode` names its phases
 
@@ -25,7 +26,7 @@ def traced(folder: Path, run: Callable[[], Any], program: str) -> tuple[str, ...
     Raises:
         DominoError: the folder can't be written.
     """
-    writable(folder)
+    check_writable(folder)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # every Python call would be most of the file
     try:
@@ -40,18 +41,3 @@ def traced(folder: Path, run: Callable[[], Any], program: str) -> tuple[str, ...
     paths = set(re.findall(rf"jit\({program}\)/([\w/.()-]*)".encode(), files[-1].read_bytes()))
     parts = {part for path in paths for part in path.decode().split("/")}
     return tuple(scope for scope in SCOPES if scope in parts)
-
-
-def writable(folder: Path) -> None:
-    """Make a folder, and make sure that it takes files.
-
-    Raises:
-        DominoError: it can't be made, or takes none.
-    """
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DominoError(f"{folder} can't be written: {error}.") from None

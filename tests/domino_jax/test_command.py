@@ -56,6 +56,15 @@ def test_wrong_words_are_one_sentence_and_exit_code_2(capsys, monkeypatch, words
     assert capsys.readouterr() == ("", f"error: {says}\n")
 
 
+def test_a_help_is_no_wider_than_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        parse_words(Words, ["--help"], prog="python -m a.package", epilog="Words " * 20)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 40 and lines[0].startswith("usage: python -m a.package")
+    assert " ".join(lines).count("Words") == 20
+
+
 @pytest.mark.parametrize(
     ("outcome", "code", "says"),
     [
@@ -111,9 +120,9 @@ def test_a_closed_pipe_is_no_error(tmp_path, words):
 def test_a_subcommand_runs_the_main_of_its_module(tmp_path, monkeypatch):
     (tmp_path / "a_command.py").write_text("def main(argv, prog):\n    return len(argv) + len(prog)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    table = {"go": Subcommand("a_command", "goes.", ("--fast",))}
+    table = {"go": Subcommand("a_command", "goes.")}
     run = find_subcommand(table, ["go", "x"], "p")
-    assert run is not None and run() == len(["--fast", "x"]) + len("p go")
+    assert run is not None and run() == len(["x"]) + len("p go")
     assert find_subcommand(table, ["stop"], "p") is None is find_subcommand(table, [], "p")
 
 

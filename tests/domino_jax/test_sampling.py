@@ -20,7 +20,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from domino_jax import cache as kv
 from domino_jax import decode, verify
 from domino_jax.config import HeadConfig
-from domino_jax.sampling import Sampling, mass_above_reaches, probabilities, sample, settings
+from domino_jax.sampling import Sampling, SamplingParams, mass_above_reaches, probabilities, sample, settings
 
 jitted_probabilities = jax.jit(probabilities)
 
@@ -326,3 +326,11 @@ def test_the_test_would_catch_a_wrong_sampler(exact, broken):
 def test_settings_fill_every_row():
     assert [x.tolist() for x in settings(2, 0.5, 3, 0.75, 0.25)] == [[0.5] * 2, [3] * 2, [0.75] * 2, [0.25] * 2]
     assert [x.tolist() for x in settings(1)] == [[0.0], [0], [1.0], [0.0]]
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 9e-6])
+def test_a_temperature_next_to_zero_is_greedy(temperature):
+    """Logits divided by 1e-37 overflow: the probabilities were NaN, and token 0 was drawn."""
+    assert SamplingParams(temperature) == SamplingParams(0.0) and SamplingParams(1e-5).temperature == 1e-5
+    logits = jnp.asarray([[[1.0, 3.0, 2.0]]])
+    assert probabilities(logits, settings(1, temperature)).tolist() == [[[0.0, 1.0, 0.0]]]

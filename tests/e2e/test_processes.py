@@ -83,14 +83,14 @@ def test_processes_together_give_the_tokens_of_one(words, alone, count, more):
 CONVERSATION = """
 import json, sys
 from pathlib import Path
-from convert import hosts
-from convert import models
-from infer.__main__ import parse_mesh
+from convert.loading import load_model
+from domino_jax.runtime.processes import ProcessConfig, join_processes
+from domino_jax.sharding import parse_mesh
 folder, mesh, *place = sys.argv[1:]
-first = hosts.join(hosts.Hosts(place[1], int(place[3]), int(place[5])) if place else None)
+first = join_processes(ProcessConfig(place[1], int(place[3]), int(place[5])) if place else None)
 from infer.conversation import Conversation
 from infer.engine import Engine
-loaded = models.load(Path(folder) / "target", Path(folder) / "draft", mesh=parse_mesh(mesh))
+loaded = load_model(Path(folder) / "target", Path(folder) / "draft", mesh=parse_mesh(mesh))
 engine, conversation, ids, turns = Engine(loaded), Conversation(), [50, 60, 70] * 20, []
 for _ in range(2):
     turn, _ = engine.sequence(ids, 6)

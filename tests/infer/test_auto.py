@@ -13,7 +13,7 @@ from convert.loading import LoadedModel
 from domino_jax.sampling import SamplingParams
 from infer import auto, engine
 from infer.auto import ENOUGH, FIRST_GUESS, FIRST_PROBE, TIMINGS, AcceptanceEstimate, Chooser, calibrate, candidates
-from infer.engine import Engine, Sequence
+from infer.engine import Decoding, Engine, Sequence
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -221,7 +221,7 @@ def generate(
     rows = list(zip(PROMPTS, limits, strict=True))
     stops = (stop,) if stop else ()
     sequences = [running.sequence(prompt, limit, i, stops)[0] for i, (prompt, limit) in enumerate(rows)]
-    running.generate(sequences, choose, speculative=speculative)
+    running.generate(sequences, Decoding(choose or SamplingParams(), speculative=speculative))
     return sequences
 
 

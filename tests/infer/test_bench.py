@@ -52,18 +52,18 @@ def test_every_mode_is_a_row_of_flat_json(words, tmp_path, capsys, drafts):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "status", "says"),
     [
-        (["--num-prompts", "9"], "only 4 prompts"),
-        (["--num-prompts", "2", "--batch-sizes", "4"], "--num-prompts 2 is less"),
-        (["--num-prompts", "4", "--min-distinct", "0.9", "--new-tokens", "9"], "4 loop"),
-        (["--num-prompts", "4", "--new-tokens", str(BYTE_TARGET.max_position_embeddings)], "at most 255 new tokens"),
-        (["--num-prompts", "4", "--drafts", "7"], "7 drafts a cycle can't be had"),
-        (["--rounds", "0"], "at least 1"),
+        (["--num-prompts", "9"], 1, "only 4 prompts"),
+        (["--num-prompts", "2", "--batch-sizes", "4"], 2, "--num-prompts 2 is less"),
+        (["--num-prompts", "4", "--min-distinct", "0.9", "--new-tokens", "9"], 1, "4 loop"),
+        (["--num-prompts", "4", "--new-tokens", str(BYTE_TARGET.max_position_embeddings)], 1, "at most 255 new tokens"),
+        (["--num-prompts", "4", "--drafts", "7"], 1, "7 drafts a cycle can't be had"),
+        (["--rounds", "0"], 2, "at least 1"),
     ],
 )
-def test_refusals(words, capsys, more, says):
-    assert main([*words, *more, "--no-transformers"]) == 1
+def test_refusals(words, capsys, more, status, says):
+    assert main([*words, *more, "--no-transformers"]) == status
     assert says in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from infer.bench import plots, roofline, sweep
 from infer.bench.report import PHASES
 from infer.bench.shapes import load_random
 from infer.bench.sweep import differences
-from infer.engine import Engine
+from infer.engine import Decoding, Engine
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,7 +48,7 @@ def unphased(monkeypatch):
     def phases(view: LoadedModel, *_: Any) -> dict[str, float]:
         return {f"{name}_ms": 1.0 for name in (PHASES if view.configs.draft else ("target",))}
 
-    monkeypatch.setattr(sweep, "phases", phases)
+    monkeypatch.setattr(sweep, "time_phases", phases)
 
 
 def run(words: list[str], out) -> list[dict[str, Any]]:
@@ -143,7 +143,7 @@ def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     told = dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, simulated_tau=2.5))
     for temperature in (0.0, 1.0):
         sequence, _ = Engine(told).sequence([1, 2, 3], 21)
-        Engine(told).generate([sequence], SamplingParams(temperature))
+        Engine(told).generate([sequence], Decoding(SamplingParams(temperature)))
         assert len(sequence.tokens) == 21 and sequence.accepted == [2, 1] * 4
 
     stop = jnp.zeros(0, jnp.int32)
@@ -263,34 +263,34 @@ SHAPED = ["--shapes", "tiny", "--random-weights"]
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "status", "says"),
     [
-        (["--shapes", "tiny"], "add --random-weights"),
-        (["--random-weights"], "needs a shape"),
-        (["--shapes", "qwen3-7b", "--random-weights"], "the shapes are qwen3-0.6b"),
-        ([*SHAPED, "--model", "qwen3-8b"], "two models"),
-        ([*SHAPED, "--draft", "qwen3-8b"], "leave --draft out"),
-        ([*SHAPED, "--simulate-tau", "5.5"], "4 drafts a cycle allow 1 to 5"),
-        ([*SHAPED, "--simulate-tau", "0.5"], "4 drafts a cycle allow 1 to 5"),
-        ([*SHAPED, "--simulate-tau", "nan"], "4 drafts a cycle allow 1 to 5"),
-        ([*SHAPED, "--simulate-tau", "4", "--drafts", "4", "2"], "2 drafts a cycle allow 1 to 3"),
-        ([*SHAPED, "--simulate-tau", "2", "--draft", "none"], "--simulate-tau needs a drafter"),
-        ([*SHAPED, "--simulate-tau", "0", "--draft", "none"], "--simulate-tau needs a drafter"),
-        ([*SHAPED, "--simulate-tau", "2", "--drafts", "auto"], "--drafts auto goes by what is accepted"),
-        ([*SHAPED, "--contexts", "4", "--prompt-tokens", "5"], "leave one of them out"),
-        ([*SHAPED, "--seed", str(1 << 40)], "--seed from 0 to 2^32 - 1"),
-        ([*SHAPED, "--roofline", "--no-phases"], "leave out --no-phases"),
-        ([*SHAPED, "--contexts", "0"], "at least 1"),
-        ([*SHAPED, "--batch-sizes"], "at least one size"),
-        ([*SHAPED, "--contexts", "300"], "has 256 positions"),
-        ([*SHAPED, "--profile", "FILE/x"], "can't be written"),
-        ([*SHAPED, "--plot", "FILE/x"], "can't be written"),
+        (["--shapes", "tiny"], 2, "add --random-weights"),
+        (["--random-weights"], 2, "needs a shape"),
+        (["--shapes", "qwen3-7b", "--random-weights"], 1, "the shapes are qwen3-0.6b"),
+        ([*SHAPED, "--model", "qwen3-8b"], 2, "two models"),
+        ([*SHAPED, "--draft", "qwen3-8b"], 1, "leave --draft out"),
+        ([*SHAPED, "--simulate-tau", "5.5"], 1, "4 drafts a cycle allow 1 to 5"),
+        ([*SHAPED, "--simulate-tau", "0.5"], 1, "4 drafts a cycle allow 1 to 5"),
+        ([*SHAPED, "--simulate-tau", "nan"], 1, "4 drafts a cycle allow 1 to 5"),
+        ([*SHAPED, "--simulate-tau", "4", "--drafts", "4", "2"], 1, "2 drafts a cycle allow 1 to 3"),
+        ([*SHAPED, "--simulate-tau", "2", "--draft", "none"], 1, "--simulate-tau needs a drafter"),
+        ([*SHAPED, "--simulate-tau", "0", "--draft", "none"], 1, "--simulate-tau needs a drafter"),
+        ([*SHAPED, "--simulate-tau", "2", "--drafts", "auto"], 2, "--drafts auto goes by what is accepted"),
+        ([*SHAPED, "--contexts", "4", "--prompt-tokens", "5"], 2, "leave one of them out"),
+        ([*SHAPED, "--seed", str(1 << 40)], 2, "--seed must be from 0 to 2^32 - 1"),
+        ([*SHAPED, "--roofline", "--no-phases"], 2, "leave out --no-phases"),
+        ([*SHAPED, "--contexts", "0"], 2, "at least 1"),
+        ([*SHAPED, "--batch-sizes"], 2, "at least one size"),
+        ([*SHAPED, "--contexts", "300"], 1, "has 256 positions"),
+        ([*SHAPED, "--profile", "FILE/x"], 1, "can't be written"),
+        ([*SHAPED, "--plot", "FILE/x"], 1, "can't be written"),
     ],
 )
-def test_refusals_are_one_sentence(tmp_path, capsys, words, says):
+def test_refusals_are_one_sentence(tmp_path, capsys, words, status, says):
     (tmp_path / "FILE").touch()
     words = [str(tmp_path / word) if word.startswith("FILE") else word for word in words]
-    assert bench([*words, *FEW]) == 1
+    assert bench([*words, *FEW]) == status
     said = capsys.readouterr().err
     assert says in said and said.count("error:") == 1 and "Traceback" not in said
 

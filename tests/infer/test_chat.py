@@ -14,7 +14,7 @@ from convert.tokenizer import final_answer, load_tokenizer
 from domino_jax.errors import DominoError
 from infer import engine, text
 from infer.__main__ import main
-from infer.engine import Engine, Sequence
+from infer.engine import Chunk, Engine, Sequence
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -89,13 +89,13 @@ def run(models, monkeypatch, capsys) -> Run:
 def turns(monkeypatch) -> list[Sequence]:
     """The sequences that are generated, in their order."""
     seen: list[Sequence] = []
-    generate = Engine.generate
+    stream = Engine.stream
 
-    def recorded(self: Engine, sequences: list[Sequence], *rest: Any, **how: Any) -> None:
+    def recorded(self: Engine, sequences: list[Sequence], *rest: Any, **how: Any) -> Iterator[Chunk]:
         seen.extend(sequences)
-        generate(self, sequences, *rest, **how)
+        return stream(self, sequences, *rest, **how)
 
-    monkeypatch.setattr(Engine, "generate", recorded)
+    monkeypatch.setattr(Engine, "stream", recorded)
     return seen
 
 

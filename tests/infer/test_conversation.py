@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from domino_jax.weights import Params
 from infer import engine
 from infer.auto import Chooser
 from infer.conversation import Conversation
-from infer.engine import Engine, Sequence
+from infer.engine import Decoding, Engine, Sequence
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LIMIT = 40
@@ -48,10 +49,10 @@ def turn(
     speculative: bool = True,
     limit: int = LIMIT,
     stop: str = "",
-    **how: Any,
+    choose: SamplingParams | None = None,
 ) -> Sequence:
     sequence, _ = running.sequence(prompt, limit, 0, (stop,) if stop else ())
-    running.generate([sequence], speculative=speculative, conversation=conversation, **how)
+    running.generate([sequence], Decoding(choose or SamplingParams(), speculative=speculative), conversation)
     return sequence
 
 
@@ -333,17 +334,17 @@ def test_a_stop_string_ends_the_answer_and_not_the_conversation(fresh):
     assert_alike(conversation, alone)
 
 
-def interrupted_while_printing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def interrupted_while_printing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     calls = itertools.count()
 
-    def update() -> None:
+    def printing() -> None:
         if next(calls) == 1:
             raise KeyboardInterrupt
 
-    return {"update": update}
+    return printing
 
 
-def interrupted_while_waiting(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def interrupted_while_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     fetch, calls = engine.fetch, itertools.count()
 
     def impatient(tree: Any) -> Any:
@@ -352,10 +353,10 @@ def interrupted_while_waiting(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
         return fetch(tree)
 
     monkeypatch.setattr(engine, "fetch", impatient)
-    return {}
+    return lambda: None
 
 
-def interrupted_while_the_program_has_the_state(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def interrupted_while_the_program_has_the_state(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     speculate, calls = decode.speculate, itertools.count()
 
     def lost(*arguments: Any) -> Any:
@@ -365,7 +366,7 @@ def interrupted_while_the_program_has_the_state(monkeypatch: pytest.MonkeyPatch)
         return given
 
     monkeypatch.setattr(decode, "speculate", lost)
-    return {}
+    return lambda: None
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,10 @@ def test_after_an_interruption_what_is_whole_is_kept_and_no_more(loaded, fresh, 
     running, conversation = Engine(loaded, cycles=2), Conversation()
     first, _ = running.sequence(some(100, 1), LIMIT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        running.generate([first], conversation=conversation, **interrupt(patch))
+        printing = interrupt(patch)
+        with closing(running.stream([first], conversation=conversation)) as chunks:
+            for _ in chunks:
+                printing()
     assert first.finish_reason == "cancelled" and 1 < len(first.tokens) < LIMIT
     assert conversation.ids == (first.ids[:-1] if kept else [])
     prompt, alone = [*first.ids, *some(20, 2)], Conversation()

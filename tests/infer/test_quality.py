@@ -217,32 +217,32 @@ def test_ctrl_c_leaves_the_batches_before(sweep, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rows", "more", "target", "says"),
+    ("rows", "more", "target", "status", "says"),
     [
-        ("", [], "target", "has no questions"),
-        ('{"prompt": "a"}\n{"prompt"', [], "target", "set.jsonl, line 2 is not JSON"),
-        ("[1]", [], "target", "is not a JSON object but list"),
-        ([{"frage": "Wie?", "n": 1}], [], "target", "set.jsonl, line 1 is a question of no known format"),
-        ([{"frage": "Wie?", "n": 1}], [], "target", "its fields are frage (str), n (int)"),
-        ([{"turns": ["a", 1]}], [], "target", "no known format"),
-        ([{"instruction": "a", "input": 1}], [], "target", "no known format"),
-        ([{"prompt": "a", "max_new_tokens": 0}], [], "target", "max_new_tokens 0"),
-        ([{"input_ids": [260]}], [], "target", "line 1: the prompt has id 260, outside the vocabulary"),
-        ([{"input_ids": [5] * 257}], [], "target", "no prompt that fits the model's 256 positions"),
-        ([{"prompt": "a"}], [], "bare", "line 1: this is text, and the model's folder has no tokenizer"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], [], "target", "no chat template"),
-        (ROWS, ["--num-prompts", "2"], "target", "--num-prompts is for measuring speed"),
-        (ROWS, ["--batch-sizes", "1", "2"], "target", "one batch size, found 2"),
-        (ROWS, ["--limit-prompts", "0"], "target", "--limit-prompts must be at least 1"),
-        (ROWS, ["--draft", "none"], "target", "--quality measures a drafter"),
-        (ROWS, ["--quality", "a=b.jsonl"], "target", "b.jsonl can't be read"),
-        (ROWS, ["--quality", "=b.jsonl"], "target", "needs a name of its own"),
-        (ROWS, ["--quality"], "target", "--limit-prompts and --lean need --quality"),
+        ("", [], "target", 1, "has no questions"),
+        ('{"prompt": "a"}\n{"prompt"', [], "target", 1, "set.jsonl, line 2 is not JSON"),
+        ("[1]", [], "target", 1, "is not a JSON object but list"),
+        ([{"frage": "Wie?", "n": 1}], [], "target", 1, "set.jsonl, line 1 is a question of no known format"),
+        ([{"frage": "Wie?", "n": 1}], [], "target", 1, "its fields are frage (str), n (int)"),
+        ([{"turns": ["a", 1]}], [], "target", 1, "no known format"),
+        ([{"instruction": "a", "input": 1}], [], "target", 1, "no known format"),
+        ([{"prompt": "a", "max_new_tokens": 0}], [], "target", 1, "max_new_tokens 0"),
+        ([{"input_ids": [260]}], [], "target", 1, "line 1: the prompt has id 260, outside the vocabulary"),
+        ([{"input_ids": [5] * 257}], [], "target", 1, "no prompt that fits the model's 256 positions"),
+        ([{"prompt": "a"}], [], "bare", 1, "line 1: this is text, and the model's folder has no tokenizer"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], [], "target", 1, "no chat template"),
+        (ROWS, ["--num-prompts", "2"], "target", 2, "--num-prompts is for measuring speed"),
+        (ROWS, ["--batch-sizes", "1", "2"], "target", 2, "one batch size, found 2"),
+        (ROWS, ["--limit-prompts", "0"], "target", 2, "--limit-prompts must be at least 1"),
+        (ROWS, ["--draft", "none"], "target", 1, "--quality measures a drafter"),
+        (ROWS, ["--quality", "a=b.jsonl"], "target", 1, "b.jsonl can't be read"),
+        (ROWS, ["--quality", "=b.jsonl"], "target", 1, "needs a name of its own"),
+        (ROWS, ["--quality"], "target", 2, "--limit-prompts and --lean need --quality"),
     ],
 )
-def test_refusals(sweep, capsys, rows, more, target, says):
+def test_refusals(sweep, capsys, rows, more, target, status, says):
     more = [*more, "--lean"] if more == ["--quality"] else more
-    assert sweep(rows, *more, target=target)[0] == 1
+    assert sweep(rows, *more, target=target)[0] == status
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 

@@ -1,0 +1,244 @@
+"""Models from Python: `load`, and what a loaded model does.
+
+Example:
+    >>> from infer import load
+    >>> model = load()  # the shipped pair of small models; or load("qwen3-4b")
+    >>> for text in model.stream("import torch\\n", raw=True, max_new_tokens=8):
+    ...     print(text, end="")
+    import torch.nn as nn
+    <BLANKLINE>
+    >>> answer, = model.generate(["def main():"], raw=True, max_new_tokens=16)
+    >>> answer.finish_reason, len(answer.tokens), answer.tau > 1
+    ('length', 16, True)
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, Unpack
+
+from rich.console import Console
+
+from convert import options
+from convert.loading import LoadedModel
+from convert.messages import Message
+from convert.options import (
+    Attention,
+    DeviceOptions,
+    DraftDtype,
+    DraftingOptions,
+    Dtype,
+    Matrices,
+    ModelOptions,
+    SamplingOptions,
+)
+from domino_jax.config import TargetConfig
+from domino_jax.runtime.command import UsageError
+from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.weights import Params
+from infer import engine
+from infer.chat import Chat
+from infer.engine import Decoding, Engine, tau
+from infer.prompts import Encoder, Prompt
+from infer.rows import messages_of_row
+
+Input = str | Sequence[Message] | Sequence[int]  # text, messages or token ids
+
+
+class GenerateOptions(TypedDict, total=False):
+    """How to generate: the keywords are the flags of `python -m infer`."""
+
+    max_new_tokens: int  # most tokens to generate; 256
+    temperature: float  # 0 is greedy; 0
+    top_k: int  # sample from the k likeliest tokens; 0 is off
+    top_p: float  # sample from the likeliest tokens that together have this probability; 1 is off
+    min_p: float  # drop tokens below this share of the likeliest token's probability; 0 is off
+    seed: int  # of the random keys; 0
+    stop: Sequence[str]  # end before one of these texts
+    raw: bool  # do not apply the chat template: continue the prompt
+    thinking: bool  # let the model think before it answers, if its template can
+    system: str  # system message
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt."""
+
+    text: str | None  # without a stop string; None where the model's folder has no tokenizer
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+    accepted: list[int] = field(repr=False)  # draft tokens accepted in each cycle
+    prompt_tokens: list[int] = field(repr=False)
+
+    @property
+    def tau(self) -> float | None:
+        """τ, the mean acceptance length: tokens a cycle, with the bonus token. None without a cycle."""
+        return tau(self.accepted)
+
+
+class Model:
+    """A loaded target with its drafter.
+
+    Attributes:
+        params: the weights, `params.target` and `params.draft`.
+        config: the target's config; `draft_config` the drafter's, None without one.
+        tokenizer: a transformers tokenizer, None where the folder has none.
+    """
+
+    def __init__(self, loaded: LoadedModel, auto: bool = False):
+        """Args: auto: choose the number of draft tokens by measured time and acceptance."""
+        self.loaded = loaded
+        self.engine = Engine(loaded, auto=auto)
+
+    @property
+    def params(self) -> Params:
+        return self.loaded.params
+
+    @property
+    def config(self) -> TargetConfig:
+        return self.loaded.configs.target
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    def stream(self, prompt: Input, **how: Unpack[GenerateOptions]) -> Generator[str]:
+        """The text of one completion, as it grows.
+
+        Args:
+            prompt: text (an answer's question where the model has a chat template), messages, or token ids.
+
+        Raises:
+            DominoError: the prompt is empty, too long, or needs a tokenizer or chat template that is not there.
+            UsageError: a value is out of range.
+        """
+        request = _Request(self, how)
+        return self._texts(request.sequence(prompt, 0), request.decoding)
+
+    def _texts(self, sequence: engine.Sequence, decoding: Decoding) -> Generator[str]:
+        with closing(self.engine.stream([sequence], decoding)) as chunks:
+            for chunk in chunks:
+                if chunk.text:
+                    yield chunk.text
+
+    def generate(
+        self, prompts: Sequence[Input], *, batch_size: int = 8, **how: Unpack[GenerateOptions]
+    ) -> list[Completion]:
+        """A completion of each prompt, in their order; see `stream`.
+
+        Args:
+            batch_size: prompts that run together.
+        """
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, found {batch_size}.")
+        request = _Request(self, how)
+        sequences = [request.sequence(prompt, row) for row, prompt in enumerate(prompts)]
+        size = min(batch_size, len(sequences))
+        decoding = dataclasses.replace(request.decoding, rows=size)
+        for start in range(0, len(sequences), size or 1):
+            self.engine.generate(sequences[start : start + size], decoding)
+        return [
+            Completion(s.text, s.tokens, "stop" if s.finish_reason == "stop" else "length", s.accepted, s.prompt)
+            for s in sequences
+        ]
+
+    def chat(self, **how: Unpack[GenerateOptions]) -> Chat:
+        """A conversation. Each turn runs only what the turns before did not.
+
+        Example:
+            >>> chat = load().chat(max_new_tokens=8)
+            >>> answer = chat.send("import numpy")
+            >>> [message["role"] for message in chat.messages]
+            ['user', 'assistant']
+        """
+        request = _Request(self, how)
+        return Chat(self.engine, request.encoder, request.decoding, request.max_new_tokens, request.stop)
+
+
+class _Request:
+    """Checked keywords."""
+
+    def __init__(self, model: Model, how: GenerateOptions):
+        sampling = SamplingOptions(
+            how.get("temperature", 0.0),
+            how.get("top_k", 0),
+            how.get("top_p", 1.0),
+            how.get("min_p", 0.0),
+            how.get("seed", 0),
+        )
+        sampling.check()
+        self.engine = model.engine
+        self.decoding = Decoding(sampling.params(), sampling.seed)
+        self.max_new_tokens = how.get("max_new_tokens", 256)
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
+        self.stop = tuple(how.get("stop", ()))
+        self.encoder = Encoder(model.tokenizer, how.get("raw", False), how.get("thinking", False), how.get("system"))
+        _warn(self.encoder.check(model.loaded.configs.draft is not None))
+
+    def sequence(self, prompt: Input, row: int) -> engine.Sequence:
+        ids = self.encoder.ids(as_prompt(prompt))
+        sequence, found = self.engine.sequence(ids, self.max_new_tokens, row, self.stop)
+        _warn(found)
+        return sequence
+
+
+def _warn(found: Iterable[str]) -> None:
+    for warning in found:
+        warnings.warn(warning, stacklevel=4)
+
+
+def as_prompt(prompt: Input) -> Prompt:
+    """Text, messages or token ids as a Prompt."""
+    if isinstance(prompt, str):
+        return Prompt(text=prompt)
+    if prompt and isinstance(prompt[0], dict):
+        return Prompt(messages=messages_of_row({"messages": prompt}, "the prompt"))
+    return Prompt(ids=[int(token) for token in prompt])  # type: ignore[arg-type]
+
+
+def load(
+    model: str = "demo",
+    *,
+    draft: str | None = None,
+    revision: str | None = None,
+    draft_revision: str | None = None,
+    num_draft_tokens: int | Literal["auto"] | None = None,
+    head_candidates: int | Literal["all"] = "all",
+    draft_dtype: DraftDtype | None = None,
+    dtype: Dtype | None = None,
+    matrices: Matrices = "auto",
+    attention: Attention = "auto",
+    mesh: str | None = None,
+) -> Model:
+    """A target and its drafter, fetched from the Hub where needed. The keywords are the flags of `python -m infer`.
+
+    Args:
+        model: a public name such as "qwen3-4b", a folder, or "org/repo"; the shipped demo by default.
+        draft: likewise the drafter, or "none"; by default the public one of the model.
+        revision, draft_revision: branch, tag or commit of a Hub repository.
+        num_draft_tokens: draft tokens verified per cycle; all of a block when None, "auto" by measurement.
+        head_candidates: vocabulary entries that the causal head scores.
+        draft_dtype: "int8" or "float8" for the drafter's weights.
+        dtype: of weights and caches; float32 on CPUs, bfloat16 elsewhere when None.
+        matrices: how a float32 run holds weights that are stored in bfloat16.
+        attention: the backend.
+        mesh: devices to spread over, such as "data=2,model=4".
+
+    Raises:
+        DominoError: a model is not found, not supported, or can't run here; UsageError: the values contradict.
+    """
+    asked = ModelOptions(
+        model,
+        revision,
+        DraftingOptions(draft, draft_revision, head_candidates, draft_dtype),
+        DeviceOptions(dtype, matrices, attention, mesh),
+    )
+    auto = num_draft_tokens == "auto"
+    enable_compile_cache()
+    fixed = num_draft_tokens if isinstance(num_draft_tokens, int) else None
+    loaded = options.load(asked, Console(stderr=True), num_draft_tokens=fixed)
+    _warn(loaded.warnings)
+    return Model(loaded, auto)

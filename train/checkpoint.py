@@ -29,7 +29,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DominoError(f"{folder} can't be made: {error}.") from None
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics[TAU], n=1)  # of equals the newest
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics[TAU], n=1)  # ties: keep the newest
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             best_fn=lambda metrics: metrics[TAU],

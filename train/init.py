@@ -1,4 +1,4 @@
-"""A drafter that begins as a piece of its target, or as another drafter, instead of at random."""
+"""First weights of a drafter that are not random: the target's last layers, or another drafter's."""
 
 from pathlib import Path
 
@@ -16,23 +16,22 @@ def from_target(
 ) -> dict[str, Array]:
     """The drafter's weights with its layers and last norm copied from the target's last layers.
 
-    The context becomes what the target's last layer reads: of the tapped features, fc passes on the
-    stream before that layer (the deepest tap below it) and adds its small random mixture of all of them.
-    At the start the drafter is then the target with its first layers left out.
+    fc passes on the deepest feature below the target's last layer, and adds its small random mixture of all features.
+    At first the drafter is then the target without its first layers.
 
     Args:
         weights: the drafter's random weights, by path.
 
     Raises:
-        DominoError: the layers differ in shape, there are too few, or no tap lies below the last layer.
+        DominoError: the layers differ in shape, there are too few, or the drafter reads no target layer below the last.
     """
     depth, layers = config.num_hidden_layers, draft.num_hidden_layers
-    taps = [i for i in draft.target_layer_ids if i < depth - 1]
+    below = [i for i in draft.target_layer_ids if i < depth - 1]
     experts = any(config.is_sparse(i) for i in range(depth - layers, depth))
-    if layers > depth or draft.intermediate_size != config.intermediate_size or not taps or experts:
+    if layers > depth or draft.intermediate_size != config.intermediate_size or not below or experts:
         raise DominoError(
             "a drafter can begin as the target's last layers only if it has no more of them, the same "
-            "intermediate size, and taps a layer below the last, and if those layers have no experts."
+            "intermediate size, reads a target layer below the last, and those layers have no experts."
         )
     made = dict(weights)
     theirs = flatten(target)
@@ -44,7 +43,7 @@ def from_target(
         }
     made["norm"] = theirs["norm"]
     made["context_norm"] = theirs[f"layers.{depth - 1}.input_norm"]
-    width, place = config.hidden_size, draft.target_layer_ids.index(max(taps))
+    width, place = config.hidden_size, draft.target_layer_ids.index(max(below))
     columns = slice(place * width, (place + 1) * width)
     made["fc"] = weights["fc"].at[:, columns].add(jnp.eye(width, dtype=weights["fc"].dtype))
     return made
@@ -56,7 +55,7 @@ def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) ->
     A plain DFlash drafter has no head: that of `weights` stays.
 
     Raises:
-        DominoError: it is no whole drafter, or not of the same shape, block and taps.
+        DominoError: it is no whole drafter, or its config differs.
     """
     config = folders.read_config(folder, draft.num_target_layers)
     if not isinstance(config, DraftConfig):

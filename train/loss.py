@@ -92,7 +92,7 @@ def supervision(config: DraftConfig, inputs: Inputs, anchors: Array, valid: Arra
     return supervised
 
 
-def denominator(objective: Objective, supervised: Array) -> Array:
+def loss_denominator(objective: Objective, supervised: Array) -> Array:
     """What the weighted sums over a batch are divided by; 1 where nothing is supervised."""
     if objective.position_weights == "d-pace":
         total = supervised.any(axis=-1).sum(dtype=jnp.float32)
@@ -105,7 +105,7 @@ def _decay(objective: Objective, proposals: int) -> Array:
     return jnp.exp(-jnp.arange(proposals, dtype=jnp.float32) / objective.gamma)
 
 
-def part(
+def partial_loss(
     drafter: Draft,
     frozen: Target,
     configs: tuple[TargetConfig, DraftConfig],
@@ -123,7 +123,7 @@ def part(
         frozen: the target; its weights get no gradient.
         anchors, valid: [B, A] anchors and which of them count.
         lam: λ.
-        total: of the whole batch, by `denominator`.
+        total: of the whole batch, by `loss_denominator`.
     """
     target_config, config = configs
     features, hidden = target_states(frozen, target_config, config, inputs, objective)
@@ -197,8 +197,8 @@ def target_states(
     return features, jax.lax.stop_gradient(hidden.astype(frozen.embed.dtype))
 
 
-def report(sums: Sums, lam: Array, total: Array) -> StepMetrics:
-    """What the sums over a batch come to; the arguments are those of `part`."""
+def step_metrics(sums: Sums, lam: Array, total: Array) -> StepMetrics:
+    """What the sums over a batch come to; the arguments are those of `partial_loss`."""
 
     def branch(loss: Array, ce: Array, hits: Array, prefix: Array) -> Branch:
         some, places = jnp.maximum(sums.blocks, 1.0), jnp.maximum(sums.supervised, 1.0)

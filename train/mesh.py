@@ -31,7 +31,7 @@ from domino_jax.weights import axes, flatten, unflatten
 from train.loss import Inputs
 
 
-def make(text: str, configs: Sequence[DecoderConfig]) -> Mesh:
+def make_training_mesh(text: str, configs: Sequence[DecoderConfig]) -> Mesh:
     """The mesh of "data=1,fsdp=4,model=2" for models of these configs.
 
     Raises:
@@ -61,7 +61,7 @@ def check_mesh(config: DecoderConfig, fsdp: int, model: int) -> None:
             raise DominoError(f"mesh axis fsdp={fsdp} does not divide the {sizes[divided]} of {path}'s axis {divided}.")
 
 
-def place(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
+def place_module(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
     """A module (Target or Draft), laid out for training; as it is without a mesh.
 
     What lies so already (`convert` reads weights onto this mesh) stays. What does not is moved between devices, and
@@ -104,7 +104,7 @@ def piece(mesh: Mesh | None) -> tuple[int, int]:
     return mine[0] // len(mine), rows // len(mine)
 
 
-def put(batch: Any, mesh: Mesh | None, features: Any = None, hidden: Any = None) -> Inputs:
+def put_batch(batch: Any, mesh: Mesh | None, features: Any = None, hidden: Any = None) -> Inputs:
     """This process's piece of a batch (see `piece`), on its devices, as the whole batch's `Inputs`.
 
     Args:

@@ -37,8 +37,7 @@ from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
-from domino_jax.runtime.precision import matmul_precision
-from domino_jax.runtime.precision import resolve_dtype as settle_dtype
+from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.sharding import fetch, mesh_context
 from domino_jax.weights import Target, flatten, init_weights, unflatten
@@ -59,7 +58,7 @@ from train.monitor import curves
 from train.monitor.divergence import USUAL, DivergenceMonitor
 from train.monitor.log import METRICS, Log
 from train.monitor.progress import counting
-from train.step import Metrics, TrainState, exported, form, start, train_step
+from train.step import Metrics, TrainState, checkpoint_form, exported_weights, init_state, train_step
 from train.stopping import stop_signals
 
 ORIGIN = "origin.json"  # what a run's data and target are known by
@@ -70,7 +69,7 @@ NEWEST, BEST = "drafter", "best"
 class Setup:
     """What a run is made of, ready to begin."""
 
-    options: TrainConfig  # settled: nothing in it is left to be found out
+    options: TrainConfig  # with values in the place of None: steps, dtype, mask token
     recipe: Recipe
     corpus: Corpus
     frozen: Target
@@ -103,8 +102,8 @@ def prepare(options: TrainConfig) -> Setup:
     draft = config.draft_config(options.drafter, target)
     for warning in check_pair(target, draft):
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    mesh = settle_mesh(options, target, draft)
-    dtype = settle_dtype(options.run.dtype)
+    mesh = resolve_mesh(options, target, draft)
+    dtype = resolve_dtype(options.run.dtype)
     corpus, summary = dataset.read_corpus(
         wanted.data,
         wanted.length,
@@ -131,7 +130,7 @@ def prepare(options: TrainConfig) -> Setup:
         explain_out_of_memory(f"the device has too little memory for the target in {dtype.name}."),
     ):
         frozen = folders.load_weights(folder, target, dtype, partial(progress, "loading target"), mesh)
-    frozen = meshes.place(frozen, target, mesh)
+    frozen = meshes.place_module(frozen, target, mesh)
     recipe = Recipe(
         target,
         draft,
@@ -171,7 +170,7 @@ def mask_token(options: TrainConfig, tokenizer: Any) -> int:
     return found
 
 
-def settle_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig) -> Mesh | None:
+def resolve_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig) -> Mesh | None:
     """The mesh to train on; None for one device.
 
     Raises:
@@ -181,7 +180,7 @@ def settle_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig) 
     if words is None:
         alone = jax.default_backend() == "cpu" and jax.process_count() == 1  # a CPU's devices are one and the same
         words = f"fsdp={1 if alone else len(jax.devices())}"
-    mesh = meshes.make(words, [target, draft])
+    mesh = meshes.make_training_mesh(words, [target, draft])
     rows, parts = mesh.shape["data"] * mesh.shape["fsdp"], options.run.accumulate
     if options.run.batch % (rows * parts):
         raise DominoError(
@@ -219,11 +218,11 @@ def held_out(options: TrainConfig, target: TargetConfig, tokenizer: Any) -> list
     return found[: options.run.validation_prompts]
 
 
-def begin(setup: Setup, checkpoints: Checkpoints) -> TrainState:
+def initial_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     """The state to go on from: the newest checkpoint's where a run is resumed and has one, else a fresh one."""
     options, draft = setup.options, setup.recipe.draft
     if options.resume and checkpoints.latest() is not None:
-        return checkpoints.restore(form(setup.recipe))
+        return checkpoints.restore(checkpoint_form(setup.recipe))
     weights = flatten(init_weights(draft, jax.random.key(options.run.seed)))
     if draft.head:
         weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
@@ -231,7 +230,7 @@ def begin(setup: Setup, checkpoints: Checkpoints) -> TrainState:
         weights = from_target(weights, draft, setup.recipe.target, fetch(setup.frozen))
     if options.drafter.init_from:
         weights = from_drafter(weights, draft, options.drafter.init_from)
-    return start(setup.recipe, fetch(weights), options.run.seed)
+    return init_state(setup.recipe, fetch(weights), options.run.seed)
 
 
 def run_training(options: TrainConfig) -> None:
@@ -266,12 +265,14 @@ class Loop:
         self.setup, self.options = setup, setup.options.run
         self.folder = setup.options.out
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.options.keep)
-        self.best = self.checkpoints.best()  # asked once: of a checkpoint that is still being written it knows nothing
-        self.state = begin(setup, self.checkpoints)
+        self.best = (
+            self.checkpoints.best()
+        )  # asked once: of a checkpoint that is still being written Orbax knows nothing
+        self.state = initial_state(setup, self.checkpoints)
         self.first = self.done = int(fetch(self.state.step))
         assert self.options.steps is not None
         self.steps = self.options.steps
-        self.watch = DivergenceMonitor(self.options.max_grad_norm_ratio, self.norms())
+        self.divergence = DivergenceMonitor(self.options.max_grad_norm_ratio, self.norms())
         self.pending: list[Metrics] = []  # of steps that were started and not looked at
         self.clock = Clock()
         if setup.features is not None and setup.validation is None:
@@ -330,7 +331,7 @@ class Loop:
         setup = self.setup
         features = captured.features if captured else None
         hidden = captured.hidden if captured and setup.recipe.objective.loss == "kl" else None
-        inputs = meshes.put(batch, setup.mesh, features, hidden)
+        inputs = meshes.put_batch(batch, setup.mesh, features, hidden)
         if not setup.options.data.pack:
             inputs = inputs._replace(starts=None)  # a row is one sequence
         self.state, metrics = train_step(setup.recipe, self.state, setup.frozen, inputs)
@@ -351,7 +352,9 @@ class Loop:
             self.clock.stop(self.done - self.first - 1)
             if logs and self.log:
                 self.log.add(
-                    row(metrics, self.done, self.clock.pace, self.options.batch * self.setup.options.data.length)
+                    metrics_row(
+                        metrics, self.done, self.clock.pace, self.options.batch * self.setup.options.data.length
+                    )
                 )
             tau = self.validate(metrics, stopping) if validates else None
             if saves:
@@ -371,7 +374,7 @@ class Loop:
         pending, self.pending = fetch(self.pending), []
         for number, metrics in enumerate(pending, self.done - len(pending) + 1):
             norm, loss = float(metrics.gradient_norm), float(metrics.report.loss)
-            problem = self.watch.wrong(bool(metrics.finite), loss, norm)
+            problem = self.divergence.problem(bool(metrics.finite), loss, norm)
             if problem:
                 self.checkpoints.finish()
                 good = self.checkpoints.latest()
@@ -392,7 +395,7 @@ class Loop:
         assert self.setup.validation is not None
         stops = stopping.is_set if jax.process_count() == 1 else None
         try:
-            found = self.setup.validation.run(exported(self.state), stops)
+            found = self.setup.validation.run(exported_weights(self.state), stops)
         except Stopped:
             return None
         tau = found.final.tau
@@ -415,7 +418,7 @@ class Loop:
 
     def export(self, name: str) -> None:
         """The drafter as Hugging Face files."""
-        weights, draft = fetch(exported(self.state)), self.setup.recipe.draft
+        weights, draft = fetch(exported_weights(self.state)), self.setup.recipe.draft
         if jax.process_index() == 0:
             hf.save_hf(self.folder / name, unflatten(draft, weights), draft, draft.to_hf(), jnp.bfloat16)
 
@@ -444,7 +447,7 @@ class Clock:
         self.pace = self._seconds / steps if steps else None
 
 
-def row(metrics: Metrics, step: int, pace: float | None, tokens: int) -> dict[str, Any]:
+def metrics_row(metrics: Metrics, step: int, pace: float | None, tokens: int) -> dict[str, Any]:
     """One line of metrics.jsonl.
 
     Args:

@@ -19,9 +19,9 @@ from train.loss import (
     Inputs,
     StepMetrics,
     Sums,
-    denominator,
-    part,
-    report,
+    loss_denominator,
+    partial_loss,
+    step_metrics,
     supervision,
 )
 from train.optimizer import learning_rate, make_optimizer
@@ -73,7 +73,7 @@ def recipe_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return make_optimizer(recipe.optimizer, recipe.steps, letters)
 
 
-def start(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
+def init_state(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
     """The state before the first step; copies of `weights` become float32 masters, which steps may consume.
 
     With a mesh in context it is made there, each device its part; each process must have the same `weights`.
@@ -92,7 +92,7 @@ def start(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
     for path, w in weights.items():
         host = np.array(jax.device_get(w), np.float32)  # a copy, for steps may consume it
         placed[path] = shard_array(host, NamedSharding(mesh, stored_spec(letters[path], mesh)))
-    where = shardings(recipe, mesh)
+    where = state_shardings(recipe, mesh)
     return jax.jit(partial(_state, recipe, seed=seed), out_shardings=where)(placed)
 
 
@@ -107,7 +107,7 @@ def _state(recipe: Recipe, weights: dict[str, Array], seed: int) -> TrainState:
     )
 
 
-def shapes(recipe: Recipe) -> TrainState:
+def state_shapes(recipe: Recipe) -> TrainState:
     """The form of the recipe's state: jax.ShapeDtypeStruct in the place of each array."""
     sizes = recipe.draft.sizes
     weights = {
@@ -117,12 +117,12 @@ def shapes(recipe: Recipe) -> TrainState:
     return jax.eval_shape(partial(_state, recipe, seed=0), weights)
 
 
-def partitions(recipe: Recipe) -> TrainState:
+def state_partitions(recipe: Recipe) -> TrainState:
     """How the state lies on the mesh in context: jax.sharding.PartitionSpec in the place of each array.
 
     What has a weight's name and shape lies as the weight does, the rest is whole everywhere.
     """
-    form = shapes(recipe)
+    form = state_shapes(recipe)
     letters = flatten(axes(recipe.draft))
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
@@ -134,27 +134,27 @@ def partitions(recipe: Recipe) -> TrainState:
     return jax.tree_util.tree_map_with_path(one, form)
 
 
-def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
-    """`partitions` on a mesh: jax.sharding.NamedSharding in the place of each array, for restoring a checkpoint."""
+def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+    """`state_partitions` on a mesh, for restoring a checkpoint: a NamedSharding in the place of each array."""
     with jax.set_mesh(mesh):
-        where = partitions(recipe)
+        where = state_partitions(recipe)
     return jax.tree.map(partial(NamedSharding, mesh), where, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def form(recipe: Recipe) -> TrainState:
+def checkpoint_form(recipe: Recipe) -> TrainState:
     """What a checkpoint is restored as: jax.ShapeDtypeStruct in the place of each array, with its sharding.
 
     On the mesh in context, or else on the default device.
     """
-    whole = shapes(recipe)
+    whole = state_shapes(recipe)
     if jax.sharding.get_abstract_mesh().empty:
         where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), whole)
     else:
-        where = shardings(recipe, jax.sharding.get_mesh())
+        where = state_shardings(recipe, jax.sharding.get_mesh())
     return jax.tree.map(lambda x, laid: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid), whole, where)
 
 
-def exported(state: TrainState) -> dict[str, Array]:
+def exported_weights(state: TrainState) -> dict[str, Array]:
     """The drafter that a run hands out, by path: the moving average where there is one."""
     return state.weights | (state.average or {})
 
@@ -177,16 +177,16 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
     chosen, valid = anchors.draw_anchors(key, inputs.mask, recipe.objective.anchors, inputs.starts)
     lam = lambda_base(recipe, state.step)
     objective = recipe.objective
-    total = denominator(objective, supervision(recipe.draft, inputs, chosen, valid))
+    total = loss_denominator(objective, supervision(recipe.draft, inputs, chosen, valid))
     ours = trained(recipe, state.weights)
-    where = partitions(recipe)
+    where = state_partitions(recipe)
 
     def loss(ours: dict[str, Array], piece: tuple[Inputs, Array, Array]) -> tuple[Array, Sums]:
         weights = state.weights | ours
         drafter = unflatten(
             recipe.draft, {path: w if path in LOOPED else w.astype(recipe.dtype) for path, w in weights.items()}
         )
-        return part(drafter, frozen, (recipe.target, recipe.draft), objective, *piece, lam, total)
+        return partial_loss(drafter, frozen, (recipe.target, recipe.draft), objective, *piece, lam, total)
 
     def differentiate(piece: tuple[Inputs, Array, Array]) -> tuple[Array, Sums, dict[str, Array]]:
         (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(ours, piece)
@@ -226,7 +226,7 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
         average=average,
     )
     lr = learning_rate(recipe.optimizer, recipe.steps, recipe.optimizer.lr)(state.step)
-    metrics = Metrics(report(sums, lam, total), lam, jnp.asarray(lr), norm, finite)
+    metrics = Metrics(step_metrics(sums, lam, total), lam, jnp.asarray(lr), norm, finite)
     return _laid(updated, where), metrics
 
 

@@ -99,8 +99,3 @@ def max_over_processes(numbers: list[float]) -> list[float]:
     from jax.experimental.multihost_utils import process_allgather
 
     return [float(x) for x in np.max(process_allgather(np.array(numbers, np.float32)), axis=0)]
-
-
-def any_process(here: bool) -> bool:
-    """Whether `here` is true in any process; all of them must call this."""
-    return max_over_processes([float(here)])[0] > 0

@@ -8,7 +8,7 @@ from jax import Array
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.weights import Draft, Target
 from train.config import Objective, Recipe
-from train.loss import Inputs, StepMetrics, denominator, part, report, supervision
+from train.loss import Inputs, StepMetrics, loss_denominator, partial_loss, step_metrics, supervision
 
 
 def curriculum(
@@ -35,9 +35,9 @@ def curriculum(
         objective: fields of `Objective`.
     """
     what, inputs = Objective(**objective), Inputs(ids, mask, starts, features, hidden)
-    total = denominator(what, supervision(configs[1], inputs, anchors, valid))
-    value, sums = part(drafter, frozen, configs, what, inputs, anchors, valid, lam, total)
-    return value, report(sums, lam, total)
+    total = loss_denominator(what, supervision(configs[1], inputs, anchors, valid))
+    value, sums = partial_loss(drafter, frozen, configs, what, inputs, anchors, valid, lam, total)
+    return value, step_metrics(sums, lam, total)
 
 
 def change_recipe(recipe: Recipe, **changes: Any) -> Recipe:

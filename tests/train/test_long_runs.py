@@ -40,16 +40,16 @@ RECIPE = Recipe(TARGET, DRAFT, Objective(), OptimizerConfig(), steps=20, dtype="
 def test_a_checkpoint_is_restored_without_a_second_state(tmp_path):
     """What it is read into holds no arrays, and lies where a state that `start` makes does."""
     asked = change_recipe(RECIPE, ema=0.5)
-    state = step.start(asked, flatten(init_weights(DRAFT, jax.random.key(2))), 0)
+    state = step.init_state(asked, flatten(init_weights(DRAFT, jax.random.key(2))), 0)
     saved = Checkpoints(tmp_path)
     saved.save(state)
     saved.finish()
     options = SimpleNamespace(resume=True)
     setup = SimpleNamespace(options=options, recipe=asked)
-    with jax.set_mesh(mesh.make("data=2,fsdp=2,model=2", [TARGET, DRAFT])):
-        found = run.begin(setup, saved)  # type: ignore[arg-type]
-        fresh = step.start(asked, flatten(init_weights(DRAFT, jax.random.key(2))), 0)
-        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(step.form(asked)))
+    with jax.set_mesh(mesh.make_training_mesh("data=2,fsdp=2,model=2", [TARGET, DRAFT])):
+        found = run.initial_state(setup, saved)  # type: ignore[arg-type]
+        fresh = step.init_state(asked, flatten(init_weights(DRAFT, jax.random.key(2))), 0)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(step.checkpoint_form(asked)))
     assert jax.tree.structure(found) == jax.tree.structure(state)
     for ours, theirs, place in zip(*map(jax.tree.leaves, (found, state, fresh)), strict=True):
         assert np.array_equal(ours, theirs) and ours.sharding.is_equivalent_to(place.sharding, ours.ndim)
@@ -77,15 +77,15 @@ def test_a_resumed_run_knows_which_gradients_are_usual(tmp_path):
     curves.write_metrics([*rows, {"step": 400, "validation_tau": 2.0}], tmp_path / "metrics.jsonl")
     norms = run.Loop.norms(SimpleNamespace(folder=tmp_path, done=400))  # type: ignore[arg-type]
     assert len(norms) == 40 and norms[-1] == pytest.approx(1.4)
-    assert "exploded" in str(DivergenceMonitor(10.0, norms).wrong(True, 1.0, 50.0))
-    assert DivergenceMonitor(10.0).wrong(True, 1.0, 50.0) is None
+    assert "exploded" in str(DivergenceMonitor(10.0, norms).problem(True, 1.0, 50.0))
+    assert DivergenceMonitor(10.0).problem(True, 1.0, 50.0) is None
 
 
 def test_a_gradient_that_begins_at_zero_does_not_explode():
     """The head alone, at λ = 1: a cosine keeps λ at 1 for some steps of a long run, to the rounding of float32."""
     watch = DivergenceMonitor(1000.0)
-    assert not any(watch.wrong(True, 1.0, 0.0) for _ in range(30))
-    assert watch.wrong(True, 1.0, 1e-6) is None
+    assert not any(watch.problem(True, 1.0, 0.0) for _ in range(30))
+    assert watch.problem(True, 1.0, 1e-6) is None
 
 
 def test_a_head_alone_needs_a_backbone():
@@ -139,9 +139,9 @@ def test_a_target_is_divided_while_it_is_read(kind, tmp_path):
     if kind == "Orbax":
         orbax.save_orbax(tmp_path, module)
         (tmp_path / "model.safetensors").unlink()
-    made = mesh.make("data=2,fsdp=2,model=2", [TARGET])
+    made = mesh.make_training_mesh("data=2,fsdp=2,model=2", [TARGET])
     read = folders.load_weights(tmp_path, TARGET, None, None, made)
-    placed = flatten(mesh.place(read, TARGET, made))
+    placed = flatten(mesh.place_module(read, TARGET, made))
     letters = flatten(axes(TARGET))
     for path, weight in flatten(read).items():
         assert weight.sharding.is_equivalent_to(NamedSharding(made, stored_spec(letters[path], made)), weight.ndim), (

@@ -24,7 +24,7 @@ from domino_jax.weights import flatten, init_weights
 from train import anchors, mesh
 from train.config import Objective, OptimizerConfig, Recipe
 from train.loss import Inputs
-from train.step import TrainState, exported, lambda_base, shapes, shardings, start, train_step
+from train.step import TrainState, exported_weights, init_state, lambda_base, state_shapes, state_shardings, train_step
 
 # Every mesh of eight devices divides these; the MLP widths differ so that axes can't be mistaken.
 TARGET = TargetConfig(96, 16, 1, 8, 4, 6, 24, 1e-6, 1e4, 64, True)
@@ -65,7 +65,7 @@ def rows(seed: int = 0, count: int = ROWS) -> Rows:
 
 
 def inputs(seed: int = 0, count: int = ROWS) -> Inputs:
-    return mesh.put(rows(seed, count), None)
+    return mesh.put_batch(rows(seed, count), None)
 
 
 def frozen() -> Any:
@@ -73,7 +73,7 @@ def frozen() -> Any:
 
 
 def begin(recipe: Recipe) -> TrainState:
-    return start(recipe, flatten(init_weights(recipe.draft, jax.random.key(2), std=0.3)), 0)
+    return init_state(recipe, flatten(init_weights(recipe.draft, jax.random.key(2), std=0.3)), 0)
 
 
 def host(tree: Any) -> Any:
@@ -144,11 +144,11 @@ def changed(kind: str) -> Recipe:
 
 
 def on_mesh(recipe: Recipe, text: str, steps: int = 2) -> tuple[TrainState, Any]:
-    made = mesh.make(text, (TARGET, DRAFT))
+    made = mesh.make_training_mesh(text, (TARGET, DRAFT))
     with jax.set_mesh(made):
-        target, state, metrics = mesh.place(frozen(), TARGET, made), begin(recipe), None
+        target, state, metrics = mesh.place_module(frozen(), TARGET, made), begin(recipe), None
         for step in range(steps):
-            state, metrics = train_step(recipe, state, target, mesh.put(rows(step), made))
+            state, metrics = train_step(recipe, state, target, mesh.put_batch(rows(step), made))
         return state, metrics
 
 
@@ -189,11 +189,11 @@ def test_no_logits_cross_between_devices():
     target = TargetConfig(vocab, 16, 1, 4, 2, 8, 16, 1e-6, 1e4, 64, False)
     draft = DraftConfig(vocab, 16, 1, 4, 2, 8, 16, 1e-6, 1e4, 64, 4, 3, (0,), 1, True, HeadConfig(8, 8, 1))
     recipe = change_recipe(RECIPE, target=target, draft=draft, chunk=20, anchors=8)
-    made = mesh.make("data=2,fsdp=2,model=2", (target, draft))
+    made = mesh.make_training_mesh("data=2,fsdp=2,model=2", (target, draft))
     with jax.set_mesh(made):
         state = begin(recipe)
-        model = mesh.place(init_weights(target, jax.random.key(1)), target, made)
-        text = train_step.lower(recipe, state, model, mesh.put(rows(), made)).compile().as_text() or ""
+        model = mesh.place_module(init_weights(target, jax.random.key(1)), target, made)
+        text = train_step.lower(recipe, state, model, mesh.put_batch(rows(), made)).compile().as_text() or ""
     moved = []
     for shapes_, kind, _ in COLLECTIVE.findall(text):
         for shape in re.findall(r"\w+\[([\d,]*)\]", shapes_):
@@ -211,17 +211,17 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
-from tests import test_step as here
+from tests.train import test_step as here
 from train import mesh
 recipe = here.changed("adamw")
-made = mesh.make(sys.argv[3], (here.TARGET, here.DRAFT))
+made = mesh.make_training_mesh(sys.argv[3], (here.TARGET, here.DRAFT))
 first, count = mesh.piece(made)
 with jax.set_mesh(made):
-    target, state = mesh.place(here.frozen(), here.TARGET, made), here.begin(recipe)
+    target, state = mesh.place_module(here.frozen(), here.TARGET, made), here.begin(recipe)
     for step in range(2):
         whole, size = here.rows(step), here.ROWS // count
         mine = here.Rows(*(x[first * size : (first + 1) * size] for x in whole))
-        state, metrics = here.train_step(recipe, state, target, mesh.put(mine, made))
+        state, metrics = here.train_step(recipe, state, target, mesh.put_batch(mine, made))
 print("piece", first, count, float(metrics.report.loss), float(metrics.gradient_norm), flush=True)
 """
 
@@ -234,7 +234,7 @@ def test_two_processes_give_the_steps_of_one(alone, text, pieces):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests' / 'support'}", "XLA_FLAGS": ""}
     words = [sys.executable, "-c", PROCESS, str(port)]
     running = [
         subprocess.Popen([*words, str(i), text], cwd=root, env=environment, text=True, stdout=-1, stderr=-1)
@@ -253,8 +253,8 @@ def test_two_processes_give_the_steps_of_one(alone, text, pieces):
 def test_a_restored_state_knows_its_mesh():
     """`shardings` and `shapes` are of the state that `start` makes, so that a checkpoint can be read into them."""
     for recipe in (changed("adamw"), changed("muon"), change_recipe(RECIPE, freeze_backbone=True)):
-        made = mesh.make("data=2,fsdp=2,model=2", (TARGET, DRAFT))
-        where, form = shardings(recipe, made), shapes(recipe)
+        made = mesh.make_training_mesh("data=2,fsdp=2,model=2", (TARGET, DRAFT))
+        where, form = state_shardings(recipe, made), state_shapes(recipe)
         with jax.set_mesh(made):
             state = begin(recipe)
         assert jax.tree.structure(where) == jax.tree.structure(state) == jax.tree.structure(form)
@@ -270,8 +270,8 @@ def test_a_restored_state_knows_its_mesh():
 
 def test_a_target_is_read_onto_the_mesh_as_it_is_stored(tmp_path):
     hf.save_hf(tmp_path, frozen(), TARGET, TARGET.to_hf())
-    made = mesh.make(ALL_AXES, (TARGET, DRAFT))
-    target = mesh.place(hf.load_hf(tmp_path, TARGET, jnp.float32, mesh=made), TARGET, made)
+    made = mesh.make_training_mesh(ALL_AXES, (TARGET, DRAFT))
+    target = mesh.place_module(hf.load_hf(tmp_path, TARGET, jnp.float32, mesh=made), TARGET, made)
     parts = {path: w.sharding.shard_shape(w.shape) for path, w in flatten(target).items()}
     assert parts["embed"] == (48, 8) and parts["layers.0.o"] == (8, 12) and parts["layers.0.down"] == (8, 12)
     assert parts["norm"] == (16,)
@@ -286,14 +286,14 @@ def test_meshes_that_do_not_fit_are_refused():
         ("rows=2", "data=1,fsdp=4,model=2"),
     ):
         with pytest.raises(DominoError, match=message):
-            mesh.make(text, (TARGET, DRAFT))
+            mesh.make_training_mesh(text, (TARGET, DRAFT))
     odd = dataclasses.replace(TARGET, vocab_size=97)
     with pytest.raises(DominoError, match="model=2 does not divide vocab_size 97"):
-        mesh.make("model=2", (odd,))
-    made = mesh.make("data=4", (TARGET,))
+        mesh.make_training_mesh("model=2", (odd,))
+    made = mesh.make_training_mesh("data=4", (TARGET,))
     assert mesh.piece(made) == (0, 1) == mesh.piece(None)
     with pytest.raises(DominoError, match="6 rows can't be divided over data x fsdp = 4"):
-        mesh.put(rows(0, 6), made)
+        mesh.put_batch(rows(0, 6), made)
 
 
 def test_head_only_training_leaves_the_backbone_as_it_is():
@@ -308,7 +308,7 @@ def test_head_only_training_leaves_the_backbone_as_it_is():
     }
     assert of_optimizer == head, "no state for what is not trained"
     assert metrics.gradient_norm > 0
-    assert (shapes(change_recipe(recipe, optimizer="muon")).average or {}).keys() == head
+    assert (state_shapes(change_recipe(recipe, optimizer="muon")).average or {}).keys() == head
     bare = dataclasses.replace(DRAFT, head=None)
     with pytest.raises(DominoError, match="no causal head"):
         begin(change_recipe(recipe, draft=bare))
@@ -323,8 +323,8 @@ def test_the_average_follows_the_weights():
         mean = {path: 0.9 * mean[path] + 0.1 * np.asarray(w) for path, w in state.weights.items()}
     close(host(state.average), mean)
     assert np.abs(mean["fc"] - np.asarray(state.weights["fc"])).max() > 1e-3
-    assert state.average is not None and exported(state)["fc"] is state.average["fc"]
-    assert exported(begin(RECIPE)).keys() == mean.keys() and begin(RECIPE).average is None
+    assert state.average is not None and exported_weights(state)["fc"] is state.average["fc"]
+    assert exported_weights(begin(RECIPE)).keys() == mean.keys() and begin(RECIPE).average is None
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])

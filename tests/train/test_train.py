@@ -256,11 +256,11 @@ def test_a_gradient_that_explodes_stops_with_the_last_good_checkpoint(folder, tm
 
 def test_only_what_is_far_from_usual_is_an_explosion():
     watch = DivergenceMonitor(10.0)
-    assert watch.wrong(True, 1.0, 500.0) is None  # the first steps say what is usual
-    assert all(watch.wrong(True, 1.0, 1.0 + i / 100) is None for i in range(30))
-    assert watch.wrong(True, 1.0, 9.0) is None
-    assert "exploded (norm 15, usually 1.15" in str(watch.wrong(True, 2.0, 15.0))
-    assert "not finite (loss nan" in str(watch.wrong(False, float("nan"), 1.0))
+    assert watch.problem(True, 1.0, 500.0) is None  # the first steps say what is usual
+    assert all(watch.problem(True, 1.0, 1.0 + i / 100) is None for i in range(30))
+    assert watch.problem(True, 1.0, 9.0) is None
+    assert "exploded (norm 15, usually 1.15" in str(watch.problem(True, 2.0, 15.0))
+    assert "not finite (loss nan" in str(watch.problem(False, float("nan"), 1.0))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
 from domino_jax.weights import Params, axes, flatten, init_weights
 from train.evaluate.prompts import read_heldout_prompts, varied
-from train.evaluate.validate import MeasuredAcceptance, Validate, Validation, main, measure_acceptance, settle
+from train.evaluate.validate import MeasuredAcceptance, Validate, Validation, find_pair, main, measure_acceptance
 from train.generate import Completion
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -199,11 +199,11 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
             manager.save(step, args=ocp.args.StandardSave({"weights": weights}))
         manager.wait_until_finished()
     options = Validate(folder / "held.jsonl", run=tmp_path)
-    assert settle(options) == (folder / "target", tmp_path)
-    found = loading.load_model(*settle(options), "float32", plain=True).params.draft
+    assert find_pair(options) == (folder / "target", tmp_path)
+    found = loading.load_model(*find_pair(options), "float32", plain=True).params.draft
     for path, weight in flatten(found).items():
         np.testing.assert_array_equal(weight, weights[path])
-    assert settle(dataclasses.replace(options, target=str(folder / "draft"))) == (folder / "draft", tmp_path)
+    assert find_pair(dataclasses.replace(options, target=str(folder / "draft"))) == (folder / "draft", tmp_path)
 
 
 @pytest.mark.parametrize(

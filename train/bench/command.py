@@ -31,8 +31,8 @@ from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
 from train.bench.flops import flops
 from train.config import Objective, OptimizerConfig, Recipe, flag
-from train.loss import Inputs, denominator, gather_positions, part, supervision, target_states
-from train.step import LOOPED, TrainState, start, train_step
+from train.loss import Inputs, gather_positions, loss_denominator, partial_loss, supervision, target_states
+from train.step import LOOPED, TrainState, init_state, train_step
 
 DEMO_SHAPE = "demo"
 # Dense bfloat16 TFLOP/s of a device, as its maker states them, by what JAX calls it.
@@ -152,8 +152,8 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
         return block.training_blocks(drafter(weights), recipe.draft, x, chosen, features, backend=form), hidden
 
     def loss(weights: Any, frozen: Any, given: Inputs) -> Any:
-        total = denominator(objective, supervision(recipe.draft, given, chosen, valid))
-        return part(drafter(weights), frozen, pair, objective, given, chosen, valid, lam, total)
+        total = loss_denominator(objective, supervision(recipe.draft, given, chosen, valid))
+        return partial_loss(drafter(weights), frozen, pair, objective, given, chosen, valid, lam, total)
 
     programs = {
         "target": target_only,
@@ -185,7 +185,7 @@ def run_bench(options: TrainBench) -> dict[str, Any]:
         if getattr(options.objective, name) <= 0:
             raise UsageError(f"{flag(name)} can't be {getattr(options.objective, name)}.")
     dtype = resolve_dtype(options.dtype)
-    made = mesh.make(options.mesh, (target, config)) if options.mesh else None
+    made = mesh.make_training_mesh(options.mesh, (target, config)) if options.mesh else None
     recipe = Recipe(target, config, options.objective, options.optimizer, 1000, dtype.name, options.accumulate)
     with mesh_context(made), matmul_precision(dtype):
         return _run(options, recipe, made)
@@ -195,7 +195,7 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     target, config, dtype = recipe.target, recipe.draft, jnp.dtype(recipe.dtype)
     frozen = random_weights(target, dtype, made)
     drafted = random_weights(config, jnp.float32, made)
-    state = start(recipe, flatten(drafted), 0)
+    state = init_state(recipe, flatten(drafted), 0)
     del drafted
     inputs = _inputs(options, target, config, dtype, made)
     began = time.perf_counter()
@@ -225,7 +225,7 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     drafter_flops = counted["forward"] + counted["backward"]
     stats = device.memory_stats() or {}
     return {
-        **settings(options),
+        **flat_options(options),
         "block_size": config.block_size,
         "dtype": dtype.name,
         "weights": "random",
@@ -253,7 +253,7 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     }
 
 
-def settings(options: TrainBench) -> dict[str, Any]:
+def flat_options(options: TrainBench) -> dict[str, Any]:
     """The options by flat names."""
     values = asdict(options) | asdict(options.objective) | asdict(options.optimizer)
     del values["objective"]

@@ -186,7 +186,7 @@ class Validate:
     """one JSON object on standard output, and nothing else there"""
 
 
-def settle(options: Validate) -> tuple[Path, Path]:
+def find_pair(options: Validate) -> tuple[Path, Path]:
     """The folders of target and drafter.
 
     Raises:
@@ -218,7 +218,7 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
         DominoError: the words, the models or the prompts are wrong, or fewer prompts are left than were asked for.
     """
     o = options
-    target, draft = settle(o)
+    target, draft = find_pair(o)
     _, target_config, _, warnings = read_configs(target, draft, "--target")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -268,7 +268,7 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
     return {**settings, **report.row(), **each}
 
 
-def words(found: Mapping[str, Any]) -> str:
+def describe_acceptance(found: Mapping[str, Any]) -> str:
     """The figures, for people."""
     text = f"{found['num_prompts']} prompts, {found['new_tokens']} new tokens, greedy, {found['dtype']}"
     for name, label in (("final", "τ"), ("base", "head off")):
@@ -283,7 +283,7 @@ def print_acceptance(options: Validate) -> None:
     """Measure, and print the figures."""
     enable_compile_cache()
     found = measure_acceptance(options)
-    print(json.dumps(found) if options.json else words(found))
+    print(json.dumps(found) if options.json else describe_acceptance(found))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m train validate") -> int:

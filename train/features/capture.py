@@ -3,8 +3,8 @@
     python -m train capture --target target --data data.jsonl --length 3072 --out features
     python -m train --features features ...
 
-The data options, the taps and the layers must be those of the training. A capture that was interrupted goes on where
-it stopped when the same command is given again.
+The data options, the target layers and the drafter's layers must be those of the training. The same command continues a
+capture that was interrupted.
 """
 
 import shutil
@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tyro.conf import arg
 
 from convert import folders
 from convert.identity import model_fingerprint
+from convert.options import UNSET
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
@@ -61,10 +63,10 @@ class Capture:
     """tokens a sequence is cut to, as in the training"""
     pack: bool = False
     """put several short conversations into one sequence, as in the training"""
-    taps: tuple[int, ...] = ()
+    target_layer_ids: Annotated[tuple[int, ...], UNSET, arg(aliases=["--taps"])] = ()
     """target layers to read; spread over the depth when not given"""
     layers: int = 5
-    """layers of the drafter, which decide the taps that are not given"""
+    """layers of the drafter; they decide --target-layer-ids where those are not given"""
     hidden: bool = False
     """keep the states after the final norm as well, for --loss kl"""
     batch: int = 8
@@ -142,7 +144,7 @@ def check_space(folder: Path, plan: shards.ShardPlan) -> str:
         words += f", of which {gib(plan.size + HEADER_BYTES - needed)} are there"
     words += f"; {gib(free)} are free at {place}"
     if needed > free:
-        raise DominoError(f"the disk is too small: {words}; give another --out or fewer --taps.")
+        raise DominoError(f"the disk is too small: {words}; give another --out or fewer --target-layer-ids.")
     return words
 
 
@@ -168,9 +170,9 @@ def run_capture(options: Capture) -> None:
     if options.length > config.positions:
         raise DominoError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers
-    taps = options.taps or default_taps(depth, options.layers)
+    taps = options.target_layer_ids or default_taps(depth, options.layers)
     if not all(0 <= tap < depth for tap in taps):
-        raise DominoError(f"--taps must name layers 0 to {depth - 1}, found {list(taps)}.")
+        raise DominoError(f"--target-layer-ids must name layers 0 to {depth - 1}, found {list(taps)}.")
     dtype = settle_dtype(options.dtype)
     rows_at_once, model = sharding.parse_mesh(options.mesh) if options.mesh else (1, 1)
     if options.batch % rows_at_once:

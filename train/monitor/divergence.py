@@ -1,26 +1,26 @@
-"""Steps that went wrong: numbers that are not finite, and gradients that explode."""
+"""Divergence: losses or gradients that are not finite, and gradient norms far above the usual."""
 
 from collections import deque
 from collections.abc import Iterable
 from statistics import median
 
-USUAL = 100  # steps whose gradient norms say what is usual
-LEAST = 20  # of them, before anything is called unusual
+USUAL = 100  # newest steps whose median gradient norm is the usual one
+LEAST = 20  # steps before a norm is compared with the usual one
 
 
 class DivergenceMonitor:
-    """Looks at each step's loss and gradient norm, in order."""
+    """Finds the first step that diverged; it is shown each step's loss and gradient norm, in order."""
 
     def __init__(self, ratio: float, before: Iterable[float] = ()):
         """Args:
         ratio: a norm this many times the median of the last steps is an explosion.
-        before: norms of earlier steps, where a run goes on: a step that it stopped at is no more usual now.
+        before: norms of earlier steps of a resumed run, so that the step that stopped it stops it again.
         """
         self.ratio = ratio
         self._norms: deque[float] = deque(before, maxlen=USUAL)
 
-    def wrong(self, finite: bool, loss: float, norm: float) -> str | None:
-        """What is wrong with a step, None if nothing is."""
+    def problem(self, finite: bool, loss: float, norm: float) -> str | None:
+        """What is wrong with a step, in words; None if nothing is."""
         if not finite:
             return f"the loss or its gradient is not finite (loss {loss}, gradient norm {norm})"
         usual = median(self._norms) if len(self._norms) >= LEAST else 0.0  # 0 while λ is 1 and the head alone learns

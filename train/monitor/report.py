@@ -128,8 +128,7 @@ def warnings(rows: Sequence[curves.Row]) -> list[str]:
         if top is not None and tau < FALLEN * top["validation_tau"]:
             found.append(
                 f"The newest validation (τ {tau:.2f}) is below the best, {top['validation_tau']:.2f} at step "
-                f"{top['step']}: the drafter may be learning the training data by heart, or its learning rate is too "
-                "high."
+                f"{top['step']}: the drafter may be overfitting, or its learning rate is too high."
             )
     return found
 

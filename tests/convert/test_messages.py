@@ -10,7 +10,7 @@ from factory import make_tokenizer
 from convert.messages import LeftOut, conversation_of, parse_messages
 from convert.tokenizer import RefusedByTemplate, encode, encode_chat, render
 from domino_jax.errors import DominoError
-from infer.__main__ import read_prompts
+from infer.prompts import read_prompts
 from train.data.dataset import read_corpus
 from train.evaluate.prompts import read_heldout_prompts
 from train.regenerate.prompts import Lines, encode_turn

@@ -167,7 +167,7 @@ def test_a_mesh_gives_the_steps_of_one_device(alone, kind, text):
     for tree in (state.weights, state.average or {}):
         for path in set(tree) & {"layers.0.q", "head.proj_out"}:
             w = tree[path]
-            divided = (16 // sizes["fsdp"], 4 // sizes["model"], 6)
+            divided = (4 // sizes["model"], 6, 16 // sizes["fsdp"])  # N H D
             if path == "head.proj_out":
                 divided = (96 // sizes["model"], 8 // sizes["fsdp"])
             assert w.sharding.shard_shape(w.shape) == divided, path
@@ -273,7 +273,7 @@ def test_a_target_is_read_onto_the_mesh_as_it_is_stored(tmp_path):
     made = mesh.make_training_mesh(ALL_AXES, (TARGET, DRAFT))
     target = mesh.place_module(hf.load_hf(tmp_path, TARGET, jnp.float32, mesh=made), TARGET, made)
     parts = {path: w.sharding.shard_shape(w.shape) for path, w in flatten(target).items()}
-    assert parts["embed"] == (48, 8) and parts["layers.0.o"] == (8, 12) and parts["layers.0.down"] == (8, 12)
+    assert parts["embed"] == (48, 8) and parts["layers.0.o"] == (8, 24) and parts["layers.0.down"] == (8, 12)
     assert parts["norm"] == (16,)
     close(host(flatten(target)), host(flatten(frozen())), 0)
 

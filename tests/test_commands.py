@@ -41,6 +41,7 @@ USAGE_ERRORS = [
     ("domino_jax.runtime.console", ["sing"], "domino has no command sing"),
     ("domino_jax.runtime.console", ["generate", "hi", "--no-such-flag"], "see domino generate --help"),
     ("domino_jax.runtime.console", ["chat", "hi"], "a chat reads its prompts line by line"),
+    ("domino_jax.runtime.console", ["train", "--no-such-flag"], "see domino train --help"),
     ("domino_jax.runtime.console", ["bench", "scan", "--tokens", "0"], "--tokens must be at least 1"),
 ]
 

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Literal
 
 from convert.loading import LoadedModel, without_head
+from infer.bench.rows import DFLASH, DOMINO
 
-LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
 
 

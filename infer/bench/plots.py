@@ -5,8 +5,8 @@ from typing import Any
 
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import write_atomic
-from infer.bench.modes import LEAN, TRANSFORMERS
-from infer.bench.report import Row, label, title
+from infer.bench.report import label, title
+from infer.bench.rows import LEAN, TRANSFORMERS, Row
 
 AXES = {"context": "context, tokens", "batch": "batch size", "drafts": "drafts a cycle"}
 # What is drawn over each axis: a field and its label, one panel each.

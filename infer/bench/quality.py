@@ -26,9 +26,9 @@ from convert.registry import locate
 from convert.tokenizer import decode, has_template
 from domino_jax.errors import DominoError
 from infer.bench import plots
-from infer.bench.modes import DFLASH, LEAN
 from infer.bench.options import Bench
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
+from infer.bench.rows import DFLASH, LEAN
 from infer.engine import Decoding, Engine, Sequence, tau
 
 Mode = tuple[str, int]  # one of them, and the proposals that a cycle verifies (0 for the autoregressive baseline)

@@ -1,14 +1,10 @@
 """The figures as tables for people."""
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
-from infer.bench.modes import LEAN, TRANSFORMERS
+from infer.bench.rows import LEAN, TRANSFORMERS, Row
 from infer.bench.tracing import SCOPES as PHASES
-
-Row = dict[str, Any]
 
 
 def label(row: Row) -> str:

@@ -23,7 +23,7 @@ from domino_jax.decode import DecodeConfig
 from domino_jax.matrix import dot, for_cpu, operands
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import Layer, Params, lm_head
-from infer.bench.modes import LEAN
+from infer.bench.rows import LEAN
 
 LOGIT_BYTES = 4  # logits are float32
 CALLS, TRIES = 8, 5  # calls in a row, so that dispatching is not what is measured; the best try counts

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from domino_jax.errors import DominoError
-from infer.bench.modes import LEAN
 from infer.bench.options import Bench
+from infer.bench.rows import LEAN
 from infer.engine import Decoding, Engine, Sequence, tau
 
 

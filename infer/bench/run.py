@@ -16,7 +16,8 @@ from infer.bench import quality
 from infer.bench.modes import drafting
 from infer.bench.options import Bench
 from infer.bench.plots import plot_sweep
-from infer.bench.report import Row, show_report
+from infer.bench.report import show_report
+from infer.bench.rows import Row
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure_sweep
 

@@ -17,8 +17,7 @@ from tyro.conf import Positional
 
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import run_command
-from infer.bench.modes import DFLASH, DOMINO, LEAN, TRANSFORMERS
-from infer.bench.report import Row
+from infer.bench.rows import DFLASH, DOMINO, LEAN, TRANSFORMERS, Row
 
 FEWEST_RUNS = 3
 NAMES = {

@@ -15,12 +15,12 @@ from convert.loading import LoadedModel
 from domino_jax.runtime.provenance import distinct_ngrams, git_commit, processor
 from infer.bench import roofline
 from infer.bench.memory import megabytes
-from infer.bench.modes import LEAN, TRANSFORMERS, Drafts, drafting, simulated, with_drafts
+from infer.bench.modes import Drafts, drafting, simulated, with_drafts
 from infer.bench.options import Bench
 from infer.bench.parts import time_phases
 from infer.bench.prompts import collect_prompts
-from infer.bench.report import Row
 from infer.bench.rounds import batches, run_ours, transformers_runner
+from infer.bench.rows import LEAN, TRANSFORMERS, Row
 from infer.bench.tracing import traced
 from infer.engine import Engine
 

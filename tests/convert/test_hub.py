@@ -234,6 +234,7 @@ def test_a_revision_of_what_has_none_is_a_contradiction(words, says, capsys):
 # --- Fetching -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_target_and_drafter_are_fetched_once_and_kept_for_when_the_hub_is_gone(hub, machine, models):
     first = machine.run("--model", "qwen3-4b")
     assert json.loads(first.stdout)["cycles"] > 0
@@ -254,12 +255,14 @@ def test_target_and_drafter_are_fetched_once_and_kept_for_when_the_hub_is_gone(h
     assert "could not be fetched" in machine.refuse("--model", "qwen3-8b")
 
 
+@pytest.mark.e2e
 def test_a_dflash_drafter_has_a_name(hub, machine, models):
     fetched = machine.fetch("qwen3-4b", "qwen3-4b-dflash")
     assert same(fetched.target, models / "target") and same(fetched.draft, models / "dflash")
     assert not any(DRAFT_REPO in r.path for r in hub.log)
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_name_without_a_drafter_says_so_and_decodes_plainly(hub, machine, models):
     hub.add("Qwen/Qwen3-14B", models / "sharded")
@@ -268,6 +271,7 @@ def test_a_name_without_a_drafter_says_so_and_decodes_plainly(hub, machine, mode
     assert json.loads(done.stdout)["cycles"] == 0
 
 
+@pytest.mark.e2e
 def test_exactly_what_is_needed_is_fetched(hub, machine, models):
     """Of a repository with an index the files that it lists; no pickles, no code, no other copies."""
     hub.add(TARGET_REPO, models / "sharded")
@@ -278,6 +282,7 @@ def test_exactly_what_is_needed_is_fetched(hub, machine, models):
     assert hub.names("HEAD") == hub.names("GET") == needed
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_revision_serves_its_own_weights(hub, machine, models):
     commit = hub.add(TARGET_REPO, models / "other", "v1.0")
@@ -294,12 +299,14 @@ def test_a_revision_serves_its_own_weights(hub, machine, models):
 # --- Interruptions ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_a_connection_that_breaks_is_taken_up_again(hub, machine, models):
     hub.cuts = [20_000, 5_000, 0]
     assert same(machine.fetch().target, models / "target")
     assert len(hub.received()) == 3  # the one that broke before its first byte is not counted
 
 
+@pytest.mark.e2e
 def test_the_next_run_fetches_no_finished_file_again(hub, machine, models):
     size = total(models / "target" / "model.safetensors")
     hub.cuts = [30_000] + [0] * 10
@@ -315,6 +322,7 @@ def test_the_next_run_fetches_no_finished_file_again(hub, machine, models):
     assert machine.unfinished() == []
 
 
+@pytest.mark.e2e
 def test_ctrl_c_is_one_line_and_loses_no_finished_file(hub, machine, models):
     hub.cuts, hub.hold = [25_000], True
     process = subprocess.Popen(
@@ -346,6 +354,7 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.e2e
 def test_a_terminal_sees_bytes_and_rate(hub, machine):
     hub.slow = 0.1
     ours, theirs = pty.openpty()
@@ -372,6 +381,7 @@ MISFITS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "case", ["width", *(pytest.param(c, marks=pytest.mark.slow) for c in ("vocabulary", "layers"))]
 )
@@ -384,6 +394,7 @@ def test_a_drafter_that_does_not_fit_costs_no_weights(hub, machine, tmp_path, ca
     assert hub.names() == {"config.json"} and not hub.received()
 
 
+@pytest.mark.e2e
 def test_a_drafter_that_taps_or_masks_what_is_not_there_costs_no_weights(hub, machine, models, tmp_path):
     changes = {"target_layer_ids": [0, 2], "mask_token_id": 260}
     for name, value in changes.items():
@@ -401,6 +412,7 @@ def test_a_drafter_that_taps_or_masks_what_is_not_there_costs_no_weights(hub, ma
     assert hub.names() == {"config.json"}
 
 
+@pytest.mark.e2e
 def test_what_can_not_run_here_costs_no_weights(hub, machine):
     cases = {("--mesh", "model=7"): "needs 7 devices", ("--attention", "cudnn"): "needs an NVIDIA GPU"}
     errors = machine.refuse_all(*(("--model", "qwen3-4b", *words) for words in cases))
@@ -408,6 +420,7 @@ def test_what_can_not_run_here_costs_no_weights(hub, machine):
     assert hub.names() == {"config.json"} and not hub.received()
 
 
+@pytest.mark.e2e
 def test_an_index_that_names_anything_but_safetensors_is_refused(hub, machine, models, tmp_path):
     folder = tmp_path / "indexed"
     folder.mkdir()
@@ -419,6 +432,7 @@ def test_an_index_that_names_anything_but_safetensors_is_refused(hub, machine, m
     assert hub.names() == {"config.json", hf.INDEX}
 
 
+@pytest.mark.e2e
 def test_what_is_not_there_is_one_sentence(hub, machine, models, tmp_path):
     (tmp_path / "pickles").mkdir()
     (tmp_path / "pickles" / "config.json").write_text((models / "target" / "config.json").read_text())
@@ -439,6 +453,7 @@ def test_what_is_not_there_is_one_sentence(hub, machine, models, tmp_path):
     assert not hub.received()
 
 
+@pytest.mark.e2e
 def test_without_room_nothing_is_fetched(hub, machine):
     hub.claims["model.safetensors"] = 10**15
     error = machine.refuse("--model", "qwen3-4b")
@@ -446,6 +461,7 @@ def test_without_room_nothing_is_fetched(hub, machine):
     assert not hub.received()
 
 
+@pytest.mark.e2e
 def test_a_disk_that_refuses_is_one_sentence_and_finished_files_are_kept(hub, machine, models):
     limited = ("bash", "-c", 'ulimit -f 40 && exec "$@"', "bash")  # blocks of 1024 bytes in a file
     error = machine.refuse("--model", "qwen3-4b", "--draft", "none", before=limited)
@@ -456,6 +472,7 @@ def test_a_disk_that_refuses_is_one_sentence_and_finished_files_are_kept(hub, ma
     assert hub.names() == {"model.safetensors"}
 
 
+@pytest.mark.e2e
 def test_damaged_weights_are_not_kept(hub, machine, models):
     hub.spoil = True
     error = machine.refuse("--model", "qwen3-4b", "--draft", "none")

@@ -175,6 +175,7 @@ def test_each_step_of_a_checkpoints_way_through_every_form(tmp_path, capsys):
     assert "model.norm.weight came back different" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_the_command_sends_a_checkpoint_through_every_form(tmp_path, capsys):
     make_target(folder := tmp_path / "tiny")

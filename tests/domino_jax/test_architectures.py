@@ -258,6 +258,7 @@ def test_a_drafter_for_experts_is_trained():
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_folder_with_experts_and_yarn_runs_from_the_command_line(tmp_path, capsys):
     """As Hugging Face files and as Orbax ones, beyond max_position_embeddings, with a drafter and without."""

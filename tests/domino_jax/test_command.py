@@ -98,6 +98,7 @@ def test_other_errors_keep_their_traceback():
         exit_code(lambda: 1 // 0)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("words", ["--help", "--name x"])
 def test_a_closed_pipe_is_no_error(tmp_path, words):
     script = tmp_path / "script.py"
@@ -126,6 +127,7 @@ def test_a_subcommand_runs_the_main_of_its_module(tmp_path, monkeypatch):
     assert find_subcommand(table, ["stop"], "p") is None is find_subcommand(table, [], "p")
 
 
+@pytest.mark.e2e
 def test_a_command_is_wrapped_without_jax():
     code = "import sys, domino_jax.runtime.command, convert.options; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

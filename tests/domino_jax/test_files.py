@@ -69,6 +69,7 @@ with {lock}(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("lock", "name"), [(lock_folder, "run"), (lock_file, "deep/out.jsonl")])
 def test_an_output_is_one_processs_until_it_ends_or_is_killed(tmp_path, lock, name):
     path = tmp_path / name

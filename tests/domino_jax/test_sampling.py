@@ -151,12 +151,14 @@ RIGHT, WRONG = 1e-3, 1e-9  # a right sampler passes (the keys are fixed); a wron
 V = 6
 
 
+@pytest.mark.e2e
 def test_draw_follows_the_weights():
     weights = np.array([0.0, 1, 2, 0, 4, 3], np.float32)
     drawn = sample(jax.random.split(jax.random.key(0), 20000), jnp.broadcast_to(weights, (20000, 6)))
     assert p_value(np.asarray(drawn)[:, None], weights / 10) > RIGHT
 
 
+@pytest.mark.e2e
 def test_speculative_verification_is_leviathans():
     """Two drafts from q, V = 6: acceptance rates Σ min(p, q), each output token distributed as p."""
     rng = np.random.default_rng(5)
@@ -199,6 +201,7 @@ def test_speculative_verification_is_leviathans():
     assert set(np.asarray(bonus).tolist()) == {1, 2}
 
 
+@pytest.mark.e2e
 def test_a_drafter_that_computes_nonsense_changes_no_distribution():
     """Its probabilities are not numbers: nothing is accepted, and the next token is the target's own."""
     p = jnp.broadcast_to(jnp.array([0, 0.5, 0.5, 0]), (400, 2, 4))
@@ -272,6 +275,7 @@ def sample_rows(pair: Pair, loop: Any, seed: int = 0) -> tuple[list[np.ndarray],
     return [tokens[:HALF, :3], tokens[HALF:, :3]], float(np.mean(accepted))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_sampled_output_is_distributed_as_the_targets(exact, drafter):
     samples, accepted = sample_rows(make(drafter), decode.speculate)
@@ -280,6 +284,7 @@ def test_sampled_output_is_distributed_as_the_targets(exact, drafter):
         assert p_value(tokens, joint) > RIGHT, chosen
 
 
+@pytest.mark.e2e
 def test_the_lean_loops_samples_are_too(exact):
     samples, _ = sample_rows(make("Domino"), decode.autoregress)
     for chosen, tokens, joint in zip(FILTERS, samples, exact, strict=True):
@@ -314,6 +319,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "broken", [pytest.param(BROKEN[n], id=n, marks=[] if n == "residual" else [pytest.mark.slow]) for n in BROKEN]
 )

@@ -92,6 +92,7 @@ def alone_cheaply(pair, alone) -> list[Output]:
     return outputs
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("data", "model"), MESHES, ids=lambda n: str(n))
 def test_a_mesh_gives_the_tokens_of_one_device_with_candidates_too(pair, alone_cheaply, data, model):
     mesh = sharding.make_mesh(data, model)
@@ -104,6 +105,7 @@ def test_a_mesh_gives_the_tokens_of_one_device_with_candidates_too(pair, alone_c
     assert parts["output.values"][0] == -(-89 // model)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("form", [factory.turned, factory.narrow], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("data", "model"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_tokens_of_one_device_with_a_cpus_matrices_too(pair, alone, data, model, form):
@@ -147,6 +149,7 @@ def with_backend(pair: Pair, backend: Any) -> Pair:
 LESS_USUAL = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (1, 2), (1, 8))]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("form", [pytest.param("one by one", marks=pytest.mark.slow), "grouped"])
 @pytest.mark.parametrize(("data", "model"), [(2, 4), *LESS_USUAL], ids=lambda n: str(n))
 def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_pair, moe_alone, form, data, model):

@@ -22,6 +22,7 @@ def words(tmp_path_factory) -> list[str]:
     return [*folders, "--prompts", str(root / "prompts.jsonl"), "--prompt-tokens", "2", "--rounds", "1"]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", [[2], [2, 4]], ids=str)
 def test_every_mode_is_a_row_of_flat_json(words, tmp_path, capsys, drafts):

@@ -107,6 +107,7 @@ def test_simulated_counts_have_the_stated_mean(tau):
     assert np.mean(seen, axis=0) + 1 == pytest.approx([tau] * 3, abs=0.006)
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_shapes_with_a_stated_acceptance_held_against_the_machine(tmp_path, capsys, unphased):
     words = ["--shapes", "tiny", "--random-weights", "--simulate-tau", "2.5", "--roofline"]
@@ -136,6 +137,7 @@ def test_shapes_with_a_stated_acceptance_held_against_the_machine(tmp_path, caps
     assert f"trace of domino 4: {tmp_path / 'traces' / 'domino-4'}" in said
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     """20 tokens in 8 cycles of 2.5; and no matrix product of the real cycle is missing from the program."""
@@ -157,6 +159,7 @@ def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     assert counts[1] == pytest.approx(counts[0], rel=0.01) and counts[1] >= counts[0]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_sweep_has_a_row_for_each_context_and_draws_its_curves(tmp_path, capsys, unphased):
     make_target(tmp_path / "target", std=REPEATING, tokenizer=False)
@@ -312,6 +315,7 @@ def test_differences_are_counted_up_to_the_first_of_an_answer():
     assert differences([[1, 2, 3], [4, 9, 9]], [[1, 2, 3], [4, 5, 6]]) == (1, 1 / 5)
 
 
+@pytest.mark.e2e
 def test_what_a_sweep_measured_is_kept_when_it_is_cancelled(tmp_path, capsys, monkeypatch, unphased):
     first = sweep.alternate
 

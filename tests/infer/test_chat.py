@@ -179,6 +179,7 @@ def test_where_there_is_nothing_to_turn_on_it_is_refused(run, words, target, sta
 # --- Turns ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("words", [(), pytest.param(("--thinking",), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("draft", ["draft", pytest.param("none", marks=pytest.mark.slow)])
 def test_each_turn_of_a_chat_answers_as_a_fresh_run_of_the_conversation(run, turns, tmp_path, words, draft):

@@ -116,6 +116,7 @@ def check_talk(ours: Engine, theirs: Engine, speculative: bool = True, choose: S
         assert {m for *_, accepted in seen for m in accepted} >= {0, 1, 2, 3}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "speculative", [pytest.param(True, id="drafts"), pytest.param(False, id="plain", marks=pytest.mark.slow)]
 )
@@ -222,6 +223,7 @@ def check_two_turns(running: Engine, expected: Engine, **how: Any) -> None:
         assert result(answer) == result(turn(expected, answer.prompt, **how))
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "model"), [(2, 2), pytest.param(1, 2, marks=pytest.mark.slow)], ids=lambda n: str(n))
 def test_on_a_mesh_with_a_row_that_only_fills_it(loaded, fresh, data, model):
@@ -415,6 +417,7 @@ def test_after_a_memory_error_nothing_is_kept(fresh, monkeypatch, program):
 # --- Programs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_turns_compile_nothing_but_what_a_new_bucket_needs(loaded):
     jax.clear_caches()
     running, conversation, ids, seen = Engine(loaded), Conversation(), some(100, 1), []
@@ -433,6 +436,7 @@ def test_turns_compile_nothing_but_what_a_new_bucket_needs(loaded):
     assert sum(compiled for _, compiled in seen) >= 4, "the counter must see what it is for"
 
 
+@pytest.mark.e2e
 def test_on_a_mesh_turns_of_one_bucket_compile_nothing(loaded):
     jax.clear_caches()
     running, conversation, ids = Engine(spread(loaded, 2, 2)), Conversation(), some(130, 1)

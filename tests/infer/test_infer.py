@@ -257,6 +257,7 @@ def buffered() -> dict[str, str]:
     }
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_one_sentence_and_exit_code_1(models):
     root = Path(__file__).parents[2]
@@ -275,6 +276,7 @@ def test_a_full_disk_is_one_sentence_and_exit_code_1(models):
     assert last.startswith("error: the output can't be written") and "No space left" in last
 
 
+@pytest.mark.e2e
 def test_a_reader_that_has_seen_enough_is_no_failure(models):
     root = Path(__file__).parents[2]
     pipe = subprocess.Popen(
@@ -488,6 +490,7 @@ def test_a_row_may_hold_any_character(run, tmp_path):
     assert make_tokenizer().decode(row["input_ids"]) == prompt
 
 
+@pytest.mark.e2e
 def test_without_network_the_error_says_what_was_looked_for(tmp_path):
     command = [sys.executable, "-m", "infer", "hi", "--model", "qwen3-4b"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}

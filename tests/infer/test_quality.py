@@ -84,6 +84,7 @@ def test_conversations_and_ids_are_taken_as_they_are():
     assert parse_questions({"input_ids": [1, 2], "text": "the answer"}, "here").ids == (1, 2)
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_acceptance_of_every_mode_with_stop_tokens(sweep, tmp_path, capsys):
     status, rows = sweep(ROWS, "--lean", "--batch-sizes", "2", "--plot", str(tmp_path / "plots"))
@@ -106,6 +107,7 @@ def test_acceptance_of_every_mode_with_stop_tokens(sweep, tmp_path, capsys):
     assert "gsm8k, domino 4" in shown and "3.00" in shown and "3.50" in shown and "published" not in shown
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_published_figures_belong_to_the_checkpoint_as_it_is(sweep, models, monkeypatch, capsys):
     pair = str(models / "target"), str(models / "draft")
@@ -159,6 +161,7 @@ def asked(monkeypatch) -> list[list[int]]:
 TURNS = [{"turns": ["Hi", "So"]}, {"turns": ["One"]}]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("target", "first", "second"),
     [
@@ -183,6 +186,7 @@ def test_a_second_turn_follows_the_models_own_answer(sweep, models, asked, targe
     assert rows[0]["tau_first_turn"] == 2.0
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_prompts_that_are_too_long_are_counted_and_limits_warned_of(sweep, capsys):
     room = BYTE_TARGET.max_position_embeddings
@@ -196,6 +200,7 @@ def test_prompts_that_are_too_long_are_counted_and_limits_warned_of(sweep, capsy
     assert "too long for the model, left out: 2." in errors and "less room than --new-tokens: 1." in errors
 
 
+@pytest.mark.e2e
 def test_ctrl_c_leaves_the_batches_before(sweep, tmp_path, monkeypatch, capsys):
     generate, calls = Engine.generate, []
 

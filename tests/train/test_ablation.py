@@ -51,6 +51,7 @@ log_every = 2
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     make_target(tmp_path / "target")
@@ -74,6 +75,7 @@ def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     assert "python -m train " not in capfd.readouterr().out, "what is finished is not run again"
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_the_shipped_drafter_from_nothing(tmp_path, capfd):
     """The one command, with a hundredth of the work; the second start finds everything done but the measuring."""

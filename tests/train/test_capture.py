@@ -144,6 +144,7 @@ def contents(folder) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("stop", ["killed", "interrupted", "full disk"])
 def test_a_capture_that_stopped_goes_on_to_the_same_files(
     folder, captured, corpus, tmp_path, monkeypatch, capsys, stop

@@ -68,6 +68,7 @@ def test_the_default_text_is_there():
     assert qwen in train
 
 
+@pytest.mark.e2e
 def test_the_target_learns_and_transformers_loads_it(model):
     rows = [json.loads(line) for line in (model / "pretrain.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 60
@@ -80,6 +81,7 @@ def test_the_target_learns_and_transformers_loads_it(model):
     assert tokenizer.mask_token_id is not None and tokenizer.eos_token_id == theirs.generation_config.eos_token_id
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("held_out", [False, True])
 def test_prompts_are_lines_of_the_right_files(text, model, held_out, tmp_path, capsys):
     out = tmp_path / "prompts.jsonl"
@@ -113,6 +115,7 @@ def test_what_cannot_be_trained_is_refused_and_writes_nothing(text, tmp_path, ch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.e2e
 def test_a_model_is_not_overwritten(text, model):
     with pytest.raises(DominoError, match="already holds a model"):
         run_pretrain(Pretrain(model, text, steps=20, **SMALL))

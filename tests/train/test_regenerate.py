@@ -103,6 +103,7 @@ def sampled(folder, tmp_path_factory) -> list[dict]:
     return run(folder, tmp_path_factory.mktemp("sampled") / "out.jsonl", *drafted(folder), "--temperature", "1.2")
 
 
+@pytest.mark.e2e
 def test_each_turn_is_asked_in_the_template_and_answered_as_transformers_answers_it(folder, greedy):
     pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,6 +139,7 @@ def test_each_turn_is_asked_in_the_template_and_answered_as_transformers_answers
     assert len(ends) == 2, "both ways to end were to be seen"
 
 
+@pytest.mark.e2e
 def test_a_drafter_changes_no_greedy_answer_and_its_acceptance_is_told(folder, greedy, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("train.monitor.decoding_progress.EVERY", 0.0)
     assert run(folder, tmp_path / "a.jsonl", "--temperature", "0", *drafted(folder)) == greedy
@@ -146,12 +148,14 @@ def test_a_drafter_changes_no_greedy_answer_and_its_acceptance_is_told(folder, g
     assert re.search(r"^6/10 answers  [\d,]+ tokens/s  τ \d\.\d\d  0:\d\d:\d\d left$", err, re.MULTILINE)
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_mesh_changes_no_greedy_answer(folder, greedy, tmp_path):
     mesh = ("--mesh", "data=2,model=2", "--dtype", "float32")
     assert run(folder, tmp_path / "b.jsonl", "--temperature", "0", *drafted(folder), *mesh) == greedy
 
 
+@pytest.mark.e2e
 def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path, monkeypatch, capfd):
     assert len({tuple(row["tokens"]) for row in sampled}) > 6, "samples were to be expected"
     out, words = tmp_path / "out.jsonl", [*drafted(folder), "--temperature", "1.2"]
@@ -178,6 +182,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path
     assert run(folder, out, *words) == sampled
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kept", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
 def test_a_killed_run_goes_on(folder, sampled, tmp_path, kept):
     """Whichever lines are there, the others come out as they would have."""
@@ -242,6 +247,7 @@ def test_other_data_another_target_and_foreign_files_are_refused(folder, tmp_pat
     assert foreign.read_bytes() == before
 
 
+@pytest.mark.e2e
 def test_a_full_disk_keeps_what_is_done(folder, greedy, tmp_path, capsys, monkeypatch):
     class Disk:
         """Takes 1500 bytes, the last of them in the middle of a line."""
@@ -275,6 +281,7 @@ def test_a_full_disk_keeps_what_is_done(folder, greedy, tmp_path, capsys, monkey
     assert run(folder, out, "--temperature", "0") == greedy
 
 
+@pytest.mark.e2e
 def test_what_does_not_fit_or_is_refused_is_left_out_and_counted(folder, greedy, tmp_path, capsys):
     more = [
         {"messages": [user("long " * 60), said("x"), user("y"), said("z")]},
@@ -359,6 +366,7 @@ def pair(folder):
     return loading.load_model(folder / "target", folder / "draft", "float32")
 
 
+@pytest.mark.e2e
 def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
     """The second token after one prompt, drafted: its frequencies against the exact distribution."""
     count, choice = 1024, SamplingParams(temperature=0.5, top_k=6)

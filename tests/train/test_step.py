@@ -226,6 +226,7 @@ print("piece", first, count, float(metrics.report.loss), float(metrics.gradient_
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize(("text", "pieces"), [("fsdp=4", [(0, 2), (1, 2)]), ("model=4", [(0, 1), (0, 1)])])
 def test_two_processes_give_the_steps_of_one(alone, text, pieces):
@@ -378,6 +379,7 @@ def test_computing_in_bfloat16_keeps_float32_masters():
     assert metrics.report.loss == pytest.approx(exact.report.loss, rel=0.03) and metrics.finite
 
 
+@pytest.mark.e2e
 def test_anchors_are_a_uniform_draw_without_replacement():
     mask = jnp.asarray([[True, True, False, True, True, True, False], [False] * 7])
     counts = np.zeros(7)

@@ -37,6 +37,7 @@ def tiny(monkeypatch):
         yield ["--shapes", "tiny", *TINY.split()]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_row_of_figures(tiny, tmp_path, capsys, quick_compilation):
     out = tmp_path / "new" / "row.json"
@@ -53,6 +54,7 @@ def test_a_row_of_figures(tiny, tmp_path, capsys, quick_compilation):
     assert "random weights (speed only)" in said and "optimizer" in said
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_on_a_mesh_with_captured_states(tiny, capsys, quick_compilation):
     words = ["--mesh", "data=2,model=2", "--captured", "--loss", "kl", "--no-phases", "--accumulate", "1"]

@@ -169,6 +169,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.e2e
 def test_the_command_prints_what_validation_gives(folder, capsys):
     words = ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
     words += ["--prompts", str(folder / "held.jsonl"), "--new-tokens", "9", "--batch-size", "3"]
@@ -188,6 +189,7 @@ def test_the_command_prints_what_validation_gives(folder, capsys):
     assert f"τ {report.final.tau:.2f} ± {report.final.error:.2f}" in text and "head off" in text
 
 
+@pytest.mark.e2e
 def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
     config = hf.parse_config(hf.read_json(folder / "draft" / "config.json"))
     assert isinstance(config, DraftConfig)
@@ -262,6 +264,7 @@ def test_prompts_whose_answers_loop_are_left_out(pair):
     assert chosen(None) == kept and chosen(1) == kept[:1]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_the_shipped_pair_has_the_acceptance_that_its_page_says():
     found = measure_acceptance(

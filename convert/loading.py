@@ -90,7 +90,7 @@ def plan_load(
         attention: its backend; "auto" chooses among those that are tested on this kind of device.
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
-        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.for_cpu`).
+        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.prepare_for_cpu`).
 
     Raises:
         DominoError: a setting does not fit the pair or these devices.
@@ -155,7 +155,7 @@ def load_model(
             module = _weights(folder, config, None if stored else kind, bar, mesh)
         if on_cpu and not whole:
             with mesh_context(mesh):
-                prepare.for_cpu(module, config)
+                prepare.prepare_for_cpu(module, config)
         return module
 
     with explain_out_of_memory(f"the device has too little memory for the weights in {kind.name}."):
@@ -167,7 +167,7 @@ def load_model(
         del modules  # what is made ready below is then held once
         with mesh_context(mesh):
             if eight_bits is not None and chosen.fitted.draft:
-                params = prepare.quantize(params, chosen.fitted.draft, eight_bits)
+                params = prepare.quantize_drafter(params, chosen.fitted.draft, eight_bits)
             if not plain:
                 prepare.tabulate_head(params, 0 if mesh else prepare.LARGEST_TABLE)  # its rows are on all devices
         jax.block_until_ready(params)

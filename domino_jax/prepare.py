@@ -22,7 +22,7 @@ WHOLE = ("head.gru_in", "head.gru_state", "head.proj_block", "head.proj_state")
 LARGEST_TABLE = 32 << 20  # bytes
 
 
-def for_cpu(module: Any, config: DecoderConfig) -> None:
+def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
     """Make a Target or Draft ready for a float32 run on a CPU: its matrices take the form of `matrix.for_cpu`.
 
     Matrices in bfloat16 stay so, all else becomes float32. Products are float32's either way. Processors that multiply
@@ -56,7 +56,7 @@ def tabulate_head(params: Params, largest: int = LARGEST_TABLE) -> None:
         head.gru_in = nnx.data(jax.jit(matrix.tabulate)(params.target.embed, head.gru_in))
 
 
-def quantize(params: Params, config: DraftConfig, kind: str) -> Params:
+def quantize_drafter(params: Params, config: DraftConfig, kind: str) -> Params:
     """The params with the drafter's matrices in 8 bits, and an 8-bit copy of the LM head for drafting.
 
     Args:

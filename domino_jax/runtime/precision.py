@@ -27,7 +27,7 @@ def matmul_precision(dtype: Any) -> AbstractContextManager[Any]:
 
 
 def keeps_bfloat16(asked: Matrices, dtype: Any) -> bool:
-    """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `prepare.for_cpu`).
+    """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `prepare.prepare_for_cpu`).
 
     Args:
         asked: "auto": in float32, on a CPU with units for bfloat16 matrices, where it was measured to be faster. Not

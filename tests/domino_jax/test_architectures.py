@@ -200,7 +200,7 @@ def test_programs_compiled_for_a_tpu_have_its_experts_backend():
 def test_an_8_bit_drafter_keeps_its_biases():
     pair = factory.good_pair(SMALL, 1, num_hidden_layers=1)
     assert pair.configs.draft is not None and pair.params.draft is not None
-    small = prepare.quantize(pair.params, pair.configs.draft, "int8")
+    small = prepare.quantize_drafter(pair.params, pair.configs.draft, "int8")
     before, after = flatten(pair.params.draft), flatten(small.draft)
     assert after["layers.0.q_bias"] is before["layers.0.q_bias"] and "layers.0.q.values" in after
 

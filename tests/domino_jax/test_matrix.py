@@ -42,7 +42,7 @@ def tau(outputs: list[Output]) -> float:
 
 def eight_bits(pair: Pair, kind: str) -> Pair:
     assert pair.configs.draft is not None
-    return Pair(prepare.quantize(pair.params, pair.configs.draft, kind), pair.configs)
+    return Pair(prepare.quantize_drafter(pair.params, pair.configs.draft, kind), pair.configs)
 
 
 # --- 8-bit drafters ---------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_narrow_matrices_change_no_token(more):
     assert drafter is not None
     if more == "int8":
         mixed = narrow.params._replace(draft=whole.params.draft)
-        narrow = Pair(prepare.quantize(mixed, drafter, "int8"), narrow.configs)
+        narrow = Pair(prepare.quantize_drafter(mixed, drafter, "int8"), narrow.configs)
     if more == "candidates":
         narrow = Pair(narrow.params, dataclasses.replace(narrow.configs, candidates=7))
     expected, found = run(whole), run(narrow)

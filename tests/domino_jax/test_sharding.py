@@ -80,7 +80,7 @@ def alone(pair) -> list[Output]:
 def cheap(pair: Pair) -> Pair:
     """The other form of the head, which scores candidates, and an 8-bit drafter."""
     assert pair.configs.draft is not None
-    small = prepare.quantize(pair.params, pair.configs.draft, "int8")
+    small = prepare.quantize_drafter(pair.params, pair.configs.draft, "int8")
     return Pair(small, dataclasses.replace(pair.configs, candidates=5))
 
 

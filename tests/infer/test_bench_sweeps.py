@@ -221,7 +221,7 @@ def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
     params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
     lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
     if kind:
-        params = jax.eval_shape(lambda p: prepare.quantize(p, draft, kind), params)
+        params = jax.eval_shape(lambda p: prepare.quantize_drafter(p, draft, kind), params)
     cycle = roofline.work(DecodeConfig(target, draft, candidates=candidates), params, batch=1, context=0)
     assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.003)
 

@@ -233,7 +233,7 @@ def test_on_a_mesh_with_a_row_that_only_fills_it(loaded, fresh, data, model):
 @pytest.mark.slow
 def test_with_an_8_bit_drafter(loaded, fresh):
     assert loaded.configs.draft is not None
-    params = prepare.quantize(loaded.params, loaded.configs.draft, "int8")
+    params = prepare.quantize_drafter(loaded.params, loaded.configs.draft, "int8")
     cheap = Engine(replace(loaded, params=params, configs=replace(loaded.configs, candidates=5)))
     check_two_turns(cheap, cheap)
 

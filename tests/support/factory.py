@@ -187,8 +187,8 @@ def turned(pair: Pair) -> Pair:
     """The pair with its matrices as a float32 run on a CPU holds them; those in bfloat16 stay so."""
     assert pair.configs.draft is not None
     params = jax.tree.map(lambda w: w, pair.params)  # other modules of the same arrays
-    prepare.for_cpu(params.target, pair.configs.target)
-    prepare.for_cpu(params.draft, pair.configs.draft)
+    prepare.prepare_for_cpu(params.target, pair.configs.target)
+    prepare.prepare_for_cpu(params.draft, pair.configs.draft)
     return Pair(params, pair.configs)
 
 

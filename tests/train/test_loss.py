@@ -242,7 +242,7 @@ def test_tokens_of_a_packed_row_see_their_own_conversation_only(monkeypatch):
         np.testing.assert_allclose(hidden[:, a:b], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ce", marks=pytest.mark.slow), "kl"])  # in test_train.py: ce
+@pytest.mark.parametrize("kind", [pytest.param("ce", marks=pytest.mark.slow), "kl"])  # in e2e/test_train.py: ce
 def test_captured_states_give_the_same_loss_without_the_target(kind):
     draft = make_draft(True, 1)
     frozen, drafter = pair(draft)

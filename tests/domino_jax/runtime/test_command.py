@@ -12,7 +12,7 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime import command
 from domino_jax.runtime.command import Subcommand, UsageError, exit_code, find_subcommand, parse_words, run_command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)

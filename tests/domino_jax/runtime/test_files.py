@@ -9,7 +9,7 @@ import pytest
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import lock_file, lock_folder, read_jsonl, read_line, whole_lines, write_atomic
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def names(folder: Path) -> list[str]:

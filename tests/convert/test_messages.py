@@ -32,7 +32,7 @@ CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
 CALLED = [message("user", "hi"), message("assistant", "", tool_calls=[CALL]), message("tool", "so")]
 BRIEF = [message("system", "Be brief."), message("user", "hi")]
 # What comes before an answer, in the forms that data has it, and as a template is given it.
-FORMS: dict[str, tuple[list[Any], list[dict[str, Any]]]] = {
+FORMS: dict[str, tuple[list[Any], ...]] = {
     "plain": (BRIEF, BRIEF),
     "parts": ([message("user", [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}])], BRIEF[1:]),
     "texts": ([message("user", ["h", {"text": "i"}])], BRIEF[1:]),

@@ -90,8 +90,8 @@ def _load(place: Path) -> Found | None:
     """None where it is not there or not whole."""
     try:
         values = json.loads((place / ABOUT).read_text(encoding="utf-8"))
-        arrays = [np.load(place / f"{name}.npy", "r" if name in MAPPED else None) for name in ARRAYS]
-        corpus = Corpus(*arrays, values["length"])
+        arrays = {name: np.load(place / f"{name}.npy", "r" if name in MAPPED else None) for name in ARRAYS}
+        corpus = Corpus(**arrays, length=values["length"])
         corpus.fingerprint = values["fingerprint"]
         return corpus, values["about"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -89,7 +89,8 @@ def read_corpus(
         corpus, about = cached_corpus(cache, key, make)
     if progress:
         progress(about["lines"])
-    return corpus, Summary(**about | {"refused": tuple((reason, count) for reason, count in about["refused"])})
+    refused = tuple((reason, count) for reason, count in about["refused"])  # lists, in JSON
+    return corpus, Summary(**about)._replace(refused=refused)
 
 
 def _cache_key(

@@ -86,6 +86,7 @@ sys.__stdout__.write(str(found))
 """
 
 
+@pytest.mark.e2e
 def test_no_command_imports_jax_before_its_words_are_checked():
     """But for a mesh, whose words the core reads."""
     calls = [(module, words, 2) for module, words, _ in USAGE_ERRORS if "--mesh" not in words]
@@ -97,6 +98,7 @@ def test_no_command_imports_jax_before_its_words_are_checked():
     assert done.stdout == "[]"
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("module", ["infer", "infer.bench", "convert", "domino_jax.runtime.console"])
 def test_help_into_a_closed_pipe_is_no_error(module):
     process = subprocess.Popen(

@@ -126,6 +126,7 @@ def test_loading_refuses_what_contradicts(folder):
         load(str(folder / "target"), draft=str(folder / "draft"), num_draft_tokens=9)
 
 
+@pytest.mark.e2e
 def test_importing_the_package_is_quick():
     code = "import sys, infer; assert 'jax' not in sys.modules; infer.load; assert 'jax' in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -66,12 +66,14 @@ def test_help_fits_80_columns_and_names_the_subcommands(monkeypatch, capsys):
     assert groups == ["data", "drafter", "objective", "optimizer", "run", "processes"]
 
 
+@pytest.mark.e2e
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m train --help | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: python -m train")
 
 
+@pytest.mark.e2e
 def test_importing_the_package_does_not_import_jax():
     program = "import sys, train; from train import TrainConfig; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
@@ -86,6 +88,7 @@ def folder(tmp_path_factory) -> Path:
     return base
 
 
+@pytest.mark.e2e
 def test_the_example_of_train_runs_as_it_is_written(folder, monkeypatch):
     monkeypatch.chdir(folder)
     names: dict[str, object] = {}
@@ -118,6 +121,7 @@ def test_settings_come_as_keywords_groups_or_whole():
             configure(None, {"target": "x", "data": "y"} | wrong)
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_one_of_two_processes_is_told_to_stop_and_both_save(folder, tmp_path):
     """Long before the next step that is logged: a machine that is taken away gives half a minute's notice."""

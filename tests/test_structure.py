@@ -1,6 +1,7 @@
 """The rooms of the project: imports point one way, and every module says what it is for."""
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,3 +108,13 @@ def test_slow_tests_run_only_where_the_expression_names_them(request, expression
     assert [item.name for item in items] == runs
     assert [item.name for item in left_out] == (["slow"] if "slow" not in runs else [])
     assert [item.name for item in items if item.get_closest_marker("e2e")] == ["e2e"]
+
+
+def test_a_public_name_is_defined_once():
+    """`grep` for a public function or class finds one definition; every command has its `main`."""
+    places = defaultdict(list)
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert {name: where for name, where in places.items() if len(where) > 1 and name != "main"} == {}

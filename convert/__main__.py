@@ -34,7 +34,7 @@ class Convert:
     """with --check of a drafter: its target, to see whether they fit"""
 
 
-def check_options(options: Convert) -> None:
+def check_words(options: Convert) -> None:
     """Raises: UsageError: the options make no sense together."""
     o = options
     if o.check and (o.source or o.dtype):
@@ -57,7 +57,7 @@ def run_convert(options: Convert) -> int:
         UsageError: the options make no sense.
         DominoError: a folder can't be read or written.
     """
-    check_options(options)
+    check_words(options)
     # Nothing here gains from an accelerator, and one may be serving a model meanwhile.
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax.numpy as jnp

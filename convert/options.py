@@ -206,7 +206,7 @@ class ProcessOptions:
             return resolve_processes(self.coordinator, self.num_processes, self.process_id)
 
 
-def load(
+def load_pair(
     options: ModelOptions,
     console: "Console",
     *,
@@ -236,7 +236,7 @@ def resolve(options: ModelOptions, console: "Console", num_draft_tokens: int | N
 
     A pair that does not fit, or can't run here, is refused before a weight is fetched or read.
 
-    Args and errors: see `load`.
+    Args and errors: see `load_pair`.
     """
     from convert import loading
 

@@ -2,7 +2,8 @@
 
 A module is built by a function from axis letters to a leaf: `axes(config)` builds the tree of the
 letters themselves, `weight_shapes` and `init_weights` derive from that tree, and so do the checks of files. Matrices
-are [out..., in], as in Hugging Face's files (see `domino_jax.matrix`).
+are [out..., in], as in Hugging Face's files. They are plain arrays, or made another form of `domino_jax.matrix` for
+decoding.
 """
 
 from collections.abc import Callable
@@ -30,30 +31,30 @@ class Layer(nnx.Module):
     def __init__(self, leaf: Leaf, bias: bool = False, experts: bool = False):
         none = nnx.data(None)
         self.input_norm: Array = leaf("D")
-        self.q: AnyMatrix = leaf("N H D")
-        self.kv: AnyMatrix = leaf("2 K H D")
+        self.q: Array = leaf("N H D")
+        self.kv: Array = leaf("2 K H D")
         self.q_bias: Array | None = leaf("N H") if bias else none
         self.kv_bias: Array | None = leaf("2 K H") if bias else none
         self.q_norm: Array = leaf("H")
         self.k_norm: Array = leaf("H")
-        self.o: AnyMatrix = leaf("D NH")
+        self.o: Array = leaf("D NH")
         self.o_bias: Array | None = leaf("D") if bias else none
         self.mlp_norm: Array = leaf("D")
         self.router: Array | None = leaf("RE D") if experts else none
-        self.gate_up: AnyMatrix = leaf("E 2 I D" if experts else "2 F D")
-        self.down: AnyMatrix = leaf("E D I" if experts else "D F")
+        self.gate_up: Array = leaf("E 2 I D" if experts else "2 F D")
+        self.down: Array = leaf("E D I" if experts else "D F")
 
 
 class Target(nnx.Module):
     """Qwen3; `lm_head` is None where the embeddings are tied."""
 
     def __init__(self, config: TargetConfig, leaf: Leaf):
-        self.embed: AnyMatrix = leaf("V D")
+        self.embed: Array = leaf("V D")
         self.layers = nnx.List(
             [Layer(leaf, config.attention_bias, config.is_sparse(i)) for i in range(config.num_hidden_layers)]
         )
         self.norm: Array = leaf("D")
-        self.lm_head: AnyMatrix | None = nnx.data(None) if config.tie_word_embeddings else leaf("V D")
+        self.lm_head: Array | None = nnx.data(None) if config.tie_word_embeddings else leaf("V D")
 
 
 class Head(nnx.Module):
@@ -63,18 +64,18 @@ class Head(nnx.Module):
     """
 
     def __init__(self, leaf: Leaf):
-        self.gru_in: AnyMatrix = leaf("GU D")
+        self.gru_in: Array = leaf("GU D")
         self.gru_state: Array = leaf("GU U")
         self.proj_block: Array = leaf("R D")
         self.proj_state: Array = leaf("R U")
-        self.proj_out: AnyMatrix = leaf("V R")
+        self.proj_out: Array = leaf("V R")
 
 
 class Draft(nnx.Module):
     """The block-parallel backbone, with its causal head or (plain DFlash) without."""
 
     def __init__(self, config: DraftConfig, leaf: Leaf):
-        self.fc: AnyMatrix = leaf("D LD")
+        self.fc: Array = leaf("D LD")
         self.context_norm: Array = leaf("D")
         self.layers = nnx.List([Layer(leaf, config.attention_bias) for _ in range(config.num_hidden_layers)])
         self.norm: Array = leaf("D")
@@ -153,6 +154,6 @@ def is_matrix(path: str, letters: str) -> bool:
     return len(letters.split()) > 1 and not is_bias(path)
 
 
-def lm_head(target: Target) -> AnyMatrix:
+def lm_head(target: Target) -> Array:
     """[V, D]: the output projection, the embedding itself where they are tied."""
     return target.embed if target.lm_head is None else target.lm_head

@@ -21,7 +21,7 @@ from infer.output import (
     Notes,
     Output,
     Printer,
-    Summary,
+    RunSummary,
     color_drafts,
     keep_silent,
     record,
@@ -96,18 +96,18 @@ def load_session(options: Generate, notes: Notes) -> "LoadedModel":
     """The model that the options name.
 
     Raises:
-        DominoError: see `convert.options.load`; or an option needs a drafter, and there is none.
+        DominoError: see `convert.options.load_pair`; or an option needs a drafter, and there is none.
     """
     if options.drafting_flags and registry.locate(options.model.model, options.model.draft)[1] is None:
         flags, are = " and ".join(options.drafting_flags), "needs" if len(options.drafting_flags) == 1 else "need"
         raise DominoError(f"{flags} {are} a drafter: give one with --draft DIR.")  # before anything is fetched
-    from convert.options import load
+    from convert.options import load_pair
     from domino_jax.runtime.compile_cache import enable_compile_cache
 
     enable_compile_cache()
     fixed = options.num_draft_tokens if isinstance(options.num_draft_tokens, int) else None
     with progress_bars(notes) as progress:
-        loaded = load(options.model, notes, num_draft_tokens=fixed, progress=progress)
+        loaded = load_pair(options.model, notes, num_draft_tokens=fixed, progress=progress)
     warn(loaded.warnings)
     return loaded
 
@@ -123,7 +123,7 @@ class Session:
         self.loaded = loaded
         self.engine: Engine = Engine(loaded, auto=options.num_draft_tokens == "auto", report=say)
         self.console = Output(highlight=False, soft_wrap=True, emoji=False)
-        self.summary = Summary(loaded, notes)
+        self.summary = RunSummary(loaded, notes)
         given = options.input
         self.encoder = Encoder(loaded.tokenizer, given.raw, given.thinking, given.system)
         warn(self.encoder.check(loaded.configs.draft is not None))

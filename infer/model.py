@@ -239,6 +239,6 @@ def load(
     auto = num_draft_tokens == "auto"
     enable_compile_cache()
     fixed = num_draft_tokens if isinstance(num_draft_tokens, int) else None
-    loaded = options.load(asked, Console(stderr=True), num_draft_tokens=fixed)
+    loaded = options.load_pair(asked, Console(stderr=True), num_draft_tokens=fixed)
     _warn(loaded.warnings)
     return Model(loaded, auto)

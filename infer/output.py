@@ -113,7 +113,7 @@ def record(s: "Sequence", load_seconds: float, comparison: "Comparison | None") 
     return json.dumps(found)
 
 
-class Summary:
+class RunSummary:
     """What a run did: printed in the end, on standard error."""
 
     def __init__(self, loaded: "LoadedModel", notes: Notes):

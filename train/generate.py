@@ -32,7 +32,7 @@ class Request(NamedTuple):
     limit: int  # tokens to generate at most
 
 
-class Completion(NamedTuple):
+class DecodedPrompt(NamedTuple):
     """What the target says to a prompt."""
 
     prompt: Request
@@ -67,7 +67,7 @@ def generate(
     wanted: Callable[[Request], bool] | None = None,
     update: Update | None = None,
     stopping: Callable[[], bool] | None = None,
-) -> Iterator[Completion]:
+) -> Iterator[DecodedPrompt]:
     """Answer the prompts, batch after batch, with drafts if `configs` has a drafter.
 
     Greedy answers are the same with and without a drafter (to rounding: in float32, token for token); samples have the
@@ -119,7 +119,7 @@ class _Run(NamedTuple):
         stop_ids: tuple[int, ...],
         update: Update | None,
         stopping: Callable[[], bool] | None,
-    ) -> list[Completion]:
+    ) -> list[DecodedPrompt]:
         """One batch, to its end or until `stopping`."""
         with explain_out_of_memory(
             f"the device has too little memory for {self.batch} sequences of this length: lower the batch size or the "
@@ -133,7 +133,7 @@ class _Run(NamedTuple):
         stop_ids: tuple[int, ...],
         update: Update | None,
         stopping: Callable[[], bool] | None,
-    ) -> list[Completion]:
+    ) -> list[DecodedPrompt]:
         configs, greedy, rows = self.configs, self.choice.temperature == 0, len(group)
         # Rows that only fill the batch are over after their first token.
         padded = group + [Request(0, 0, group[0].ids[:1], 1)] * (self.batch - rows)
@@ -167,7 +167,7 @@ class _Run(NamedTuple):
             if update:
                 update(int(counts.sum()), emitted.accepted[: len(counts), :rows][counts > 0].tolist())
         return [
-            Completion(prompt, tokens[b], accepted[b], "stop" if tokens[b][-1] in stop_ids else "length")
+            DecodedPrompt(prompt, tokens[b], accepted[b], "stop" if tokens[b][-1] in stop_ids else "length")
             for b, prompt in enumerate(group)
             if done[b]
         ]

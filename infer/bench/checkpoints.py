@@ -117,10 +117,10 @@ def run_checkpoints(options: Round) -> dict[str, Any]:
         hf.SHARD_BYTES = options.shard_mb * 10**6
         way = (first, orbax) if options.step == "to_orbax" else (orbax, last)
         return measured(lambda: convert_folder(*way))
-    return compare(first, last)
+    return compare_folders(first, last)
 
 
-def compare(first: Path, last: Path) -> dict[str, Any]:
+def compare_folders(first: Path, last: Path) -> dict[str, Any]:
     """Whether two Hugging Face folders hold the same bits.
 
     Raises:

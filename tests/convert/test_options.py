@@ -46,10 +46,10 @@ def test_load_takes_every_option(tmp_path):
     drafting = DraftingOptions(str(tmp_path / "draft"), head_candidates=8)
     device = DeviceOptions(dtype="bfloat16", mesh="data=2,model=1", attention="xla")
     asked = ModelOptions(str(tmp_path / "target"), drafting=drafting, device=device)
-    loaded = options.load(asked, Console(quiet=True), num_draft_tokens=2)
+    loaded = options.load_pair(asked, Console(quiet=True), num_draft_tokens=2)
     assert (loaded.dtype.name, loaded.configs.candidates, loaded.configs.drafts) == ("bfloat16", 8, 2)
     assert loaded.mesh is not None and dict(loaded.mesh.shape) == {"data": 2, "model": 1}
     alone = replace(asked, drafting=DraftingOptions("none"), device=DeviceOptions("float32"))
-    assert options.load(alone, Console(quiet=True)).configs.draft is None
+    assert options.load_pair(alone, Console(quiet=True)).configs.draft is None
     with pytest.raises(DominoError, match="5 drafts"):
-        options.load(asked, Console(quiet=True), num_draft_tokens=5)
+        options.load_pair(asked, Console(quiet=True), num_draft_tokens=5)

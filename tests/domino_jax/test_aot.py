@@ -48,7 +48,7 @@ def configs() -> DecodeConfig:
     return DecodeConfig(target, draft)
 
 
-def described(shape: tuple[int, ...], dtype: Any, letters: str, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def described(shape: tuple[int, ...], dtype: Any, letters: str, mesh: Mesh) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(letters, mesh)))
 
 
@@ -64,7 +64,7 @@ def module(config: DecoderConfig, mesh: Mesh) -> Any:
 
 
 def state(configs: DecodeConfig, mesh: Mesh) -> DecodeState:
-    def row(dtype: Any) -> jax.ShapeDtypeStruct:
+    def row(dtype: Any) -> Any:
         return described((1,), dtype, "B", mesh)
 
     def cache(config: DecoderConfig) -> kv.KVCache:
@@ -75,13 +75,15 @@ def state(configs: DecodeConfig, mesh: Mesh) -> DecodeState:
     assert configs.draft is not None
     sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.float32))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    where = NamedSharding(mesh, sharding.spec("B", mesh))
+    described_keys: Any = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=where)
     return DecodeState(
         row(jnp.int32),
         row(jnp.int32),
         row(jnp.int32),
         row(jnp.int32),
         row(bool),
-        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(mesh, sharding.spec("B", mesh))),
+        described_keys,
         sampling,
         cache(configs.target),
         cache(configs.draft),

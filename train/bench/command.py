@@ -168,7 +168,7 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     return found
 
 
-def run_bench(options: TrainBench) -> dict[str, Any]:
+def run_train_bench(options: TrainBench) -> dict[str, Any]:
     """The figures, as one flat row.
 
     Raises:
@@ -299,7 +299,7 @@ PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
 def print_bench(options: TrainBench) -> None:
     """Measure, write the figures if a file was named, and print them."""
     enable_compile_cache()
-    row = run_bench(options)
+    row = run_train_bench(options)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")

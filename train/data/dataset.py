@@ -20,7 +20,7 @@ REPORT_EVERY = 1000  # lines between two calls of `progress`
 GROUP_LINES = 64  # lines that are tokenized at a time
 
 
-class Summary(NamedTuple):
+class CorpusSummary(NamedTuple):
     """What reading came to."""
 
     lines: int
@@ -61,7 +61,7 @@ def read_corpus(
     pack: bool = False,
     progress: Callable[[int], None] | None = None,
     cache: Path | None = None,
-) -> tuple[Corpus, Summary]:
+) -> tuple[Corpus, CorpusSummary]:
     """Read sources into rows of `length` tokens.
 
     Args:
@@ -90,7 +90,7 @@ def read_corpus(
     if progress:
         progress(about["lines"])
     refused = tuple((reason, count) for reason, count in about["refused"])  # lists, in JSON
-    return corpus, Summary(**about)._replace(refused=refused)
+    return corpus, CorpusSummary(**about)._replace(refused=refused)
 
 
 def _cache_key(
@@ -111,7 +111,7 @@ def _read(
     split: str,
     pack: bool,
     progress: Callable[[int], None] | None,
-) -> tuple[Corpus, Summary]:
+) -> tuple[Corpus, CorpusSummary]:
     ids, mask, ends = array("i"), bytearray(), array("q", [0])
     lines = left_out = truncated = told = 0
     refused: Counter[str] = Counter()
@@ -137,7 +137,7 @@ def _read(
     flat = np.frombuffer(ids, np.int32), np.frombuffer(mask, bool), np.frombuffer(ends, np.int64)
     corpus = Corpus.of_sequences(*flat, length, pack)
     counts = len(ends) - 1, len(ids), int(flat[1].sum())
-    summary = Summary(lines, *counts, left_out, truncated, len(corpus), length, tuple(refused.most_common()))
+    summary = CorpusSummary(lines, *counts, left_out, truncated, len(corpus), length, tuple(refused.most_common()))
     return corpus, summary
 
 

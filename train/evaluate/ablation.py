@@ -59,7 +59,7 @@ def runs(options: Ablation) -> Iterator[tuple[str, int, Path]]:
             yield kind, seed, options.out / f"{kind}-{seed}"
 
 
-def train(options: Ablation) -> int:
+def run_missing(options: Ablation) -> int:
     """Run what is missing; the first exit status that is not 0."""
     o = options
     for kind, seed, folder in runs(o):
@@ -153,7 +153,7 @@ def run_ablation(options: Ablation) -> int:
     if not options.seeds or options.steps < 1:
         raise UsageError("give at least one of --seeds, and --steps of at least 1.")
     options.out.mkdir(parents=True, exist_ok=True)
-    status = train(options)
+    status = run_missing(options)
     if status:
         return status
     target = options.target or read_recipe(recipe_path(options.config)).target

@@ -40,7 +40,7 @@ from domino_jax.runtime.files import lock_file
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.sampling import SamplingParams
 from domino_jax.sharding import parse_mesh
-from train.generate import Completion, Request, generate
+from train.generate import DecodedPrompt, Request, generate
 from train.loading import find
 from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.output import Answers
@@ -250,7 +250,7 @@ class Writer:
         # The last token of an answer is never run, so it needs no position.
         return Request(row, turn, ids, min(self.options.max_new_tokens, positions - len(ids) + 1))
 
-    def _write(self, answer: Completion, source: Source, told: list[str]) -> None:
+    def _write(self, answer: DecodedPrompt, source: Source, told: list[str]) -> None:
         prompt = answer.prompt
         values = {"input_ids": list(prompt.ids), "tokens": answer.tokens, "finish_reason": answer.finish_reason}
         if source.given is not None:

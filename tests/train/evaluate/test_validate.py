@@ -25,7 +25,7 @@ from domino_jax.runtime.provenance import distinct_ngrams
 from domino_jax.weights import Params, axes, flatten, init_weights
 from train.evaluate.prompts import read_heldout_prompts, varied
 from train.evaluate.validate import MeasuredAcceptance, Validate, Validation, find_pair, main, measure_acceptance
-from train.generate import Completion
+from train.generate import DecodedPrompt
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -92,7 +92,7 @@ def test_masters_are_rounded_to_the_dtype_of_the_computation(pair, monkeypatch):
 
     def decode(params, configs, prompts, *_, **__):
         seen.append(flatten(params.draft))
-        return [Completion(prompt, [0], [], "stop") for prompt in prompts]
+        return [DecodedPrompt(prompt, [0], [], "stop") for prompt in prompts]
 
     monkeypatch.setattr("train.evaluate.validate.generate", decode)
     weights = flatten(pair.params.draft)

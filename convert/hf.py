@@ -308,7 +308,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def copy_companions(source: Path, destination: Path) -> None:
     """Copy what belongs to a model beside its weights: tokenizer, templates, generation config, card."""
-    skip = {INDEX, "config.json", "format.json"}
+    skip = {INDEX, "config.json"}
     for file in sorted(source.iterdir()):
         text = file.suffix in {".json", ".jinja", ".txt", ".md", ".model"} or file.name == "LICENSE"
         if file.is_file() and text and file.name not in skip:

@@ -2,7 +2,7 @@
 
 DIR/config.json, DIR/tokenizer.json, ...    as they were
 DIR/weights/                                our tree, each array in our layout and its stored dtype
-DIR/format.json                             the number of that layout: another one is refused
+DIR/weights/format.json                     the number of that layout: another one is refused
 
 A training run's folder is read as well: DIR/config.json is its drafter's, DIR/checkpoints holds its states.
 """
@@ -82,7 +82,7 @@ def save_orbax(folder: Path, module: Any) -> None:
     try:
         with ocp.AsyncCheckpointer(handler) as checkpointer:
             checkpointer.save((folder / WEIGHTS).absolute(), args=form)
-        write_json(folder / FORMAT_FILE, {"format": FORMAT})
+        write_json(folder / WEIGHTS / FORMAT_FILE, {"format": FORMAT})
     except Exception as error:  # the array storage behind Orbax raises several kinds
         raise DominoError(f"{folder / WEIGHTS} can't be written: {error}") from error
 
@@ -99,7 +99,8 @@ def check_format(folder: Path, names: Iterable[str]) -> None:
     if is_run(folder):
         found = 1 if any(name.endswith((".k", ".v")) for name in names) else FORMAT
     else:
-        found = read_json(folder / FORMAT_FILE).get("format") if (folder / FORMAT_FILE).exists() else 1
+        file = folder / WEIGHTS / FORMAT_FILE
+        found = read_json(file).get("format") if file.exists() else 1
     if found != FORMAT:
         again = "train it again" if is_run(folder) else "convert the Hugging Face files again with python -m convert"
         raise DominoError(f"{folder} holds weights in format {found}, and this version reads format {FORMAT}: {again}.")

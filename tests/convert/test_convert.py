@@ -120,8 +120,8 @@ def test_a_damaged_orbax_folder_is_refused(tmp_path, capsys):
 def test_orbax_weights_in_an_older_format_are_refused_in_one_sentence(tmp_path, capsys):
     source = write(tmp_path / "hf", TARGET)
     assert main([str(source), str(tmp_path / "orbax")]) == 0
-    assert hf.read_json(tmp_path / "orbax" / "format.json") == {"format": 2}
-    (tmp_path / "orbax" / "format.json").unlink()  # as before there was one
+    assert hf.read_json(tmp_path / "orbax" / "weights" / "format.json") == {"format": 2}
+    (tmp_path / "orbax" / "weights" / "format.json").unlink()  # as before there was one
     assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 1
     error = capsys.readouterr().err
     assert "holds weights in format 1, and this version reads format 2: convert the Hugging Face files again" in error

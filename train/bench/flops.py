@@ -3,7 +3,7 @@
 import math
 
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
-from domino_jax.weights import axes, flatten
+from domino_jax.weights import axes, flatten, is_matrix
 
 
 def flops(target: TargetConfig, config: DraftConfig, rows: int, length: int, count: int) -> dict[str, float]:
@@ -23,7 +23,11 @@ def flops(target: TargetConfig, config: DraftConfig, rows: int, length: int, cou
 
     def layer(config: DecoderConfig) -> int:
         letters = flatten(axes(config).layers[0])
-        return sum(math.prod(config.sizes[x] for x in names.split()) for names in letters.values() if " " in names)
+        return sum(
+            math.prod(config.sizes[x] for x in names.split())
+            for path, names in letters.items()
+            if is_matrix(path, names)
+        )
 
     target_attention = 4 * target.num_attention_heads * target.head_dim * length / 2
     of_target = target.num_hidden_layers * (2 * layer(target) + target_attention) * tokens
@@ -34,6 +38,6 @@ def flops(target: TargetConfig, config: DraftConfig, rows: int, length: int, cou
     head = 0
     if config.head:
         gru = (sizes["D"] + sizes["U"]) * sizes["GU"]
-        head = 2 * (gru + sizes["DU"] * sizes["R"] + sizes["R"] * target_sizes["V"]) * proposals
+        head = 2 * (gru + (sizes["D"] + sizes["U"]) * sizes["R"] + sizes["R"] * target_sizes["V"]) * proposals
     forward = fc + layers + head + lm_head
     return {"target": of_target, "forward": forward, "backward": fc + 2 * (layers + head) + lm_head}

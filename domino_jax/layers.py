@@ -8,7 +8,7 @@ from jax import Array
 
 from domino_jax import moe
 from domino_jax.config import DecoderConfig, MoeConfig, Yarn
-from domino_jax.matrix import AnyMatrix, dot, take
+from domino_jax.matrix import AnyMatrix, dot, dot_each, take
 from domino_jax.weights import Layer
 
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
@@ -77,7 +77,9 @@ def queries(layer: Layer, x: Array, angles: Rotary, eps: float) -> Array:
 
 def keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array]:
     """[..., T, D] -> two [..., T, K, H]: keys normed per head and rotated, values as projected."""
-    k, v = jnp.moveaxis(biased(dot(x, layer.kv), layer.kv_bias), -3, 0)
+    k, v = dot_each(x, layer.kv)
+    if layer.kv_bias is not None:
+        k, v = k + layer.kv_bias[0], v + layer.kv_bias[1]
     return rotate(rms_norm(k, layer.k_norm, eps), angles), v
 
 
@@ -98,7 +100,7 @@ def residual(layer: Layer, x: Array, attended: Array, eps: float, experts: MoeCo
 
 def swiglu(layer: Layer, y: Array) -> Array:
     """down(silu(gate(y)) · up(y)): [..., D] -> [..., D]."""
-    gate, up = jnp.moveaxis(dot(y, layer.gate_up), -2, 0)
+    gate, up = dot_each(y, layer.gate_up)
     return dot(jax.nn.silu(gate) * up, layer.down)
 
 

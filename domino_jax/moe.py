@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.config import MoeBackend, MoeConfig, TargetConfig
-from domino_jax.matrix import AnyMatrix, dot, dot_grouped, select
+from domino_jax.matrix import AnyMatrix, dot, dot_each, dot_grouped, select
 from domino_jax.sharding import MODEL, spec
 
 
@@ -118,7 +118,7 @@ def _one_by_one(y: Array, weights: Array, chosen: Array, gate_up: AnyMatrix, dow
 
     def add(turn: Array, total: Array) -> Array:
         e = which[turn]
-        gate, up = jnp.moveaxis(dot(tokens, select(gate_up, e)), 1, 0)
+        gate, up = dot_each(tokens, select(gate_up, e))
         said = dot(jax.nn.silu(gate) * up, select(down, e))
         # Chosen, and not times zero: an expert may say infinity to a token that never asked it.
         mine = jnp.any(pairs[:, :, e], axis=1)[:, None]

@@ -39,7 +39,7 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
             owner = owner[int(parent)] if parent.isdigit() else getattr(owner, parent)
         weight = getattr(owner, name)
         plain = not is_matrix(path, letters) or "E" in letters.split() or name == "router" or "head" in parents
-        prepared = weight.astype("float32") if plain else matrix.for_cpu(weight)
+        prepared = weight.astype("float32") if plain else matrix.for_cpu(weight, letters.startswith("2 "))
         setattr(owner, name, nnx.data(jax.block_until_ready(prepared)))
 
 

@@ -17,7 +17,7 @@ from domino_jax import decode, layers, matrix, prepare
 from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.drafters.heads import domino
 from domino_jax.errors import DominoError
-from domino_jax.matrix import CpuBfloat16, CpuFloat32, Scaled, Tabulated
+from domino_jax.matrix import CpuBfloat16, CpuFloat32, Scaled, Separate, Tabulated
 from domino_jax.sampling import settings
 from domino_jax.weights import Params, axes, flatten, is_matrix
 
@@ -161,8 +161,13 @@ def test_matrices_stay_narrow_and_the_rest_is_float32():
         before, after = flatten(module), flatten(other)
         for path, weight in before.items():
             narrow = weight.ndim > 1 and not path.startswith("head.")
-            values = after[f"{path}.values" if narrow else path]
-            assert values.dtype == (jnp.bfloat16 if narrow else jnp.float32) and values.shape == weight.shape
+            stacked = path.endswith((".kv", ".gate_up"))  # held one by one
+            names = (
+                [f"{path}.parts.{n}.values" for n in range(2)] if stacked else [f"{path}.values" if narrow else path]
+            )
+            shape = weight.shape[1:] if stacked else weight.shape
+            for values in map(after.__getitem__, names):
+                assert values.dtype == (jnp.bfloat16 if narrow else jnp.float32) and values.shape == shape
     for path, weight in flatten(factory.turned(good()).params.target).items():
         assert weight.dtype == jnp.float32, f"{path} would have been rounded"
 
@@ -173,10 +178,13 @@ def test_products_of_the_cpus_form_are_the_same_sums():
     turned = factory.turned(pair)
     layer: Any = turned.params.target.layers[0]
     x = jax.random.normal(jax.random.key(0), (2, 3, TARGET.hidden_size))
-    for name in ("q", "kv", "gate_up"):
-        expected = matrix.dot(x, getattr(pair.params.target.layers[0], name))
-        assert isinstance(getattr(layer, name), CpuFloat32)
-        np.testing.assert_allclose(matrix.dot(x, getattr(layer, name)), expected, atol=1e-5)
+    assert isinstance(layer.q, CpuFloat32) and isinstance(layer.kv, Separate) and isinstance(layer.gate_up, Separate)
+    plain = pair.params.target.layers[0]
+    np.testing.assert_allclose(matrix.dot(x, layer.q), matrix.dot(x, plain.q), atol=1e-5)
+    for name in ("kv", "gate_up"):
+        expected = matrix.dot_each(x, getattr(plain, name))
+        for one, other in zip(matrix.dot_each(x, getattr(layer, name)), expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
     ids = jnp.array([[3, 0], [1, 3]])
     embed = pair.params.target.embed
     np.testing.assert_array_equal(layers.embed(turned.params.target.embed, ids), embed[ids])

@@ -88,9 +88,9 @@ def test_random_weights_lie_on_a_mesh_in_parts():
     """The shapes and layout are those of loaded weights: a mesh pads the vocabulary and repeats KV heads."""
     loaded = load_random("wide", mesh=(1, 4), matrices="float32")
     leaves = flatten(loaded.params.target)
-    embed, kv = leaves["embed.values"], leaves["layers.0.kv.values"]
+    embed, kv = leaves["embed.values"], leaves["layers.0.kv.parts.0.values"]
     assert embed.shape == (264, 32) and embed.sharding.shard_shape(embed.shape) == (66, 32)
-    assert kv.shape == (2, 4, 8, 32) and kv.sharding.shard_shape(kv.shape) == (2, 1, 8, 32)
+    assert kv.shape == (4, 8, 32) and kv.sharding.shard_shape(kv.shape) == (1, 8, 32)
     sequence, _ = Engine(loaded).sequence([1, 2, 3], 9)
     Engine(loaded).generate([sequence])
     assert len(sequence.tokens) == 9 and max(sequence.tokens) < 261

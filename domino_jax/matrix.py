@@ -252,14 +252,8 @@ def quantize(matrix: AnyMatrix, kind: str) -> Scaled:
     return Scaled(values, jnp.squeeze(scale, -1).astype(out_dtype))
 
 
-def for_cpu(weight: Array, stacked: bool = False) -> Matrix:
-    """How a float32 run on a CPU holds a matrix [out..., in]: bfloat16 stays, all else becomes float32.
-
-    Args:
-        stacked: it is a stack of matrices of one input, [n, out..., in].
-    """
-    if stacked:
-        return Separate(tuple(for_cpu(part) for part in weight))
+def for_cpu(weight: Array) -> Matrix:
+    """How a float32 run on a CPU holds a matrix [out..., in]: bfloat16 stays, all else becomes float32."""
     return CpuBfloat16(weight) if weight.dtype == jnp.bfloat16 else CpuFloat32(weight.astype(jnp.float32))
 
 

@@ -39,8 +39,19 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
             owner = owner[int(parent)] if parent.isdigit() else getattr(owner, parent)
         weight = getattr(owner, name)
         plain = not is_matrix(path, letters) or "E" in letters.split() or name == "router" or "head" in parents
-        prepared = weight.astype("float32") if plain else matrix.for_cpu(weight, letters.startswith("2 "))
+        if plain:
+            prepared = weight.astype("float32")
+        elif letters.startswith("2 "):
+            prepared = matrix.Separate(tuple(map(matrix.for_cpu, _unstacked(weight, letters.removeprefix("2 ")))))
+        else:
+            prepared = matrix.for_cpu(weight)
         setattr(owner, name, nnx.data(jax.block_until_ready(prepared)))
+
+
+@partial(jax.jit, static_argnums=1)
+def _unstacked(weight: Array, letters: str) -> tuple[Array, ...]:
+    """The arrays of a stack, each laid out by its axis letters."""
+    return tuple(constrain(part, letters) for part in weight)
 
 
 def tabulate_head(params: Params, largest: int = LARGEST_TABLE) -> None:

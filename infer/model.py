@@ -5,8 +5,9 @@ Example:
     >>> model = load()  # the shipped pair of small models; or load("qwen3-4b")
     >>> for text in model.stream("import torch\\n", raw=True, max_new_tokens=8):
     ...     print(text, end="")
-    import torch.nn as nn
+    from torch import nn
     <BLANKLINE>
+    from ...
     >>> answer, = model.generate(["def main():"], raw=True, max_new_tokens=16)
     >>> answer.finish_reason, len(answer.tokens), answer.tau > 1
     ('length', 16, True)

@@ -352,10 +352,10 @@ def test_converting_can_change_the_dtype(tmp_path, capsys):
 def test_the_precision_of_products_is_the_models_and_no_other_programs(tmp_path):
     make_target(tmp_path)
 
-    assert jax.config.read("jax_default_matmul_precision") is None
+    assert jax.config.jax_default_matmul_precision is None
     for dtype, expected in (("float32", "highest"), ("bfloat16", None)):
         loaded = loading.load_model(tmp_path, dtype=dtype)
-        assert jax.config.read("jax_default_matmul_precision") is None
+        assert jax.config.jax_default_matmul_precision is None
         with loaded.context():
-            assert jax.config.read("jax_default_matmul_precision") == expected
-        assert jax.config.read("jax_default_matmul_precision") is None
+            assert jax.config.jax_default_matmul_precision == expected
+        assert jax.config.jax_default_matmul_precision is None

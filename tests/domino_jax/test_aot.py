@@ -149,6 +149,7 @@ def test_a_moved_weight_is_found():
     assert not moved(others, known)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize("kind", ["v5e", "v6e"])
 def test_no_weight_is_copied_transposed_or_gathered(kind, tokens, monkeypatch):

@@ -313,8 +313,8 @@ def wrong_draw(keys, weights):
 
 
 BROKEN = {
-    "residual": {"verify__speculative": wrong_residual},
-    "acceptance": {"verify__speculative": wrong_acceptance},
+    "residual": {"verify__accept_sampled": wrong_residual},
+    "acceptance": {"verify__accept_sampled": wrong_acceptance},
     "drafts not drawn from q": {"head__draw": wrong_draw},
 }
 

@@ -55,7 +55,6 @@ def test_text_is_generated_without_any_extra():
     [
         (("train", "--target", str(DEMO_FOLDER / "target"), "--data", "no.jsonl", "--out", "no"), "orbax"),
         (("train.capture", "--help"), "orbax"),
-        (("train.validate", "--help"), "orbax"),
         (("convert", "--check", str(DEMO_FOLDER / "target")), "orbax"),
     ],
 )

@@ -12,7 +12,7 @@ from train.run import Setup
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", "highest"), ("bfloat16", None)])
 def test_the_precision_of_products_is_the_runs(dtype, expected):
     setup: Any = SimpleNamespace(mesh=None, recipe=SimpleNamespace(dtype=dtype))
-    assert jax.config.read("jax_default_matmul_precision") is None
+    assert jax.config.jax_default_matmul_precision is None
     with Setup.context(setup):
-        assert jax.config.read("jax_default_matmul_precision") == expected
-    assert jax.config.read("jax_default_matmul_precision") is None
+        assert jax.config.jax_default_matmul_precision == expected
+    assert jax.config.jax_default_matmul_precision is None

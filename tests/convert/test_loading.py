@@ -25,6 +25,8 @@ from infer.bench.checkpoints import STEPS
 from infer.bench.checkpoints import main as checkpoints_main
 from infer.engine import Engine
 
+JAX_CONFIG: Any = jax.config  # its flags are attributes that no type checker sees
+
 # An odd vocabulary, which every mesh has to pad, and two KV heads, of which larger ones need copies.
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2, num_attention_heads=8)
 MODELS: dict[str, Any] = {
@@ -352,10 +354,10 @@ def test_converting_can_change_the_dtype(tmp_path, capsys):
 def test_the_precision_of_products_is_the_models_and_no_other_programs(tmp_path):
     make_target(tmp_path)
 
-    assert jax.config.jax_default_matmul_precision is None
+    assert JAX_CONFIG.jax_default_matmul_precision is None
     for dtype, expected in (("float32", "highest"), ("bfloat16", None)):
         loaded = loading.load_model(tmp_path, dtype=dtype)
-        assert jax.config.jax_default_matmul_precision is None
+        assert JAX_CONFIG.jax_default_matmul_precision is None
         with loaded.context():
-            assert jax.config.jax_default_matmul_precision == expected
-        assert jax.config.jax_default_matmul_precision is None
+            assert JAX_CONFIG.jax_default_matmul_precision == expected
+        assert JAX_CONFIG.jax_default_matmul_precision is None

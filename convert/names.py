@@ -154,7 +154,8 @@ def units(table: list[Entry]) -> list[list[Entry]]:
 def to_hf(unit: list[Entry], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Hugging Face's tensors by name, from the weights of a group of `units` by path."""
     shape = (len(unit[0].hf_names), *unit[0].hf_shape[:-1], -1)
-    whole = np.concatenate([np.asarray(leaves[entry.path]).reshape(shape) for entry in unit], axis=-1)
+    parts = [np.asarray(leaves[entry.path]).reshape(shape) for entry in unit]
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)  # one is mostly all, and large
     return dict(zip(unit[0].hf_names, whole, strict=True))
 
 

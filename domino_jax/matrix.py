@@ -260,8 +260,3 @@ def for_cpu(weight: Array) -> Matrix:
 def tabulate(vocabulary: AnyMatrix, matrix: Array) -> Tabulated:
     """A matrix [out, in] as a table of its products with the rows of a vocabulary's matrix [V, in]."""
     return Tabulated(dot(take(vocabulary, jnp.arange(vocabulary.shape[0])), matrix))
-
-
-def concatenate(first: Array, second: Array) -> Array:
-    """Two plain matrices of one input as one: [out1, in] and [out2, in] -> [out1 + out2, in]."""
-    return jnp.concatenate([first, second])

@@ -123,13 +123,6 @@ def constrain(x: Array, letters: str) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
-def constrain_stored(x: Array, letters: str) -> Array:
-    """A weight in a program, laid out as it lies in memory (`stored_spec`) where a mesh is in context."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, stored_spec(letters))
-
-
 def model_devices() -> int:
     """Devices that share the vocabulary, and each layer: the size of the mesh axis `model` in context."""
     mesh = jax.sharding.get_abstract_mesh()

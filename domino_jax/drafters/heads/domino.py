@@ -10,7 +10,7 @@ from jax import Array
 
 from domino_jax.config import DraftConfig
 from domino_jax.layers import unembed
-from domino_jax.matrix import AnyMatrix, concatenate, dot, dot_rows, take
+from domino_jax.matrix import AnyMatrix, dot, dot_rows, take
 from domino_jax.sampling import Sampling, probabilities, sample
 from domino_jax.sharding import constrain, model_devices
 from domino_jax.weights import Draft, Head
@@ -91,7 +91,7 @@ def propose_corrected(
         state = jnp.zeros((anchor.shape[0], head.gru_state.shape[1]), z.dtype)
         recurrent = jnp.zeros((anchor.shape[0], 3 * state.shape[1]), z.dtype)  # what a state of zeros gives the gates
         part = dot(z, head.proj_block)  # no token changes it, so a block needs it once
-        from_state = concatenate(head.gru_state, head.proj_state)  # one product with a state instead of two
+        from_state = jnp.concatenate([head.gru_state, head.proj_state])  # one product with a state instead of two
     if head and candidates is not None and candidates < base.shape[-1]:
         best, ids = likeliest(base, candidates)  # [B, J, C]
         few = best, ids, take(head.proj_out, ids)  # the last [B, J, C, R]

@@ -12,7 +12,7 @@ seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
 folder = enable_compile_cache()
 def slow(x):
-    for i in range(60):
+    for i in range(400):  # long enough to compile on a fast machine to be worth keeping
         x = jax.numpy.sin(x @ x) + jax.numpy.sort(x, axis=i % 2)
     return x
 jax.block_until_ready(jax.jit(slow)(jax.numpy.ones((8, 8))))

@@ -24,6 +24,7 @@ from convert.safetensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import write_text
+from domino_jax.runtime.parsing import parse_json, read_text
 from domino_jax.sharding import mesh_context, shard_stored
 from domino_jax.weights import flatten, unflatten
 
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DominoError: the file is missing, or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except FileNotFoundError:
         raise DominoError(f"{path} does not exist; a model folder needs a {path.name}.") from None
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from convert import hf, orbax
 from domino_jax.errors import DominoError
+from domino_jax.runtime.parsing import parse_json
 
 PIECE_BYTES = 4096  # bytes of a tensor's begin, middle and end that count
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file that is no safetensors
@@ -43,7 +44,7 @@ def _tensor_pieces(folder: Path) -> Iterator[bytes]:
         try:
             with file.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                tensors = json.loads(stream.read(size) if size <= file.stat().st_size else b"")
+                tensors = parse_json(stream.read(size) if size <= file.stat().st_size else b"")
             found |= {name: (file, 8 + size, value) for name, value in tensors.items() if name != "__metadata__"}
         except (OSError, ValueError, AttributeError) as error:
             raise DominoError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from None

@@ -20,9 +20,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError, parse_words
 from domino_jax.runtime.files import write_text
+from domino_jax.runtime.parsing import read_text
 from train.config import GROUPS, HERE, TrainConfig, check_options, flag, flat
 
 # What a resumed run may change: where things are, the devices, what is kept and shown, and gentler rates for a run that
@@ -196,9 +197,11 @@ def read_recipe(path: Path) -> TrainConfig:
         DominoError: it can't be read, or a name or a value in it is wrong.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DominoError(f"{path} can't be read as TOML: {error}.") from None
+        tables = tomllib.loads(read_text(path))
+    except RecursionError:
+        raise DominoError(f"{path} can't be read as TOML: it is nested too deep.") from None
+    except (OSError, ValueError) as error:
+        raise DominoError(f"{path} can't be read as TOML: {first_line(error)}.") from None
     wrong = [name for name in tables if name in HERE]
     if wrong:
         raise DominoError(f"{path} sets {wrong[0]}, which belongs on the command line.")

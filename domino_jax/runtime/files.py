@@ -1,5 +1,6 @@
 """Files that other processes may read or write at the same time: JSON lines, whole-file writes, locks on outputs."""
 
+import codecs
 import json
 import mmap
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.parsing import KIND_BYTES, other_kind, parse_json
 
 try:
     import fcntl
@@ -17,6 +19,8 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 LOCK = ".lock"  # of a folder
+ARRAY = "is a JSON array: give one object a line (JSONL), as jq -c '.[]' writes it"
+OBJECT = "begins with a JSON object over several lines: give one object a line (JSONL), as jq -c . writes it"
 
 
 class JsonLine(NamedTuple):
@@ -30,7 +34,7 @@ class JsonLine(NamedTuple):
 def read_jsonl(
     path: Path, what: str | None = None, *, invalid: str = "not JSON", lenient: bool = False
 ) -> Iterator[JsonLine]:
-    """Each line that is not blank, parsed when it is reached.
+    """Each line that is not blank, parsed when it is reached; a byte order mark at the beginning is allowed.
 
     Args:
         what: what the file should hold ("prompts"), for the error of a file without lines; None allows an empty file.
@@ -38,27 +42,46 @@ def read_jsonl(
         lenient: leave such a line out instead.
 
     Raises:
-        DominoError: the file can't be read or has no lines, or a line is not JSON.
+        DominoError: the file can't be read, has no lines or is of another kind, or a line is not JSON.
     """
     end, found = 0, False
     try:
         with path.open("rb") as file:  # a line ends at \n alone: JSON may hold other line separators
+            if kind := other_kind(file.peek(KIND_BYTES)[:KIND_BYTES]):
+                raise DominoError(f"{path} {kind}.")
             for number, line in enumerate(file, 1):
                 start, end = end, end + len(line)
-                if not line.strip():
+                if not line.removeprefix(codecs.BOM_UTF8).strip():
                     continue
-                found, where = True, f"{path}, line {number}"
+                first, found, where = not found, True, f"{path}, line {number}"
                 try:
-                    value = json.loads(line)  # a byte order mark is allowed in bytes
-                except (ValueError, RecursionError) as error:
+                    value = parse_json(line)
+                except ValueError as error:
                     if lenient:
                         continue
-                    raise DominoError(f"{where} is {invalid}: {error}.") from None
+                    if first and (whole := _whole_file(line, error)) and any(map(bytes.strip, file)):
+                        raise DominoError(f"{path} {whole}.") from None
+                    raise DominoError(f"{where} is {invalid}: {_in_line(error)}.") from None
+                if first and isinstance(value, list):
+                    raise DominoError(f"{path} {ARRAY}.")
                 yield JsonLine(value, where, start)
     except OSError as error:
         raise DominoError(f"{path} can't be read: {error}.") from None
     if what and not found:
         raise DominoError(f"{path} has no {what}.")
+
+
+def _whole_file(line: bytes, error: ValueError) -> str | None:
+    """What the file is if its first line, which is not JSON, only begins a value that later lines may go on with."""
+    begins = line.removeprefix(codecs.BOM_UTF8).strip()[:1]
+    if not isinstance(error, json.JSONDecodeError) or error.pos < len(error.doc.rstrip(", \t\r\n")):
+        return None
+    return ARRAY if begins == b"[" else OBJECT if begins == b"{" else None
+
+
+def _in_line(error: ValueError) -> str:
+    """What a parser says about one line; it does not know which line that is."""
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def whole_lines(path: Path) -> int:
@@ -74,7 +97,7 @@ def read_line(path: Path, start: int) -> Any:
     """The JSON value of the line that begins at byte `start` of a file that `read_jsonl` has read."""
     with path.open("rb") as file:
         file.seek(start)
-        return json.loads(file.readline())
+        return parse_json(file.readline())
 
 
 @contextmanager

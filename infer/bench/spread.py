@@ -6,7 +6,6 @@ A run on a shared machine differs from the next by more than its rounds do. So p
 the highest of at least three runs of one command, all from one commit without local changes.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from tyro.conf import Positional
 
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import run_command
+from domino_jax.runtime.parsing import parse_json, read_text
 from infer.bench.rows import DFLASH, DOMINO, LEAN, TRANSFORMERS, Row
 
 FEWEST_RUNS = 3
@@ -91,7 +91,7 @@ def spread_tables(runs: Sequence[Path]) -> str:
 def _read_run(path: Path) -> dict[Case, Row]:
     """The rows of one run by what they measured."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(read_text(path))
         return {(row["batch"], row["mode"], row["drafts"]): row for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DominoError(f"{path} is no file of python -m infer.bench --json: {error}.") from None

@@ -226,7 +226,7 @@ def test_ctrl_c_leaves_the_batches_before(sweep, tmp_path, monkeypatch, capsys):
     [
         ("", [], "target", 1, "has no questions"),
         ('{"prompt": "a"}\n{"prompt"', [], "target", 1, "set.jsonl, line 2 is not JSON"),
-        ("[1]", [], "target", 1, "is not a JSON object but list"),
+        ("3", [], "target", 1, "is not a JSON object but int"),
         ([{"frage": "Wie?", "n": 1}], [], "target", 1, "set.jsonl, line 1 is a question of no known format"),
         ([{"frage": "Wie?", "n": 1}], [], "target", 1, "its fields are frage (str), n (int)"),
         ([{"turns": ["a", 1]}], [], "target", 1, "no known format"),

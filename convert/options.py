@@ -4,14 +4,17 @@ Each is written once, with its help, and nested by tyro without a prefix. Nothin
 so that a command can check its words first.
 """
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
 
 from convert import registry
+from convert.values import INT_LIMIT, is_number, is_whole, shown
 from domino_jax.runtime.command import UsageError, words_at_fault
 from domino_jax.runtime.processes import ProcessConfig, resolve_processes
 
@@ -29,6 +32,54 @@ Attention = Literal["auto", "xla", "cudnn", "pallas"]
 UNSET = arg(help_behavior_hint="")  # the help says in words what an option without a value does
 Flag = Annotated[bool, FlagCreatePairsOff, UNSET]
 GROUP = arg(name="")  # the fields of a nested dataclass belong to the group around it
+
+
+def flag(name: str) -> str:
+    """An option's name as it is given on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_count(name: str, value: Any, least: int = 1, limit: int = INT_LIMIT) -> None:
+    """Refuse what is not a whole number from `least` to `limit` - 1.
+
+    Args:
+        name: of the option.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not is_whole(value):
+        raise UsageError(f"{flag(name)} must be a whole number, found {shown(value)}.")
+    if not least <= value < limit:
+        most = f"from {least} to 2^{limit.bit_length() - 1} - 1"
+        rule = f"at least {least}" if value < least and limit == INT_LIMIT else most
+        raise UsageError(f"{flag(name)} must be {rule}, found {shown(value)}.")
+
+
+RANGES: dict[str, Callable[[float], bool]] = {
+    "0 or more": lambda x: 0 <= x < math.inf,
+    "above 0": lambda x: 0 < x < math.inf,
+    "above 1": lambda x: 1 < x < math.inf,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "from 0 to below 1": lambda x: 0 <= x < 1,
+}
+
+
+def check_real(name: str, value: Any, rule: str) -> None:
+    """Refuse what is not a finite number of a range.
+
+    Args:
+        name: of the option.
+        rule: one of RANGES.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not is_number(value):
+        raise UsageError(f"{flag(name)} must be a number, found {shown(value)}.")
+    if not RANGES[rule](value) or value > sys.float_info.max:
+        raise UsageError(f"{flag(name)} must be {rule}, found {shown(value)}.")
 
 
 class PlanOptions(TypedDict, total=False):
@@ -129,8 +180,8 @@ class ModelOptions:
             UsageError: they contradict each other, or a value is out of range.
         """
         drafting = self.drafting
-        if self.head_candidates is not None and self.head_candidates < 1:
-            raise UsageError(f"--head-candidates must be at least 1, found {self.head_candidates}.")
+        if self.head_candidates is not None:
+            check_count("head_candidates", self.head_candidates)
         if drafting.draft == registry.NO_DRAFT:
             used = {"--head-candidates": self.head_candidates, "--draft-dtype": drafting.draft_dtype}
             for flag in (flag for flag, value in used.items() if value is not None):
@@ -146,7 +197,7 @@ class SamplingOptions:
     """How tokens are chosen."""
 
     temperature: float = 0.0
-    """0 is greedy"""
+    """0 is greedy, and so is anything below 1e-5"""
     top_k: int = 0
     """sample from the k likeliest tokens; 0 is off"""
     top_p: float = 1.0
@@ -162,20 +213,15 @@ class SamplingOptions:
         Raises:
             UsageError: a value is out of its range.
         """
-        rules = (
-            (0 <= self.temperature < float("inf"), "--temperature must be 0 or more", self.temperature),
-            (self.top_k >= 0, "--top-k must be 0 or more", self.top_k),
-            (0 < self.top_p <= 1, "--top-p must be above 0 and at most 1", self.top_p),
-            (0 <= self.min_p <= 1, "--min-p must be from 0 to 1", self.min_p),
-            (0 <= self.seed < 2**32, "--seed must be from 0 to 2^32 - 1", self.seed),
-        )
-        for holds, rule, found in rules:
-            if not holds:
-                raise UsageError(f"{rule}, found {found}.")
+        check_real("temperature", self.temperature, "0 or more")
+        check_real("top_p", self.top_p, "above 0 and at most 1")
+        check_real("min_p", self.min_p, "from 0 to 1")
+        check_count("top_k", self.top_k, least=0)
+        check_count("seed", self.seed, least=0, limit=2**32)
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken: at temperature 0, or next to it."""
+        """Whether the likeliest token is always taken: at a temperature below `sampling.GREEDY_BELOW`."""
         return self.params().temperature == 0
 
     def params(self) -> "SamplingParams":

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.messages import LeftOut, valid_unicode
+from convert.messages import ROLES, LeftOut, valid_unicode
 from domino_jax.errors import DominoError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -22,7 +22,10 @@ class RefusedByTemplate(LeftOut):
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, None if it has no tokenizer files; nothing is fetched, no code is run."""
+    """The tokenizer of a model folder, None if it has no tokenizer files.
+
+    Nothing is fetched. Of the folder's code only the chat template will be run, in transformers' sandbox.
+    """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     # Without PyTorch, which only its models would need, transformers gives advice on standard error.
@@ -87,26 +90,75 @@ def render(
     if not has_template(tokenizer):
         raise DominoError("this model has no chat template, so it takes raw prompts and no messages.")
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    try:
-        rendered = tokenizer.apply_chat_template(
-            plain, tools=tools, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking
+
+    def apply(given: list[dict[str, Any]]) -> str:
+        return tokenizer.apply_chat_template(
+            given, tools=tools, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking
         )
+
+    try:
+        rendered = apply(plain)
     except Exception as error:  # jinja's, and whatever the template itself raises
         raise RefusedByTemplate(first_line(error)) from None
-    for message in plain:
-        if not _shown(message, rendered):
-            raise RefusedByTemplate(f"it leaves out a message of the role {message['role']!r}")
+    hidden = _hidden(plain, rendered, apply)
+    if hidden is not None:
+        role = hidden["role"]
+        known = "" if role in ROLES else f"; known roles are {', '.join(ROLES)}"
+        raise RefusedByTemplate(f"it leaves out a message of the role {role!r}{known}")
+    for name in filter(None, map(_function, tools or [])):
+        if name not in rendered:
+            raise RefusedByTemplate(f"it leaves out the tool {name!r}")
     return rendered
 
 
+def _hidden(
+    messages: list[dict[str, Any]], rendered: str, apply: Callable[[list[dict[str, Any]]], str]
+) -> dict[str, Any] | None:
+    """A message that the template does not show; None where it shows all.
+
+    Each text must be found in the rendering. A short one may be found there by chance, so the same conversation is
+    rendered a second time, with a mark in the place of each text.
+    """
+    for message in messages:
+        if not _shown(message, rendered):
+            return message
+    marks = [f"mark{place}mark" for place in range(len(messages))]
+    marked = [
+        message if "tool_calls" in message and not message["content"] else message | {"content": mark}
+        for message, mark in zip(messages, marks, strict=True)
+    ]
+    try:
+        second = apply(marked)
+    except Exception:  # a template that looks into the texts; what it made of the real ones has been compared
+        return None
+    for message, given, mark in zip(messages, marked, marks, strict=True):
+        if given is not message and mark not in second:
+            return message
+    return None
+
+
 def _shown(message: Mapping[str, Any], rendered: str) -> bool:
-    """Whether a message's text is in the rendering; of an answer, templates leave out thoughts."""
-    content = message.get("content")
-    if message.get("role") == "assistant" or not isinstance(content, str) or content.strip() in rendered:
+    """Whether a message is in the rendering: its text, of an answer without thoughts, and the names of its calls."""
+    content = message["content"]
+    names = map(_function, message.get("tool_calls", ())) if message["role"] == "assistant" else ()
+    if not all(name in rendered for name in names if name):
+        return False
+    if message["role"] == "assistant":  # as templates cut off what was thought before
+        content = content.rpartition(THOUGHTS_END)[2]
+    if content.strip() in rendered:
         return True
-    if message.get("role") == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in rendered:
+    if message["role"] == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in rendered:
         return True
     return "".join(content.split()) in "".join(rendered.split())  # templates may set other spaces and line ends
+
+
+def _function(call: Any) -> str | None:
+    """The name of the function that a tool declares, or a call calls; None where it is of another form."""
+    if not isinstance(call, Mapping):
+        return None
+    inner = call.get("function")
+    name = (inner if isinstance(inner, Mapping) else call).get("name")
+    return name if isinstance(name, str) else None
 
 
 def encode_chat(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-GREEDY_BELOW = 1e-5  # temperatures: logits divided by a smaller one overflow float32
+GREEDY_BELOW = 1e-5  # temperatures, as in vLLM: logits divided by far smaller ones overflow float32
 DIGIT = 4  # bits of a score that one pass over the vocabulary finds
 
 
@@ -40,9 +40,10 @@ class Sampling(NamedTuple):
 
 
 def settings(batch: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampling:
-    """The same settings for every row; a temperature below GREEDY_BELOW is 0."""
+    """The same settings for every row; a temperature below GREEDY_BELOW is 0, and one beyond float32 its largest."""
+    temperature = min(temperature, float(jnp.finfo(jnp.float32).max)) if temperature >= GREEDY_BELOW else 0.0
     return Sampling(
-        jnp.full(batch, temperature if temperature >= GREEDY_BELOW else 0.0, jnp.float32),
+        jnp.full(batch, temperature, jnp.float32),
         jnp.full(batch, top_k, jnp.int32),
         jnp.full(batch, top_p, jnp.float32),
         jnp.full(batch, min_p, jnp.float32),

@@ -15,7 +15,7 @@ Example:
 
 import dataclasses
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack
@@ -34,7 +34,9 @@ from convert.options import (
     Matrices,
     ModelOptions,
     SamplingOptions,
+    check_count,
 )
+from convert.values import json_kind, shown, token_ids
 from domino_jax.config import TargetConfig
 from domino_jax.runtime.command import UsageError
 from domino_jax.runtime.compile_cache import enable_compile_cache
@@ -43,7 +45,7 @@ from infer import engine
 from infer.chat import Chat
 from infer.engine import Decoding, Engine, tau
 from infer.prompts import Encoder, Prompt
-from infer.rows import messages_of_row
+from infer.rows import conversation_in_row
 
 Input = str | Sequence[Message] | Sequence[int]  # text, messages or token ids
 
@@ -57,7 +59,7 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float  # sample from the likeliest tokens that together have this probability; 1 is off
     min_p: float  # drop tokens below this share of the likeliest token's probability; 0 is off
     seed: int  # of the random keys; 0
-    stop: Sequence[str]  # end before one of these texts
+    stop: str | Sequence[str]  # end before this text, or one of these
     raw: bool  # do not apply the chat template: continue the prompt
     thinking: bool  # let the model think before it answers, if its template can
     system: str  # system message
@@ -132,8 +134,9 @@ class Model:
         Args:
             batch_size: prompts that run together.
         """
-        if batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, found {batch_size}.")
+        check_count("batch_size", batch_size)
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts must be a list of prompts, found {json_kind(prompts)}: put one into a list.")
         request = _Request(self, how)
         sequences = [request.sequence(prompt, row) for row, prompt in enumerate(prompts)]
         size = min(batch_size, len(sequences))
@@ -162,6 +165,9 @@ class _Request:
     """Checked keywords."""
 
     def __init__(self, model: Model, how: GenerateOptions):
+        unknown = sorted(set(how) - set(GenerateOptions.__annotations__))
+        if unknown:
+            raise UsageError(f"{unknown[0]} is no keyword; those are {', '.join(GenerateOptions.__annotations__)}.")
         sampling = SamplingOptions(
             how.get("temperature", 0.0),
             how.get("top_k", 0),
@@ -173,9 +179,11 @@ class _Request:
         self.engine = model.engine
         self.decoding = Decoding(sampling.params(), sampling.seed)
         self.max_new_tokens = how.get("max_new_tokens", 256)
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
-        self.stop = tuple(how.get("stop", ()))
+        check_count("max_new_tokens", self.max_new_tokens)
+        stop = how.get("stop", ())
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError(f"stop must be texts that are not empty, found {shown(stop)}.")
         self.encoder = Encoder(model.tokenizer, how.get("raw", False), how.get("thinking", False), how.get("system"))
         _warn(self.encoder.check(model.loaded.configs.draft is not None))
 
@@ -195,9 +203,13 @@ def as_prompt(prompt: Input) -> Prompt:
     """Text, messages or token ids as a Prompt."""
     if isinstance(prompt, str):
         return Prompt(text=prompt)
-    if prompt and isinstance(prompt[0], dict):
-        return Prompt(messages=messages_of_row({"messages": prompt}, "the prompt"))
-    return Prompt(ids=[int(token) for token in prompt])  # type: ignore[arg-type]
+    if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+        conversation = conversation_in_row({"messages": prompt}, "the prompt")
+        return Prompt(messages=conversation[0] if conversation else None)
+    try:
+        return Prompt(ids=token_ids(prompt, "the prompt"))
+    except ValueError as error:
+        raise UsageError(f"{error}; a prompt is text, a list of messages, or a list of token ids.") from None
 
 
 def load(
@@ -237,7 +249,10 @@ def load(
         DraftingOptions(draft, draft_revision, head_candidates, draft_dtype),
         DeviceOptions(dtype, matrices, attention, mesh),
     )
+    asked.check()
     auto = num_draft_tokens == "auto"
+    if num_draft_tokens is not None and not auto:
+        check_count("num_draft_tokens", num_draft_tokens)
     enable_compile_cache()
     fixed = num_draft_tokens if isinstance(num_draft_tokens, int) else None
     loaded = options.load_pair(asked, Console(stderr=True), num_draft_tokens=fixed)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import DisallowNone, Positional, UseAppendAction, arg
 
 from convert import registry
-from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, SamplingOptions
+from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, SamplingOptions, check_count
 from domino_jax.runtime.command import UsageError
 from infer.prompts import parse_ids
 
@@ -85,10 +85,10 @@ class Generate:
         given, output, few = self.input, self.output, self.num_draft_tokens
         sources = [self.prompt is not None, given.prompts is not None, given.input_ids is not None]
         without = self.model.draft == registry.NO_DRAFT
+        check_count("max_new_tokens", output.max_new_tokens)
+        check_count("batch_size", given.batch_size)
         rules = (
             (sum(sources) > 1, "give one of PROMPT, --prompts and --input-ids, not several"),
-            (output.max_new_tokens < 1, f"--max-new-tokens must be at least 1, found {output.max_new_tokens}"),
-            (given.batch_size < 1, f"--batch-size must be at least 1, found {given.batch_size}"),
             (
                 isinstance(few, int) and few < 1,
                 f"--num-draft-tokens must be at least 1, found {few}; --draft none decodes without drafts",

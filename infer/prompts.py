@@ -1,15 +1,19 @@
 """Prompts: from a file, the command line or Python, and the token ids that the model is given for them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.messages import Message
+from convert.messages import Message, valid_unicode
 from convert.tokenizer import has_template
+from convert.values import json_kind, text_of, token_ids
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import read_jsonl
-from infer.rows import max_new_tokens, messages_of_row
+from infer.rows import conversation_in_row, max_new_tokens
+
+KEYS = ("prompt", "messages", "conversations", "input_ids")  # of a row: one of them
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Prompt:
     text: str | None = None
     messages: list[Message] | None = None
     ids: list[int] | None = None
+    tools: list[Any] | None = None  # that the messages may call
     max_new_tokens: int | None = None
     where: str = ""  # in a file, for errors and warnings
 
@@ -83,11 +88,13 @@ class Encoder:
             raise DominoError("messages need the chat template, which --raw turns off.")
         if self.system is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        return text.encode_chat(self.tokenizer, messages, self.thinking)
+        return text.encode_chat(self.tokenizer, messages, self.thinking, prompt.tools)
 
 
 def parse_ids(text: str) -> list[int]:
     """ "1,2,3" as a list; raises ValueError."""
+    if not re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", text):
+        raise ValueError
     return [int(part) for part in text.split(",")]
 
 
@@ -101,16 +108,20 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _parse_row(row: Any, where: str) -> Prompt:
-    kinds = {
-        "prompt": lambda v: isinstance(v, str),
-        "messages": lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, dict) for m in v),
-        "input_ids": lambda v: isinstance(v, list) and all(type(i) is int for i in v),
-    }
-    given = [key for key in kinds if isinstance(row, dict) and key in row]
-    if len(given) != 1 or not kinds[given[0]](row[given[0]]):
+    given = [key for key in KEYS if isinstance(row, dict) and row.get(key) is not None]
+    if len(given) != 1:
+        found = f"found {' and '.join(given)}" if given else "found none of them"
         raise DominoError(
-            f'{where} must have one of "prompt" (a string), "messages" (a list of objects) and "input_ids" (integers).'
+            f'{where} must have one of "prompt" (text, or messages), "messages" or "conversations" (lists of objects) '
+            f'and "input_ids" (integers); {found if isinstance(row, dict) else "found " + json_kind(row)}.'
         )
     limit = max_new_tokens(row, where)
-    messages = messages_of_row(row, where) if "messages" in row else None
-    return Prompt(row.get("prompt"), messages, row.get("input_ids"), limit, where)
+    conversation = conversation_in_row(row, where)
+    try:
+        if conversation is not None:
+            return Prompt(messages=conversation[0], tools=conversation[1], max_new_tokens=limit, where=where)
+        if given == ["prompt"]:
+            return Prompt(valid_unicode(text_of(row, "prompt")), max_new_tokens=limit, where=where)
+        return Prompt(ids=token_ids(row["input_ids"]), max_new_tokens=limit, where=where)
+    except ValueError as error:
+        raise DominoError(f"{where}: {error}.") from None

@@ -4,15 +4,13 @@
 the optimizer, both inside `Recipe`, which is static to the compiled step.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import DisallowNone
 
-from convert.options import UNSET, Dtype, ProcessOptions
+from convert.options import UNSET, Dtype, ProcessOptions, check_count, check_real
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, default_taps
 from domino_jax.runtime.command import UsageError
 
@@ -209,9 +207,17 @@ GROUPS: dict[str, Any] = {
 HERE = ("out", "config", "resume", "processes")
 
 
-def flag(name: str) -> str:
-    """A setting's name as it is given on the command line."""
-    return "--" + name.replace("_", "-")
+COUNTS = (
+    *("batch", "accumulate", "length", "anchors", "chunk", "layers", "block_size", "gru_hidden_dim", "emb_dim"),
+    *("intermediate_size", "steps", "log_every", "save_every", "keep", "validation_tokens", "validation_prompts"),
+)
+REALS = {  # by their ranges
+    "above 0": ("lr", "muon_lr", "clip", "gamma", "epochs"),
+    "from 0 to 1": ("warmup", "lambda_base_start", "d_pace_alpha"),
+    "0 or more": ("weight_decay", "lambda_base_decay_ratio"),
+    "from 0 to below 1": ("ema",),
+    "above 1": ("max_grad_norm_ratio",),
+}
 
 
 def flat(options: TrainConfig) -> dict[str, Any]:
@@ -234,23 +240,18 @@ def check_options(options: TrainConfig) -> TrainConfig:
             "give --target (a model's name or folder) and --data (JSONL files, or a Hub dataset), or --resume with "
             "--out."
         )
-    counts = "batch length anchors chunk layers accumulate log_every save_every keep validation_tokens"
-    rules: dict[str, Callable[[Any], bool]] = dict.fromkeys(counts.split(), lambda x: x >= 1)
-    rules["validation_prompts"] = rules["batch"]
-    rules |= dict.fromkeys(("lr", "muon_lr", "clip", "gamma"), lambda x: 0 < x < math.inf)
-    rules |= dict.fromkeys(("warmup", "lambda_base_start", "d_pace_alpha"), lambda x: 0 <= x <= 1)
-    rules |= dict.fromkeys(("weight_decay", "lambda_base_decay_ratio"), lambda x: 0 <= x < math.inf)
-    rules |= {
-        "intermediate_size": lambda x: x is None or x >= 1,
-        "steps": lambda x: x is None or x >= 1,
-        "epochs": lambda x: 0 < x < math.inf,
-        "ema": lambda x: 0 <= x < 1,
-        "max_grad_norm_ratio": lambda x: x > 1,
-        "validate_every": lambda x: x >= 0,
-    }
-    for name, holds in rules.items():
-        if not holds(values[name]):
-            raise UsageError(f"{flag(name)} can't be {values[name]}.")
+    for name in COUNTS:
+        if values[name] is not None:  # left to the run
+            check_count(name, values[name])
+    for name in ("validate_every", "mask_token_id", "pure_draft_prefix_len"):
+        if values[name] is not None:
+            check_count(name, values[name], least=0)
+    for layer in values["target_layer_ids"]:
+        check_count("target_layer_ids", layer, least=0)
+    check_count("seed", values["seed"], least=0, limit=2**32)
+    for rule, names in REALS.items():
+        for name in names:
+            check_real(name, values[name], rule)
     if options.run.batch % options.run.accumulate:
         raise UsageError(f"--accumulate {options.run.accumulate} does not divide --batch {options.run.batch}.")
     drafter = options.drafter

@@ -20,11 +20,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from convert.options import flag
+from convert.values import shown
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError, parse_words
 from domino_jax.runtime.files import write_text
 from domino_jax.runtime.parsing import read_text
-from train.config import GROUPS, HERE, TrainConfig, check_options, flag, flat
+from train.config import GROUPS, HERE, TrainConfig, check_options, flat
 
 # What a resumed run may change: where things are, the devices, what is kept and shown, and gentler rates for a run that
 # diverged. The steps are not among them: the schedules depend on them.
@@ -240,8 +242,8 @@ def typed(kind: Any, value: Any, said: str) -> Any:
     """
     try:
         return _typed(kind, value)
-    except (TypeError, ValueError):
-        raise DominoError(f"{said} {value!r}; expected {_words(kind)}.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise DominoError(f"{said} {shown(value)}; expected {_words(kind)}.") from None
 
 
 def _typed(kind: Any, value: Any) -> Any:
@@ -253,6 +255,8 @@ def _typed(kind: Any, value: Any) -> Any:
         raise ValueError
     if get_origin(kind) is tuple:
         values = [value] if isinstance(value, str | Path) else list(value)
+        if isinstance(value, Mapping):
+            raise TypeError
         return tuple(_typed(get_args(kind)[0], one) for one in values)
     choices = get_args(kind)
     if choices:  # a type or None, and TOML knows no None
@@ -276,7 +280,9 @@ def _words(kind: Any) -> str:
         return " or ".join(_words(one) for one in get_args(kind) if one is not type(None))
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    if get_origin(kind) is tuple:
+        return f"a list, each {_words(get_args(kind)[0])}"
+    return kind.__name__
 
 
 def dump(options: TrainConfig) -> str:

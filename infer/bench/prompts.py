@@ -7,12 +7,12 @@ import numpy as np
 
 from convert.loading import LoadedModel
 from convert.registry import DEMO_FOLDER
-from convert.tokenizer import encode
+from convert.values import check_vocabulary
 from domino_jax.errors import DominoError
-from domino_jax.runtime.files import read_jsonl
 from domino_jax.runtime.provenance import distinct_ngrams
 from infer.bench.options import Bench
 from infer.engine import Decoding, Engine
+from infer.prompts import Encoder, read_prompts
 
 RANDOM_IDS = "random ids"
 
@@ -67,13 +67,15 @@ def read_bench_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
     if path is None:
         return random_prompts(options, loaded)
     found: list[list[int]] = []
-    try:
-        for row, *_ in read_jsonl(path, "prompts"):
-            ids = row["input_ids"] if "input_ids" in row else encode(loaded.tokenizer, row["prompt"])
-            if len(ids) >= options.prompt_tokens:
-                found.append([int(i) for i in ids[: options.prompt_tokens]])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DominoError(f"{path} is not a JSONL file of prompts: {error!r}.") from None
+    encoder = Encoder(loaded.tokenizer, raw=True)
+    for prompt in read_prompts(path):
+        try:
+            ids = encoder.ids(prompt)
+            check_vocabulary(ids, loaded.configs.target.vocab_size)
+        except (DominoError, ValueError) as error:
+            raise DominoError(f"{prompt.where}: {str(error).rstrip('.')}.") from None
+        if len(ids) >= options.prompt_tokens:
+            found.append(ids[: options.prompt_tokens])
     return found
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from convert.messages import Message
 from convert.tokenizer import encode, encode_chat, has_template
+from convert.values import json_kind, token_ids
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import read_jsonl
-from infer.rows import max_new_tokens, messages_of_row
+from infer.rows import conversation_in_row, max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Question:
     where: str  # file and line, for errors
     turns: tuple[str, ...] = ()  # what the user says; each but the first follows the model's own answers
     messages: tuple[Message, ...] = ()
+    tools: list[Any] | None = None  # that the messages may call
     ids: tuple[int, ...] = ()
     limit: int | None = None  # tokens to generate at most, where the row has its own "max_new_tokens"
 
@@ -70,13 +72,16 @@ def parse_questions(row: Any, where: str) -> Question:
         DominoError: it is no object, or no format has its fields.
     """
     if not isinstance(row, dict):
-        raise DominoError(f"{where} is not a JSON object but {type(row).__name__}.")
+        raise DominoError(f"{where} is not a JSON object but {json_kind(row)}.")
     limit = max_new_tokens(row, where)
-    messages, ids = row.get("messages"), row.get("input_ids")
-    if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
-        return Question(where, ids=tuple(ids), limit=limit)
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-        return Question(where, messages=tuple(messages_of_row(row, where)), limit=limit)
+    if row.get("input_ids") is not None:
+        try:
+            return Question(where, ids=tuple(token_ids(row["input_ids"])), limit=limit)
+        except ValueError as error:
+            raise DominoError(f"{where}: {error}.") from None
+    conversation = conversation_in_row(row, where)
+    if conversation is not None:
+        return Question(where, messages=tuple(conversation[0]), tools=conversation[1], limit=limit)
     for kind in FORMATS:
         if all(isinstance(row.get(name), held) for name, held in kind.fields.items()):
             if not isinstance(row.get("input"), str | None):
@@ -84,7 +89,7 @@ def parse_questions(row: Any, where: str) -> Question:
             turns = kind.turns(row)
             if turns and all(isinstance(turn, str) and turn.strip() for turn in turns):
                 return Question(where, turns=tuple(turns), limit=limit)
-    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "none"
+    found = ", ".join(f"{name} ({json_kind(value)})" for name, value in row.items()) or "none"
     raise DominoError(
         f"{where} is a question of no known format (GSM8K, MATH, HumanEval, MBPP, MT-Bench, Alpaca, or prompt, "
         f"messages, input_ids): its fields are {found}."
@@ -134,7 +139,7 @@ def prompt(question: Question, answers: list[str], tokenizer: Any) -> list[int]:
         if question.ids:
             return list(question.ids)
         if question.messages:
-            return encode_chat(tokenizer, question.messages)
+            return encode_chat(tokenizer, question.messages, tools=question.tools)
         turns = question.turns[: len(answers) + 1]
         if has_template(tokenizer):
             messages: list[Message] = []

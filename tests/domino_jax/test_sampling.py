@@ -340,3 +340,14 @@ def test_a_temperature_next_to_zero_is_greedy(temperature):
     assert SamplingParams(temperature) == SamplingParams(0.0) and SamplingParams(1e-5).temperature == 1e-5
     logits = jnp.asarray([[[1.0, 3.0, 2.0]]])
     assert probabilities(logits, settings(1, temperature)).tolist() == [[[0.0, 1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1.0001e-5, 1e-3, 1e30, 1e39, 1e300])
+@pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (2, 0.9, 0.1), (0, 1e-30, 0.0)])
+def test_every_other_temperature_gives_a_finite_distribution(temperature, filters):
+    """From the least that is not greedy to those beyond float32, with logits as large as models have them."""
+    logits = jnp.array([[[-1e4, 0.0, 1e4, 9999.0], [1e4, 1e4, -1e4, 0.0]]])
+    found = np.asarray(probabilities(logits, settings(1, temperature, *filters)))
+    assert np.isfinite(found).all() and np.allclose(found.sum(-1), 1)
+    if temperature < 1:
+        assert found[0, 0].tolist() == [0, 0, 1, 0] and found[0, 1].tolist() == [0.5, 0.5, 0, 0]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from factory import REPEATING, make_draft, make_target
 
@@ -109,14 +110,42 @@ def test_weights_and_config_are_there_for_researchers(model):
     ("how", "says"),
     [
         ({"temperature": -1.0}, "--temperature must be 0 or more"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"top_p": 0.0}, "--top-p"),
+        ({"temprature": 1.0}, "temprature is no keyword; those are max_new_tokens, temperature"),
+        ({"temperature": "hot"}, "--temperature must be a number, found 'hot'"),
+        ({"top_k": 1.5}, "--top-k must be a whole number"),
+        ({"max_new_tokens": 2**40}, "--max-new-tokens must be from 1 to 2"),
+        ({"seed": True}, "--seed must be a whole number"),
+        ({"stop": [""]}, "stop must be texts that are not empty"),
+        ({"stop": [1]}, "stop must be texts"),
     ],
 )
 def test_wrong_values_are_refused_when_they_are_given(model, how, says):
     for ask in (lambda: model.stream("hi", **how), lambda: model.generate(["hi"], **how), lambda: model.chat(**how)):
         with pytest.raises(UsageError, match=says):
             ask()
+
+
+def test_prompts_are_a_list_and_a_stop_may_be_one_text(model):
+    with pytest.raises(UsageError, match="put one into a list"):
+        model.generate("hello")
+    with pytest.raises(UsageError, match="--batch-size must be at least 1"):
+        model.generate(["hello"], batch_size=0)
+    for wrong in ([[1.5]], [None], [b"ab"], [{"role": "user", "content": "hi"}]):
+        with pytest.raises(UsageError, match="a prompt is text, a list of messages, or a list of token ids"):
+            model.generate(wrong)
+    with pytest.raises(DominoError, match="id 10000000000000000000000, outside the vocabulary of 260"):
+        model.generate([[10**22]])
+    (found,) = model.generate(["hello"], max_new_tokens=3)
+    assert model.generate(["hello"], max_new_tokens=3, stop=found.text[:2])[0].text == ""
+    assert model.generate([np.array(found.prompt_tokens)], max_new_tokens=3)[0].tokens == found.tokens
+
+
+@pytest.mark.parametrize("few", [0, -1, 2.0, True, "all"])
+def test_the_number_of_draft_tokens_is_a_count_or_auto(folder, few):
+    with pytest.raises(UsageError, match="--num-draft-tokens must be "):
+        load(str(folder / "target"), num_draft_tokens=few)
 
 
 def test_loading_refuses_what_contradicts(folder):

@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from convert.options import check_count, check_real
 from convert.registry import DEMO_FOLDER, read_configs
 from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
 from domino_jax.errors import DominoError
-from domino_jax.runtime.command import UsageError, run_command, words_at_fault
+from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
@@ -30,7 +31,7 @@ from domino_jax.sharding import mesh_context
 from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
 from train.bench.flops import flops
-from train.config import Objective, OptimizerConfig, Recipe, flag
+from train.config import Objective, OptimizerConfig, Recipe
 from train.loss import Inputs, gather_positions, loss_denominator, partial_loss, supervision, target_states
 from train.step import LOOPED, TrainState, init_state, train_step
 
@@ -177,13 +178,14 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
     """
     with words_at_fault():
         target, config = configs(options)
-    for name in ("batch", "length", "block_size", "gru_hidden_dim", "emb_dim", "accumulate", "steps", "peak_tflops"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"{flag(name)} can't be {value}.")
-    for name in ("anchors", "chunk", "gamma"):
-        if getattr(options.objective, name) <= 0:
-            raise UsageError(f"{flag(name)} can't be {getattr(options.objective, name)}.")
+    for name in ("batch", "length", "block_size", "gru_hidden_dim", "emb_dim", "accumulate", "steps"):
+        if (value := getattr(options, name)) is not None:
+            check_count(name, value)
+    for name in ("anchors", "chunk"):
+        check_count(name, getattr(options.objective, name))
+    check_real("gamma", options.objective.gamma, "above 0")
+    if options.peak_tflops is not None:
+        check_real("peak_tflops", options.peak_tflops, "above 0")
     dtype = resolve_dtype(options.dtype)
     made = mesh.make_training_mesh(options.mesh, (target, config)) if options.mesh else None
     recipe = Recipe(target, config, options.objective, options.optimizer, 1000, dtype.name, options.accumulate)

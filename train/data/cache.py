@@ -20,7 +20,7 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.files import lock_file
 from train.data.corpus import Corpus
 
-CACHE_VERSION = 1  # of what a row of data becomes: raise it where that changes
+CACHE_VERSION = 2  # of what a row of data becomes: raise it where that changes
 ARRAYS = ("ids", "mask", "ends", "order", "rows")
 MAPPED = ("ids", "mask")  # the large ones, which stay on disk
 ABOUT = "corpus.json"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from convert.messages import Message
+from convert.messages import LeftOut, Message, asks, unknown_roles
 from convert.tokenizer import THOUGHTS_END, THOUGHTS_START, encode, render
 
 Tokens = tuple[list[int], list[int]]  # ids, and a mask that is 1 on those to learn
@@ -38,25 +38,36 @@ class Template:
     def sequences(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Tokens]:
         """Every answer of a conversation once, each after exactly the ids that ask for it in use.
 
-        An answer is left out where nobody said anything before it, where its `weight` is 0 (OpenAI's way to say so),
-        where it broke off within its thoughts, or where the template does not render it as an answer to that prompt.
+        An answer is left out where nobody asked for it, where its `weight` is 0 (OpenAI's way to say so), where it
+        broke off within its thoughts, or where the template does not render it as an answer to that prompt.
 
         Returns:
-            Ids and mask of each sequence; none if there is no answer to learn.
+            Ids and mask of each sequence, at least one.
 
         Raises:
             DominoError, RefusedByTemplate: as `prompt`.
-            ValueError: the template leaves answers out.
+            LeftOut: there is no answer to learn.
         """
+        reason = f"have no answer{unknown_roles(messages)}"
         made: list[Tokens] = []
         ids: list[int] = []
         mask: list[int] = []
         for place, message in enumerate(messages):
-            if message["role"] != "assistant" or place == 0 or message.get("weight", 1) == 0 or _broke_off(message):
+            if message["role"] != "assistant":
+                continue
+            if not any(map(asks, messages[:place])):
+                reason = "have an answer that nobody asked for"
+                continue
+            if message.get("weight", 1) == 0:
+                reason = "have no answer that is to be learned (weight is 0)"
+                continue
+            if _broke_off(message):
+                reason = "have an answer that breaks off within a thought"
                 continue
             asked = render(self.tokenizer, messages[:place], tools=tools)
             answer = self._answer(asked, messages[: place + 1], tools)
             if answer is None:
+                reason = "have an answer that the chat template does not render after the prompt that asks for it"
                 continue
             prompt = self._encode(asked)
             if prompt[: len(ids)] != ids:
@@ -64,7 +75,9 @@ class Template:
                 ids, mask = [], []
             mask = [*mask, *[0] * (len(prompt) - len(ids)), *[1] * len(answer)]
             ids = prompt + answer
-        return [*made, (ids, mask)] if ids else made
+        if not ids:
+            raise LeftOut(reason)
+        return [*made, (ids, mask)]
 
     def _answer(self, asked: str, messages: Sequence[Message], tools: list[Any] | None) -> list[int] | None:
         """The last message's ids up to the end of its turn; None if the rendering does not go on from `asked`."""
@@ -88,9 +101,7 @@ class Template:
     def _ending(self) -> tuple[str, list[int]]:
         """What the template writes after the last answer, and its ids up to its first special token (none without)."""
         messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ANSWER}]
-        _, found, after = render(self.tokenizer, messages, ask=False).rpartition(ANSWER)
-        if not found:
-            raise ValueError("the target's chat template leaves the answers out")
+        after = render(self.tokenizer, messages, ask=False).rpartition(ANSWER)[2]
         ids = self._encode(after)
         ends = [place for place, token in enumerate(ids) if token in self._specials]
         return after, ids[: ends[0] + 1] if ends else []

@@ -6,6 +6,7 @@ A line of a JSONL file, or a row of a dataset, is one of
     {"input_ids": [...], "loss_mask": [...]}    loss where the mask is 1
     {"messages": [{"role": ..., "content": ...}, ...]}          loss on answers (train.data.conversations);
     {"conversations": [{"from": ..., "value": ...}, ...]}       both may come with "tools" (convert.messages)
+    {"prompt": [{"role": ...}, ...], "completion": [...]}       TRL's lists of messages: loss on completion's
     {"prompt": "...", "completion": "..."}      loss on the completion, after the prompt's ids in use
     {"text": "..."}                             loss on all of it, after what use puts before a raw prompt (a BOS, say)
 """
@@ -19,10 +20,11 @@ import numpy as np
 
 from convert.messages import LeftOut, conversation_of
 from convert.tokenizer import encode
+from convert.values import check_vocabulary, json_kind, loss_mask, text_of, token_ids
 from domino_jax.errors import DominoError
 from train.data.conversations import Template, Tokens
 
-FORMS = "input_ids with tokens or loss_mask, messages, conversations, prompt with completion, or text"
+FORMS = "input_ids with tokens or loss_mask, messages, conversations, prompt with completion, or text"  # of a row
 
 
 class Part(NamedTuple):
@@ -54,17 +56,16 @@ def read_part(rows: Sequence[tuple[str, Any]], template: Template, vocab_size: i
     for where, row in rows:
         try:
             found = sequences_of(row, template)
+            for tokens, _ in found:
+                check_vocabulary(tokens, vocab_size)
         except LeftOut as reason:
             refused[str(reason)] += 1
             first_refusal = first_refusal or f"{where} is not a training sequence: {reason.sentence}."
             found = []
-        except (DominoError, ValueError, KeyError, TypeError, AttributeError) as error:
-            said = f"it has no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
-            raise DominoError(f"{where} is not a training sequence: {said}.") from None
+        except (DominoError, ValueError) as error:
+            raise DominoError(f"{where} is not a training sequence: {str(error).rstrip('.')}.") from None
         left_out += not found
         for tokens, on in found:
-            if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-                raise DominoError(f"{where} has an id outside the target's vocabulary of {vocab_size}.")
             kept, learned = tokens[:length], bytes(map(bool, on[:length]))
             if b"\1\1" not in learned:
                 left_out += 1
@@ -81,26 +82,36 @@ def sequences_of(row: Any, template: Template) -> list[Tokens]:
     """Ids and loss masks of one row: one sequence, or for a conversation perhaps several or none.
 
     Raises:
-        DominoError, ValueError, KeyError, TypeError, AttributeError: it is of no known form.
+        DominoError, ValueError: it is of no known form.
         LeftOut: it is a conversation that can't be used.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
+        raise ValueError(f"expected an object, found {json_kind(row)}")
     if row.get("input_ids") is not None:
-        prompt = [int(t) for t in row["input_ids"]]
-        if row.get("tokens") is not None:
-            return [_continued(prompt, [int(t) for t in row["tokens"]])]
-        mask = [int(m) for m in row["loss_mask"]]
-        if len(mask) != len(prompt):
-            raise ValueError(f"loss_mask has {len(mask)} entries for {len(prompt)} ids")
-        return [(prompt, mask)]
+        return [_of_ids(row)]
     conversation = conversation_of(row)
     if conversation is not None:
         return template.sequences(*conversation)
-    before, text = (row["prompt"], row["completion"]) if row.get("completion") is not None else ("", row.get("text"))
-    if text is None:
-        raise ValueError(f"expected {FORMS}")
+    if row.get("completion") is not None:
+        before, text = text_of(row, "prompt"), text_of(row, "completion")
+    elif row.get("text") is not None:
+        before, text = "", text_of(row, "text")
+    else:
+        found = ", ".join(f"{key} ({json_kind(value)})" for key, value in [*row.items()][:8])
+        raise ValueError(f"expected {FORMS}; found {found or 'nothing'}")
     return [_continued(encode(template.tokenizer, before), encode(template.tokenizer, text, special=False))]
+
+
+def _of_ids(row: Mapping[str, Any]) -> Tokens:
+    ids = token_ids(row["input_ids"])
+    if row.get("tokens") is not None:
+        return _continued(ids, token_ids(row["tokens"], "tokens"))
+    if row.get("loss_mask") is None:
+        raise ValueError("it has input_ids, and neither tokens nor loss_mask, which say what is to be learned")
+    mask = loss_mask(row["loss_mask"])
+    if len(mask) != len(ids):
+        raise ValueError(f"loss_mask has {len(mask)} entries for {len(ids)} ids")
+    return ids, mask
 
 
 def _continued(prompt: list[int], tokens: list[int]) -> Tokens:

@@ -5,12 +5,13 @@ A line is one of
     {"messages": [{"role": "user", "content": "..."}, ...]}              OpenAI's form
     {"conversations": [{"from": "human", "value": "..."}, ...]}          ShareGPT's
     {"prompt": "..."}                                                    text to continue
-    {"input_ids": [...]}                                                 the same as ids
+    {"prompt": [{...}, ...], "completion": [{...}, ...]}                 TRL's lists of messages
+    {"input_ids": [...]}                                                 ids to continue
 
 Messages are read as training reads them (convert.messages). Every assistant message of a conversation is a turn, and so
 is its end after a user's or a tool's message. Assistant messages without one between them are one turn. What an
-assistant says before any user does stays as it is, and so do its calls of tools, since what the tools said belongs to
-them.
+assistant says before anybody asks stays as it is, and so do its calls of tools, since what the tools said belongs to
+them, and what is not to be learned (`weight` 0, and TRL's prompts).
 """
 
 import hashlib
@@ -21,8 +22,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.messages import LeftOut, Message, conversation_of, left_out_words, valid_unicode
+from convert.messages import (
+    LeftOut,
+    Message,
+    asks,
+    conversation_of,
+    left_out_words,
+    unknown_roles,
+    valid_unicode,
+)
 from convert.tokenizer import encode, render
+from convert.values import check_vocabulary, json_kind, text_of, token_ids
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import JsonLine, read_jsonl, read_line
 
@@ -59,22 +69,20 @@ def parse_row(row: Any, vocab_size: int) -> Source:
         LeftOut: it is, but there is nothing that the target could answer.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"it holds a {type(row).__name__}")
+        raise ValueError(f"expected an object, found {json_kind(row)}")
     conversation = conversation_of(row)
     if conversation is not None:
         messages, tools = conversation
         return Source(given=_turns(messages), tools=tools)
-    if isinstance(row.get("prompt"), str):
-        if not row["prompt"]:
+    if row.get("prompt") is not None:
+        if not text_of(row, "prompt"):
             raise LeftOut("are empty")
         return Source(text=valid_unicode(row["prompt"]))
-    ids = row.get("input_ids")
-    if isinstance(ids, list) and all(type(i) is int for i in ids):
+    if row.get("input_ids") is not None:
+        ids = token_ids(row["input_ids"])
         if not ids:
             raise LeftOut("are empty")
-        outside = [i for i in ids if not 0 <= i < vocab_size]
-        if outside:
-            raise ValueError(f"it has id {outside[0]}, outside the target's vocabulary of {vocab_size}")
+        check_vocabulary(ids, vocab_size)
         return Source(ids=ids)
     raise ValueError("expected messages, conversations, prompt or input_ids")
 
@@ -84,17 +92,18 @@ def _turns(messages: list[Message]) -> list[list[Message]]:
     current: list[Message] = []
     asked = False
     for message in messages:
-        if message["role"] == "assistant" and (asked or given) and "tool_calls" not in message:
+        kept = "tool_calls" in message or message.get("weight", 1) == 0
+        if message["role"] == "assistant" and (asked or given) and not kept:
             if current:
                 given.append(current)
             current, asked = [], False
         else:
             current.append(message)
-            asked |= message["role"] in ("user", "tool")
+            asked = (asked or asks(message)) and not (message["role"] == "assistant" and message.get("weight", 1) == 0)
     if asked and current[-1]["role"] != "assistant":
         given.append(current)
     if not given:
-        raise LeftOut("ask nothing")
+        raise LeftOut(f"ask nothing{unknown_roles(messages)}")
     return given
 
 

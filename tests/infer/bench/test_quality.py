@@ -226,9 +226,9 @@ def test_ctrl_c_leaves_the_batches_before(sweep, tmp_path, monkeypatch, capsys):
     [
         ("", [], "target", 1, "has no questions"),
         ('{"prompt": "a"}\n{"prompt"', [], "target", 1, "set.jsonl, line 2 is not JSON"),
-        ("3", [], "target", 1, "is not a JSON object but int"),
+        ("3", [], "target", 1, "is not a JSON object but a number"),
         ([{"frage": "Wie?", "n": 1}], [], "target", 1, "set.jsonl, line 1 is a question of no known format"),
-        ([{"frage": "Wie?", "n": 1}], [], "target", 1, "its fields are frage (str), n (int)"),
+        ([{"frage": "Wie?", "n": 1}], [], "target", 1, "its fields are frage (text), n (a number)"),
         ([{"turns": ["a", 1]}], [], "target", 1, "no known format"),
         ([{"instruction": "a", "input": 1}], [], "target", 1, "no known format"),
         ([{"prompt": "a", "max_new_tokens": 0}], [], "target", 1, "max_new_tokens 0"),

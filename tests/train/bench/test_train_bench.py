@@ -111,6 +111,6 @@ def test_refusals(tiny, capsys):
     assert main(["--shapes", "qwen3-9b"]) == 2
     assert "the shapes are qwen3-0.6b" in capsys.readouterr().err
     assert main([*tiny, "--length", "0"]) == 2
-    assert "--length can't be 0" in capsys.readouterr().err
+    assert "--length must be at least 1" in capsys.readouterr().err
     assert main([*tiny, "--mesh", "model=3"]) == 1
     assert "model=3 does not divide num_attention_heads 4" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 from factory import CHAT_END, CHAT_START, make_tokenizer
 from rows import corpus_of_rows
 
-from convert.messages import parse_messages
+from convert.messages import LeftOut, parse_messages
 from domino_jax.errors import DominoError
 from train.data import cache, dataset, workers
 from train.data.conversations import Template
@@ -192,6 +193,10 @@ def pieced(tokenizer: Any, pieces: list[str]) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("name", CASES)
 def test_masks_are_exact_at_their_boundaries(qwen, name):
     messages, expected = CASES[name]
+    if not expected:
+        with pytest.raises(LeftOut):
+            Template(qwen).sequences(parse_messages(messages))
+        return
     made = Template(qwen).sequences(parse_messages(messages))
     assert made == [pieced(qwen, pieces) for pieces in expected]
 
@@ -379,20 +384,77 @@ def test_a_dataset_that_fails_is_one_sentence(tmp_path, offline, monkeypatch):
         read_corpus(["org/set"], 60, 400, None)
 
 
+ROW = '{"text": "a"}\n'
+FOLDERS = {
+    "JSON lines and CSV": ({"a.jsonl": ROW, "b.csv": "text\nx\n", "c.csv": "text\ny\n"}, "(a.jsonl, b.csv)"),
+    "JSON lines and notes": ({"a.jsonl": ROW, "notes.txt": "to do"}, "(a.jsonl, notes.txt)"),
+    "in folders of their own": ({"train/a.json": ROW, "test/b.tsv": "text\nx\n"}, "(test/b.tsv, train/a.json)"),
+    "compressed": ({"a.jsonl.gz": "", "b.parquet": ""}, "(a.jsonl.gz, b.parquet)"),
+    "other columns": (
+        {"a.jsonl": ROW, "a.jsonl.settings.json": '{"seed": {"a": 1}}'},
+        "expected files of one form (JSON lines, Parquet, Arrow, CSV) with the same columns, found a.jsonl, a.",
+    ),
+    "a file that is no table": ({"a.parquet": "no table"}, "with the same columns, found a.parquet"),
+    "no data": ({"a.py": "pass"}, "data files"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_can_not_be_read_whole_names_its_files(tmp_path, offline, name):
+    files, says = FOLDERS[name]
+    for file, text in files.items():
+        path = tmp_path / "data" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(DominoError) as error:
+        list(source_rows(tmp_path / "data"))
+    said = str(error.value)
+    assert said.startswith((f"{tmp_path / 'data'} holds files of several forms", "the training data "))
+    assert says in said and "\n" not in said and "An error occurred" not in said
+
+
+def test_a_folder_may_hold_what_is_no_data_and_say_itself_what_is_read(tmp_path, offline):
+    (tmp_path / "a.jsonl").write_text(ROW)
+    (tmp_path / "LICENSE").write_text("MIT")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "b.csv").write_text("text\nx\n")
+    (tmp_path / "README.md").write_text("# Data")
+    assert [row for _, row in source_rows(tmp_path)] == [{"text": "a"}]
+    (tmp_path / "c.csv").write_text("text\nx\n")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: c.csv\n---\n# Data")
+    assert [row for _, row in source_rows(tmp_path)] == [{"text": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.parquet", ROW.encode(), "has the name of a table, and is none (Parquet)"),
+        ("a.arrow", ROW.encode(), "has the name of a table, and is none (Arrow)"),
+        ("a.parquet", b"\x1f\x8b\x08", "is compressed by gzip"),
+        ("a.parquet", b"", "has the name of a table, and is none (Parquet)"),
+        ("a.arrow", b"PAR1....", "is a Parquet table: give its name the ending .parquet"),
+    ],
+)
+def test_a_file_that_is_only_named_a_table_is_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DominoError, match=re.escape(f"{tmp_path / name} {says}")):
+        list(source_rows(tmp_path / name))
+
+
 REFUSED = [
     ("{", "line 2 is not"),
-    ("[1]", "expected an object, found list"),
+    ("[1]", "expected an object, found a list"),
     ('{"input_ids": [1, 2]}', "loss_mask"),
     ('{"input_ids": [1, 2], "loss_mask": [1]}', "1 entries for 2 ids"),
-    ('{"input_ids": [1, 2], "tokens": [99]}', "line 2 has an id outside the target's vocabulary of 40"),
-    ('{"input_ids": [-1, 2], "tokens": [9]}', "outside the target's vocabulary"),
+    ('{"input_ids": [1, 2], "tokens": [99]}', "it has id 99, outside the target's vocabulary of 40"),
+    ('{"input_ids": [-1, 2], "tokens": [9]}', "found -1 at 0"),
     ('{"text": "a"}', "no tokenizer"),
     ('{"words": "a"}', "expected input_ids"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "no chat template"),
     ('{"messages": "a"}', "a list of messages"),
     ('{"messages": [{"content": "a"}]}', "no role"),
-    ('{"messages": [{"role": "user"}]}', "found NoneType"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "found image"),
+    ('{"messages": [{"role": "user"}]}', "found null"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "found 'image'"),
 ]
 
 
@@ -410,7 +472,7 @@ def test_what_a_template_or_a_text_can_not_be_is_refused(tmp_path):
     path = write(tmp_path / "data.jsonl", {"messages": [user("a"), answer("b")]})
     with pytest.raises(DominoError, match=r"line 1 is not .*: the target's chat template refuses it: turns"):
         read_corpus([path], 8, 260, strict)
-    with pytest.raises(DominoError, match="leaves the answers out"):
+    with pytest.raises(DominoError, match="leaves out a message of the role 'assistant'"):
         read_corpus([path], 8, 260, make_tokenizer("{{ messages[0].content }}"))
     with pytest.raises(DominoError, match=r"line 1 is not a training sequence: .*can't encode"):
         read_corpus([write(tmp_path / "half.jsonl", {"text": "a\ud800b"})], 8, 260, strict)

@@ -63,7 +63,9 @@ def run_convert(options: Convert) -> int:
     import jax.numpy as jnp
 
     from convert.check import check_folder
+    from convert.draft_configs import export_warnings, is_drafter
     from convert.folders import convert_folder
+    from convert.hf import read_json
     from convert.progress import progress_bars
 
     try:
@@ -79,7 +81,12 @@ def run_convert(options: Convert) -> int:
         print("interrupted" if options.check else "interrupted; nothing was written", file=sys.stderr)
         raise
     if not options.check:
+        assert options.destination
         print(f"{options.source} ({was}) -> {options.destination} ({now})")
+        file = options.destination / "config.json"
+        raw = read_json(file)
+        for warning in export_warnings(raw, file=file) if is_drafter(raw) else ():
+            print(f"warning: {warning}", file=sys.stderr)
         return DONE
     for what, value in report.lines:
         print(f"{what:12} {value}")

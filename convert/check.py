@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import hf, orbax
-from convert.folders import HF, depth, folder_format, load_weights, read_config
+from convert.draft_configs import export_warnings, least_depth
+from convert.folders import HF, folder_format, load_weights, read_config
 from convert.safetensors import TensorFiles
 from convert.tokenizer import load_tokenizer
 from domino_jax import target
@@ -54,8 +55,9 @@ def check_folder(
     if not folder.is_dir():
         raise DominoError(f"{folder} is not a folder.")
     other = read_config(target_folder) if target_folder else None
-    raw = hf.read_json(folder / "config.json")
-    config = hf.parse_config(raw, other.num_hidden_layers if other else depth(raw))
+    file = folder / "config.json"
+    raw, depth = hf.read_json(file), other.num_hidden_layers if other else None
+    config = hf.parse_config(raw, depth or least_depth(raw), file)
     if other and not (isinstance(config, DraftConfig) and isinstance(other, TargetConfig)):
         raise DominoError("--target takes the target's folder, and --check then its drafter's.")
     report, of = FolderReport(), folder_format(folder)
@@ -66,6 +68,7 @@ def check_folder(
     tensors = _safetensors(folder, config, report) if of == HF else _orbax(folder, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
     if isinstance(config, DraftConfig):
+        report.warnings += export_warnings(raw, depth, file)
         report.say("target", _fit(config, other, report) if other else "not given: --target DIR says if they fit")
         return report
     tokenizer = None

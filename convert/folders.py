@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from convert import hf, orbax
+from convert.draft_configs import least_depth
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 
@@ -24,7 +25,8 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> TargetCon
     """
     if not folder.is_dir():
         raise DominoError(f"{folder} is not a folder.")
-    return hf.parse_config(hf.read_json(folder / "config.json"), num_target_layers)
+    file = folder / "config.json"
+    return hf.parse_config(hf.read_json(file), num_target_layers, file)
 
 
 def load_weights(
@@ -62,11 +64,11 @@ def convert_folder(
     if there and (not destination.is_dir() or any(file.name != PARTIAL for file in destination.iterdir())):
         raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
-    config = hf.parse_config(raw, depth(raw))
+    config = hf.parse_config(raw, least_depth(raw), source / "config.json")
     was = folder_format(source)
     now = ORBAX if was == HF else HF
-    if was == RUN and dtype is None:
-        dtype = jnp.bfloat16
+    if was == RUN:
+        raw, dtype = config.to_hf(), dtype or jnp.bfloat16  # in today's names, whatever version began the run
     # An empty folder may be a volume or a link to another disk: what is written goes there, not beside it.
     partial = destination / PARTIAL if there else destination.with_name(f".{destination.name}{PARTIAL}")
     try:
@@ -99,12 +101,3 @@ def convert_folder(
 def folder_format(folder: Path) -> str:
     """The form of a model's folder: HF, ORBAX or RUN."""
     return RUN if orbax.is_run(folder) else ORBAX if orbax.is_orbax(folder) else HF
-
-
-def depth(raw: Mapping[str, Any]) -> int | None:
-    """A depth of the target that fits a drafter's taps: its files need not state the true one, nor its weights it."""
-    draft = raw.get("dflash_config")
-    taps = draft.get("target_layer_ids") if isinstance(draft, Mapping) else None
-    if not isinstance(taps, list) or not taps or not all(isinstance(i, int) for i in taps):
-        return None
-    return max(taps) + 1

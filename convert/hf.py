@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from convert.configs import read_target_config
+from convert.draft_configs import is_drafter, read_draft_config
 from convert.names import Entry, entries, to_hf, units
 from convert.safetensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
@@ -71,14 +73,21 @@ def stop_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def parse_config(raw: Mapping[str, Any], num_target_layers: int | None = None) -> TargetConfig | DraftConfig:
-    """The config of a target, or of a drafter if it has a `dflash_config`."""
-    try:
-        if "dflash_config" in raw:
-            return DraftConfig.from_hf(raw, num_target_layers)
-        return TargetConfig.from_hf(raw)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise DominoError(f"config.json has a value of the wrong kind: {error}.") from None
+def parse_config(
+    raw: Mapping[str, Any], num_target_layers: int | None = None, file: Path | None = None
+) -> TargetConfig | DraftConfig:
+    """The config of a target or of a drafter, by what a config.json holds.
+
+    Args:
+        num_target_layers: the target's depth, for a drafter that does not state it.
+        file: where `raw` is from, for errors.
+
+    Raises:
+        DominoError: a field is missing or of another kind, or asks for what is not supported.
+    """
+    if is_drafter(raw):
+        return read_draft_config(raw, num_target_layers, file).config
+    return read_target_config(raw, file)
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -171,7 +180,18 @@ def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
     found = {name: (stored.shape, stored.dtype) for name, stored in where.items()}
     if isinstance(config, TargetConfig) and config.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # some files carry the embedding a second time
-    return tensor_differences(wanted, found)
+    return _read_layers(config, where) + tensor_differences(wanted, found)
+
+
+def _read_layers(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
+    """Whether a drafter's fc takes as many of the target's layers as its config names, where it takes whole ones."""
+    shape = where["fc.weight"].shape if "fc.weight" in where else ()
+    if not isinstance(config, DraftConfig) or len(shape) != 2 or shape[1] % config.hidden_size:
+        return []
+    count, taps = shape[1] // config.hidden_size, list(config.target_layer_ids)
+    if count == len(taps):
+        return []
+    return [f"fc.weight is of {count} layers, target_layer_ids (the public formula's, where none are given) {taps}"]
 
 
 def tensor_differences(

@@ -153,18 +153,23 @@ def read_configs(
         DominoError: one of them is not of a supported model, or the two do not fit.
     """
     from convert import hf
-    from domino_jax.config import DraftConfig, TargetConfig, check_pair
+    from convert.configs import read_target_config
+    from convert.draft_configs import is_drafter, read_draft_config
+    from domino_jax.config import check_pair
 
-    raw = hf.read_json(target / "config.json")
-    config = hf.parse_config(raw)
-    if not isinstance(config, TargetConfig):
+    file = target / "config.json"
+    raw = hf.read_json(file)
+    if is_drafter(raw):
         raise DominoError(f"{target} holds a drafter; {flag} takes the target that it is a drafter of.")
+    config = read_target_config(raw, file)
     if draft is None:
         return raw, config, None, []
-    draft_config = hf.parse_config(hf.read_json(draft / "config.json"), config.num_hidden_layers)
-    if not isinstance(draft_config, DraftConfig):
+    file = draft / "config.json"
+    raw_draft = hf.read_json(file)
+    if not is_drafter(raw_draft):
         raise DominoError(f"{draft} is not a drafter (its config.json has no dflash_config); see --draft.")
-    return raw, config, draft_config, check_pair(config, draft_config)
+    draft_config, warnings = read_draft_config(raw_draft, config.num_hidden_layers, file)
+    return raw, config, draft_config, [*warnings, *check_pair(config, draft_config)]
 
 
 def _is_folder(place: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import DisallowNone
 
 from convert.options import UNSET, Dtype, ProcessOptions, check_count, check_real
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, default_taps
+from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, choose_taps
 from domino_jax.runtime.command import UsageError
 
 LossKind = Literal["ce", "kl"]
@@ -63,8 +63,8 @@ class DrafterOptions:
     """rank of the head's correction of the logits"""
     pure_draft_prefix_len: int = 1
     """the head does not correct this many first proposals"""
-    shift_label: bool = True
-    """the anchor's own row makes the first proposal"""
+    shift_label: Unset[bool] = None
+    """the anchor's own row makes the first proposal; with a head yes, without no, when not given"""
     mask_token_id: Unset[int] = None
     """the tokenizer's mask token when not given; 151669 for Qwen3"""
     init: Literal["random", "target-layers"] = "random"
@@ -277,9 +277,9 @@ def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:
         ),
         block_size=options.block_size,
         mask_token_id=options.mask_token_id,
-        target_layer_ids=options.target_layer_ids or default_taps(target.num_hidden_layers, options.layers),
+        target_layer_ids=options.target_layer_ids or choose_taps(target.num_hidden_layers, options.layers),
         num_target_layers=target.num_hidden_layers,
-        shift_label=options.shift_label,
+        shift_label=options.head if options.shift_label is None else options.shift_label,
         head=HeadConfig(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
         if options.head
         else None,

@@ -30,7 +30,7 @@ from convert.identity import model_fingerprint
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
-from domino_jax.config import DraftConfig, TargetConfig, check_pair
+from domino_jax.config import DraftConfig, TargetConfig, check_pair, last_layer_warning
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
@@ -99,8 +99,8 @@ def prepare(options: TrainConfig) -> Setup:
         raise DominoError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(folder)
     options = replaced(options, "drafter", mask_token_id=mask_token(options, tokenizer))
-    draft = config.draft_config(options.drafter, target)
-    for warning in check_pair(target, draft):
+    options, draft = settle_drafter(options, target)
+    for warning in [*check_pair(target, draft), *last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)]:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     mesh = resolve_mesh(options, target, draft)
     dtype = resolve_dtype(options.run.dtype)
@@ -168,6 +168,26 @@ def mask_token(options: TrainConfig, tokenizer: Any) -> int:
             "the target's tokenizer has no mask token; give --mask-token-id, an unused id of its vocabulary."
         )
     return found
+
+
+def settle_drafter(options: TrainConfig, target: TargetConfig) -> tuple[TrainConfig, DraftConfig]:
+    """The drafter's config, and the options with what it chose by default; a resumed run keeps its drafter.
+
+    Raises:
+        DominoError: the settings of a resumed run give another drafter than it began with.
+    """
+    path = options.out / "config.json"
+    was = folders.read_config(options.out, target.num_hidden_layers) if options.resume and path.exists() else None
+    if isinstance(was, DraftConfig) and not options.drafter.target_layer_ids:
+        options = replaced(options, "drafter", target_layer_ids=was.target_layer_ids)
+    draft = config.draft_config(options.drafter, target)
+    if was is not None and was != draft:
+        raise DominoError(
+            f"{path} is of another drafter than {options.out / settings.SETTINGS} and the target give: a resumed run "
+            "needs all three as they were."
+        )
+    chosen = {"target_layer_ids": draft.target_layer_ids, "shift_label": draft.shift_label}
+    return replaced(options, "drafter", **chosen), draft
 
 
 def resolve_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig) -> Mesh | None:

@@ -16,6 +16,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from convert import hf
+from convert.draft_configs import read_draft_config
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig, check_pair
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten
@@ -245,43 +246,46 @@ def test_folders_without_weights_or_config_are_refused(target, tmp_path):
 
 LLAMA = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32768}
 BOTH = {
-    "rope_scaling": ({"rope_scaling": LLAMA}, "rope type 'llama3'"),
-    "rope_scaling, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-    "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | LLAMA}, "rope type 'llama3'"),
-    "dynamic rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
-    "long rope": ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
-    "unknown rope": ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "spiral"}}, "rope type 'spiral'"),
+    "rope_scaling": ({"rope_scaling": LLAMA}, 'rope type "llama3"'),
+    "rope_scaling, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope type "linear"'),
+    "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | LLAMA}, 'rope type "llama3"'),
+    "dynamic rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 'rope type "dynamic"'),
+    "long rope": ({"rope_scaling": {"rope_type": "longrope"}}, 'rope type "longrope"'),
+    "unknown rope": ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "spiral"}}, 'rope type "spiral"'),
     "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "part of a head, nested": ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "a part"),
-    "MLP bias": ({"mlp_bias": True}, "mlp_bias True"),
-    "hidden_act": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "part of a head, nested": (
+        {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+        "rope_parameters.partial_rotary_factor 0.5",
+    ),
+    "MLP bias": ({"mlp_bias": True}, "mlp_bias true"),
+    "hidden_act": ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    "no theta": ({"rope_theta": None}, "no rope_theta"),
-    "no head_dim": ({"head_dim": None}, "no head_dim"),
+    "no theta": ({"rope_theta": ...}, "no rope_theta", "a number above 1"),
+    "no head_dim": ({"head_dim": ...}, "no head_dim", "an integer of at least 1"),
     "odd head_dim": ({"head_dim": 7}, "head_dim must be even"),
-    "no layers": ({"num_hidden_layers": 0}, "below 1"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers 0; expected an integer from 1"),
     "heads": ({"num_attention_heads": 5, "num_key_value_heads": 2}, "must be a multiple"),
 }
 TARGETS = {
-    "another architecture": ({"model_type": "llama"}, "model_type 'llama'"),
-    "another MoE": ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe'"),
+    "another architecture": ({"model_type": "llama"}, 'model_type "llama"'),
+    "another MoE": ({"model_type": "qwen2_moe"}, 'model_type "qwen2_moe"'),
     "use_sliding_window": ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window"),
     "sliding layer": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
 }
 DRAFTERS = {
     "P = J": ({"dflash_config": {"pure_draft_prefix_len": 5}}, "pure_draft_prefix_len", "0 to 4", "found 5"),
-    "P < 0": ({"dflash_config": {"pure_draft_prefix_len": -1}}, "pure_draft_prefix_len", "found -1"),
+    "P < 0": ({"dflash_config": {"pure_draft_prefix_len": -1}}, "pure_draft_prefix_len -1", "at least 0"),
     "P = J, unshifted": (
         {"dflash_config": {"pure_draft_prefix_len": 4, "shift_label": False}},
         "pure_draft_prefix_len must be from 0 to 3",
     ),
     "tap beyond the target": ({"dflash_config": {"target_layer_ids": [0, 2]}}, "target_layer_ids [0, 2]", "0 to 1"),
-    "tap below": ({"dflash_config": {"target_layer_ids": [-1]}}, "target_layer_ids [-1]"),
+    "tap below": ({"dflash_config": {"target_layer_ids": [-1]}}, "target_layer_ids [-1]", "integers of at least 0"),
     "no taps": ({"dflash_config": {"target_layer_ids": []}}, "target_layer_ids []"),
     "mask token": ({"dflash_config": {"mask_token_id": 89}}, "mask_token_id 89", "89"),
     "no mask token": ({"dflash_config": {"mask_token_id": None}}, "no mask_token_id"),
-    "projector": ({"dflash_config": {"projector_type": "medusa"}}, "projector_type 'medusa'"),
-    "no rank": ({"dflash_config": {"emb_dim": None}}, "no emb_dim"),
+    "projector": ({"dflash_config": {"projector_type": "medusa"}}, 'projector_type "medusa"'),
+    "no rank": ({"emb_dim": None, "dflash_config": {"emb_dim": None}}, "no emb_dim"),
     "no GRU width": ({"dflash_config": {"gru_hidden_dim": None}}, "no gru_hidden_dim"),
     "no block": ({"block_size": None}, "no block_size"),
     "a block of nothing": ({"block_size": 1, "dflash_config": {"shift_label": False}}, "proposes nothing"),
@@ -289,16 +293,16 @@ DRAFTERS = {
     "unknown layer type": ({"layer_types": ["chunked_attention"]}, "chunked_attention"),
     "window unknown": ({"layer_types": ["sliding_attention"]}, "no sliding_window"),
     "layer types": ({"layer_types": ["full_attention"] * 2}, "layer_types names 2 layers"),
-    "not a drafter": ({"dflash_config": 3}, "no dflash_config"),
+    "not a drafter": ({"dflash_config": 3}, "dflash_config 3; expected an object"),
 }
 
 
 def edited(raw: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """The config with `change`, inside dflash_config too."""
+    """The config with `change`, inside dflash_config too; ... takes a field away."""
     nested = change.get("dflash_config")
     if isinstance(nested, dict):
         change = change | {"dflash_config": raw["dflash_config"] | nested}
-    return raw | change
+    return {name: value for name, value in (raw | change).items() if value is not ...}
 
 
 @pytest.mark.parametrize("config", [TARGET, DRAFT], ids=["target", "draft"])
@@ -377,7 +381,7 @@ def test_a_drafter_is_no_target_and_the_other_way_round(draft, target):
     assert isinstance(hf.parse_config(hf.read_json(draft / "config.json")), DraftConfig)
     assert isinstance(hf.parse_config(hf.read_json(target / "config.json")), TargetConfig)
     with refused("no dflash_config"):
-        DraftConfig.from_hf(hf.read_json(target / "config.json"))
+        read_draft_config(hf.read_json(target / "config.json"))
     with refused("does not hold the model"):
         hf.load_hf(draft, TARGET)
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from convert import hf, loading, safetensors
 from convert.__main__ import main as convert_main
 from convert.folders import convert_folder, load_weights
+from convert.registry import read_configs
 from convert.safetensors import TensorFiles
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
@@ -250,6 +251,53 @@ def test_a_drafter_is_checked_against_its_target(tmp_path, capsys):
     assert code == 1 and "made for another target" in out
 
 
+def test_a_drafter_that_reads_the_last_layer_is_called_that_on_export_and_not_in_use(tmp_path, capsys):
+    make_target(target := tmp_path / "target", num_hidden_layers=3)
+    for name, taps, words in (("last", (1, 2), "last layer, 2"), ("below", (0, 1), "")):
+        make_draft(draft := tmp_path / name, num_target_layers=3, target_layer_ids=taps)
+        for given in ([draft], [draft, "--target", target]):
+            code, out = checked(capsys, *given)
+            assert code == 0 and ("warning" in out) == bool(words) and words in out
+        assert convert_main([str(draft), str(tmp_path / f"{name}-orbax")]) == 0
+        assert words in (error := capsys.readouterr().err) and ("warning" in error) == bool(words)
+        assert read_configs(target, draft)[-1] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"initializer_range": None}, "initializer_range null; expected a number"),
+        ({"use_cache": "yes"}, 'use_cache "yes"; expected true or false'),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers 2.0; expected an integer"),
+        ({"pad_token_id": "<|endoftext|>"}, "pad_token_id"),
+        ({"torch_dtype": "bf16"}, 'torch_dtype "bf16"'),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_targets_config_is_blamed_before_anything_is_read(tmp_path, capsys, change, words):
+    """Not the tokenizer, which transformers can't load beside such a file."""
+    from infer.__main__ import main
+
+    make_target(folder := tmp_path / "target")
+    hf.write_json(folder / "config.json", hf.read_json(folder / "config.json") | change)
+    (folder / hf.SINGLE).unlink()
+    assert main(["--model", str(folder), "--draft", "none", "--raw", "x"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / 'config.json'} has ") and words in error and error.count("\n") == 1
+
+
+def test_a_drafter_of_the_speculators_library_is_not_called_a_target(tmp_path, capsys):
+    from infer.__main__ import main
+
+    make_target(target := tmp_path / "target")
+    (draft := tmp_path / "draft").mkdir()
+    hf.write_json(draft / "config.json", {"speculators_model_type": "dflash", "transformer_layer_config": {}})
+    assert main(["--model", str(target), "--draft", str(draft), "--raw", "x"]) == 1
+    assert f'{draft / "config.json"} has speculators_model_type ("dflash")' in capsys.readouterr().err
+    assert main(["--model", str(draft), "--draft", "none", "--raw", "x"]) == 1
+    assert "holds a drafter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["a"], ["a", "b", "--check", "c"], ["a", "b", "--target", "c"]])
 def test_contradicting_words_are_refused(words, capsys):
     assert convert_main(words) == 2
@@ -309,9 +357,9 @@ def test_checkpoints_beside_weights_do_not_make_a_training_run(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"rope_theta": 1}, "rope_theta of 1"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": float("inf")}}, "YaRN factor of inf"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1}}, "beta_fast of -1"),
+        ({"rope_theta": 1}, "rope_theta 1;"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": float("inf")}}, "rope_scaling.factor Infinity;"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1}}, "rope_scaling.beta_fast -1;"),
     ],
 )
 def test_positions_that_can_not_be_computed_are_refused(change, says):

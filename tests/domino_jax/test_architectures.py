@@ -23,7 +23,7 @@ from convert import hf
 from convert.folders import convert_folder
 from domino_jax import cache as kv
 from domino_jax import layers, moe, prepare, sharding, target
-from domino_jax.config import DecoderConfig, DraftConfig, MoeConfig, TargetConfig, Yarn, check_pair
+from domino_jax.config import DecoderConfig, MoeConfig, TargetConfig, Yarn, check_pair
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters import block
 from domino_jax.errors import DominoError
@@ -299,7 +299,7 @@ def test_a_drafter_with_yarn_biases_and_windows_is_the_specs(windows):
     config = factory.draft_config(attention_bias=True, yarn=YARN, head_dim=16, windows=windows)
     pair = factory.Pair.make(config, seed=4)
     target_w, _, draft_w, draft_cfg = pair.reference()
-    assert DraftConfig.from_hf(draft_cfg) == config
+    assert hf.parse_config(draft_cfg) == config
     embed, anchors = target_w["model.embed_tokens.weight"], np.array([0, 1, 12, 30], np.int32)
     given = jnp.asarray(np.random.default_rng(1).normal(size=(4, 30, config.sizes["LD"])), jnp.float32)
     tokens = np.array([3, 60, 7, 31], np.int32)
@@ -359,8 +359,8 @@ def test_cos_and_sin_are_transformers(spelling, scaling):
         raw |= {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"} | (scaling or {})}
         if scaling and "type" in scaling:
             del raw["rope_parameters"]["rope_type"]
-    config = TargetConfig.from_hf(raw)
-    assert TargetConfig.from_hf(config.to_hf()) == config
+    config = hf.parse_config(raw)
+    assert hf.parse_config(config.to_hf()) == config
     positions = np.concatenate([np.arange(0, 70), [4095, 32767, 32768, 40959, 131071]])
     theirs = Qwen3RotaryEmbedding(Qwen3Config.from_dict(dict(raw)))
     expected = [a.numpy()[0] for a in theirs(torch.zeros(1), torch.from_numpy(positions)[None])]
@@ -372,7 +372,7 @@ def test_cos_and_sin_are_transformers(spelling, scaling):
 
 def test_qwens_recipe_gives_its_positions():
     """It adds rope_scaling to config.json, whose max_position_embeddings stays 40960."""
-    config = TargetConfig.from_hf(REAL.to_hf() | {"rope_scaling": RECIPE})
+    config = hf.parse_config(REAL.to_hf() | {"rope_scaling": RECIPE})
     assert (config.max_position_embeddings, config.positions, REAL.positions) == (40960, 131072, 40960)
     assert config.yarn is not None and math.isclose(config.yarn.attention_factor, 0.1 * math.log(4) + 1)
     assert make(yarn=YARN, max_position_embeddings=1000).positions == 1000
@@ -382,20 +382,28 @@ def test_qwens_recipe_gives_its_positions():
 
 CASES: dict[str, tuple[DecoderConfig, dict[str, Any], str]] = {
     "no factor": (REAL, {"rope_scaling": {"rope_type": "yarn"}}, "no factor"),
-    "a small factor": (REAL, {"rope_scaling": RECIPE | {"factor": 0.5}}, "YaRN factor of 0.5"),
-    "no positions": (REAL, {"rope_scaling": RECIPE | {"original_max_position_embeddings": -4}}, "of -4"),
+    "a small factor": (
+        REAL,
+        {"rope_scaling": RECIPE | {"factor": 0.5}},
+        "rope_scaling.factor 0.5; expected a number of at least 1",
+    ),
+    "no positions": (
+        REAL,
+        {"rope_scaling": RECIPE | {"original_max_position_embeddings": -4}},
+        "rope_scaling.original_max_position_embeddings -4",
+    ),
     "unknown setting": (REAL, {"rope_scaling": RECIPE | {"mrope_section": [1]}}, "mrope_section"),
     "settings by layer type": (REAL, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention"),
-    "no experts": (TARGETS["experts"], {"num_experts": None}, "no num_experts"),
-    "zero experts": (TARGETS["experts"], {"num_experts": 0}, "num_experts must be at least 1"),
+    "no experts": (TARGETS["experts"], {"num_experts": None}, "num_experts null"),
+    "zero experts": (TARGETS["experts"], {"num_experts": 0}, "num_experts 0; expected an integer from 1"),
     "more than there are": (TARGETS["experts"], {"num_experts_per_tok": 9}, "num_experts_per_tok (9)"),
-    "no width": (TARGETS["experts"], {"moe_intermediate_size": None}, "no moe_intermediate_size"),
-    "no norm_topk_prob": (TARGETS["experts"], {"norm_topk_prob": None}, "no norm_topk_prob"),
+    "no width": (TARGETS["experts"], {"moe_intermediate_size": None}, "moe_intermediate_size null"),
+    "no norm_topk_prob": (TARGETS["experts"], {"norm_topk_prob": None}, "norm_topk_prob null"),
     "a shared expert": (TARGETS["experts"], {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
-    "another router": (TARGETS["experts"], {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
+    "another router": (TARGETS["experts"], {"scoring_func": "sigmoid"}, 'scoring_func "sigmoid"'),
     "a scaled router": (TARGETS["experts"], {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5"),
     "soft caps": (REAL, {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
-    "MLP bias": (REAL, {"mlp_bias": True}, "mlp_bias True"),
+    "MLP bias": (REAL, {"mlp_bias": True}, "mlp_bias true"),
     "linear attention": (REAL, {"layer_types": ["linear_attention"]}, "linear_attention"),
     "a drafter with experts": (factory.draft_config(), {"num_experts": 8}, "num_experts"),
     "a drafter of another type": (factory.draft_config(), {"model_type": "qwen3_moe"}, "num_experts"),

@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 
+from convert import hf
 from domino_jax import cache as kv
 from domino_jax import decode, target
 from domino_jax.config import TargetConfig
@@ -80,7 +81,7 @@ def test_both_config_spellings_are_read():
     modern = hf_config.to_dict()
     assert "rope_theta" not in modern, "this test is about the spelling of transformers 5"
     assert modern["rope_parameters"]["rope_theta"] == 12345.0
-    assert TargetConfig.from_hf(public) == TargetConfig.from_hf(modern) == config
+    assert hf.parse_config(public) == hf.parse_config(modern) == config
 
 
 def test_rows_of_different_lengths_do_not_feel_their_padding(model):

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 
 def words(folder, out, *more) -> list[str]:
-    sizes = "--layers 1 --block-size 4 --target-layer-ids 0 2 --gru-hidden-dim 8 --emb-dim 6 --mask-token-id 39"
+    sizes = "--layers 1 --block-size 4 --target-layer-ids 0 1 --gru-hidden-dim 8 --emb-dim 6 --mask-token-id 39"
     run = "--steps 20 --batch 4 --length 24 --anchors 4 --save-every 10 --log-every 5 --lr 1e-2"
     given = ["--target", str(folder / "target"), "--data", str(folder / "data.jsonl"), "--out", str(out)]
     return [*given, *sizes.split(), *run.split(), *more]
@@ -82,7 +82,7 @@ def test_a_run_leaves_what_it_promises(finished):
     raw = hf.read_json(finished / "drafter" / "config.json")
     draft = hf.parse_config(raw)
     assert isinstance(draft, DraftConfig) and draft.head == HeadConfig(8, 6, 1)
-    assert raw["architectures"] == ["DominoDraftModel"] and raw["torch_dtype"] == "bfloat16"
+    assert raw["architectures"] == ["DFlashDraftModel"] and raw["torch_dtype"] == "bfloat16"
     assert np.any(np.asarray(hf.load_hf(finished / "drafter", draft, jnp.float32).head.proj_out))
 
 
@@ -322,14 +322,14 @@ def test_a_run_goes_on_on_another_mesh(folder, finished, tmp_path):
 
 def test_captured_features_train_as_computed_ones(folder, finished, tmp_path, capsys):
     target, rows = ["--target", str(folder / "target")], ["--data", str(folder / "data.jsonl"), "--length", "24"]
-    assert capture.main([*target, *rows, "--out", str(tmp_path / "f"), "--taps", "0", "2"]) == 0
+    assert capture.main([*target, *rows, "--out", str(tmp_path / "f"), "--taps", "0", "1"]) == 0
     assert main(words(folder, tmp_path / "run", "--features", str(tmp_path / "f"))) == 0
     ours, theirs = (curves.read_metrics(f / "metrics.jsonl")[0] for f in (tmp_path / "run", finished))
     assert ours["loss"] != theirs["loss"]  # stored in bfloat16
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
     capsys.readouterr()
     assert main(words(folder, tmp_path / "other", "--features", str(tmp_path / "f"), "--taps", "1", "2")) == 1
-    assert "are of the taps [0, 2], the drafter reads [1, 2]" in capsys.readouterr().err
+    assert "are of the taps [0, 1], the drafter reads [1, 2]" in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(folder, finished, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """Which weights decay, and which of them Muon moves."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ def optax_mixes_dtypes():
 @pytest.fixture(scope="module")
 def biased() -> DraftConfig:
     """A drafter whose projections have biases, q's with two axes [N, H]."""
-    return DraftConfig.from_hf(BYTE_DRAFT.to_hf() | {"attention_bias": True})
+    return dataclasses.replace(BYTE_DRAFT, attention_bias=True)
 
 
 def update(config: DraftConfig, name: str, gradient: float) -> tuple[dict, dict]:

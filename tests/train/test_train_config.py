@@ -3,11 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import factory
 import pytest
 
 from domino_jax.errors import DominoError
 from train import options as settings
-from train.config import GROUPS, TrainConfig, check_options, flat
+from train.config import GROUPS, TrainConfig, check_options, draft_config, flat
 from train.options import dump, parse_options, read_recipe, recipe_path
 
 GIVEN = ["--target", "t", "--data", "a.jsonl", "b.jsonl"]
@@ -54,6 +55,33 @@ def test_shipped_recipes_are_whole(name, out):
         wanted |= {"anchors": 256, "gamma": 7.0, "block_size": 16, "layers": 5, "gru_hidden_dim": 1024, "emb_dim": 256}
         wanted |= {"lambda_base_start": 1.0, "lambda_base_decay_ratio": 1.0, "lambda_schedule": "linear"}
         assert {key: values[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "shifted"),
+    [
+        ("", True),
+        ("--no-head", False),
+        ("--no-head --shift-label", True),
+        ("--no-shift-label", False),
+        ("--config qwen3-8b", True),
+        ("--config qwen3-8b --no-head", False),
+    ],
+)
+def test_a_drafter_without_a_head_is_unshifted_unless_it_is_asked_for(out, words, shifted):
+    """No other loader knows a shifted one without a head."""
+    options = parse_options([*GIVEN, "--mask-token-id", "3", "--layers", "2", *words.split(), *out]).drafter
+    draft = draft_config(options, factory.TARGET)
+    assert draft.shift_label is shifted and draft.num_proposals == options.block_size - (not shifted)
+    assert draft.to_hf()["dflash_config"].get("sample_from_anchor", False) is (shifted and not options.head)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("depth", [2, 3, 5, 28])
+def test_a_drafter_reads_no_last_layer_by_default(out, depth, layers):
+    target = dataclasses.replace(factory.TARGET, num_hidden_layers=depth)
+    options = parse_options([*GIVEN, "--mask-token-id", "3", "--layers", str(layers), *out]).drafter
+    assert depth - 1 not in draft_config(options, target).target_layer_ids
 
 
 def test_earlier_names_mean_what_they_meant(tmp_path, out):

@@ -25,7 +25,8 @@ from train.monitor.log import METRICS
 from train.options import SETTINGS, read_recipe, recipe_path
 from train.run import NEWEST
 
-KINDS = {"dflash": ["--no-head"], "joint": ["--lambda-base-start", "0"], "curriculum": []}
+# Without the head, the rows that propose are the same: it alone makes the difference.
+KINDS = {"dflash": ["--no-head", "--shift-label"], "joint": ["--lambda-base-start", "0"], "curriculum": []}
 
 
 @dataclass(frozen=True)

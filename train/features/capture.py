@@ -27,7 +27,7 @@ from convert.options import UNSET
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
-from domino_jax.config import TargetConfig, default_taps
+from domino_jax.config import TargetConfig, choose_taps, last_layer_warning
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import run_command
@@ -170,9 +170,11 @@ def run_capture(options: Capture) -> None:
     if options.length > config.positions:
         raise DominoError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers
-    taps = options.target_layer_ids or default_taps(depth, options.layers)
+    taps = options.target_layer_ids or choose_taps(depth, options.layers)
     if not all(0 <= tap < depth for tap in taps):
         raise DominoError(f"--target-layer-ids must name layers 0 to {depth - 1}, found {list(taps)}.")
+    for warning in last_layer_warning(taps, depth):
+        print(f"warning: {warning}", file=sys.stderr)
     dtype = settle_dtype(options.dtype)
     rows_at_once, model = sharding.parse_mesh(options.mesh) if options.mesh else (1, 1)
     if options.batch % rows_at_once:

@@ -13,7 +13,7 @@ import reference
 
 from domino_jax import cache as kv
 from domino_jax import decode
-from domino_jax.config import DraftConfig, HeadConfig, default_taps
+from domino_jax.config import DraftConfig, HeadConfig, choose_taps, default_taps
 from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.drafters import block
 from domino_jax.drafters.heads import domino
@@ -147,15 +147,26 @@ def test_block_inputs_are_the_targets_embeddings_of_anchor_and_masks():
 
 
 def test_default_taps():
+    """Those of docs/algorithm.md, section 2, which are z-lab's and SpecForge's, rounded in the same order."""
     assert default_taps(36, 5) == (1, 9, 17, 25, 33)
     assert default_taps(28, 1) == (14,)
-    for depth in (8, 28, 36, 40, 64):
-        for layers in (1, 2, 3, 5, 6):
-            raw = {"num_target_layers": depth, "num_hidden_layers": layers, "dflash_config": {}}
-            assert default_taps(depth, layers) == tuple(reference.target_layer_ids(raw))
-    for depth in (65, 127):  # where another order of the operations rounds to other layers
-        raw = {"num_target_layers": depth, "num_hidden_layers": 15, "dflash_config": {}}
-        assert default_taps(depth, 15) == tuple(reference.target_layer_ids(raw))
+    for n in range(1, 101):
+        assert default_taps(n, 1) == (n // 2,)
+        for layers in range(2, 33):
+            formula = tuple(round(1 + i * (n - 4) / (layers - 1)) for i in range(layers))
+            raw = {"num_target_layers": n, "num_hidden_layers": layers, "dflash_config": {}}
+            assert default_taps(n, layers) == formula == tuple(reference.target_layer_ids(raw))
+    assert (default_taps(65, 15)[7], default_taps(127, 15)[7]) == (32, 62)  # another order gives 31 and 63
+
+
+def test_training_never_reads_the_targets_last_layer_by_default():
+    for n in range(1, 101):
+        for layers in (1, 2, 3, 5, 16):
+            taps = choose_taps(n, layers)
+            assert taps and all(0 <= tap < max(n - 1, 1) for tap in taps), (n, layers)
+            if n >= 4:
+                assert taps == default_taps(n, layers)
+    assert (choose_taps(1, 2), choose_taps(2, 1), choose_taps(3, 2)) == ((0,), (0,), (0, 1))
 
 
 HEADS = {

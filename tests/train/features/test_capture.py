@@ -26,6 +26,7 @@ from train.features import capture, shards
 from train.features.store import Features
 
 LENGTH, ROWS, TAPS = 12, 7, (0, 1)
+CONFIG = replace(factory.BYTE_TARGET, num_hidden_layers=3)  # TAPS are below its last layer
 SHARD_BYTES = 3600  # three shards, with the final states
 
 
@@ -49,7 +50,7 @@ def make_corpus(seed: int = 0, packed: bool = False) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("capture") / "target"
-    factory.make_target(folder, tokenizer=False)
+    factory.make_target(folder, tokenizer=False, num_hidden_layers=CONFIG.num_hidden_layers)
     return folder
 
 
@@ -76,7 +77,7 @@ def captured(folder, corpus, tmp_path):
 
 def online(folder, corpus, dtype, rows) -> tuple[np.ndarray, np.ndarray]:
     """Features and final states as a training step computes them from a batch."""
-    config = factory.BYTE_TARGET
+    config = CONFIG
     frozen = hf.load_hf(folder, config, dtype)
     forward = jax.jit(lambda frozen, ids: target.forward(frozen, config, ids, taps=TAPS)[:2])
     states, tapped = forward(frozen, jnp.asarray(corpus.ids[rows]))
@@ -276,7 +277,7 @@ def test_features_of_something_else_are_refused(folder, captured, corpus, tmp_pa
 
 def test_the_identity_is_the_weights_and_not_their_files(folder, tmp_path, monkeypatch):
     identity = model_fingerprint(folder)
-    config = factory.BYTE_TARGET
+    config = CONFIG
     module = init_weights(config, jax.random.key(0), std=0.2)
     monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
     hf.save_hf(tmp_path / "sharded", module, config, config.to_hf())
@@ -335,7 +336,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(folder, corpus, t
     [
         (["--batch", "0"], "at least 1"),
         (["--length", "500"], "500 is beyond the target's 256 positions"),
-        (["--taps", "0", "2"], "layers 0 to 1, found [0, 2]"),
+        (["--taps", "0", "3"], "layers 0 to 2, found [0, 3]"),
         (["--mesh", "data=4"], "data=4 does not divide --batch 2"),
         (["--target", "missing"], "neither a name"),
     ],

@@ -1,0 +1,276 @@
+"""A drafter's config.json, in the layouts of the public ones (docs/algorithm.md, sections 3 and 4).
+
+A field stands in `dflash_config`, or at top level, or in both alike. What the file does not state and had to be
+guessed, and fields that are not known here, are warnings.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from convert.configs import LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, SOFT_CAP, decoder_fields, refuse_others, said_of
+from convert.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
+from domino_jax.config import DraftConfig, HeadConfig, default_taps, last_layer_warning
+from domino_jax.errors import DominoError
+
+NESTED: Final = "dflash_config"
+SPECULATORS: Final = ("speculators_model_type", "speculators_config", "transformer_layer_config")
+# Any of them makes a config.json a drafter's.
+DRAFTER_FIELDS: Final = (NESTED, "block_size", "num_target_layers", "target_layer_ids", *SPECULATORS)
+TAPS: Final = ("target_layer_ids", "layer_ids")  # one setting, by two names
+ARCHITECTURES: Final = ("DFlashDraftModel", "DominoDraftModel")  # the field's name, and the first Domino files'
+# Fields of other drafters on the same backbone, and the values with which they change nothing.
+NEUTRAL_IN_A_DRAFTER: Final[dict[str, tuple[Any, ...]]] = {
+    "attention_sink": (None, False),
+    "attention_sink_bias": (None, False),
+    "add_swa_attention_sink_bias": (None, False),
+    "swa_attention_sink_enabled": (None, False),
+    "attention_value_scale": (None, 1),
+    "use_aux_hidden_state": (None, True),
+    "draft_shift": (None, False),
+    "dspark_bonus_anchor": (None,),
+    "markov_rank": (None, 0),
+    "enable_confidence_head": (None, False),
+    "use_confidence_head": (None, False),
+    "conv_kernel_size": (None, 0),
+    "conv_group_size": (None, 0),
+    "selector_rank": (None, 0),
+    "selector_top_k": (None, 0),
+    "draft_adapter_rank": (None, 0),
+}
+# Fields that change nothing: transformers' own, and notes about the training.
+INERT: Final = {
+    *OF_TRANSFORMERS,
+    *("transformers_version", "output_hidden_states", "return_dict", "is_encoder_decoder", "chunk_size_feed_forward"),
+    *("label2id", "model_type", "tie_word_embeddings", "auto_map", "name_or_path", "_name_or_path", "_commit_hash"),
+    *("attn_implementation", "_attn_implementation", "pretraining_tp", "output_attentions", "torchscript"),
+    *("use_bfloat16", "pruned_heads", "is_decoder", "add_cross_attention", "cross_attention_hidden_size"),
+    *("tie_encoder_decoder", "finetuning_task", "task_specific_params", "problem_type"),
+    *("tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "mask_token"),
+    *("num_anchors", "max_anchors", "lambda_base_start", "lambda_base_decay_ratio"),
+}
+LAYER_TYPES: Final = listed(
+    one_of("full_attention", "sliding_attention"), 'a list of "full_attention" and "sliding_attention"'
+)
+
+
+class DrafterFile(NamedTuple):
+    """A drafter's config.json as it was read."""
+
+    config: DraftConfig
+    warnings: list[str]  # what had to be guessed, and fields that are not known here
+
+
+def is_drafter(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a drafter's, of whatever kind."""
+    names = raw.get("architectures")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return any(name in raw for name in DRAFTER_FIELDS) or any("Draft" in n or "Speculator" in n for n in names)
+
+
+def read_draft_config(
+    raw: Mapping[str, Any], num_target_layers: int | None = None, file: Path | None = None
+) -> DrafterFile:
+    """A drafter's config from a parsed config.json, and warnings.
+
+    Args:
+        num_target_layers: the target's depth, for files that do not state it.
+        file: where `raw` is from, for errors.
+
+    Raises:
+        DominoError: a field is missing, of another kind, or given twice with different values; or its value would
+            change the result and is not supported.
+    """
+    where = str(file or "the drafter's config.json")
+    if not is_drafter(raw):
+        raise DominoError(f"{where} has no dflash_config and no block_size; this is not a DFlash or Domino drafter.")
+    _refuse_other_drafters(where, raw)
+    nested = Fields(where, ("", raw), null_is_absent=True).get(NESTED, OBJECT, {})
+    refuse_others(where, raw, NEUTRAL | NEUTRAL_IN_A_DRAFTER)
+    fields = Fields(where, (f"{NESTED}.", nested), ("", raw), null_is_absent=True)
+    with said_of(where):
+        config, warnings = _read_draft(fields, num_target_layers)
+    _check_directions(fields, config)
+    unknown = _unknown(fields)
+    if unknown:
+        warnings.append(
+            f"{where} has fields that are not read here: {', '.join(unknown)}. If acceptance is low, one of them may "
+            "be the reason."
+        )
+    return DrafterFile(config, warnings)
+
+
+def export_warnings(
+    raw: Mapping[str, Any], num_target_layers: int | None = None, file: Path | None = None
+) -> list[str]:
+    """What to know of a drafter's config.json before others are given it: see `read_draft_config`.
+
+    Besides its warnings: whether it reads the target's last layer, where the target's depth is known.
+    """
+    config, warnings = read_draft_config(raw, num_target_layers or least_depth(raw), file)
+    known = num_target_layers is not None or any(level.get("num_target_layers") for level in _levels(raw))
+    return warnings + (last_layer_warning(config.target_layer_ids, config.num_target_layers) if known else [])
+
+
+def least_depth(raw: Mapping[str, Any]) -> int | None:
+    """The least depth of a target that a drafter's list of layers fits; None where there is no such list.
+
+    A drafter's file need not state the true depth, nor do its weights need it.
+    """
+    for level in _levels(raw):
+        for name in TAPS:
+            taps = level.get(name)
+            if taps and INTEGERS.holds(taps):
+                return max(taps) + 1
+    return None
+
+
+def _levels(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Where a field may stand, in order."""
+    nested = raw.get(NESTED)
+    return (nested, raw) if isinstance(nested, Mapping) else (raw,)
+
+
+def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
+    where = fields.where
+    warnings: list[str] = []
+    decoder = decoder_fields(fields)
+    for name, own in (("target_hidden_size", "hidden_size"), ("draft_vocab_size", "vocab_size")):
+        stated = fields.get(name, SIZE, decoder[own])
+        if stated != decoder[own]:
+            raise DominoError(f"{where} has {name} {stated} and {own} {decoder[own]}; here they must be the same.")
+    layers, depth = decoder["num_hidden_layers"], fields.get("num_target_layers", LAYERS, num_target_layers)
+    if depth is None:
+        raise DominoError(f"{where} has no num_target_layers and no target was given to take it from.")
+    return DrafterFile(
+        DraftConfig(
+            **decoder,
+            block_size=fields.get("block_size", SIZE),
+            mask_token_id=fields.get("mask_token_id", integer()),
+            target_layer_ids=_taps(fields, depth, layers, warnings),
+            num_target_layers=depth,
+            head=_head(fields, warnings),
+            shift_label=_shift_label(fields, warnings),
+            windows=_windows(fields, layers),
+        ),
+        warnings,
+    )
+
+
+def _head(fields: Fields, warnings: list[str]) -> HeadConfig | None:
+    """The causal head, None for a plain DFlash drafter."""
+    where = fields.where
+    if fields.get("projector_type", one_of("domino", "dflash"), "dflash") == "dflash":
+        if ARCHITECTURES[1] in fields.get("architectures", TEXTS, ()):
+            raise DominoError(
+                f'{where} has architectures ["{ARCHITECTURES[1]}"] and no projector_type "domino": it can\'t be told '
+                "whether the drafter has a causal head."
+            )
+        return None
+    prefix = fields.get("pure_draft_prefix_len", integer(), None)
+    if prefix is None:
+        warnings.append(f"{where} has no pure_draft_prefix_len: taken as 0, the format's default.")
+    return HeadConfig(
+        gru_hidden_dim=fields.get("gru_hidden_dim", SIZE),
+        emb_dim=fields.get("emb_dim", SIZE),
+        pure_draft_prefix_len=prefix or 0,
+    )
+
+
+def _shift_label(fields: Fields, warnings: list[str]) -> bool:
+    """Whether the anchor's own row proposes. Without a head a file need not say that it does not: none else can."""
+    given = fields.get("shift_label", BOOLEAN, None, also=["sample_from_anchor"])
+    if given is None and fields.get("projector_type", one_of("domino", "dflash"), "dflash") == "domino":
+        warnings.append(
+            f"{fields.where} has no shift_label: taken as false, the format's default. Where acceptance lengths are "
+            'near 1, the drafter was trained with "shift_label": true.'
+        )
+    return bool(given)
+
+
+def _taps(fields: Fields, depth: int, layers: int, warnings: list[str]) -> tuple[int, ...]:
+    """The target layers that the drafter reads."""
+    where = fields.where
+    taps = fields.get(TAPS[0], INTEGERS, None, also=TAPS[1:])
+    above = fields.get("eagle_aux_hidden_state_layer_ids", INTEGERS, None)
+    if taps is None:
+        taps = default_taps(depth, layers)
+        if above is not None or not all(0 <= tap < depth for tap in taps):
+            raise DominoError(
+                f"{where} has no target_layer_ids, and it can't be told which of the target's {depth} layers the "
+                "drafter reads: add the list that it was trained with."
+            )
+        warnings.append(
+            f"{where} has no target_layer_ids: the public formula gives {', '.join(map(str, taps))}. If acceptance is "
+            "low, the drafter was trained with others."
+        )
+    if above is not None and above != tuple(tap + 1 for tap in taps):
+        raise DominoError(
+            f"{where} has eagle_aux_hidden_state_layer_ids {list(above)}, counted from 1, and target_layer_ids "
+            f"{list(taps)}, counted from 0; they must name the same layers."
+        )
+    return taps
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, None for full attention."""
+    kinds = fields.get("layer_types", LAYER_TYPES, ())
+    slides, first = fields.get("use_sliding_window", BOOLEAN, False), fields.get("max_window_layers", integer(), 28)
+    if not kinds:
+        # As transformers fills in a list that is not there.
+        first = min(first, layers) if slides else layers
+        kinds = ("full_attention",) * first + ("sliding_attention",) * (layers - first)
+    everywhere = fields.get("use_swa", BOOLEAN, False)
+    if "sliding_attention" not in kinds:
+        if everywhere:
+            raise DominoError(
+                f"{fields.where} has use_swa true and no sliding_attention among layer_types: windows that see the "
+                "whole block are not supported."
+            )
+        return (None,) * len(kinds)
+    window = fields.get("sliding_window", SIZE, also=["swa_window_size"])
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _check_directions(fields: Fields, config: DraftConfig) -> None:
+    """Refuse a block that is to be seen otherwise than here, where only a sliding window hides later rows."""
+    full, sliding = (None in config.windows), any(config.windows)
+    for name, wrong in (
+        ("is_causal", {True: full, False: sliding}),
+        ("causal", {True: full, False: sliding}),
+        ("causal_head", {True: full, False: False}),
+        ("sliding_window_non_causal", {True: sliding, False: False}),
+    ):
+        value = fields.get(name, BOOLEAN, None)
+        if value is not None and wrong[value]:
+            raise DominoError(
+                f"{fields.where} has {fields.given(name)[0][0]} {as_json(value)}, which is not supported: a layer with "
+                "full attention sees the whole block here, and one with a sliding window the rows before."
+            )
+
+
+def _unknown(fields: Fields) -> list[str]:
+    """Fields of which nothing is known here."""
+    known = INERT | NEUTRAL.keys() | NEUTRAL_IN_A_DRAFTER.keys() | {NESTED}
+    return [label for label, name in fields.unread() if name not in known and not SOFT_CAP.search(name)]
+
+
+def _refuse_other_drafters(where: str, raw: Mapping[str, Any]) -> None:
+    """Drafters of other kinds and forms, by their names."""
+    for name in SPECULATORS:
+        if name in raw:
+            kind = raw.get(SPECULATORS[0])
+            raise DominoError(
+                f"{where} has {name}{f' ({as_json(kind)})' if kind else ''}: a drafter in the form of the speculators "
+                "library, which is not read here. Give it in the form of z-lab or SpecForge, with a dflash_config."
+            )
+    names = Fields(where, ("", raw), null_is_absent=True).get("architectures", TEXTS, ())
+    if not set(names) <= set(ARCHITECTURES):
+        raise DominoError(
+            f'{where} has architectures {as_json(list(names))}: another kind of drafter; ["{ARCHITECTURES[0]}"] is '
+            "supported."
+        )
+    if raw.get("model_type") == "qwen3_moe" or raw.get("num_experts") or raw.get("num_local_experts"):
+        raise DominoError(f"{where} asks for experts (num_experts); a drafter's layers are dense.")
+    if raw.get("model_type") not in (None, "qwen3"):
+        raise DominoError(f'{where} has model_type {as_json(raw["model_type"])}; a drafter\'s layers are "qwen3".')

@@ -1,0 +1,420 @@
+"""What a config.json may say: kinds of values, two places for a field, guesses, fields of other models and drafters.
+
+Which settings make sense together is in test_convert_refusals.py.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import factory
+import pytest
+
+from convert import hf
+from convert.configs import NEUTRAL
+from convert.draft_configs import NEUTRAL_IN_A_DRAFTER, export_warnings, is_drafter, read_draft_config
+from domino_jax.config import DraftConfig, MoeConfig, TargetConfig
+from domino_jax.errors import DominoError
+
+FILE = Path("models/some/config.json")
+DENSE = factory.TARGET
+EXPERTS = dataclasses.replace(DENSE, moe=MoeConfig(8, 3, 20, norm_topk_prob=True))
+DOMINO = factory.draft_config()
+PLAIN = factory.draft_config(head=None, shift_label=False)
+SLIDING = dataclasses.replace(DOMINO, windows=(7, 7))
+CONFIGS: dict[str, TargetConfig | DraftConfig] = {"dense": DENSE, "experts": EXPERTS, "Domino": DOMINO, "DFlash": PLAIN}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def parse(raw: dict[str, Any]) -> TargetConfig | DraftConfig:
+    """The config, from what JSON would make of `raw`."""
+    return hf.parse_config(json.loads(json.dumps(raw)), file=FILE)
+
+
+def refused(*words: str) -> Any:
+    """Expects one sentence of the file that has these words in this order."""
+    return pytest.raises(DominoError, match=".*".join(re.escape(word) for word in (str(FILE), *words)))
+
+
+def moved(raw: dict[str, Any], name: str, nested: bool = False, top: bool = False) -> dict[str, Any]:
+    """A drafter's config with one field where it is wanted, and nowhere else."""
+    inside = dict(raw["dflash_config"])
+    value = inside.pop(name, raw.get(name))
+    raw = {key: one for key, one in raw.items() if key != name}
+    return raw | ({name: value} if top else {}) | {"dflash_config": inside | ({name: value} if nested else {})}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_survives_its_file(kind):
+    assert parse(CONFIGS[kind].to_hf()) == CONFIGS[kind]
+    assert is_drafter(CONFIGS[kind].to_hf()) == isinstance(CONFIGS[kind], DraftConfig)
+
+
+# --- Kinds --------------------------------------------------------------------------------------------------------
+
+NO_INTEGERS = ["12", "", True, False, 1.0, 3.7, -1, [4], {}, {"a": 1}, float("nan"), float("inf"), 10**30]
+NO_NUMBERS = ["1e-6", True, [1.0], {}, float("nan"), float("-inf"), -1.0, 0]
+NO_BOOLEANS = ["false", "true", 0, 1, 0.0, [], [True], {}]
+INTEGERS = [
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings"),
+]
+SIZES = [(INTEGERS, NO_INTEGERS), (["rms_norm_eps", "rope_theta"], NO_NUMBERS)]
+WRONG = {
+    "dense": SIZES,
+    "Domino": SIZES,
+    "experts": [
+        (["num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"], NO_INTEGERS),
+        (["norm_topk_prob", "attention_bias", "tie_word_embeddings", "use_sliding_window"], [*NO_BOOLEANS, None]),
+        (["mlp_only_layers"], ["1", 1, [1.0], ["1"], [True], [-1], {}]),
+    ],
+    "DFlash": [
+        (["block_size", "mask_token_id", "num_target_layers"], NO_INTEGERS),
+        (["shift_label", "sample_from_anchor", "is_causal", "causal", "use_swa", "attention_bias"], NO_BOOLEANS),
+        (["target_layer_ids"], ["1", 1, "[0, 1]", [0.0, 1], ["0", 1], [True], [None], [-1], {}]),
+        (["layer_types"], ["full_attention", [1], [None], {}, 3]),
+        (["projector_type", "architectures", "dflash_config"], [3, True, ["a", 1], 1.5]),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_value_of_another_kind_is_refused_by_file_and_field(kind):
+    for names, values in WRONG[kind]:
+        for name in names:
+            for value in values:
+                if name == "dflash_config" and isinstance(value, dict):
+                    continue
+                raw = CONFIGS[kind].to_hf()
+                if name in raw.get("dflash_config", {}):
+                    raw["dflash_config"][name] = value
+                else:
+                    raw[name] = value
+                with refused(f"{name} {json.dumps(value)}; expected") as error:
+                    hf.parse_config(raw, file=FILE)
+                assert str(error.value).count(name) == 1 and "\n" not in str(error.value), (name, value)
+
+
+@pytest.mark.parametrize(
+    "name", ["factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "mscale"]
+)
+@pytest.mark.parametrize("value", ["4", [4], True, float("nan"), {}], ids=str)
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_a_yarn_setting_of_another_kind_is_refused(spelling, name, value):
+    raw = DENSE.to_hf() | {spelling: {"rope_theta": DENSE.rope_theta} | YARN | {name: value}}
+    with refused(f"{spelling}.{name} {json.dumps(value)}; expected"):
+        hf.parse_config(raw, file=FILE)
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_what_transformers_refuses_is_refused_by_its_field(kind):
+    """Its tokenizers read config.json as well: a file that it refuses would be called the tokenizer's fault."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    form, raw = {"dense": Qwen3Config, "experts": Qwen3MoeConfig}[kind], CONFIGS[kind].to_hf()
+    names = [field.name for field in dataclasses.fields(form)]
+    assert {"initializer_range", "use_cache", "bos_token_id"} <= set(names)
+    count = 0
+    for name in [*names, "torch_dtype", "rope_scaling", "num_labels"]:
+        for value in (None, "x", "12", "", 0, 1, -1, 1.5, 2.0, True, [1], ["a"], [None], {"a": 1}):
+            try:
+                form.from_dict(json.loads(json.dumps(raw | {name: value})))
+            except Exception as error:  # its errors are of many kinds
+                count += 1
+                with pytest.raises(DominoError, match=name):
+                    parse(raw | {name: value})
+                    print(name, value, error)
+    assert count > 250
+
+
+def test_a_null_is_no_value_in_a_drafters_file():
+    raw: dict[str, Any] = DOMINO.to_hf() | dict.fromkeys(
+        ("sliding_window", "use_sliding_window", "attention_bias", "layer_types")
+    )
+    raw["dflash_config"] |= {"block_size": None, "is_causal": None, "final_logit_softcapping": None}
+    assert parse(raw) == DOMINO
+    raw["dflash_config"]["mask_token_id"] = None
+    with refused("no mask_token_id; expected an integer"):
+        parse(raw)
+
+
+@pytest.mark.parametrize("place", ["target", "drafter"])
+def test_what_does_not_fit_together_is_said_of_its_file(place):
+    raw = (DENSE if place == "target" else DOMINO).to_hf() | {"num_attention_heads": 5, "num_key_value_heads": 2}
+    with refused("num_attention_heads (5) must be a multiple"):
+        parse(raw)
+
+
+# --- One order for all fields -------------------------------------------------------------------------------------
+
+BOTH = [
+    *("block_size", "mask_token_id", "target_layer_ids", "shift_label", "projector_type", "gru_hidden_dim", "emb_dim"),
+    *("pure_draft_prefix_len", "num_target_layers", "hidden_size", "num_hidden_layers", "rope_theta"),
+    *("rms_norm_eps", "attention_bias", "max_position_embeddings", "layer_types"),
+]
+OTHER = {"target_layer_ids": [0], "shift_label": False, "projector_type": "dflash", "attention_bias": True}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_drafters_field_stands_in_dflash_config_or_at_top_level_or_in_both_alike(name):
+    raw = DOMINO.to_hf()
+    for nested, top in ((True, False), (False, True), (True, True)):
+        config, warnings = read_draft_config(moved(raw, name, nested, top))
+        assert config == DOMINO and warnings == []
+    both = moved(raw, name, True, True)
+    first = both[name]
+    both[name] = OTHER.get(name, ["sliding_attention"] * 2 if name == "layer_types" else first * 2 if first else None)
+    if name == "projector_type":
+        both["dflash_config"][name], both[name] = "domino", "dflash"
+    with refused(f"dflash_config.{name} {json.dumps(first)} and {name} {json.dumps(both[name])}", "one setting"):
+        parse(both)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"shift_label": True}, {"sample_from_anchor": False}),
+        ({"sample_from_anchor": True}, {"shift_label": False}),
+        ({"target_layer_ids": [0, 1]}, {"layer_ids": [1, 0]}),
+    ],
+    ids=["shift_label", "sample_from_anchor", "target_layer_ids"],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_two_names_of_one_field_may_not_differ(one, other, nested):
+    raw = PLAIN.to_hf()
+    for name in (*one, *other):
+        raw["dflash_config"].pop(name, None)
+    ((name, value),) = one.items()
+    level = raw["dflash_config"] if nested else raw
+    level |= one
+    assert parse(raw) == parse(raw | {next(iter(other)): value})  # either name, or both alike
+    with refused(" and ", "one setting") as error:
+        parse(raw | other)
+    assert all(f"{key} {json.dumps(given)}" in str(error.value) for key, given in (one | other).items())
+
+
+def test_layers_counted_from_one_must_be_the_same_layers():
+    raw = DOMINO.to_hf()
+    assert parse(raw | {"eagle_aux_hidden_state_layer_ids": [2, 1]}) == DOMINO
+    with refused("eagle_aux_hidden_state_layer_ids [1, 2]", "target_layer_ids [1, 0]"):
+        parse(raw | {"eagle_aux_hidden_state_layer_ids": [1, 2]})
+
+
+# --- Guesses ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_drafters_file_does_not_say_is_a_warning():
+    raw = factory.draft_config(num_target_layers=36).to_hf()
+    for name, word in (
+        ("target_layer_ids", "the public formula gives 1, 33"),
+        ("shift_label", "taken as false"),
+        ("pure_draft_prefix_len", "taken as 0"),
+    ):
+        less = raw | {"dflash_config": {key: value for key, value in raw["dflash_config"].items() if key != name}}
+        _, (warning,) = read_draft_config(less, file=FILE)
+        assert str(FILE) in warning and f"no {name}" in warning and word in warning
+    plain = PLAIN.to_hf()
+    del plain["dflash_config"]["shift_label"]  # no public DFlash drafter says it
+    assert read_draft_config(plain) == (PLAIN, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_target_layers": 2},  # the formula gives -1
+        {"num_target_layers": 3, "num_hidden_layers": 5, "layer_types": None, "eagle_aux_hidden_state_layer_ids": [1]},
+        {"eagle_aux_hidden_state_layer_ids": [1, 2]},
+    ],
+    ids=["shallow", "shallow, counted from one", "counted from one"],
+)
+def test_layers_that_can_not_be_told_are_refused(change):
+    raw = factory.draft_config(num_target_layers=36).to_hf() | change
+    del raw["dflash_config"]["target_layer_ids"]
+    with refused("no target_layer_ids", "add the list"):
+        parse(raw)
+
+
+def test_a_guess_is_checked_against_the_tensors(tmp_path):
+    """fc's width says how many layers a drafter reads."""
+    config = factory.draft_config(num_target_layers=36, target_layer_ids=(1, 9, 17))
+    raw = config.to_hf()
+    del raw["dflash_config"]["target_layer_ids"]
+    hf.save_hf(tmp_path, factory.random_weights(config, 0), config, raw)
+    guessed = hf.parse_config(raw)
+    assert isinstance(guessed, DraftConfig) and guessed.target_layer_ids == (1, 33)
+    with pytest.raises(DominoError, match=r"fc\.weight is of 3 layers, target_layer_ids .* \[1, 33\]"):
+        hf.load_hf(tmp_path, guessed)
+
+
+# --- Fields of other models and drafters --------------------------------------------------------------------------
+
+CHANGING = {  # of each kind of value, one that changes the result
+    "per_layer_config": {"0": {"head_dim": 8}},
+    "quantization_config": {"quant_method": "fp8"},
+    "compression_config": {"format": "dense"},
+    "scoring_func": "sigmoid",
+}
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "router_logit_soft_cap", "softcap")
+
+
+@pytest.mark.parametrize("name", [*NEUTRAL, *SOFT_CAPS])
+@pytest.mark.parametrize("kind", ["dense", "Domino, nested", "Domino, at top level"])
+def test_a_field_that_would_change_the_result_is_refused_at_any_level(kind, name):
+    neutral = NEUTRAL.get(name, (None, 0, False))
+    raw = CONFIGS[kind.split(",")[0]].to_hf()
+    level = raw["dflash_config"] if "nested" in kind else raw
+    last = neutral[-1]
+    value = CHANGING.get(name, (not last) if type(last) is bool else 0.5)
+    for bad in (value, *([int(last)] if type(last) is bool and name not in SOFT_CAPS else [True] if last == 1 else [])):
+        level[name] = bad
+        with refused(f"{name} {json.dumps(bad)}, which is not supported"):
+            parse(raw)
+    for fine in neutral:
+        level[name] = fine
+        assert parse(raw) == CONFIGS[kind.split(",")[0]]
+
+
+@pytest.mark.parametrize("name", NEUTRAL_IN_A_DRAFTER)
+def test_a_field_of_another_drafter_is_refused(name):
+    for change in ({name: 0.5}, {"dflash_config": DOMINO.to_hf()["dflash_config"] | {name: 0.5}}):
+        with refused(f"{name} 0.5, which is not supported"):
+            parse(DOMINO.to_hf() | change)
+    for neutral in NEUTRAL_IN_A_DRAFTER[name]:
+        assert read_draft_config(DOMINO.to_hf() | {name: neutral}) == (DOMINO, [])
+
+
+@pytest.mark.parametrize("place", ["nested", "top"])
+@pytest.mark.parametrize(
+    ("name", "full", "sliding"),  # values that are refused with full, and with sliding attention
+    [("is_causal", [True], [False]), ("causal", [True], [False]), ("causal_head", [True], []),
+     ("sliding_window_non_causal", [], [True])],
+)  # fmt: skip
+def test_a_block_that_is_seen_otherwise_is_refused(place, name, full, sliding):
+    mixed = dataclasses.replace(DOMINO, windows=(7, None))
+    for config, wrong in ((DOMINO, full), (SLIDING, sliding), (mixed, full + sliding)):
+        for value in (True, False):
+            raw = config.to_hf()
+            (raw["dflash_config"] if place == "nested" else raw)[name] = value
+            if value in wrong:
+                with refused(f"{name} {json.dumps(value)}, which is not supported"):
+                    parse(raw)
+            else:
+                assert read_draft_config(raw) == (config, [])
+
+
+def test_windows_by_another_name():
+    sliding = SLIDING.to_hf()
+    assert parse(sliding | {"use_swa": True, "swa_window_size": 7}) == SLIDING
+    with refused("sliding_window 7 and swa_window_size 8"):
+        parse(sliding | {"swa_window_size": 8})
+    for change in ({"use_swa": True}, {"use_swa": True, "swa_window_size": 7}):
+        with refused("use_swa true"):
+            parse(DOMINO.to_hf() | change)
+        with refused("use_swa true"):
+            parse(DOMINO.to_hf() | {"dflash_config": DOMINO.to_hf()["dflash_config"] | change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["DFlash2DraftModel"]}, "DFlash2DraftModel"),
+        ({"architectures": ["Qwen3DSparkModel"], "markov_rank": 0}, "Qwen3DSparkModel"),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "LlamaForCausalLMEagle3"),
+        ({"model_type": "gemma3_text"}, 'model_type "gemma3_text"'),
+        ({"target_hidden_size": 64}, "target_hidden_size 64"),
+        ({"draft_vocab_size": 40}, "draft_vocab_size 40"),
+        ({"dflash_config": PLAIN.to_hf()["dflash_config"], "architectures": ["DominoDraftModel"]}, "can't be told"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_another_kind_of_drafter_is_refused_by_name(change, words):
+    with refused(words):
+        parse(DOMINO.to_hf() | change)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"speculators_model_type": "dflash", "block_size": 8, "transformer_layer_config": {"model_type": "qwen3"}},
+        {"speculators_config": {"algorithm": "eagle3"}, "architectures": ["Eagle3Speculator"]},
+        DOMINO.to_hf() | {"speculators_model_type": "domino"},
+        {"transformer_layer_config": {}, "draft_vocab_size": 32000},
+    ],
+    ids=["dflash", "eagle3", "domino", "bare"],
+)
+def test_a_drafter_of_the_speculators_library_is_called_that(raw):
+    assert is_drafter(raw)
+    with refused("speculators library"):
+        parse(raw)
+
+
+@pytest.mark.parametrize("name", ["linear_position_ids", "noise_scale", "n_predict"])
+def test_an_unknown_field_of_a_drafter_is_named(name):
+    raw: dict[str, Any] = DOMINO.to_hf() | {name: 1}
+    raw["dflash_config"] |= {f"{name}_too": True}
+    config, (warning,) = read_draft_config(raw, file=FILE)
+    assert config == DOMINO
+    assert str(FILE) in warning and f"dflash_config.{name}_too, {name}." in warning
+
+
+def test_a_head_that_is_not_asked_for_is_named():
+    raw = DOMINO.to_hf()
+    del raw["dflash_config"]["projector_type"]
+    config, (warning,) = read_draft_config(raw)
+    assert isinstance(config, DraftConfig) and config.head is None
+    assert "dflash_config.gru_hidden_dim" in warning and "emb_dim" in warning
+
+
+# --- What is written ----------------------------------------------------------------------------------------------
+
+PUBLIC = {  # SpecForge's configs/qwen3-8b-domino.json, but for its sizes
+    "emb_dim": 7, "architectures": ["DFlashDraftModel"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "block_size": 5, "bos_token_id": 3,
+    "dflash_config": {"mask_token_id": 88, "target_layer_ids": [1, 0], "projector_type": "domino",
+                      "pure_draft_prefix_len": 1, "emb_dim": 7, "gru_hidden_dim": 14, "shift_label": True},
+    "dtype": "bfloat16", "eos_token_id": 4, "head_dim": 10, "hidden_act": "silu", "hidden_size": 32,
+    "initializer_range": 0.02, "intermediate_size": 28, "layer_types": ["full_attention", "full_attention"],
+    "max_position_embeddings": 512, "max_window_layers": 5, "model_type": "qwen3", "num_attention_heads": 3,
+    "num_hidden_layers": 2, "num_key_value_heads": 1, "num_target_layers": 3, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 500, "sliding_window": None, "tie_word_embeddings": False, "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 89,
+}  # fmt: skip
+
+
+def test_a_drafter_is_written_as_the_public_ones_are():
+    written = DOMINO.to_hf()
+    assert read_draft_config(PUBLIC) == read_draft_config(written) == (DOMINO, [])
+    for name in ("architectures", "emb_dim", "dflash_config", "block_size", "num_target_layers"):
+        assert written[name] == PUBLIC[name]
+    assert set(written) <= set(PUBLIC)
+    earlier = written | {"architectures": ["DominoDraftModel"]}
+    assert read_draft_config(earlier) == (DOMINO, [])
+    assert "sample_from_anchor" not in written["dflash_config"]  # vLLM's class of these drafters refuses it
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_a_drafter_without_a_head_says_which_rows_propose_by_the_name_that_others_know(shifted):
+    config = dataclasses.replace(PLAIN, shift_label=shifted)
+    raw = config.to_hf()
+    assert raw["architectures"] == ["DFlashDraftModel"] and "emb_dim" not in raw
+    assert raw["dflash_config"].get("sample_from_anchor", False) is shifted
+    del raw["dflash_config"]["shift_label"]
+    assert read_draft_config(raw) == (config, [])
+    raw["dflash_config"]["projector_type"] = "dflash"
+    assert parse(raw) == config
+
+
+# --- The target's last layer --------------------------------------------------------------------------------------
+
+
+def test_a_drafter_that_reads_the_targets_last_layer_is_a_warning_where_it_is_given_away():
+    last = factory.draft_config(target_layer_ids=(0, 2))
+    assert read_draft_config(last.to_hf()) == (last, [])  # not where it runs
+    (warning,) = export_warnings(last.to_hf())
+    assert "[0, 2]" in warning and "last layer, 2" in warning
+    assert export_warnings(DOMINO.to_hf()) == []
+    unstated = {name: value for name, value in last.to_hf().items() if name != "num_target_layers"}
+    assert export_warnings(unstated) == []  # which its last is, is not known
+    assert len(export_warnings(unstated, 3)) == 1

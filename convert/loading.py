@@ -182,7 +182,7 @@ def load_model(
 
 
 def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, Params]:
-    """The pair with the causal head off: the drafter's base logits alone, as plain DFlash proposes."""
+    """The pair without the causal head: the drafter's base logits alone, as plain DFlash proposes."""
     assert configs.draft is not None and params.draft is not None
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
     drafter.head = nnx.data(None)

@@ -58,6 +58,7 @@ def check_count(name: str, value: Any, least: int = 1, limit: int = INT_LIMIT) -
 
 RANGES: dict[str, Callable[[float], bool]] = {
     "0 or more": lambda x: 0 <= x < math.inf,
+    "1 or more": lambda x: 1 <= x < math.inf,
     "above 0": lambda x: 0 < x < math.inf,
     "above 1": lambda x: 1 < x < math.inf,
     "from 0 to 1": lambda x: 0 <= x <= 1,
@@ -277,12 +278,14 @@ def load_pair(
     return loading.load_model(target, draft, device.dtype, progress, **how)
 
 
-def resolve(options: ModelOptions, console: "Console", num_draft_tokens: int | None = None) -> tuple[Path, Path | None]:
+def resolve(
+    options: ModelOptions, console: "Console", num_draft_tokens: int | None = None, flag: str = "--model"
+) -> tuple[Path, Path | None]:
     """The folders of target and drafter that the options name; what is missing is fetched.
 
     A pair that does not fit, or can't run here, is refused before a weight is fetched or read.
 
-    Args and errors: see `load_pair`.
+    Args and errors: see `load_pair`; `flag` is the command line's for the target, for errors.
     """
     from convert import loading
 
@@ -295,4 +298,5 @@ def resolve(options: ModelOptions, console: "Console", num_draft_tokens: int | N
         options.revision,
         options.drafting.draft_revision,
         lambda config, draft_config: loading.plan_load(config, draft_config, dtype, **how),
+        flag,
     )

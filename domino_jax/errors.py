@@ -8,6 +8,6 @@ class DominoError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, in one line without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -86,7 +86,7 @@ def read_input(options: Generate) -> list[Prompt]:
     text = options.prompt
     if text is None or text == "-":
         try:
-            text = sys.stdin.read().removesuffix("\n")
+            text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DominoError(f"standard input can't be read: {error}.") from None
     return [Prompt(text=text)]

@@ -34,7 +34,9 @@ from domino_jax.config import DraftConfig, TargetConfig, check_pair, last_layer_
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
+from domino_jax.runtime.command import UsageError, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
@@ -88,21 +90,25 @@ def prepare(options: TrainConfig) -> Setup:
     """Find and check everything a run needs, the cheap things first.
 
     Raises:
+        UsageError: a setting does not fit the target or the devices.
         DominoError: something is missing, or does not fit something else.
     """
+    require("grain", "matplotlib", "tomli_w")  # imported when data and weights are read
     console, wanted = Console(stderr=True), options.data
     assert options.target is not None
     folder = find(options.target)
     raw, target, _, _ = read_configs(folder, None, "--target")
     target = resolve_moe_backend(target)
     if wanted.length > target.positions:
-        raise DominoError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
+        raise UsageError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(folder)
     options = replaced(options, "drafter", mask_token_id=mask_token(options, tokenizer))
-    options, draft = settle_drafter(options, target)
-    for warning in [*check_pair(target, draft), *last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)]:
+    with words_at_fault():  # the drafter's config is made of flags
+        options, draft = settle_drafter(options, target)
+        warnings = check_pair(target, draft) + last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)
+        mesh = resolve_mesh(options, target, draft)
+    for warning in warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    mesh = resolve_mesh(options, target, draft)
     dtype = resolve_dtype(options.run.dtype)
     corpus, summary = dataset.read_corpus(
         wanted.data,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from domino_jax.errors import DominoError
 
@@ -25,6 +26,21 @@ def explain_missing_extra() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        raise DominoError(
-            f'the package {package} is not installed; install it with: pip install "domino-jax[{EXTRAS[package]}]".'
-        ) from None
+        raise _missing(package) from None
+
+
+def require(*packages: str) -> None:
+    """Make sure, before long work begins, that what will be imported at its end is installed.
+
+    Raises:
+        DominoError: a package is not, with its extra.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise _missing(package)
+
+
+def _missing(package: str) -> DominoError:
+    return DominoError(
+        f'the package {package} is not installed; install it with: pip install "domino-jax[{EXTRAS[package]}]".'
+    )

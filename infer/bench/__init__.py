@@ -1,4 +1,4 @@
-"""Measure decoding: the autoregressive baseline, DFlash (head off) and Domino in one run, in turn.
+"""Measure decoding: the autoregressive baseline, DFlash (without the head) and Domino in one run, in turn.
 
     python -m infer.bench --batch-sizes 1 4 --new-tokens 128 --json bench.json
 

@@ -24,11 +24,11 @@ def head_off(loaded: LoadedModel) -> LoadedModel:
 def drafting(
     loaded: LoadedModel, counts: tuple[Drafts, ...] = (), headless: bool = True
 ) -> dict[tuple[str, Drafts], LoadedModel]:
-    """The model for each way of drafting: head off and on, by the proposals of a cycle; empty without a drafter.
+    """The model for each way of drafting, without the head and with it, by the proposals of a cycle; {} if none.
 
     Args:
         counts: proposals; all that the drafter makes when empty. "auto" is for the drafter as it is.
-        headless: also with its head off.
+        headless: also without its head.
     """
     config = loaded.configs.draft
     if config is None:

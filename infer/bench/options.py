@@ -7,9 +7,10 @@ from typing import Annotated
 
 from tyro.conf import DisallowNone
 
-from convert.options import GROUP, UNSET, Flag, ModelOptions, SamplingOptions
+from convert.options import GROUP, UNSET, Flag, ModelOptions, SamplingOptions, check_count, check_real
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError
+from domino_jax.runtime.extras import require
 from infer.options import NUM_DRAFT_TOKENS, NumDraftTokens
 
 
@@ -56,7 +57,7 @@ class Bench:
     """rounds; figures are medians over them"""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     head_off: bool = True
-    """also run the drafter with its head off"""
+    """also run the drafter without its head"""
     phases: bool = True
     """also time the parts of a cycle, each alone"""
     transformers: bool = True
@@ -84,19 +85,24 @@ def check_bench(options: Bench) -> None:
 
     Raises:
         UsageError: they contradict each other, or a value is out of range.
-        DominoError: a folder can't be written.
+        DominoError: a folder can't be written, or a package is missing.
     """
     options.model.check()
     options.sampling.check()
     if not options.batch_sizes:
         raise UsageError("--batch-sizes needs at least one size.")
-    least = min(*options.batch_sizes, *options.contexts, options.new_tokens - 1, options.rounds, options.prompt_tokens)
-    if least < 1:
-        raise UsageError(
-            "--batch-sizes, --contexts, --rounds and --prompt-tokens must be at least 1, --new-tokens at least 2."
-        )
-    if any(isinstance(drafts, int) and drafts < 1 for drafts in options.drafts):
-        raise UsageError("--num-draft-tokens must be at least 1, or auto.")
+    for name in ("batch_sizes", "contexts"):
+        for value in getattr(options, name):
+            check_count(name, value)
+    for name in ("rounds", "prompt_tokens", "num_prompts"):
+        check_count(name, getattr(options, name))
+    check_count("new_tokens", options.new_tokens, least=2)
+    check_real("min_distinct", options.min_distinct, "from 0 to 1")
+    if options.simulate_tau is not None:
+        check_real("simulate_tau", options.simulate_tau, "1 or more")
+    for drafts in options.drafts:
+        if drafts != "auto":
+            check_count("num_draft_tokens", drafts)
     if not options.questions.quality and max(options.batch_sizes) > options.num_prompts:
         raise UsageError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
     if options.simulate_tau is not None and "auto" in options.drafts:
@@ -116,6 +122,8 @@ def check_bench(options: Bench) -> None:
     if options.json and not options.json.absolute().parent.is_dir():
         raise UsageError(f"{options.json.absolute().parent} is not a folder; --json is to be written there.")
     _check_quality(options)
+    if options.plot:
+        require("matplotlib")  # it is imported when all is measured
     for folder in filter(None, (options.plot, options.profile)):
         check_writable(folder)
 
@@ -130,8 +138,8 @@ def _check_quality(options: Bench) -> None:
     for each in dataclasses.fields(options):
         if each.name in SPEED_ONLY and getattr(options, each.name) != each.default:
             raise UsageError(f"--{each.name.replace('_', '-')} is for measuring speed and does nothing with --quality.")
-    if questions.limit_prompts is not None and questions.limit_prompts < 1:
-        raise UsageError(f"--limit-prompts must be at least 1, found {questions.limit_prompts}.")
+    if questions.limit_prompts is not None:
+        check_count("limit_prompts", questions.limit_prompts)
     if len(options.batch_sizes) != 1:
         raise UsageError(f"--quality runs at one batch size, found {len(options.batch_sizes)} of --batch-sizes.")
     if "auto" in options.drafts:

@@ -36,7 +36,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 # What others measured, by (target, drafter) on the Hub. A row belongs to that drafter as it is: DFlash's own is another
-# one than Domino's with its head off.
+# one than Domino's without its head.
 SOURCE = (
     "github.com/slin-zhq/Domino-Tree, results/tables/table1.md (4B) and results/tables_gpunative/table1_8b.md (8B): "
     "greedy, 50 questions a set, 2048 new tokens, mean over answers of each answer's own τ"

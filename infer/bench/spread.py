@@ -22,7 +22,7 @@ from infer.bench.rows import DFLASH, DOMINO, LEAN, TRANSFORMERS, Row
 FEWEST_RUNS = 3
 NAMES = {
     LEAN: "autoregressive baseline",
-    DFLASH: "the same drafter, head off",
+    DFLASH: "the same drafter without its head",
     DOMINO: "**Domino**",
     TRANSFORMERS: "transformers' `generate`",
 }

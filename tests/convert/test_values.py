@@ -87,7 +87,8 @@ def test_what_is_meant_is_taken():
     assert token_ids((3, 4)) == token_ids(np.array([3, 4], np.uint16)) == token_ids([np.int64(3), 4]) == [3, 4]
     assert all(type(i) is int for i in token_ids([np.int64(3)]))
     assert parse_ids("1, 2 ,3") == [1, 2, 3]
-    assert as_prompt(np.array([5, 6])).ids == [5, 6]
+    ids: Any = np.array([5, 6])
+    assert as_prompt(ids).ids == [5, 6]
 
 
 @pytest.mark.parametrize("bad", ["1_000", "1,2,", "+1", "0x1", "1.0", "", "true", "\u0661", "1 2"])

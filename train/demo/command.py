@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from domino_jax.runtime.command import UsageError, run_command
+from convert.options import check_count
+from domino_jax.runtime.command import run_command
 from train.options import SETTINGS
 
 # glibc gives XLA's large buffers back to the system after every step, and asks for them again at the next.
@@ -75,7 +76,7 @@ def stages(options: Demo) -> Iterator[Stage]:
     trained = out / "run" / "checkpoints" / str(o.steps), out / "run" / "drafter" / "config.json"
     for seed, (temperature, source, path) in enumerate(zip(TEMPERATURES, prompts, answers, strict=True)):
         words = ["train.regenerate", "--target", target, "--data", str(source), "--out", str(path), "--seed", str(seed)]
-        words += ["--temperature", str(temperature), "--top-k", "0", "--top-p", "1"]
+        words += ["--temperature", str(temperature), "--top-k", "0", "--top-p", "1", "--draft", "none"]
         yield Stage([*words, "--max-new-tokens", str(o.new_tokens)], trained)
     if (out / "run" / SETTINGS).exists():
         words = ["train", "--resume", "--out", str(out / "run")]
@@ -95,8 +96,7 @@ def run_demo(options: Demo) -> int:
     """
     least = {"prompts": len(TEMPERATURES), "pretrain_steps": 1, "held_out": 1, "new_tokens": 2, "steps": 1}
     for name, low in least.items():
-        if getattr(options, name) < low:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(options, name)}.")
+        check_count(name, getattr(options, name), low)
     options.out.mkdir(parents=True, exist_ok=True)
     environment = {"GLIBC_TUNABLES": ALLOCATOR} | os.environ
     for stage in stages(options):

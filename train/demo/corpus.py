@@ -36,7 +36,7 @@ def read_texts(folder: Path | None, files: str = "modeling_*.py") -> tuple[list[
         if not file.is_file():
             continue
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except (UnicodeDecodeError, OSError):
             continue
         digest = hashlib.sha256(file.relative_to(folder).parts[0].encode()).digest()

@@ -21,6 +21,7 @@ import optax
 import tyro
 
 from convert.hf import save_hf, write_json
+from convert.options import check_count, check_real
 from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
@@ -139,9 +140,13 @@ def check_pretrain(options: Pretrain) -> None:
     least = dict.fromkeys(("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size"), 1)
     least |= dict.fromkeys(("steps", "batch", "length"), 1) | {"vocab_size": 256 + 4}  # bytes and special tokens
     for name, low in least.items():
-        if getattr(options, name) < low:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(options, name)}.")
-    if min(options.warmup, options.decay) < 0 or options.warmup + options.decay > 1:
+        check_count(name, getattr(options, name), low)
+    check_count("seed", options.seed, least=0, limit=2**32)
+    for name in ("muon_lr", "adam_lr"):
+        check_real(name, getattr(options, name), "above 0")
+    for name in ("weight_decay", "warmup", "decay"):
+        check_real(name, getattr(options, name), "0 or more")
+    if options.warmup + options.decay > 1:
         raise UsageError("--warmup and --decay are shares of the steps, of at most 1 together.")
     if (options.out / "config.json").exists():
         raise DominoError(f"{options.out} already holds a model; give another --out.")

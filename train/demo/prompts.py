@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.options import check_count
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
-from domino_jax.runtime.command import UsageError, run_command
+from domino_jax.runtime.command import run_command
 from domino_jax.runtime.files import write_text
 from train.demo.corpus import read_texts
 from train.loading import find
@@ -63,8 +64,8 @@ def write_prompts(options: PromptOptions) -> None:
         DominoError: there is no tokenizer, or too little text.
     """
     for name in ("count", "tokens"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, found {getattr(options, name)}.")
+        check_count(name, getattr(options, name))
+    check_count("seed", options.seed, least=0, limit=2**32)
     train, held_out = read_texts(options.text, options.files)
     tokenizer = load_tokenizer(find(options.tokenizer, "--tokenizer"))
     if tokenizer is None:

@@ -17,13 +17,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from convert.options import DraftingOptions, check_count
 from domino_jax.runtime.command import UsageError, run_command
+from domino_jax.runtime.extras import require
+from train.loading import PairOptions
 from train.monitor import curves
 from train.monitor.log import METRICS
 from train.options import SETTINGS, read_recipe, recipe_path
 from train.run import NEWEST
+
+if TYPE_CHECKING:  # brings in JAX, which training's own processes need first
+    from train.evaluate.validate import Validate
 
 # Without the head, the rows that propose are the same: it alone makes the difference.
 KINDS = {"dflash": ["--no-head", "--shift-label"], "joint": ["--lambda-base-start", "0"], "curriculum": []}
@@ -84,26 +90,36 @@ def unfinished(folder: Path, steps: int) -> bool:
     return not rows or rows[-1]["step"] < steps
 
 
+def measurement(options: Ablation, target: str, folder: Path) -> "Validate":
+    """How one run's drafter is measured."""
+    from train.evaluate.validate import Validate
+
+    o = options
+    pair = PairOptions(target, drafting=DraftingOptions(str(folder / NEWEST)))
+    return Validate(
+        o.prompts,
+        pair=pair,
+        num_prompts=o.num_prompts,
+        prompt_tokens=o.prompt_tokens,
+        new_tokens=o.new_tokens,
+        min_distinct=o.min_distinct,
+    )
+
+
 def measure_ablation(options: Ablation, target: str) -> list[dict[str, Any]]:
     """τ of each drafter, as `train.validate` finds it."""
-    from train.evaluate.validate import Validate
     from train.evaluate.validate import measure_acceptance as validate
 
     o, found = options, []
     for kind, seed, folder in runs(o):
-        row = validate(
-            Validate(
-                o.prompts, draft=folder / NEWEST, target=target, num_prompts=o.num_prompts, new_tokens=o.new_tokens,
-                prompt_tokens=o.prompt_tokens, min_distinct=o.min_distinct,
-            )
-        )  # fmt: skip
+        row = validate(measurement(o, target, folder))
         found.append({"kind": kind, "seed": seed, "steps": o.steps, **row})
         print(f"{kind}, seed {seed}: τ {row['final_tau']:.3f} ± {row['final_tau_error']:.3f}", flush=True)
     return found
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: τ of each seed, their mean and standard deviation, and the mean with the head off."""
+    """Markdown: τ of each seed, their mean and standard deviation, and the mean without the causal head."""
 
     def about(values: Sequence[float]) -> str:
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -111,7 +127,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     seeds = sorted({row["seed"] for row in rows})
     lines = [
-        "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | τ, mean ± sd over seeds | head off |",
+        "| | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | τ, mean ± sd over seeds | without the causal head |",
         "|---" * (len(seeds) + 3) + "|",
     ]
     for kind in KINDS:
@@ -151,14 +169,22 @@ def run_ablation(options: Ablation) -> int:
     Raises:
         DominoError: a run or a measurement is not possible.
     """
-    if not options.seeds or options.steps < 1:
-        raise UsageError("give at least one of --seeds, and --steps of at least 1.")
+    from train.evaluate.validate import check_validate
+
+    if not options.seeds:
+        raise UsageError("give at least one of --seeds.")
+    check_count("steps", options.steps)
+    for seed in options.seeds:
+        check_count("seeds", seed, least=0, limit=2**32)
+    require("matplotlib")  # imported when all is trained and measured
+    target = options.target or read_recipe(recipe_path(options.config)).target
+    if target is None:
+        raise UsageError(f"--config {options.config} names no target: give one with --target.")
+    check_validate(measurement(options, target, options.out))
     options.out.mkdir(parents=True, exist_ok=True)
     status = run_missing(options)
     if status:
         return status
-    target = options.target or read_recipe(recipe_path(options.config)).target
-    assert target is not None, "training has had one"
     rows = measure_ablation(options, target)
     (options.out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     text = table(rows)

@@ -14,28 +14,30 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from tyro.conf import DisallowNone
 
+from convert import registry
 from convert.loading import load_model, without_head
+from convert.options import GROUP, UNSET, Flag, ProcessOptions, check_count, check_real
 from convert.progress import progress_bars
-from convert.registry import read_configs
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.sharding import parse_mesh
-from domino_jax.weights import Params, Target, flatten, unflatten
+from domino_jax.runtime.processes import join_processes
+from domino_jax.weights import Params, Target, unflatten
 from train import options as settings
 from train.evaluate.prompts import read_heldout_prompts, varied
 from train.generate import Request, generate
-from train.loading import find
+from train.loading import PairOptions
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class ValidationReport(NamedTuple):
     """One validation."""
 
     final: MeasuredAcceptance  # of the drafter as it is
-    base: MeasuredAcceptance | None  # of its base logits alone, the head off; None where there is no head
+    base: MeasuredAcceptance | None  # of its base logits alone, without the causal head; None where it has none
     seconds: float
 
     def row(self) -> dict[str, float | int | None]:
@@ -113,7 +115,7 @@ class Validation:
         """Args:
         target: its weights, in the dtype of the computation.
         configs: with a drafter.
-        prompts: ids, each with room for the new tokens (see `read_prompts`).
+        prompts: ids, each with room for the new tokens (see `read_heldout_prompts`).
         stop_ids: end an answer.
         dtype: what the drafter's weights are rounded to, and of the caches.
         new_tokens: of an answer, at most.
@@ -136,10 +138,15 @@ class Validation:
         Raises:
             Stopped: `stopping` said so.
         """
-        began = time.perf_counter()
         assert self.configs.draft is not None
         draft = unflatten(self.configs.draft, self._rounded(dict(weights)))
-        whole = self.configs, Params(self.target, draft)
+        return self.measure(Params(self.target, draft), stopping)
+
+    def measure(self, params: Params, stopping: Callable[[], bool] | None = None) -> ValidationReport:
+        """Decode all prompts with the drafter of these parameters, in whatever form they are; see `run`."""
+        began = time.perf_counter()
+        assert self.configs.draft is not None
+        whole = self.configs, params
         final = self._decoded(*whole, stopping)
         base = self._decoded(*without_head(*whole), stopping) if self.configs.draft.head else None
         if stopping and stopping():
@@ -158,19 +165,16 @@ class Validation:
 
 @dataclass(frozen=True)
 class Validate:
-    """Measure a drafter's acceptance length τ on held-out prompts, with its head on and off."""
+    """Measure a drafter's acceptance length τ on held-out prompts, with its causal head and without it."""
 
     prompts: Path
     """JSONL of held-out prompts: input_ids, prompt or messages"""
-    run: Path | None = None
-    """folder of a training run, of which the newest checkpoint is measured"""
-    draft: Path | None = None
-    """folder of a drafter"""
-    target: str | None = None
-    """a name such as qwen3-4b, a folder, or org/repo on the Hub; a run's own when not given"""
-    num_prompts: int | None = None
+    run: Annotated[Path | None, DisallowNone, UNSET] = None
+    """folder of a training run, of which the newest checkpoint is measured, with the run's own target"""
+    pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)
+    num_prompts: Annotated[int | None, DisallowNone, UNSET] = None
     """prompts to measure with, from the file's beginning; all when not given"""
-    prompt_tokens: int | None = None
+    prompt_tokens: Annotated[int | None, DisallowNone, UNSET] = None
     """tokens that a prompt is cut to; none are cut when not given"""
     new_tokens: int = 64
     """of an answer, at most"""
@@ -178,37 +182,35 @@ class Validate:
     """leave out prompts that the target answers with a smaller share of distinct 4-grams: it loops there"""
     batch_size: int = 16
     """prompts that are answered together"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """of weights and caches; by default float32 on a CPU, bfloat16 elsewhere"""
-    mesh: str | None = None
-    """devices to spread over, "data=2,model=4"; by default those found (one CPU)"""
-    json: bool = False
+    json: Flag = False
     """one JSON object on standard output, and nothing else there"""
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
 
 
-def find_pair(options: Validate) -> tuple[Path, Path]:
-    """The folders of target and drafter.
+def check_validate(options: Validate) -> PairOptions:
+    """The pair that the options mean, if their values make sense.
 
     Raises:
         UsageError: not enough was given, or too much, or a value makes no sense.
+        DominoError: there is no such run.
     """
-    o = options
+    o, pair = options, options.pair
     for name in ("num_prompts", "prompt_tokens", "new_tokens", "batch_size"):
-        value = getattr(o, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
-    if not 0 <= o.min_distinct <= 1:
-        raise UsageError(f"--min-distinct is a share, from 0 to 1, found {o.min_distinct}.")
-    if (o.run is None) == (o.draft is None):
-        raise UsageError("give either --run (a training run's folder) or --draft (a drafter's).")
-    if o.draft is not None:
-        if o.target is None:
-            raise UsageError("give --target, the model that this drafter is for.")
-        return find(o.target), o.draft
-    assert o.run is not None
-    target = o.target or settings.read_recipe(o.run / settings.SETTINGS).target
-    assert target is not None, "a run has one"
-    return find(target), o.run
+        if getattr(o, name) is not None:
+            check_count(name, getattr(o, name))
+    check_real("min_distinct", o.min_distinct, "from 0 to 1")
+    draft = pair.drafting.draft
+    if o.run is not None and draft is not None:
+        raise UsageError("give either --run (a training run's folder) or --draft (a drafter's), not both.")
+    if o.run is None and pair.target is None:
+        raise UsageError("give either --run (a training run's folder), or --target with its --draft.")
+    if o.run is not None:
+        target = pair.target or settings.read_recipe(o.run / settings.SETTINGS).target
+        pair = dataclasses.replace(pair, target=target, drafting=dataclasses.replace(pair.drafting, draft=str(o.run)))
+    model = pair.model()
+    if registry.locate(model.model, model.draft)[1] is None:
+        raise UsageError("this measures a drafter, and there is none: give one with --draft.")
+    return pair
 
 
 def measure_acceptance(options: Validate) -> dict[str, Any]:
@@ -217,17 +219,17 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
     Raises:
         DominoError: the words, the models or the prompts are wrong, or fewer prompts are left than were asked for.
     """
-    o = options
-    target, draft = find_pair(o)
-    _, target_config, _, warnings = read_configs(target, draft, "--target")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    o, wanted = options, check_validate(options)
+    target, draft = wanted.folders()
     with progress_bars() as loading:
-        pair = load_model(target, draft, o.dtype, loading, mesh=parse_mesh(o.mesh) if o.mesh else None, plain=True)
+        pair = load_model(target, draft, wanted.device.dtype, loading, **wanted.model().plan())
+    config = pair.configs.target
+    if jax.process_index() == 0:
+        for warning in pair.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     prompts = read_heldout_prompts(
-        o.prompts, target_config.vocab_size, target_config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
+        o.prompts, config.vocab_size, config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
     )
-    assert pair.params.draft is not None
     with pair.context():
         found = len(prompts)
         if o.min_distinct > 0:
@@ -257,21 +259,24 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
             new_tokens=o.new_tokens,
             batch=o.batch_size,
         )
-        report = validation.run(flatten(pair.params.draft))
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(o).items() if k != "json"}
-    settings |= {"target": str(target), "draft": str(draft), "dtype": pair.dtype.name, "num_prompts": len(prompts)}
+        report = validation.measure(pair.params)
+    figures = {"prompts": str(o.prompts), "run": str(o.run) if o.run else None}
+    figures |= {"target": str(target), "draft": str(draft), "num_prompts": len(prompts)}
+    figures |= {name: getattr(o, name) for name in ("prompt_tokens", "new_tokens", "min_distinct", "batch_size")}
+    figures |= {"dtype": pair.dtype.name, "mesh": wanted.device.mesh, "draft_dtype": wanted.drafting.draft_dtype}
+    figures |= {"head_candidates": wanted.drafting.head_candidates}
     each = {
         f"{name}_tau_per_prompt": one.per_prompt
         for name, one in (("final", report.final), ("base", report.base))
         if one is not None
     }
-    return {**settings, **report.row(), **each}
+    return {**figures, **report.row(), **each}
 
 
 def describe_acceptance(found: Mapping[str, Any]) -> str:
     """The figures, for people."""
     text = f"{found['num_prompts']} prompts, {found['new_tokens']} new tokens, greedy, {found['dtype']}"
-    for name, label in (("final", "τ"), ("base", "head off")):
+    for name, label in (("final", "τ"), ("base", "without the causal head")):
         if found.get(f"{name}_tau") is not None:
             error, spread = found[f"{name}_tau_error"], found[f"{name}_tau_spread"]
             about = f" ± {error:.2f}; prompts differ by {spread:.2f}" if error is not None else ""
@@ -280,10 +285,13 @@ def describe_acceptance(found: Mapping[str, Any]) -> str:
 
 
 def print_acceptance(options: Validate) -> None:
-    """Measure, and print the figures."""
+    """Measure, and print the figures; of several processes, the first one does."""
+    check_validate(options)
+    first = join_processes(options.processes.resolve())
     enable_compile_cache()
     found = measure_acceptance(options)
-    print(json.dumps(found) if options.json else describe_acceptance(found))
+    if first:
+        print(json.dumps(found) if options.json else describe_acceptance(found))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m train validate") -> int:

@@ -23,14 +23,14 @@ from tyro.conf import arg
 
 from convert import folders
 from convert.identity import model_fingerprint
-from convert.options import UNSET
+from convert.options import UNSET, check_count
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
 from domino_jax.config import TargetConfig, choose_taps, last_layer_warning
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
-from domino_jax.runtime.command import run_command
+from domino_jax.runtime.command import UsageError, run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.precision import matmul_precision
@@ -158,27 +158,31 @@ def run_capture(options: Capture) -> None:
     """Capture what is missing.
 
     Raises:
+        UsageError: an option makes no sense, or does not fit the target.
         DominoError: something does not fit, or can't be read or written; what is finished stays.
         KeyboardInterrupt: it was interrupted; what is finished stays.
     """
+    for name in ("batch", "length", "layers"):
+        check_count(name, getattr(options, name))
+    for layer in options.target_layer_ids:
+        check_count("target_layer_ids", layer, least=0)
+    with words_at_fault():
+        rows_at_once, model = sharding.parse_mesh(options.mesh) if options.mesh else (1, 1)
+    if options.batch % rows_at_once:
+        raise UsageError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
     enable_compile_cache()
-    if min(options.batch, options.length, options.layers) < 1:
-        raise DominoError("--batch, --length and --layers must be at least 1.")
     folder = find(options.target)
     _, config, _, _ = read_configs(folder, None, "--target")
     config = resolve_moe_backend(config)
     if options.length > config.positions:
-        raise DominoError(f"--length {options.length} is beyond the target's {config.positions} positions.")
+        raise UsageError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers
     taps = options.target_layer_ids or choose_taps(depth, options.layers)
     if not all(0 <= tap < depth for tap in taps):
-        raise DominoError(f"--target-layer-ids must name layers 0 to {depth - 1}, found {list(taps)}.")
+        raise UsageError(f"--target-layer-ids must name layers 0 to {depth - 1}, found {list(taps)}.")
     for warning in last_layer_warning(taps, depth):
         print(f"warning: {warning}", file=sys.stderr)
     dtype = settle_dtype(options.dtype)
-    rows_at_once, model = sharding.parse_mesh(options.mesh) if options.mesh else (1, 1)
-    if options.batch % rows_at_once:
-        raise DominoError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
     mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
     fitted = sharding.fit_to_mesh(config, model)
     corpus = corpus_to_capture(options, folder, config)

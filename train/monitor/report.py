@@ -187,7 +187,7 @@ def _validations(rows: Sequence[curves.Row]) -> str:
     listed = validated[-VALIDATIONS:]
     listed = listed if any(row is top for row in listed) else [top, *listed]
     sentence = f"Best: τ {_tau(top):.3f} at step {top['step']:,}."
-    return sentence + "\n\n" + _table(("step", "true τ", "head off", "estimated"), map(line, listed))
+    return sentence + "\n\n" + _table(("step", "true τ", "without the causal head", "estimated"), map(line, listed))
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -21,27 +21,26 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 
 from convert.identity import model_fingerprint, text_fingerprint
 from convert.loading import LoadedModel, load_model
 from convert.messages import LeftOut, left_out_words
+from convert.options import GROUP, SamplingOptions, check_count
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
-from domino_jax.runtime.command import run_command
+from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.files import lock_file
 from domino_jax.runtime.precision import resolve_dtype
-from domino_jax.sampling import SamplingParams
-from domino_jax.sharding import parse_mesh
 from train.generate import DecodedPrompt, Request, generate
-from train.loading import find
+from train.loading import PairOptions
 from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.output import Answers
 from train.regenerate.prompts import Lines, Source, encode_turn
@@ -56,79 +55,51 @@ WINDOW_BATCHES = (
 class Regenerate:
     """Let the target rewrite the answers of conversations, or continue prompts; the same command resumes."""
 
-    target: str
-    """a name such as qwen3-4b, a folder, or org/repo on the Hub"""
     data: Path
     """JSONL of conversations (messages, or ShareGPT's conversations) or prompts (prompt, input_ids)"""
     out: Path
     """JSONL file to write, for --data of python -m train"""
-    draft: Path | None = None
-    """folder of a drafter, or of its training run: the same answers (or samples as likely), sooner"""
-    temperature: float = 0.7
-    """0 is greedy"""
-    top_k: int = 20
-    """draw from so many of the likeliest tokens; 0 is off"""
-    top_p: float = 0.95
-    """draw from the likeliest tokens that together have this probability; 1 is off"""
-    min_p: float = 0.0
-    """drop tokens below this share of the likeliest one's probability; 0 is off"""
+    pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(0.7, 20, 0.95))
     max_new_tokens: int = 2048
     """of an answer, at most"""
     batch_size: int = 32
     """answers that are written together"""
     thinking: bool = False
     """let a model think before it answers, if it can; public drafters are trained without"""
-    seed: int = 0
-    """of the random keys"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """of weights and caches; by default float32 on a CPU, bfloat16 elsewhere"""
-    mesh: str | None = None
-    """devices to spread over, "data=2,model=4": answers over data, weights over model; by default those found (one
-    CPU)"""
 
 
 def check_regenerate(options: Regenerate) -> None:
     """Refuse values that make no sense.
 
     Raises:
-        DominoError: one does not.
+        UsageError: one does not.
     """
     o = options
-    rules = {
-        "temperature": 0 <= o.temperature < float("inf"),
-        "top_k": o.top_k >= 0,
-        "top_p": 0 < o.top_p <= 1,
-        "min_p": 0 <= o.min_p <= 1,
-        "max_new_tokens": o.max_new_tokens >= 1,
-        "batch_size": o.batch_size >= 1,
-        "seed": 0 <= o.seed < 2**32,
-    }
-    for name, holds in rules.items():
-        if not holds:
-            raise DominoError(f"--{name.replace('_', '-')} can't be {getattr(o, name)}.")
+    o.pair.model()
+    o.sampling.check()
+    check_count("max_new_tokens", o.max_new_tokens)
+    check_count("batch_size", o.batch_size)
     if o.out.absolute() == o.data.absolute():
-        raise DominoError(f"--out and --data are both {o.out}; the answers need a file of their own.")
+        raise UsageError(f"--out and --data are both {o.out}; the answers need a file of their own.")
 
 
-def decisive(options: Regenerate, target: Path, lines: Lines) -> dict[str, Any]:
+def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines) -> dict[str, Any]:
     """What decides the answers, for the file beside them."""
-    o = options
+    o, how = options, options.pair
     return {
         "target_identity": model_fingerprint(target),
         "text_identity": text_fingerprint(target),  # its tokenizer, template and end tokens
-        "draft_identity": model_fingerprint(o.draft) if o.draft else None,
+        "draft_identity": model_fingerprint(draft) if draft else None,
+        "head_candidates": how.model().head_candidates,
+        "draft_dtype": how.drafting.draft_dtype,
         "data_sha256": lines.sha256,
-        **asdict(choice(o)),
+        **asdict(o.sampling.params()),
         "max_new_tokens": o.max_new_tokens,
         "thinking": o.thinking,
-        "seed": o.seed,
-        "dtype": resolve_dtype(o.dtype).name,
+        "seed": o.sampling.seed,
+        "dtype": resolve_dtype(how.device.dtype).name,
     }
-
-
-def choice(options: Regenerate) -> SamplingParams:
-    """How tokens are chosen."""
-    return SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p)
 
 
 def run_regenerate(options: Regenerate) -> None:
@@ -140,16 +111,16 @@ def run_regenerate(options: Regenerate) -> None:
     """
     check_regenerate(options)
     enable_compile_cache()
-    target = find(options.target)
-    _, config, _, warnings = read_configs(target, options.draft, "--target")
+    target, draft = options.pair.folders()
+    _, config, _, warnings = read_configs(target, draft, "--target")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     lines = Lines(options.data, config.vocab_size)
     tokenizer = load_tokenizer(target)
     first = next(lines.sources(0, len(lines)))[1]
     encode_some(first, tokenizer, options)  # a tokenizer or a template that is missing is known before a weight is read
-    places = {name: str(getattr(options, name)) for name in ("target", "draft", "data") if getattr(options, name)}
-    with lock_file(options.out), Answers(options.out, decisive(options, target, lines), places) as answers:
+    places = {"target": str(target), "draft": str(draft), "data": str(options.data)}
+    with lock_file(options.out), Answers(options.out, decisive(options, target, draft, lines), places) as answers:
         missing = int(lines.turns.sum()) - len(answers)
         if not missing:
             print(f"{options.out} has all {len(answers)} answers already")
@@ -157,8 +128,7 @@ def run_regenerate(options: Regenerate) -> None:
         if len(answers):
             print(f"{options.out} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
         with progress_bars() as loading:
-            mesh = parse_mesh(options.mesh) if options.mesh else None
-            pair = load_model(target, options.draft, options.dtype, loading, mesh=mesh)
+            pair = load_model(target, draft, options.pair.device.dtype, loading, **options.pair.model().plan())
         size = min(options.batch_size, int((lines.turns > 0).sum()))
         with (
             pair.context(),
@@ -227,8 +197,8 @@ class Writer:
                 self.pair.stop_ids,
                 self.pair.dtype,
                 batch=self.batch,
-                choice=choice(self.options),
-                seed=self.options.seed,
+                choice=self.options.sampling.params(),
+                seed=self.options.sampling.seed,
                 wanted=lambda p: (p.row, p.turn) not in self.answers,
                 update=self.tally.decoded,
                 stopping=self.stopping,

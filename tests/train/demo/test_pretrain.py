@@ -105,7 +105,9 @@ def test_prompts_are_lines_of_the_right_files(text, model, held_out, tmp_path, c
         ({"heads": 3, "kv_heads": 2}, "must be a multiple"),
         ({"length": 100_000}, "fewer than --length"),
         ({"files": "*.rst"}, "too few files named"),
-        ({"muon_lr": float("nan")}, "the loss is nan"),
+        ({"muon_lr": float("nan")}, "--muon-lr must be above 0, found nan"),
+        ({"seed": -1}, "--seed must be from 0 to"),
+        ({"muon_lr": 1e38}, "the loss is nan"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_writes_nothing(text, tmp_path, change, words):

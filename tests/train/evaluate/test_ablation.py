@@ -1,11 +1,14 @@
 """The commands made of commands: the ablation, and the shipped pair from nothing."""
 
 import json
+import sys
 
 import pytest
 from factory import make_target
 
+from infer.bench import main as bench
 from train import config, options
+from train.__main__ import main as train
 from train.demo import command
 from train.evaluate import ablation
 from train.monitor import curves
@@ -19,7 +22,7 @@ def test_the_table_has_mean_and_spread():
         for seed, tau in enumerate(both)
     ]
     assert ablation.table(rows).splitlines() == [
-        "| | seed 0 | seed 1 | τ, mean ± sd over seeds | head off |",
+        "| | seed 0 | seed 1 | τ, mean ± sd over seeds | without the causal head |",
         "|---|---|---|---|---|",
         "| dflash | 2.000 | 2.200 | **2.100 ± 0.141** |  |",
         "| joint | 3.000 | 3.000 | **3.000 ± 0.000** | 2.000 ± 0.000 |",
@@ -84,7 +87,7 @@ def test_the_shipped_drafter_from_nothing(tmp_path, capfd):
     said = capfd.readouterr().out
     order = ["train.prompts", "train.regenerate", "train --config demo", "train.validate"]
     places = [said.index(f"$ python -m {command}") for command in order]
-    assert places == sorted(places) and "head off" in said
+    assert places == sorted(places) and "without the causal head" in said
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
     assert command.main(words) == 0
     assert [line.split()[3] for line in capfd.readouterr().out.splitlines() if line.startswith("$")] == [
@@ -96,3 +99,45 @@ def test_the_demo_names_every_command_from_the_text_to_the_measure(tmp_path):
     found = [stage.words[0] for stage in command.stages(command.Demo(tmp_path))]
     assert found == ["train.pretrain", *["train.prompts"] * 3, *["train.regenerate"] * 2, "train", "train.validate"]
     assert command.main(["--out", str(tmp_path), "--prompts", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "says"),
+    [
+        (["--seeds"], 2, "at least one of --seeds"),
+        (["--steps", "0"], 2, "--steps must be at least 1"),
+        (["--seeds", "-1"], 2, "--seeds must be from 0 to 2^32 - 1"),
+        (["--num-prompts", "0"], 2, "--num-prompts must be at least 1"),
+        (["--new-tokens", "0"], 2, "--new-tokens must be at least 1"),
+        (["--min-distinct", "nan"], 2, "--min-distinct must be from 0 to 1"),
+        (["--config", "nothing"], 2, "neither a file nor a shipped recipe"),
+    ],
+)
+def test_what_an_ablation_would_find_wrong_in_the_end_is_said_before_it_trains(
+    tmp_path, capsys, monkeypatch, more, status, says
+):
+    monkeypatch.setattr(ablation, "run_missing", lambda _: pytest.fail("trained"))
+    words = ["--data", "a.jsonl", "--prompts", "b.jsonl", "--out", str(tmp_path / "runs")]
+    assert ablation.main([*words, *more]) == status
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_plots_that_can_not_be_drawn_are_said_before_anything_runs(tmp_path, capsys, monkeypatch):
+    """Of the ablation, the benchmark and a training: matplotlib is imported at their ends."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(ablation, "run_missing", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr("train.run.find", lambda _: pytest.fail("looked for the target"))
+    monkeypatch.setattr("train.data.dataset.read_corpus", lambda *_, **__: pytest.fail("read the data"))
+    out = str(tmp_path / "out")
+    for main, words in (
+        (ablation.main, ["--data", "a.jsonl", "--prompts", "b.jsonl", "--out", out]),
+        (bench, ["--plot", out]),
+        (bench, ["--quality", "a.jsonl", "--plot", out]),
+        (train, ["--target", "demo", "--data", "a.jsonl", "--out", out]),
+    ):
+        assert main(words) == 1
+        assert (
+            'matplotlib is not installed; install it with: pip install "domino-jax[plots]"' in capsys.readouterr().err
+        )
+        assert not (tmp_path / "out").exists()

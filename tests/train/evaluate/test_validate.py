@@ -24,8 +24,16 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
 from domino_jax.weights import Params, axes, flatten, init_weights
 from train.evaluate.prompts import read_heldout_prompts, varied
-from train.evaluate.validate import MeasuredAcceptance, Validate, Validation, find_pair, main, measure_acceptance
+from train.evaluate.validate import (
+    MeasuredAcceptance,
+    Validate,
+    Validation,
+    check_validate,
+    main,
+    measure_acceptance,
+)
 from train.generate import DecodedPrompt
+from train.loading import PairOptions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -186,7 +194,9 @@ def test_the_command_prints_what_validation_gives(folder, capsys):
     assert found["num_prompts"] == 4 and len(found["final_tau_per_prompt"]) == 4
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert f"τ {report.final.tau:.2f} ± {report.final.error:.2f}" in text and "head off" in text
+    assert main([*words, "--json", "--draft-dtype", "int8", "--head-candidates", "16", "--mesh", "data=2,model=1"]) == 0
+    assert json.loads(capsys.readouterr().out)["head_candidates"] == 16
+    assert f"τ {report.final.tau:.2f} ± {report.final.error:.2f}" in text and "without the causal head " in text
 
 
 @pytest.mark.e2e
@@ -201,18 +211,32 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
             manager.save(step, args=ocp.args.StandardSave({"weights": weights}))
         manager.wait_until_finished()
     options = Validate(folder / "held.jsonl", run=tmp_path)
-    assert find_pair(options) == (folder / "target", tmp_path)
-    found = loading.load_model(*find_pair(options), "float32", plain=True).params.draft
+    assert check_validate(options).folders() == (folder / "target", tmp_path)
+    found = loading.load_model(*check_validate(options).folders(), "float32", plain=True).params.draft
     for path, weight in flatten(found).items():
         np.testing.assert_array_equal(weight, weights[path])
-    assert find_pair(dataclasses.replace(options, target=str(folder / "draft"))) == (folder / "draft", tmp_path)
+    other = dataclasses.replace(options, pair=PairOptions(str(folder / "draft")))
+    assert check_validate(other).folders() == (folder / "draft", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("status", "words", "sentence"),
     [
         (2, [], "give either --run"),
-        (2, ["--draft", "draft"], "give --target"),
+        (2, ["--draft", "draft"], "give either --run"),
+        (2, ["--draft", "draft", "--run", "target"], "not both"),
+        (2, ["--target", "target"], "give one with --draft"),
+        (2, ["--target", "target", "--draft", "none"], "give one with --draft"),
+        (2, ["--model", "qwen3-0.6b"], "give one with --draft"),
+        (2, ["--model", "target", "--draft", "draft", "--mesh", "3"], "data=2,model=4"),
+        (2, ["--model", "target", "--draft", "draft", "--revision", "main"], "--revision chooses a revision of a Hub"),
+        (
+            2,
+            ["--model", "target", "--draft", "draft", "--head-candidates", "0"],
+            "--head-candidates must be at least 1",
+        ),
+        (2, ["--model", "target", "--draft", "draft", "--min-distinct", "nan"], "--min-distinct must be from 0 to 1"),
+        (2, ["--model", "target", "--draft", "draft", "--num-processes", "2"], "several processes need --coordinator"),
         (1, ["--run", "target"], "settings.toml"),
         (1, ["--draft", "target", "--target", "target"], "is not a drafter"),
         (1, ["--draft", "draft", "--target", "target", "--num-prompts", "5"], "has 4 prompts"),
@@ -270,8 +294,7 @@ def test_the_shipped_pair_has_the_acceptance_that_its_page_says():
     found = measure_acceptance(
         Validate(
             DEMO_FOLDER / "prompts.jsonl",
-            draft=DEMO_FOLDER / "draft",
-            target=str(DEMO_FOLDER / "target"),
+            pair=PairOptions("demo"),
             num_prompts=64,
             prompt_tokens=48,
             min_distinct=0.8,

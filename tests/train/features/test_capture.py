@@ -334,7 +334,10 @@ def test_too_little_disk_is_refused_before_anything_is_written(folder, corpus, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--batch", "0"], "at least 1"),
+        (["--batch", "0"], "--batch must be at least 1, found 0"),
+        (["--layers", "-2"], "--layers must be at least 1, found -2"),
+        (["--taps", "-1"], "--target-layer-ids must be at least 0, found -1"),
+        (["--mesh", "four"], "data=2,model=4"),
         (["--length", "500"], "500 is beyond the target's 256 positions"),
         (["--taps", "0", "3"], "layers 0 to 2, found [0, 3]"),
         (["--mesh", "data=4"], "data=4 does not divide --batch 2"),
@@ -342,7 +345,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(folder, corpus, t
     ],
 )
 def test_refusals(folder, corpus, tmp_path, capsys, more, message):
-    assert capture.main(words(folder, tmp_path / "features", *more)) == 1
+    assert capture.main(words(folder, tmp_path / "features", *more)) == (1 if more[0] == "--target" else 2)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "features").exists()

@@ -210,6 +210,7 @@ def test_two_processes_do_not_write_into_one_file(folder, tmp_path, capsys, monk
         (["--max-new-tokens", "8"], "max_new_tokens"),
         (["--thinking"], "thinking"),
         (["--draft", "draft"], "draft_identity"),
+        (["--draft", "draft", "--draft-dtype", "int8"], "draft_identity"),
     ],
 )
 def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words, name):
@@ -334,9 +335,21 @@ def test_conversations_need_a_template_and_values_must_make_sense(folder, tmp_pa
     make_target(tmp_path / "target")
     run(tmp_path, tmp_path / "out.jsonl", data=folder / "data.jsonl", status=1)
     assert "no chat template" in capsys.readouterr().err
-    for words in (["--top-p", "0"], ["--batch-size", "0"], ["--temperature", "-1"], ["--seed", "-1"]):
-        run(folder, tmp_path / "out.jsonl", *words, status=1)
-        assert f"{words[0]} can't be" in capsys.readouterr().err
+    wrong = (["--top-p", "0"], ["--batch-size", "0"], ["--temperature", "-1"], ["--seed", "-1"], ["--min-p", "nan"])
+    wrong += (["--top-k", str(2**64)], ["--max-new-tokens", str(2**31)], ["--head-candidates", "0"])
+    for words in wrong:
+        run(folder, tmp_path / "out.jsonl", *words, status=2)
+        assert f"{words[0]} must be " in capsys.readouterr().err
+    for words, says in (
+        (["--draft", "none", "--draft-dtype", "int8"], "--draft-dtype needs a drafter"),
+        (["--draft-revision", "main"], "there is no drafter"),
+        (["--mesh", "model"], "data=2,model=4"),
+        (["--out", str(folder / "data.jsonl")], "--out and --data are both"),
+    ):
+        run(folder, tmp_path / "out.jsonl", *words, status=2)
+        assert says in capsys.readouterr().err
+    assert main(["--data", str(folder / "data.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert "give --target: demo, qwen3-0.6b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from convert.fields import (
 from domino_jax.config import DecoderConfig, MoeConfig, TargetConfig, Yarn
 from domino_jax.errors import DominoError
 
-LAYERS: Final = integer(1, 10_000)
+LAYERS: Final = integer(1, 1000)
+EXPERTS: Final = integer(1, 4096)
 SIZE: Final = integer(1)
 
 # Fields that other models of the same make have, and the values with which they change nothing here. Everything else is
@@ -66,7 +67,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_group": (None, 1),
     "topk_group": (None, 1),
 }
-SOFT_CAP = re.compile(r"soft_?cap")
+CHANGING: Final = re.compile(r"soft_?cap|^dspark_")  # names of more such fields; null, 0 and false change nothing
 # Fields that change nothing here, of the kinds that transformers wants: with others it refuses the file, and the
 # tokenizer beside it.
 DTYPE: Final = Kind(
@@ -74,6 +75,7 @@ DTYPE: Final = Kind(
     lambda x: type(x) is str and re.fullmatch(r"bfloat16|float(16|32|64|8_\w+)?|half|double", x) is not None,
     str,
 )
+TOKEN_IDS: Final = either(integer(-1), INTEGERS)
 LABELS: Final = Kind(
     "an object of labels by number", lambda x: isinstance(x, Mapping) and all(map(str.isdecimal, x)), dict
 )
@@ -92,7 +94,7 @@ OF_TRANSFORMERS: dict[str, Kind[Any]] = {
     "router_aux_loss_coef": number(point=True),
     "bos_token_id": nullable(integer(-1)),  # -1 stands for none in some files
     "pad_token_id": nullable(integer(-1)),
-    "eos_token_id": nullable(either(integer(-1), INTEGERS)),
+    "eos_token_id": nullable(TOKEN_IDS),
 }
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 YARN_KEYS = {*Yarn.__dataclass_fields__, "mscale", "mscale_all_dim"}
@@ -146,7 +148,7 @@ def refuse_others(where: str, raw: Mapping[str, Any], neutral: Mapping[str, tupl
     while levels:
         prefix, level = levels.pop(0)
         for name, value in level.items():
-            allowed = neutral.get(name, (None, 0, False) if SOFT_CAP.search(name) else None)
+            allowed = neutral.get(name, (None, 0, False) if CHANGING.search(name) else None)
             if allowed is not None and not any(_same(value, one) for one in allowed):
                 raise DominoError(
                     f"{where} has {prefix}{name} {as_json(value)}, which is not supported (expected "
@@ -244,7 +246,7 @@ def _read_moe(fields: Fields) -> MoeConfig:
     """A mixture's fields."""
     return MoeConfig(
         # The public files' name, and transformers 5's.
-        num_experts=fields.get("num_experts", LAYERS, also=["num_local_experts"]),
+        num_experts=fields.get("num_experts", EXPERTS, also=["num_local_experts"]),
         num_experts_per_tok=fields.get("num_experts_per_tok", SIZE),
         moe_intermediate_size=fields.get("moe_intermediate_size", SIZE),
         norm_topk_prob=fields.get("norm_topk_prob", BOOLEAN),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from convert.configs import LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, SOFT_CAP, decoder_fields, refuse_others, said_of
+from convert.configs import CHANGING, LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, decoder_fields, refuse_others, said_of
 from convert.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
 from domino_jax.config import DraftConfig, HeadConfig, default_taps, last_layer_warning
 from domino_jax.errors import DominoError
@@ -28,7 +28,6 @@ NEUTRAL_IN_A_DRAFTER: Final[dict[str, tuple[Any, ...]]] = {
     "attention_value_scale": (None, 1),
     "use_aux_hidden_state": (None, True),
     "draft_shift": (None, False),
-    "dspark_bonus_anchor": (None,),
     "markov_rank": (None, 0),
     "enable_confidence_head": (None, False),
     "use_confidence_head": (None, False),
@@ -252,7 +251,7 @@ def _check_directions(fields: Fields, config: DraftConfig) -> None:
 def _unknown(fields: Fields) -> list[str]:
     """Fields of which nothing is known here."""
     known = INERT | NEUTRAL.keys() | NEUTRAL_IN_A_DRAFTER.keys() | {NESTED}
-    return [label for label, name in fields.unread() if name not in known and not SOFT_CAP.search(name)]
+    return [label for label, name in fields.unread() if name not in known and not CHANGING.search(name)]
 
 
 def _refuse_other_drafters(where: str, raw: Mapping[str, Any]) -> None:

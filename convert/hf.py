@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert.configs import read_target_config
+from convert.configs import TOKEN_IDS, read_target_config
 from convert.draft_configs import is_drafter, read_draft_config
+from convert.fields import Fields
 from convert.names import Entry, entries, to_hf, units
 from convert.safetensors import Stored, TensorFiles
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
@@ -65,12 +66,12 @@ def stop_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
         DominoError: they are no ids, or the file is damaged.
     """
     generation = folder / "generation_config.json"
-    ids = read_json(generation).get("eos_token_id") if generation.exists() else None
-    ids = raw.get("eos_token_id") if ids is None else ids
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int) for i in ids):
-        raise DominoError(f"{folder} has eos_token_id {ids}, expected an id or a list of ids.")
-    return tuple(ids)
+    first = read_json(generation) if generation.exists() else {}
+    for file, fields in ((generation, first), (folder / "config.json", raw)):
+        ids = Fields(str(file), ("", fields), null_is_absent=True).get("eos_token_id", TOKEN_IDS, None)
+        if ids is not None:
+            return ids if isinstance(ids, tuple) else (ids,)
+    return ()
 
 
 def parse_config(

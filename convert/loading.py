@@ -140,6 +140,7 @@ def load_model(
     began = time.perf_counter()
     raw, config, draft_config, warnings = read_configs(target, draft)
     chosen = plan_load(config, draft_config, dtype, **how)
+    stop_ids, tokenizer = hf.stop_ids(target, raw), load_tokenizer(target)  # what is wrong there costs no weights
     kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
 
     narrow = chosen.narrow and not plain
@@ -176,7 +177,6 @@ def load_model(
             chosen.backends, config_of_device(chosen.fitted.target, mesh), kind, chosen.fitted.proposals + 1
         )
     configs = dataclasses.replace(chosen.fitted, attention=backend)
-    tokenizer, stop_ids = load_tokenizer(target), hf.stop_ids(target, raw)
     seconds = time.perf_counter() - began
     return LoadedModel(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)
 

@@ -9,5 +9,6 @@ class DominoError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """What an exception says, in one line without a full stop: its first, and the next where that ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")

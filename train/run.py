@@ -101,10 +101,10 @@ def prepare(options: TrainConfig) -> Setup:
     target = resolve_moe_backend(target)
     if wanted.length > target.positions:
         raise UsageError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
-    tokenizer = load_tokenizer(folder)
+    stop_ids, tokenizer = hf.stop_ids(folder, raw), load_tokenizer(folder)
     options = replaced(options, "drafter", mask_token_id=mask_token(options, tokenizer))
-    with words_at_fault():  # the drafter's config is made of flags
-        options, draft = settle_drafter(options, target)
+    options, draft = settle_drafter(options, target)
+    with words_at_fault():
         warnings = check_pair(target, draft) + last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)
         mesh = resolve_mesh(options, target, draft)
     for warning in warnings:
@@ -149,7 +149,6 @@ def prepare(options: TrainConfig) -> Setup:
     )
     validation = None
     if prompts:
-        stop_ids = hf.stop_ids(folder, raw)
         tokens = options.run.validation_tokens
         validation = Validation(frozen, DecodeConfig(target, draft), prompts, stop_ids, dtype, new_tokens=tokens)
     return Setup(options, recipe, corpus, frozen, features, validation, mesh)
@@ -186,7 +185,8 @@ def settle_drafter(options: TrainConfig, target: TargetConfig) -> tuple[TrainCon
     was = folders.read_config(options.out, target.num_hidden_layers) if options.resume and path.exists() else None
     if isinstance(was, DraftConfig) and not options.drafter.target_layer_ids:
         options = replaced(options, "drafter", target_layer_ids=was.target_layer_ids)
-    draft = config.draft_config(options.drafter, target)
+    with words_at_fault():  # the drafter's config is made of flags
+        draft = config.draft_config(options.drafter, target)
     if was is not None and was != draft:
         raise DominoError(
             f"{path} is of another drafter than {options.out / settings.SETTINGS} and the target give: a resumed run "

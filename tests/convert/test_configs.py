@@ -3,8 +3,10 @@
 Which settings make sense together is in test_convert_refusals.py.
 """
 
+import copy
 import dataclasses
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import factory
 import pytest
 
 from convert import hf
-from convert.configs import NEUTRAL
+from convert.configs import NEUTRAL, OF_TRANSFORMERS
 from convert.draft_configs import NEUTRAL_IN_A_DRAFTER, export_warnings, is_drafter, read_draft_config
 from domino_jax.config import DraftConfig, MoeConfig, TargetConfig
 from domino_jax.errors import DominoError
@@ -127,6 +129,27 @@ def test_what_transformers_refuses_is_refused_by_its_field(kind):
                     parse(raw | {name: value})
                     print(name, value, error)
     assert count > 250
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["151645", [1, "2"], True, [True], 1.0, [None], {"id": 1}], ids=str)
+def test_an_end_token_of_another_kind_is_refused_by_its_file(tmp_path, name, value):
+    raw = {"eos_token_id": value} if name == "config.json" else {}
+    if not raw:
+        hf.write_json(tmp_path / name, {"eos_token_id": value})
+    with pytest.raises(
+        DominoError, match=re.escape(f"{tmp_path / name} has eos_token_id {json.dumps(value)}; expected")
+    ):
+        hf.stop_ids(tmp_path, raw)
+
+
+def test_end_tokens_are_the_generation_configs_else_the_configs(tmp_path):
+    assert hf.stop_ids(tmp_path, {}) == () == hf.stop_ids(tmp_path, {"eos_token_id": None})
+    assert hf.stop_ids(tmp_path, {"eos_token_id": 5}) == (5,)
+    hf.write_json(tmp_path / "generation_config.json", {"eos_token_id": None})
+    assert hf.stop_ids(tmp_path, {"eos_token_id": [5, 6]}) == (5, 6)
+    hf.write_json(tmp_path / "generation_config.json", {"eos_token_id": [7]})
+    assert hf.stop_ids(tmp_path, {"eos_token_id": 5}) == (7,)
 
 
 def test_a_null_is_no_value_in_a_drafters_file():
@@ -256,10 +279,13 @@ CHANGING = {  # of each kind of value, one that changes the result
     "compression_config": {"format": "dense"},
     "scoring_func": "sigmoid",
 }
-SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "router_logit_soft_cap", "softcap")
+BY_PATTERN = (
+    *("attn_logit_softcapping", "final_logit_softcapping", "router_logit_soft_cap", "softcap"),
+    *("dspark_block_size", "dspark_bonus_anchor"),
+)
 
 
-@pytest.mark.parametrize("name", [*NEUTRAL, *SOFT_CAPS])
+@pytest.mark.parametrize("name", [*NEUTRAL, *BY_PATTERN])
 @pytest.mark.parametrize("kind", ["dense", "Domino, nested", "Domino, at top level"])
 def test_a_field_that_would_change_the_result_is_refused_at_any_level(kind, name):
     neutral = NEUTRAL.get(name, (None, 0, False))
@@ -267,7 +293,8 @@ def test_a_field_that_would_change_the_result_is_refused_at_any_level(kind, name
     level = raw["dflash_config"] if "nested" in kind else raw
     last = neutral[-1]
     value = CHANGING.get(name, (not last) if type(last) is bool else 0.5)
-    for bad in (value, *([int(last)] if type(last) is bool and name not in SOFT_CAPS else [True] if last == 1 else [])):
+    loose = [int(last)] if type(last) is bool and name not in BY_PATTERN else [True] if last == 1 else []
+    for bad in (value, *loose):
         level[name] = bad
         with refused(f"{name} {json.dumps(bad)}, which is not supported"):
             parse(raw)
@@ -383,6 +410,35 @@ PUBLIC = {  # SpecForge's configs/qwen3-8b-domino.json, but for its sizes
 }  # fmt: skip
 
 
+# What differs from PUBLIC at top level (... is not there) and in dflash_config, and what ours then has.
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "z-lab, January 2026": ({"dtype": ..., "torch_dtype": "bfloat16"}, {}, {}),
+    "z-lab, June 2026": (
+        {"block_size": ..., "rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500},
+         "layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 2048,
+         "transformers_version": "5.2.0"},
+        {"block_size": 5},
+        {"windows": (2048, None)},
+    ),
+    "SGLang's own": ({}, {"block_size": 5, "use_qk_norm": True, "mask_token": "<|MASK|>"}, {}),
+    "a copy of the target's": ({"target_layer_ids": [1, 0], "mask_token_id": 88, "draft_vocab_size": 89}, {}, {}),
+    "ModelOpt's": ({"is_causal": False}, {"causal": False, "block_size": 5, "use_aux_hidden_state": True}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head", [True, False], ids=["Domino", "DFlash"])
+def test_the_layouts_of_public_files_are_read_without_a_word(layout, head):
+    change, nested, ours = LAYOUTS[layout]
+    raw: dict[str, Any] = {name: value for name, value in (PUBLIC | change).items() if value is not ...}
+    raw["dflash_config"] = PUBLIC["dflash_config"] | nested
+    if not head:  # with what every DFlash file has
+        del raw["emb_dim"]
+        few = ("mask_token_id", "target_layer_ids", *nested)
+        raw["dflash_config"] = {name: raw["dflash_config"][name] for name in few}
+    assert read_draft_config(raw) == (dataclasses.replace(DOMINO if head else PLAIN, **ours), [])
+
+
 def test_a_drafter_is_written_as_the_public_ones_are():
     written = DOMINO.to_hf()
     assert read_draft_config(PUBLIC) == read_draft_config(written) == (DOMINO, [])
@@ -418,3 +474,63 @@ def test_a_drafter_that_reads_the_targets_last_layer_is_a_warning_where_it_is_gi
     unstated = {name: value for name, value in last.to_hf().items() if name != "num_target_layers"}
     assert export_warnings(unstated) == []  # which its last is, is not known
     assert len(export_warnings(unstated, 3)) == 1
+
+
+# --- At random ----------------------------------------------------------------------------------------------------
+
+ANYTHING = [
+    *(None, True, False, 0, 1, 2, -1, 7, 151669, 2**31, 10**30, 0.0, 0.5, 1.0, 1e-6, 1e6, float("nan"), float("inf")),
+    *(
+        "",
+        "1",
+        "full_attention",
+        "domino",
+        "qwen3",
+        "yarn",
+        "\ud800",
+        [],
+        [0],
+        [1, 0],
+        ["full_attention"],
+        [None],
+        [[0]],
+    ),
+    *([[0]], {}, {"rope_type": "yarn", "factor": 2.0}, {"rope_theta": 500.0}, {"a": {"final_logit_softcapping": 5}}),
+]
+SAME = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "shift_label", *INTEGERS)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_any_change_of_a_config_is_read_as_it_stands_or_refused_in_a_sentence(kind):
+    """Several changes at once: values of any kind, fields gone, new, moved, and given twice."""
+    chance = random.Random(kind)
+    base = CONFIGS[kind].to_hf()
+    names = sorted({*base, *base.get("dflash_config", {}), *NEUTRAL, *NEUTRAL_IN_A_DRAFTER, *OF_TRANSFORMERS, *SAME})
+    names += ["rope_parameters", "layer_ids", "sample_from_anchor", "is_causal", "use_swa", "sliding_window", "new"]
+    counts = {"read": 0, "refused": 0}
+    for _ in range(5000):
+        raw = copy.deepcopy(base)
+        for _ in range(chance.randint(1, 3)):
+            nested = raw.get("dflash_config")
+            level = nested if isinstance(nested, dict) and chance.random() < 0.5 else raw
+            name, how = chance.choice(names), chance.random()
+            if how < 0.25:
+                level.pop(name, None)
+            elif how < 0.45 and isinstance(nested, dict) and name in nested:
+                raw[name] = nested[name] if chance.random() < 0.5 else nested.pop(name)
+            else:
+                level[name] = copy.deepcopy(chance.choice(ANYTHING))
+        try:
+            config = hf.parse_config(raw, file=FILE)
+        except DominoError as error:
+            counts["refused"] += 1
+            assert str(error).startswith(str(FILE)) and "\n" not in str(error) and len(str(error)) < 1000
+            continue
+        counts["read"] += 1
+        nested = raw.get("dflash_config")
+        for level in (raw, nested if isinstance(nested, dict) else {}):
+            for name in SAME:
+                if level.get(name) is not None and hasattr(config, name):
+                    found = getattr(config, name)
+                    assert (list(found) if isinstance(found, tuple) else found) == level[name], (name, raw)
+    assert min(counts.values()) > 500, counts

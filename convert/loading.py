@@ -22,6 +22,8 @@ from domino_jax import prepare
 from domino_jax.attention import Backend, BackendChoice, available_backends
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.base import Drafter
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
@@ -98,7 +100,7 @@ def plan_load(
     config = resolve_moe_backend(config)
     configs = DecodeConfig(config)
     if draft_config:
-        configs = DecodeConfig(config, draft_config, drafts, candidates)
+        configs = DecodeConfig(config, BlockDrafter(draft_config, candidates), drafts)
     elif candidates is not None or draft_dtype is not None:
         raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
     kind = resolve_dtype(dtype)
@@ -108,7 +110,7 @@ def plan_load(
     fitted = dataclasses.replace(
         configs,
         target=fit_to_mesh(configs.target, sizes[1]),
-        draft=fit_to_mesh(configs.draft, sizes[1]) if configs.draft else None,
+        drafter=_fitted(configs.drafter, sizes[1]),
     )
     backends = available_backends(attention, [c.head_dim for c in models], kind)
     return LoadPlan(configs, fitted, kind, spread, backends, keeps_bfloat16(matrices, kind), draft_dtype)
@@ -181,13 +183,20 @@ def load_model(
     return LoadedModel(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)
 
 
+def _fitted(drafter: Drafter | None, model_devices: int) -> Drafter | None:
+    """The drafter with weights that so many devices can share."""
+    if drafter is None or drafter.config is None:
+        return drafter
+    return dataclasses.replace(drafter, config=fit_to_mesh(drafter.config, model_devices))  # type: ignore[type-var]
+
+
 def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, Params]:
     """The pair without the causal head: the drafter's base logits alone, as plain DFlash proposes."""
-    assert configs.draft is not None and params.draft is not None
+    assert isinstance(configs.drafter, BlockDrafter)
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
     drafter.head = nnx.data(None)
-    plain = dataclasses.replace(configs.draft, head=None)
-    return dataclasses.replace(configs, draft=plain, candidates=None), params._replace(draft=drafter)
+    plain = BlockDrafter(dataclasses.replace(configs.drafter.config, head=None))
+    return dataclasses.replace(configs, drafter=plain), params._replace(draft=drafter)
 
 
 def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None) -> Any:

@@ -15,6 +15,7 @@ from domino_jax.config import DecoderConfig
 from domino_jax.sharding import constrain, zeros
 
 SMALLEST_BUCKET = 128
+POSITIONS = 2  # the axis S of a buffer
 
 
 class KVCache(NamedTuple):
@@ -26,7 +27,7 @@ class KVCache(NamedTuple):
     @property
     def capacity(self) -> int:
         """S, the number of positions a row can hold."""
-        return self.k[0].shape[2]
+        return self.k[0].shape[POSITIONS]
 
 
 def length_bucket(positions: int) -> int:
@@ -72,9 +73,11 @@ def append_kv(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> K
     return KVCache(put(cache.k, k), put(cache.v, v))
 
 
-def resize(buffer: Array, capacity: int) -> Array:
-    """A buffer [B, K, S, H] with S = `capacity`: new positions are zero, and those beyond it are dropped."""
-    extra = capacity - buffer.shape[2]
+def resize(buffer: Array, capacity: int, axis: int = POSITIONS) -> Array:
+    """A buffer whose `axis` of positions has the size `capacity`: new ones are zero, those beyond it are dropped."""
+    extra = capacity - buffer.shape[axis]
     if extra <= 0:
-        return buffer[:, :, :capacity]
-    return jnp.pad(buffer, ((0, 0), (0, 0), (0, extra), (0, 0)))
+        return jax.lax.slice_in_dim(buffer, 0, capacity, axis=axis)
+    widths = [(0, 0)] * buffer.ndim
+    widths[axis] = (0, extra)
+    return jnp.pad(buffer, widths)

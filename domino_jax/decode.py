@@ -1,13 +1,16 @@
-"""Decoding: prefill, the fused Domino cycle, and the lean autoregressive loop (docs/algorithm.md, section 5).
+"""Decoding: prefill, the fused cycle of drafting and verification, and plain steps (docs/algorithm.md, section 5).
 
 `prefill`, `first_token`, `speculate` and `autoregress` are the jit boundaries. The two loops run
 several cycles a dispatch; the host then fetches one `Emitted`, a few integers a row. They stop
 early when every row is done or the length bucket is full, in which case the caller calls `grow_caches`.
+
+Of what drafts, this file knows the interface alone (`domino_jax.drafters.base`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +22,8 @@ from domino_jax import cache as kv
 from domino_jax import target, verify
 from domino_jax.attention import Backend
 from domino_jax.cache import KVCache
-from domino_jax.config import DraftConfig, TargetConfig
-from domino_jax.drafters import block
-from domino_jax.drafters.heads import domino
+from domino_jax.config import TargetConfig
+from domino_jax.drafters.base import Drafter, DraftTokens, View
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling, probabilities, sample
 from domino_jax.sharding import shard_copy, zeros
@@ -37,41 +39,29 @@ CONTINUED_CHUNK = 64
 class DecodeConfig:
     """What is being run, static to every program: the target, and the drafter or None.
 
-    Two settings make a cycle cheaper and leave greedy output, and the distribution of samples, as they are. `drafts`
-    verifies only the first so many of a block's proposals. `candidates` lets the causal head score only so many tokens,
-    (nearly) those with the highest base logits, instead of the vocabulary.
-
-    `simulated_tau` is for measuring speed alone: a cycle does all its work, then as many drafts are committed as give
-    this mean acceptance length (bonus included), whatever the target says. The output is worthless; nothing that
-    generates text for a user sets it.
+    `drafts` verifies only the first so many of what the drafter can propose: a cycle becomes cheaper, and greedy
+    output, and the distribution of samples, stay as they are.
 
     `attention` is its backend on this device (`attention.available_backends`).
 
     Raises:
-        DominoError: `drafts` is not from 1 to the drafter's proposals, `simulated_tau` not from 1 to one more,
-            `candidates` below 1 or without a head.
+        DominoError: `drafts` is not from 1 to the drafter's proposals.
     """
 
     target: TargetConfig
-    draft: DraftConfig | None = None
+    drafter: Drafter | None = None
     drafts: int | None = None
-    candidates: int | None = None
-    simulated_tau: float | None = None
     attention: Backend = "xla"
 
     def __post_init__(self) -> None:
-        if self.candidates is not None and not (self.draft and self.draft.head):
-            raise DominoError("head candidates need a drafter with a causal head, and there is none.")
-        if self.candidates is not None and self.candidates < 1:
-            raise DominoError(f"head candidates must be at least 1, found {self.candidates}.")
-        if self.drafts is not None and not 1 <= self.drafts <= (self.draft.num_proposals if self.draft else 0):
-            most = f"a block of this drafter has {self.draft.num_proposals}" if self.draft else "there is no drafter"
+        if self.drafts is not None and not 1 <= self.drafts <= (self.drafter.most if self.drafter else 0):
+            most = f"a cycle of this drafter has {self.drafter.most} at most" if self.drafter else "there is no drafter"
             raise DominoError(f"{self.drafts} drafts a cycle can't be had: {most}, and the least is 1.")
-        if self.simulated_tau is not None and not 1 <= self.simulated_tau <= self.proposals + 1:
-            raise DominoError(
-                f"an acceptance length of {self.simulated_tau:g} can't be simulated: {self.proposals} drafts a cycle "
-                f"allow 1 to {self.proposals + 1}."
-            )
+
+    @property
+    def draft(self) -> Any:
+        """The config of the drafter's weights; None without a drafter, or for one without weights."""
+        return self.drafter.config if self.drafter else None
 
     @property
     def without_drafter(self) -> "DecodeConfig":
@@ -81,12 +71,12 @@ class DecodeConfig:
     @property
     def proposals(self) -> int:
         """J, drafts of a cycle; 0 without a drafter."""
-        return self.drafts or (self.draft.num_proposals if self.draft else 0)
+        return self.drafts or (self.drafter.most if self.drafter else 0)
 
     @property
     def lookahead(self) -> int:
-        """Positions from a row's anchor on that one cycle may write: the block, or anchor and drafts; 2 at least."""
-        return max(self.draft.block_size if self.draft else 0, self.proposals + 1, 2)
+        """Positions from a row's last token on that one cycle may write; 2 at least."""
+        return max(self.drafter.scratch(self.proposals) if self.drafter else 0, self.proposals + 1, 2)
 
 
 class DecodeState(NamedTuple):
@@ -100,14 +90,14 @@ class DecodeState(NamedTuple):
     keys: Array  # [B] random keys, one a row: an answer does not depend on its batch neighbours
     sampling: Sampling  # [B] each
     cache: KVCache  # the target's keys and values
-    context: KVCache | None  # the drafter's keys and values of the same positions; None without a drafter
+    drafter: Any  # the drafter's state of the same positions; None without a drafter
 
 
 class Caches(NamedTuple):
-    """The caches of an earlier state, for a new one to begin with."""
+    """What an earlier state holds of its positions, for a new one to begin with."""
 
     target: KVCache
-    context: KVCache | None  # None without a drafter
+    drafter: Any  # None without a drafter
 
 
 class Emitted(NamedTuple):
@@ -156,8 +146,8 @@ def prefill_batch(
         row[: len(rest)] = rest
     lengths = np.array([len(p) for p in prompts], np.int32)
     if caches is None:
-        context = kv.init_cache(configs.draft, batch, capacity, dtype) if configs.draft else None
-        caches = Caches(kv.init_cache(configs.target, batch, capacity, dtype), context)
+        drafter = configs.drafter.init(batch, capacity, dtype) if configs.drafter else None
+        caches = Caches(kv.init_cache(configs.target, batch, capacity, dtype), drafter)
     state = DecodeState(
         token=zeros((batch,), jnp.int32, "B"),
         length=shard_copy(lengths, "B"),
@@ -166,9 +156,11 @@ def prefill_batch(
         done=zeros((batch,), bool, "B"),
         keys=shard_copy(keys, "B"),  # a copy: the state is donated, and what the caller gave stays the caller's
         sampling=jax.tree.map(lambda x: shard_copy(x, "B"), sampling),
-        cache=_resize(caches.target, capacity),
-        context=_resize(caches.context, capacity) if caches.context else None,
+        cache=caches.target,
+        drafter=caches.drafter,
     )
+    if state.cache.capacity != capacity:
+        state = grow_caches(configs, state, capacity)
     last = zeros((batch, configs.target.hidden_size), params.target.norm.dtype, "B D")
     for piece, offset in zip(np.split(tokens, len(offsets), axis=1), offsets, strict=True):
         state, last = prefill(params, configs, state, shard_copy(piece, "B T"), np.int32(offset), last)
@@ -212,19 +204,12 @@ def prefill(
         The state with both caches filled, and `last` updated.
     """
     start = jnp.broadcast_to(offset, state.length.shape)
-    taps = configs.draft.target_layer_ids if configs.draft else ()
-    hidden, features, cache = target.forward(
-        params.target, configs.target, tokens, start, state.cache, taps, configs.attention
-    )
-    assert cache is not None
-    context = state.context
-    if configs.draft:
-        assert params.draft is not None and context is not None
-        context = block.append_context(params.draft, configs.draft, context, features, start)
+    hidden, features, cache = _forward(params, configs, state.cache, tokens, start)
+    state = _observe(params, configs, state._replace(cache=cache), tokens, features, start)
     index = state.length - 1 - offset
     here = (index >= 0) & (index < tokens.shape[1])
     picked = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return state._replace(cache=cache, context=context), jnp.where(here[:, None], picked, last)
+    return state, jnp.where(here[:, None], picked, last)
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=2)
@@ -239,7 +224,32 @@ def first_token(params: Params, configs: DecodeConfig, state: DecodeState, last:
     return state._replace(token=token, emitted=emitted, done=done, keys=keys)
 
 
-@partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
+Accept = Callable[[Array | None, DraftTokens, Array, DecodeState], tuple[Array, Array]]
+
+
+def accept(keys: Array | None, draft: DraftTokens, logits: Array, state: DecodeState) -> tuple[Array, Array]:
+    """How many drafts stand, and the target's own token after them.
+
+    Args:
+        keys: [B]; None where every row is greedy.
+        logits: [B, J + 1, V] of the target over [last token, drafts].
+
+    Returns:
+        accepted count m [B] and the next token [B], int32.
+    """
+    none = draft.tokens.shape[1] == 0
+    if keys is None:
+        if none:
+            return jnp.zeros_like(state.token), jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+        return verify.accept_greedy(draft.tokens, logits)
+    p = probabilities(logits, state.sampling)
+    if none:
+        return jnp.zeros_like(state.token), sample(keys, p[:, 0])
+    assert draft.probs is not None, "drawn drafts come with their distributions"
+    return verify.accept_sampled(keys, draft.tokens, draft.probs, p)
+
+
+@partial(jax.jit, static_argnums=(1, 4, 5, 7), donate_argnums=2)
 def speculate(
     params: Params,
     configs: DecodeConfig,
@@ -248,85 +258,25 @@ def speculate(
     cycles: int,
     greedy: bool,
     most: Array | np.integer | None = None,
+    accept: Accept = accept,
 ) -> tuple[DecodeState, Emitted]:
-    """Up to `cycles` Domino cycles in one program.
+    """Up to `cycles` cycles of drafting and verification in one program.
 
     Args:
         stop: [-] int32, ids that end a sequence.
         cycles: C; the loop ends before that when all rows are done or one has no room left.
         greedy: every row has temperature 0, so no distribution needs to be formed.
         most: [] int32, ends it sooner without another program; C when None.
+        accept: decides which drafts stand. Another one is for measuring speed: its output is worthless.
     """
-    drafter, config = params.draft, configs.draft
-    assert drafter is not None and config is not None, "speculate needs a drafter; autoregress does without"
+    assert configs.drafter is not None, "speculate needs a drafter; autoregress does without"
 
     def cycle(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
         keys, draft_keys, verify_keys = (state.keys, None, None) if greedy else _split(state.keys, 3)
-        drafts, q, context = propose(params, configs, state, draft_keys)
-        logits, features, cache = run_target(params, configs, state, drafts)
-        with jax.named_scope("verify"):
-            if q is None or verify_keys is None:
-                accepted, bonus = verify.accept_greedy(drafts, logits)
-            else:
-                accepted, bonus = verify.accept_sampled(verify_keys, drafts, q, probabilities(logits, state.sampling))
-            if configs.simulated_tau is not None:
-                stated = verify.simulated_acceptance(configs.simulated_tau, state.emitted)
-                # The real count is never negative, but the compiler does not know: none of the work is left out.
-                accepted = jnp.where(accepted < 0, accepted, stated)
-        with jax.named_scope("context"):
-            # Rejected positions are written too; they lie beyond the new length and are never seen.
-            context = block.append_context(drafter, config, context, features, state.length)
-        state = state._replace(keys=keys, cache=cache, context=context)
-        sequence = jnp.pad(drafts, ((0, 0), (0, 1)))
-        sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
-        state, counts = commit(state, sequence, accepted + 1, stop)
-        return state, sequence, counts, accepted, drafts
+        draft, state = propose(params, configs, state._replace(keys=keys), draft_keys)
+        return _verify(params, configs, state, draft, verify_keys, stop, accept)
 
     return _loop(cycle, state, cycles, most, configs.proposals, configs.lookahead)
-
-
-def propose(
-    params: Params, configs: DecodeConfig, state: DecodeState, keys: Array | None
-) -> tuple[Array, Array | None, KVCache]:
-    """Draft one block a row: backbone, base logits, causal head.
-
-    Returns:
-        drafts [B, J]; their distributions [B, J, V] (None if greedy); the drafter's cache.
-    """
-    drafter, config = params.draft, configs.draft
-    assert drafter is not None and config is not None
-    z, base, context = draft_block(params, configs, state)
-    with jax.named_scope("head"):
-        embed = params.target.embed
-        drafts, q = domino.propose_corrected(
-            drafter, config, embed, z, base, state.token, state.sampling, keys, configs.candidates
-        )
-    return drafts, q, context
-
-
-def draft_block(params: Params, configs: DecodeConfig, state: DecodeState) -> tuple[Array, Array, KVCache]:
-    """The backbone over one block a row: z [B, J, D] and base logits [B, J, V] of the proposals; its cache."""
-    drafter, config = params.draft, configs.draft
-    assert drafter is not None and config is not None and state.context is not None
-    with jax.named_scope("draft"):
-        x = block.block_inputs(params.target.embed, config, state.token)
-        z, context = block.block(drafter, config, x, state.length, state.context, configs.attention)
-        z = block.proposing(config, z)[:, : configs.proposals]
-        return z, target.logits(params.target, configs.target, z, params.output), context
-
-
-def run_target(
-    params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array
-) -> tuple[Array, Array, KVCache]:
-    """The target over [anchor, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache."""
-    taps = configs.draft.target_layer_ids if configs.draft else ()
-    tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
-    with jax.named_scope("target"):
-        hidden, features, cache = target.forward(
-            params.target, configs.target, tokens, state.length, state.cache, taps, configs.attention
-        )
-        assert cache is not None
-        return target.logits(params.target, configs.target, hidden), features, cache
 
 
 @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
@@ -339,26 +289,104 @@ def autoregress(
     greedy: bool,
     most: Array | np.integer | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """Up to `cycles` plain one-token steps: the lean baseline, and how a target runs without a drafter.
+    """Up to `cycles` plain one-token steps: how a target runs without a drafter.
 
-    Nothing is appended to the drafter's context: a state that has taken plain steps can't go on with drafts.
+    A drafter that is there observes each step, so that the state can go on with drafts at any time. Without one this is
+    the autoregressive baseline.
     """
-    configs = configs.without_drafter
 
     def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
-        none = jnp.zeros((state.token.shape[0], 0), jnp.int32)
-        logits, _, cache = run_target(params, configs, state, none)
-        state = state._replace(cache=cache)
-        if greedy:
-            token = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
-        else:
-            keys, use = _split(state.keys, 2)
-            token = sample(use, probabilities(logits, state.sampling)[:, 0])
-            state = state._replace(keys=keys)
-        state, counts = commit(state, token[:, None], jnp.ones_like(token), stop)
-        return state, token[:, None], counts, jnp.zeros_like(token), none
+        none = DraftTokens(jnp.zeros((state.token.shape[0], 0), jnp.int32), None)
+        keys, use = (state.keys, None) if greedy else _split(state.keys, 2)
+        return _verify(params, configs, state._replace(keys=keys), none, use, stop, accept)
 
     return _loop(step, state, cycles, most, 0, configs.lookahead)
+
+
+def propose(
+    params: Params, configs: DecodeConfig, state: DecodeState, keys: Array | None
+) -> tuple[DraftTokens, DecodeState]:
+    """What the drafter proposes for one cycle, and the state with what it wrote."""
+    assert configs.drafter is not None
+    draft, drafter, cache = configs.drafter.propose(
+        params.draft, state.drafter, view(params, configs, state), configs.proposals, keys
+    )
+    return draft, state._replace(drafter=drafter, cache=cache)
+
+
+def view(params: Params, configs: DecodeConfig, state: DecodeState) -> View:
+    """What the drafter may look at."""
+    return View(
+        params.target,
+        configs.target,
+        params.output,
+        configs.attention,
+        state.cache,
+        state.token,
+        state.length,
+        state.sampling,
+    )
+
+
+def _verify(
+    params: Params,
+    configs: DecodeConfig,
+    state: DecodeState,
+    draft: DraftTokens,
+    keys: Array | None,
+    stop: Array,
+    accept: Accept,
+) -> tuple[DecodeState, Array, Array, Array, Array]:
+    """Run the target over the drafts, accept, tell the drafter, and commit: the rest of a cycle after the proposal."""
+    logits, features, cache = run_target(params, configs, state, draft.tokens)
+    with jax.named_scope("verify"):
+        accepted, bonus = accept(keys, draft, logits, state)
+    tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
+    # Rejected positions are written too; they lie beyond the new length and are never seen.
+    state = _observe(
+        params, configs, state._replace(cache=cache), tokens, features, state.length, draft.tokens.shape[1] > 0
+    )
+    sequence = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
+    sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
+    state, counts = commit(state, sequence, accepted + 1, stop)
+    return state, sequence, counts, accepted, draft.tokens
+
+
+def _observe(
+    params: Params,
+    configs: DecodeConfig,
+    state: DecodeState,
+    tokens: Array,
+    features: Array,
+    start: Array,
+    proposed: bool = False,
+) -> DecodeState:
+    """Tell the drafter, if there is one, what the target has run."""
+    if configs.drafter is None:
+        return state
+    observed = configs.drafter.observe(params.draft, state.drafter, tokens, features, start, proposed)
+    return state._replace(drafter=observed)
+
+
+def run_target(
+    params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array
+) -> tuple[Array, Array, KVCache]:
+    """The target over [last token, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache."""
+    tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
+    with jax.named_scope("target"):
+        hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length)
+        return target.logits(params.target, configs.target, hidden), features, cache
+
+
+def _forward(
+    params: Params, configs: DecodeConfig, cache: KVCache, tokens: Array, start: Array
+) -> tuple[Array, Array, KVCache]:
+    taps = configs.drafter.target_layer_ids if configs.drafter else ()
+    hidden, features, written = target.forward(
+        params.target, configs.target, tokens, start, cache, taps, configs.attention
+    )
+    assert written is not None
+    return hidden, features, written
 
 
 def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tuple[DecodeState, Array]:
@@ -386,29 +414,40 @@ def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tu
     )
 
 
-def grow_caches(state: DecodeState, capacity: int) -> DecodeState:
-    """The state in a larger length bucket; the buffers of the old state are deleted."""
-    return state._replace(
-        cache=_resize(state.cache, capacity),
-        context=_resize(state.context, capacity) if state.context else None,
-    )
+def grow_caches(configs: DecodeConfig, state: DecodeState, capacity: int) -> DecodeState:
+    """The state in a length bucket of another size; the buffers of the old state are deleted.
 
+    One buffer is resized at a time, so that no second cache exists beside the new one.
+    """
+    held = state.cache, state.drafter
+    axes = jax.tree.map(lambda _: kv.POSITIONS, state.cache), _position_axes(configs.drafter, state.token.shape[0])
 
-def _resize(cache: KVCache, capacity: int) -> KVCache:
-    """Resize one buffer at a time and delete the old one, so that no second cache exists beside the new one."""
-    if capacity == cache.capacity:
-        return cache
-
-    def resized(buffer: Array) -> Array:
-        new = _resized(buffer, capacity)
+    def resized(buffer: Array, axis: int) -> Array:
+        if axis < 0:
+            return buffer
+        new = _resized(buffer, capacity, axis)
         if not isinstance(buffer, Tracer):  # whoever traces `prefill_batch` has no memory to free
             buffer.delete()
         return new
 
-    return jax.tree.map(resized, cache)
+    cache, drafter = jax.tree.map(resized, held, axes)
+    return state._replace(cache=cache, drafter=drafter)
 
 
-_resized = jax.jit(kv.resize, static_argnums=1)
+@lru_cache
+def _position_axes(drafter: Drafter | None, batch: int) -> Any:
+    """For each array of a drafter's state the axis that has as many entries as a row has positions; -1 for none."""
+    if drafter is None:
+        return None
+    small, large = (jax.eval_shape(partial(drafter.init, batch, size, jnp.float32)) for size in (128, 256))
+
+    def differing(a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> int:
+        return next((i for i, (x, y) in enumerate(zip(a.shape, b.shape, strict=True)) if x != y), -1)
+
+    return jax.tree.map(differing, small, large)
+
+
+_resized = jax.jit(kv.resize, static_argnums=(1, 2))
 
 
 def _split(keys: Array, parts: int) -> tuple[Array, ...]:

@@ -1,7 +1,5 @@
 """The verification scan: how many drafts stand, and the target's own next token (docs/algorithm.md, section 6)."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -54,24 +52,3 @@ def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Arra
     # Empty by rounding alone, or not a number where a drafter's distribution was none; its drafts were not accepted.
     empty = ~(jnp.sum(residual, axis=-1, keepdims=True) > 0)
     return count, sample(keys[:, 1], jnp.where(empty, p, residual))
-
-
-def simulated_acceptance(tau: float, emitted: Array) -> Array:
-    """Counts of accepted drafts with a stated mean, for measuring speed: nothing is verified.
-
-    After n cycles a row has added floor(n·τ + φ) tokens: each cycle floor(τ) or ceil(τ) of them, the two evenly mixed.
-    φ is (row + ½) / rows, so that they do not step together.
-
-    Args:
-        tau: mean acceptance length, at least 1: a cycle's drafts that are accepted, and its bonus.
-        emitted: [B] tokens so far, the prefill's included.
-
-    Returns:
-        [B] int32, from floor(τ) - 1 to ceil(τ) - 1.
-    """
-    rows = emitted.shape[0]
-    phase = (jnp.arange(rows, dtype=jnp.float32) + 0.5) / rows
-    added = (emitted - 1).astype(jnp.float32)
-    cycles = jnp.ceil((added - phase) / tau - 1e-3)  # n, from floor(n·τ + φ) = added; the margin is for rounding
-    count = jnp.floor((cycles + 1) * tau + phase) - added
-    return jnp.clip(count, math.floor(tau), math.ceil(tau)).astype(jnp.int32) - 1

@@ -140,7 +140,7 @@ class Params(NamedTuple):
     """The weights of a target and its drafter."""
 
     target: Target
-    draft: Draft | None = None
+    draft: Any = None  # the drafter's, such as a Draft; None without a drafter, or for one without weights
     output: AnyMatrix | None = None  # an 8-bit copy of the LM head, for drafting alone
 
     @property

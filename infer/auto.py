@@ -30,8 +30,8 @@ FIRST_GUESS, GUESS_WEIGHT = 0.7, 2.0
 HALF_LIFE = 512.0  # cycles of a row after which what they told counts half: prompts differ
 ENOUGH = 8  # cycles of a row to be seen before drafts are given up
 MARGIN = 1.03  # by how much another choice has to be better
-# Batches of plain steps after which drafts are tried again: twice as many after each try, but no more than so many.
-FIRST_PROBE, LAST_PROBE = 16, 256
+# Dispatches of plain steps after which drafts are tried again: twice as many after each try, at most so many.
+FIRST_PROBE, LAST_PROBE = 32, 512
 STEADY = 8  # batches, the mean of which is how even batches are
 
 
@@ -115,10 +115,7 @@ class AcceptanceEstimate:
 
 @dataclass
 class Chooser:
-    """Chooses for batches of one number of rows, from the times of that number.
-
-    Once a batch takes plain steps it goes on with them: they do not fill the drafter's context.
-    """
+    """Chooses for batches of one number of rows, from the times of that number."""
 
     times: dict[int, float]  # seconds of a cycle by its drafts, 0 for a plain step
     acceptance: AcceptanceEstimate  # shared by all numbers of rows
@@ -128,7 +125,7 @@ class Chooser:
     evenness: float = 1.0
     batches: int = 0  # that told about it
     owed: int = field(init=False)  # cycles of a row still to be seen before drafts may be given up
-    plain_batches: int = 0  # since drafts were last tried
+    plain: int = 0  # dispatches of plain steps since drafts were last tried
     patience: int = FIRST_PROBE  # of them before the next try
     unchecked: float = 0.0  # seconds of decoding since times were last measured
     # Of each choice, over a plain step of about the same moment: what else slows the machine down slows both.
@@ -148,21 +145,6 @@ class Chooser:
         expected, even = self.acceptance.expected(), 1.0 if alone else self.evenness
         return {j: float(expected[j]) * (even if j else 1.0) / seconds for j, seconds in self.times.items()}
 
-    def start(self) -> bool:
-        """Whether a new batch is to begin with drafts."""
-        if not self.worthwhile:
-            self.drafts = 0
-        elif not self.owed and self._best(alone=False):
-            self.patience = FIRST_PROBE
-        elif not self.owed:
-            self.plain_batches += 1
-            if self.plain_batches > self.patience:
-                # Look again: the texts may have changed, and what they were like counts half from here on.
-                self.acceptance.fade(0.5)
-                self.evenness, self.owed = (1 + self.evenness) / 2, ENOUGH
-                self.patience = min(2 * self.patience, LAST_PROBE)
-        return self.due or (bool(self.worthwhile) and (self.owed > 0 or self.drafts > 0))
-
     @property
     def rival(self) -> int:
         """The best drafts, if another choice is so close to them that their time decides; else 0."""
@@ -171,7 +153,7 @@ class Chooser:
 
     @property
     def due(self) -> bool:
-        """Whether the rival is to be timed again, which is done before a batch takes plain steps."""
+        """Whether the rival is to be timed again, which is done when a batch begins."""
         rival = self.rival
         if not rival:
             return False
@@ -192,20 +174,29 @@ class Chooser:
         self.unchecked = 0.0
 
     def next(self, active: int, longest: int) -> tuple[int, int]:
-        """J of the next dispatch (0 for plain steps from here on), and its number of cycles.
+        """J of the next dispatch, 0 for plain steps, and its number of cycles.
 
         Args:
             active: rows that are not finished.
-            longest: cycles that a dispatch may have.
+            longest: cycles of drafts that a dispatch may have.
         """
         if not self.worthwhile:
             self.drafts = 0
-        elif self.owed:  # the whole block tells most; a short dispatch, since it may not pay
-            self.drafts, self.plain_batches = max(self.worthwhile), 0
-            return self.drafts, min(longest, -(-self.owed // active))
-        else:
-            self._best(alone=active == 1)
-        return self.drafts, longest
+            return 0, longest
+        if not self.owed:
+            if self._best(alone=active == 1):
+                self.plain, self.patience = 0, FIRST_PROBE
+                return self.drafts, longest
+            self.plain += 1
+            if self.plain <= self.patience:
+                return 0, longest
+            # Look again: the texts may have changed, and what they were like counts half from here on.
+            self.acceptance.fade(0.5)
+            self.evenness, self.owed = (1 + self.evenness) / 2, ENOUGH
+            self.plain, self.patience = 0, min(2 * self.patience, LAST_PROBE)
+        # The whole block tells most; a short dispatch, since it may not pay.
+        self.drafts = max(self.worthwhile)
+        return self.drafts, min(longest, -(-self.owed // active))
 
     def _best(self, alone: bool) -> int:
         """Choose anew, but change only for what is clearly better."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import jax
 
-from domino_jax.cache import KVCache
 from domino_jax.decode import Caches, DecodeState
 
 
@@ -18,41 +17,25 @@ class Conversation:
     in another way than it was generated. Programs donate the buffers, so whoever takes them has them alone.
     """
 
-    ids: list[int] = field(default_factory=list)  # whose keys and values `cache` holds, one a position
-    cache: KVCache | None = None
-    # The drafter's. Plain steps leave it behind, so it covers only the first `drafted` of the ids.
-    context: KVCache | None = None
-    drafted: int = 0
+    ids: list[int] = field(default_factory=list)  # of which `caches` holds what is known, one a position
+    caches: Caches | None = None
 
     def take(self, prompt: Sequence[int], drafting: bool) -> tuple[Caches | None, int]:
         """The caches, and how many of the prompt's first ids they hold; None and 0 where nothing can be used.
 
         Args:
-            drafting: the drafter's context is needed too, and what it does not cover has to be run again.
+            drafting: the drafter's state is needed too; an answer that had no drafter left none.
         """
-        common = shared(self.ids, prompt)
-        held = min(common, self.drafted) if drafting else common
-        cache, context = self.cache, self.context
-        self.ids, self.cache = [], None
-        self.drafted = 0 if drafting else min(self.drafted, held)
-        if not self.drafted:
-            self.context = None
-        if not held or cache is None:
+        held, caches = shared(self.ids, prompt), self.caches
+        self.ids, self.caches = [], None
+        if not held or caches is None or (drafting and caches.drafter is None):
             return None, 0
-        return Caches(cache, context if drafting else None), held
-
-    def set_aside(self, context: KVCache | None, drafted: int) -> None:
-        """Keep the drafter's context while an answer goes on with plain steps."""
-        self.context, self.drafted = context, drafted
+        return (caches if drafting else caches._replace(drafter=None)), held
 
     def keep(self, ids: list[int], state: DecodeState) -> None:
         """Keep a state's caches, which hold `ids`; of a state that a program has taken there is nothing to keep."""
-        if any(buffer.is_deleted() for buffer in jax.tree.leaves((state.cache, state.context))):
-            self.context, self.drafted = None, 0
-            return
-        self.ids, self.cache = ids, state.cache
-        if state.context is not None:
-            self.set_aside(state.context, len(ids))
+        if not any(buffer.is_deleted() for buffer in jax.tree.leaves((state.cache, state.drafter))):
+            self.ids, self.caches = ids, Caches(state.cache, state.drafter)
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from convert.loading import LoadedModel
 from domino_jax import cache, decode
 from domino_jax.config import DecoderConfig
-from domino_jax.decode import DecodeConfig
+from domino_jax.decode import Accept, DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.processes import broadcast_from_first
@@ -61,7 +61,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
     reused: int = 0  # of the prompt's tokens, those that an earlier turn of the conversation had run
-    steps: int = 0  # plain ones, without drafts; those after the cycles where "auto" gave drafts up are none of τ's
+    steps: int = 0  # plain ones, without drafts; where "auto" took some, they are none of τ's
     finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it runs
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # until it finished
     wall_seconds: float = 0.0  # likewise; with what is in no phase, such as making and printing text
@@ -129,7 +129,12 @@ class Engine:
     """Runs batches of sequences on a loaded model."""
 
     def __init__(
-        self, loaded: LoadedModel, cycles: int = 8, auto: bool = False, report: Callable[[str], None] | None = None
+        self,
+        loaded: LoadedModel,
+        cycles: int = 8,
+        auto: bool = False,
+        report: Callable[[str], None] | None = None,
+        accept: Accept = decode.accept,
     ):
         """Args:
         cycles: draft-and-verify cycles a dispatch; output arrives after each dispatch.
@@ -137,10 +142,12 @@ class Engine:
             length bucket and from what was accepted so far. Greedy output is the same; at a temperature the drafts
             decide how the random numbers are used, so that a seed may give another sample, of the same distribution.
         report: called with what takes long.
+        accept: decides which drafts stand; another one than the default is for measuring speed alone.
         """
         self.loaded = loaded
         self.cycles = cycles
-        self.auto = auto and loaded.configs.draft is not None
+        self.auto = auto and loaded.configs.drafter is not None
+        self._accept = accept
         self.choosers: dict[tuple[int, bool, int], Chooser] = {}  # by rows, whether greedy, and the first length bucket
         self._acceptance: dict[bool, AcceptanceEstimate] = {}  # by whether greedy
         self._report = report or (lambda _: None)
@@ -236,16 +243,14 @@ class Engine:
         loaded = self.loaded
         configs, params = loaded.configs, loaded.params
         choose = how.sampling
-        speculative = how.speculative and configs.draft is not None
+        speculative = how.speculative and configs.drafter is not None
+        if not speculative:
+            configs, params = configs.without_drafter, params.without_drafter
         greedy = choose.temperature == 0
         auto = self.auto and speculative
         room = cache.length_bucket(max(len(s.prompt) for s in sequences) + configs.lookahead)
         case = how.rows, greedy, room
         chooser = self.choosers.get(case) if auto else None
-        if chooser:
-            speculative = chooser.start()
-        if not speculative:
-            configs, params = configs.without_drafter, params.without_drafter
         seconds = dict.fromkeys(PHASES, 0.0)
         # Rows that only fill the batch are over after their first token.
         spare = how.rows - len(sequences)
@@ -273,7 +278,7 @@ class Engine:
                     with _timed(seconds, "calibrate"):
                         chooser, state = self._calibrate(params, configs, state, greedy)
                     self.choosers[case] = chooser
-                elif chooser.due:  # and so with a drafter's context
+                elif chooser.due:
                     with _timed(seconds, "decode"):
                         state = self._recheck(chooser, params, configs, state, greedy)
             yield
@@ -281,25 +286,18 @@ class Engine:
             # A stop string, which the device knows nothing of, has ended a row.
             cut = any(s.stream is not None and s.stream.stopped for s in sequences)
             while running := sum(s.finish_reason is None for s in sequences):
-                cycles = self._longest(configs)
-                if chooser and speculative:
-                    drafts, cycles = chooser.next(running, cycles)
-                    if drafts:
-                        configs = dataclasses.replace(configs, drafts=drafts)
-                    else:  # for the rest of the batch: plain steps leave gaps in the drafter's context
-                        configs, params = configs.without_drafter, params.without_drafter
-                        if conversation:
-                            conversation.set_aside(state.context, len(sequences[0].ids) - 1)
-                        state, speculative = state._replace(context=None), False
-                        cycles = self._longest(configs)
+                drafts, cycles = configs.proposals, self._longest(configs.proposals)
+                if chooser:
+                    drafts, cycles = chooser.next(running, self.cycles)
+                    cycles = cycles if drafts else self._longest(0)
                 needed = max(len(s.prompt) + len(s.tokens) - 1 for s in sequences if s.finish_reason is None)
                 with _timed(seconds, "decode"):
                     if needed + configs.lookahead > state.cache.capacity:
-                        state = decode.grow_caches(state, cache.length_bucket(needed + configs.lookahead))
+                        state = decode.grow_caches(configs, state, cache.length_bucket(needed + configs.lookahead))
                     if cut:
                         over = [s.finish_reason is not None for s in sequences] + [True] * spare
                         state = state._replace(done=shard_copy(np.array(over), "B"))
-                    state, emitted = self._dispatch(params, configs, state, self._stop, cycles, greedy)
+                    state, emitted = self._dispatch(params, configs, state, self._stop, drafts, cycles, greedy)
                     emitted = fetch(emitted)  # the state is whole, should the user lose patience here
                 self._note(sequences, seconds)
                 cut, accepted = False, []
@@ -309,7 +307,7 @@ class Engine:
                         if count == 0 or s.finish_reason is not None:
                             break
                         tokens = s.take(emitted.tokens[c, b, :count].tolist(), loaded.stop_ids)
-                        if speculative:
+                        if drafts:
                             accepted.append(int(emitted.accepted[c, b]))
                             s.cycles.append(Cycle(tokens, accepted[-1], emitted.drafts[c, b].tolist()))
                         else:
@@ -319,7 +317,7 @@ class Engine:
                     chooser.observe(accepted)
                 yield
             if chooser:
-                drafted = sequences if speculative else []  # throughout
+                drafted = [] if any(s.steps for s in sequences) else sequences  # throughout
                 tokens, cycles = [len(s.tokens) - 1 for s in drafted], [len(s.cycles) for s in drafted]
                 chooser.finish(tokens, cycles, *broadcast_from_first([seconds["decode"]]))
         except Exception:  # the device's: what its caches hold is not known
@@ -329,9 +327,9 @@ class Engine:
             if conversation:
                 conversation.keep(sequences[0].ids[:-1], state)
 
-    def _longest(self, configs: DecodeConfig) -> int:
-        """Cycles that one dispatch may run."""
-        return self.cycles if configs.draft else self.cycles * STEPS_PER_CYCLE
+    def _longest(self, drafts: int) -> int:
+        """Cycles of so many drafts, or plain steps, that one dispatch may run."""
+        return self.cycles if drafts else self.cycles * STEPS_PER_CYCLE
 
     def _dispatch(
         self,
@@ -339,13 +337,16 @@ class Engine:
         configs: DecodeConfig,
         state: decode.DecodeState,
         stop: jax.Array,
+        drafts: int,
         cycles: int,
         greedy: bool,
     ) -> tuple[decode.DecodeState, decode.Emitted]:
-        """Start at most `cycles` cycles, or plain steps without a drafter."""
-        loop = decode.speculate if configs.draft else decode.autoregress
-        longest = self._longest(configs)
-        return loop(params, configs, state, stop, longest, greedy, np.int32(cycles))
+        """Start at most `cycles` cycles of so many drafts, or plain steps."""
+        longest, most = self._longest(drafts), np.int32(cycles)
+        if not drafts:
+            return decode.autoregress(params, configs, state, stop, longest, greedy, most)
+        configs = dataclasses.replace(configs, drafts=drafts)
+        return decode.speculate(params, configs, state, stop, longest, greedy, most, self._accept)
 
     def _calibrate(
         self, params: Params, configs: DecodeConfig, state: decode.DecodeState, greedy: bool
@@ -353,32 +354,32 @@ class Engine:
         """A chooser for batches like this one, from times of plain steps and of cycles of few and many drafts."""
         rows, most = state.token.shape[0], configs.proposals
         self._report(f"calibrating --drafts auto for {rows} sequence{'s' * (rows > 1)} at a time")
-        measure, longest, finish = self._stopwatch(params, configs, state, greedy)
-        times = calibrate(measure, most, longest, broadcast_from_first)
+        measure, finish = self._stopwatch(params, configs, state, greedy)
+        times = calibrate(measure, most, self._longest, broadcast_from_first)
         return Chooser(times, self._acceptance.setdefault(greedy, AcceptanceEstimate(most))), finish()
 
     def _recheck(
         self, chooser: Chooser, params: Params, configs: DecodeConfig, state: decode.DecodeState, greedy: bool
     ) -> decode.DecodeState:
         """Measure again the times that decide."""
-        measure, longest, finish = self._stopwatch(params, configs, state, greedy)
-        chooser.recheck(measure, longest, broadcast_from_first)
+        measure, finish = self._stopwatch(params, configs, state, greedy)
+        chooser.recheck(measure, self._longest, broadcast_from_first)
         return finish()
 
     def _stopwatch(
         self, params: Params, configs: DecodeConfig, state: decode.DecodeState, greedy: bool
-    ) -> tuple[Time, Callable[[int], int], Callable[[], decode.DecodeState]]:
+    ) -> tuple[Time, Callable[[], decode.DecodeState]]:
         """What times cycles, with the programs and on the state that generation uses; see `auto.calibrate`.
 
         Returns:
-            time and longest; and a function that gives the state back as it was: what a timed cycle wrote lies beyond
+            time; and a function that gives the state back as it was: what a timed cycle wrote lies beyond
             each row's length, like a rejected draft, and will be written again before it is seen. A copy would need
             room for a second set of caches.
         """
         rows = state.token.shape[0]
         needed = int(fetch(state.length).max()) + self.cycles * (configs.proposals + 1) + configs.lookahead
         if needed > state.cache.capacity:  # where a dispatch soon ends for want of room, its cost is all that is seen
-            state = decode.grow_caches(state, cache.length_bucket(needed))
+            state = decode.grow_caches(configs, state, cache.length_bucket(needed))
         names = ("token", "length", "emitted", "limit", "done", "keys")
 
         def copied(values: dict[str, jax.Array]) -> dict[str, Any]:  # states are donated
@@ -391,22 +392,13 @@ class Engine:
         def measure(drafts: int, cycles: int) -> float:
             nonlocal state
             state = state._replace(**copied(kept | {"limit": endless}))
-            context, given, run = state.context, params, dataclasses.replace(configs, drafts=drafts or None)
-            if not drafts:
-                given, run, state = params.without_drafter, configs.without_drafter, state._replace(context=None)
             jax.block_until_ready(state)
             began = time.perf_counter()
-            state, emitted = self._dispatch(given, run, state, never, cycles, greedy)
+            state, emitted = self._dispatch(params, configs, state, never, drafts, cycles, greedy)
             emitted = fetch(emitted)
-            took = time.perf_counter() - began
-            if not drafts:
-                state = state._replace(context=context)
-            return took / int(emitted.cycles)
+            return (time.perf_counter() - began) / int(emitted.cycles)
 
-        def longest(drafts: int) -> int:
-            return self._longest(configs if drafts else configs.without_drafter)
-
-        return measure, longest, lambda: state._replace(**kept)
+        return measure, lambda: state._replace(**kept)
 
     @staticmethod
     def _note(sequences: list[Sequence], seconds: dict[str, float]) -> None:

@@ -152,17 +152,17 @@ class _Run(NamedTuple):
         accepted: list[list[int]] = [[] for _ in group]
         if update:
             update(rows, [])
-        loop, cycles = (decode.speculate, CYCLES) if configs.draft else (decode.autoregress, STEPS)
+        loop, cycles = (decode.speculate, CYCLES) if configs.drafter else (decode.autoregress, STEPS)
         while not done.all() and not (stopping and stopping()):
             needed = int(length[~done].max()) + configs.lookahead
             if needed > state.cache.capacity:
-                state = decode.grow_caches(state, cache.length_bucket(needed))
+                state = decode.grow_caches(configs, state, cache.length_bucket(needed))
             state, emitted = loop(self.params, configs, state, self.stop, cycles, greedy)
             emitted, done, length = fetch((emitted, state.done, state.length))
             counts = emitted.counts[: int(emitted.cycles), :rows]
             for c, b in np.argwhere(counts):
                 tokens[b] += emitted.tokens[c, b, : counts[c, b]].tolist()
-                if configs.draft:
+                if configs.drafter:
                     accepted[b].append(int(emitted.accepted[c, b]))
             if update:
                 update(int(counts.sum()), emitted.accepted[: len(counts), :rows][counts > 0].tolist())

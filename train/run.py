@@ -32,6 +32,7 @@ from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair, last_layer_warning
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, words_at_fault
@@ -150,7 +151,9 @@ def prepare(options: TrainConfig) -> Setup:
     validation = None
     if prompts:
         tokens = options.run.validation_tokens
-        validation = Validation(frozen, DecodeConfig(target, draft), prompts, stop_ids, dtype, new_tokens=tokens)
+        validation = Validation(
+            frozen, DecodeConfig(target, BlockDrafter(draft)), prompts, stop_ids, dtype, new_tokens=tokens
+        )
     return Setup(options, recipe, corpus, frozen, features, validation, mesh)
 
 

@@ -4,20 +4,85 @@ The context side of attention is a function of its position alone, so in decodin
 context keys and values are cached, and a cycle adds the positions it committed.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax import layers
+from domino_jax import layers, target
 from domino_jax.attention import Backend, attend
-from domino_jax.cache import KVCache, append_kv
+from domino_jax.cache import KVCache, append_kv, init_cache
 from domino_jax.config import DraftConfig
 from domino_jax.drafters import training_attention
+from domino_jax.drafters.base import DraftTokens, View
+from domino_jax.drafters.heads import domino
+from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
 from domino_jax.sharding import constrain, gathered
 from domino_jax.weights import Draft, Layer, axes
+
+
+@dataclass(frozen=True)
+class BlockDrafter:
+    """DFlash's backbone with its causal head, or without one: a `drafters.base.Drafter`.
+
+    Its weights are a `weights.Draft`, its state the keys and values of the target's context.
+
+    Args:
+        candidates: C, tokens of (nearly) the highest base logits that the causal head scores; the vocabulary when None.
+
+    Raises:
+        DominoError: `candidates` is below 1, or there is no causal head.
+    """
+
+    config: DraftConfig
+    candidates: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates is not None and not self.config.head:
+            raise DominoError("head candidates need a drafter with a causal head, and this one has none.")
+        if self.candidates is not None and self.candidates < 1:
+            raise DominoError(f"head candidates must be at least 1, found {self.candidates}.")
+
+    @property
+    def most(self) -> int:
+        return self.config.num_proposals
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        return self.config.target_layer_ids
+
+    def scratch(self, proposals: int) -> int:
+        return self.config.block_size
+
+    def init(self, batch: int, capacity: int, dtype: Any) -> KVCache:
+        return init_cache(self.config, batch, capacity, dtype)
+
+    def propose(
+        self, weights: Draft, state: KVCache, view: View, proposals: int, keys: Array | None
+    ) -> tuple[DraftTokens, KVCache, KVCache]:
+        z, base, state = self.draft_block(weights, state, view, proposals)
+        with jax.named_scope("head"):
+            embed, how = view.target.embed, (view.token, view.sampling, keys, self.candidates)
+            tokens, probs = domino.propose_corrected(weights, self.config, embed, z, base, *how)
+        return DraftTokens(tokens, probs), state, view.cache
+
+    def draft_block(self, weights: Draft, state: KVCache, view: View, proposals: int) -> tuple[Array, Array, KVCache]:
+        """The backbone over one block a row: z [B, J, D] and base logits [B, J, V] of the proposals; its cache."""
+        with jax.named_scope("draft"):
+            x = block_inputs(view.target.embed, self.config, view.token)
+            z, state = block(weights, self.config, x, view.length, state, view.attention)
+            z = proposing(self.config, z)[:, :proposals]
+            return z, target.logits(view.target, view.config, z, view.output), state
+
+    def observe(
+        self, weights: Draft, state: KVCache, tokens: Array, features: Array, start: Array, proposed: bool = False
+    ) -> KVCache:
+        with jax.named_scope("context"):
+            return append_context(weights, self.config, state, features, start)
 
 
 def context(params: Draft, config: DraftConfig, features: Array) -> Array:

@@ -1,9 +1,18 @@
 """The ways of decoding that are compared, as views of one loaded model."""
 
 import dataclasses
+import math
+from dataclasses import dataclass
 from typing import Literal
 
+import jax.numpy as jnp
+from jax import Array
+
 from convert.loading import LoadedModel, without_head
+from domino_jax import decode
+from domino_jax.decode import DecodeState
+from domino_jax.drafters.base import DraftTokens
+from domino_jax.errors import DominoError
 from infer.bench.rows import DFLASH, DOMINO
 
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
@@ -44,10 +53,54 @@ def drafting(
     }
 
 
-def simulated(loaded: LoadedModel, tau: float | None) -> LoadedModel:
-    """The same model with a stated mean acceptance length instead of its own; None leaves it its own.
+@dataclass(frozen=True)
+class SimulatedAcceptance:
+    """A `decode.Accept` for measuring speed: as many drafts stand as give a stated mean, whatever the target says.
+
+    A cycle does all its work, and the output is worthless.
+
+    Args:
+        tau: mean acceptance length, the bonus token included.
+        proposals: J.
 
     Raises:
-        DominoError: its cycles can't have that acceptance length.
+        DominoError: `tau` is not from 1 to J + 1.
     """
-    return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, simulated_tau=tau))
+
+    tau: float
+    proposals: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tau <= self.proposals + 1:
+            raise DominoError(
+                f"an acceptance length of {self.tau:g} can't be simulated: {self.proposals} drafts a cycle "
+                f"allow 1 to {self.proposals + 1}."
+            )
+
+    def __call__(
+        self, keys: Array | None, draft: DraftTokens, logits: Array, state: DecodeState
+    ) -> tuple[Array, Array]:
+        accepted, bonus = decode.accept(keys, draft, logits, state)
+        # The real count is never negative, but the compiler does not know: none of the work is left out.
+        return jnp.where(accepted < 0, accepted, simulated_counts(self.tau, state.emitted)), bonus
+
+
+def simulated_counts(tau: float, emitted: Array) -> Array:
+    """Counts of accepted drafts with a stated mean: nothing is verified.
+
+    After n cycles a row has added floor(n·τ + φ) tokens: each cycle floor(τ) or ceil(τ) of them, the two evenly mixed.
+    φ is (row + ½) / rows, so that they do not step together.
+
+    Args:
+        tau: mean acceptance length, at least 1: a cycle's drafts that are accepted, and its bonus.
+        emitted: [B] tokens so far, the prefill's included.
+
+    Returns:
+        [B] int32, from floor(τ) - 1 to ceil(τ) - 1.
+    """
+    rows = emitted.shape[0]
+    phase = (jnp.arange(rows, dtype=jnp.float32) + 0.5) / rows
+    added = (emitted - 1).astype(jnp.float32)
+    cycles = jnp.ceil((added - phase) / tau - 1e-3)  # n, from floor(n·τ + φ) = added; the margin is for rounding
+    count = jnp.floor((cycles + 1) * tau + phase) - added
+    return jnp.clip(count, math.floor(tau), math.ceil(tau)).astype(jnp.int32) - 1

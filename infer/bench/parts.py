@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from convert.loading import LoadedModel
 from convert.options import SamplingOptions
-from domino_jax import decode, verify
+from domino_jax import decode
 from domino_jax.drafters import block
+from domino_jax.drafters.base import DraftTokens
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import domino
-from domino_jax.sampling import probabilities, settings
+from domino_jax.sampling import settings
 from domino_jax.weights import Params
 
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
@@ -28,7 +30,7 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
     close to a cycle but not equal to it, since one program overlaps them.
     """
     configs, params = loaded.configs, loaded.params
-    config, drafter = configs.draft, params.draft
+    drafter = configs.drafter
     batch = len(prompts)
     keys = jax.random.split(jax.random.key(0), batch)
     stop = jnp.full(1, -1, jnp.int32)
@@ -69,12 +71,15 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
 
         return run
 
-    if config is None or drafter is None:
+    if drafter is None:
         return {"target_ms": timed(verified_by(none))}
-    z, base, _ = decode.draft_block(params, configs, state)
-    draft_keys = None if greedy else keys
-    embed, few = params.target.embed, configs.candidates
-    drafts, q = domino.propose_corrected(drafter, config, embed, z, base, state.token, sampling, draft_keys, few)
+    assert isinstance(drafter, BlockDrafter), "the parts are those of a block drafter's cycle"
+    config, proposals = drafter.config, configs.proposals
+    z, base, _ = drafter.draft_block(params.draft, state.drafter, decode.view(params, configs, state), proposals)
+    embed, few = params.target.embed, drafter.candidates
+    how = sampling, None if greedy else keys, few
+    draft = DraftTokens(*domino.propose_corrected(params.draft, config, embed, z, base, state.token, *how))
+    drafts = draft.tokens
     logits, features, _ = decode.run_target(params, configs, state, drafts)
 
     def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
@@ -82,25 +87,19 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
         return x + 0 * s.token.astype(x.dtype)[:, None, None]
 
     def drafted(p: Params, s: decode.DecodeState) -> Any:
-        z, base, context = decode.draft_block(p, configs, s)
-        return s._replace(context=context), (z, base)
+        z, base, context = drafter.draft_block(p.draft, s.drafter, decode.view(p, configs, s), proposals)
+        return s._replace(drafter=context), (z, base)
 
     def proposed(p: Params, s: decode.DecodeState) -> Any:
-        assert p.draft is not None
-        how = s.sampling, None if greedy else s.keys, configs.candidates
+        how = s.sampling, None if greedy else s.keys, few
         return s, domino.propose_corrected(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
 
     def verified(p: Params, s: decode.DecodeState) -> Any:
-        seen = anew(logits, s)
-        if q is None:
-            count, bonus = verify.accept_greedy(drafts, seen)
-        else:
-            count, bonus = verify.accept_sampled(s.keys, drafts, q, probabilities(seen, s.sampling))
+        count, bonus = decode.accept(None if greedy else s.keys, draft, anew(logits, s), s)
         return s, decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
 
     def remembered(p: Params, s: decode.DecodeState) -> Any:
-        assert p.draft is not None and s.context is not None
-        return s._replace(context=block.append_context(p.draft, config, s.context, anew(features, s), s.length)), ()
+        return s._replace(drafter=block.append_context(p.draft, config, s.drafter, anew(features, s), s.length)), ()
 
     parts = {"draft": drafted, "head": proposed, "target": verified_by(drafts), "verify": verified}
     return {f"{name}_ms": timed(run) for name, run in (parts | {"context": remembered}).items()}

@@ -20,6 +20,7 @@ from jax import Array
 
 from convert.loading import LoadedModel
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.matrix import dot, for_cpu, operands
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import Layer, Params, lm_head
@@ -138,9 +139,9 @@ def work(
             attending(target, tokens, context + tokens),
         )
     }
-    config, drafter = configs.draft, params.draft
-    if config is None or drafter is None:
+    if not isinstance(configs.drafter, BlockDrafter):
         return phases
+    config, drafter = configs.drafter.config, params.draft
     block = config.block_size
     phases["draft"] = _sum(
         products([*_parted(drafter.layers)[1], drafter.norm], block),
@@ -150,7 +151,7 @@ def work(
     base = proposals * logits
     phases["head"] = Work(base * LOGIT_BYTES, base)
     if config.head and drafter.head:
-        scored = min(1.0, (configs.candidates or math.inf) / vocabulary)
+        scored = min(1.0, (configs.drafter.candidates or math.inf) / vocabulary)
         head, corrected = drafter.head, max(0, proposals - config.head.pure_draft_prefix_len)
         phases["head"] = _sum(
             phases["head"],

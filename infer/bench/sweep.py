@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from convert.loading import LoadedModel
+from domino_jax import decode
 from domino_jax.runtime.provenance import distinct_ngrams, git_commit, processor
 from infer.bench import roofline
 from infer.bench.memory import megabytes
-from infer.bench.modes import Drafts, drafting, simulated, with_drafts
+from infer.bench.modes import Drafts, SimulatedAcceptance, drafting, with_drafts
 from infer.bench.options import Bench
 from infer.bench.parts import time_phases
 from infer.bench.prompts import collect_prompts
@@ -92,7 +93,9 @@ def build(options: Bench, loaded: LoadedModel) -> dict[Key, Engine]:
     """An engine for each of our modes: the baseline, and each kind of drafting at each number of drafts."""
     engines: dict[Key, Engine] = {(LEAN, 0): Engine(loaded)}
     for key, view in drafting(loaded, options.drafts, options.head_off).items():
-        engines[key] = Engine(simulated(view, options.simulate_tau), auto=key[1] == "auto")
+        tau, auto = options.simulate_tau, key[1] == "auto"
+        accept = SimulatedAcceptance(tau, view.configs.proposals) if tau is not None else decode.accept
+        engines[key] = Engine(view, auto=auto, accept=accept)
     return engines
 
 

@@ -21,6 +21,7 @@ from domino_jax import cache as kv
 from domino_jax import decode, sharding
 from domino_jax.config import DecoderConfig
 from domino_jax.decode import DecodeConfig, DecodeState
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.sampling import Sampling
 from domino_jax.weights import Params, axes, flatten, unflatten, weight_shapes
 
@@ -45,7 +46,7 @@ def configs() -> DecodeConfig:
     draft = dataclasses.replace(
         draft, num_hidden_layers=1, num_target_layers=2, target_layer_ids=(0, 1), windows=(None,)
     )
-    return DecodeConfig(target, draft)
+    return DecodeConfig(target, BlockDrafter(draft))
 
 
 def described(shape: tuple[int, ...], dtype: Any, letters: str, mesh: Mesh) -> Any:

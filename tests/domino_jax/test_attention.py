@@ -272,7 +272,7 @@ def test_a_prefills_memory_grows_with_its_chunk_and_its_bucket_and_not_with_thei
     def temporaries(capacity: int) -> int:
         configs, params = pair.configs.without_drafter, Params(pair.params.target)
         state = loops.begin(params, configs, [[1, 2, 3]], 1)
-        state = decode.grow_caches(state, capacity)
+        state = decode.grow_caches(configs, state, capacity)
         tokens, last = jnp.zeros((1, 64), jnp.int32), jnp.zeros((1, configs.target.hidden_size))
         program = decode.prefill.lower(params, configs, state, tokens, jnp.int32(0), last).compile()
         memory = program.memory_analysis()

@@ -18,9 +18,10 @@ from loops import NO_STOP, Output
 from domino_jax import cache as kv
 from domino_jax import decode, target
 from domino_jax.config import HeadConfig
-from domino_jax.decode import DecodeState, Emitted
+from domino_jax.decode import DecodeConfig, DecodeState, Emitted
 from domino_jax.drafters import block
 from domino_jax.sampling import Sampling, settings
+from domino_jax.weights import Params
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44, 18, 88, 4, 33, 2, 24, 41, 82]]
@@ -143,14 +144,15 @@ def test_the_lean_loop_is_transformers_greedy_too(pair, truth):
 
 @pytest.fixture(scope="module")
 def oracle(pair):
-    """Runs greedy Domino with proposals read from a table of absolute positions."""
-    loop = loops.oracle_loop()
+    """Runs greedy cycles with proposals read from a table of absolute positions."""
 
     def go(table: np.ndarray, limits: Any, stop: int, pair: Pair = pair) -> list[Output]:
         stops = jnp.array([stop], jnp.int32)
-        state = start(pair, limits, stops)
+        configs = DecodeConfig(pair.configs.target, loops.TableDrafter(5))
+        read = Pair(Params(pair.params.target, jnp.asarray(table)), configs)
+        state = start(read, limits, stops)
         assert state.cache.capacity >= table.shape[1]
-        return loops.finish(state, lambda s: loop(jnp.asarray(table), pair.params, pair.configs, s, stops, 8))
+        return loops.speculate(read.params, configs, state, stops)
 
     return go
 
@@ -246,7 +248,6 @@ def test_caches_hold_what_one_pass_over_the_committed_tokens_gives(pair, truth):
     """After eight cycles of accepting and rejecting: target and context keys and values of positions 0 ... a - 1."""
     assert pair.params.draft is not None and pair.configs.draft is not None
     state, _ = speculate(pair, start(pair, 40))
-    assert state.context is not None
     tokens = np.zeros((4, 64), np.int32)
     for row, (prompt, new) in enumerate(zip(PROMPTS, truth, strict=True)):
         tokens[row, : len(prompt) + len(new)] = prompt + new
@@ -261,7 +262,7 @@ def test_caches_hold_what_one_pass_over_the_committed_tokens_gives(pair, truth):
         empty = kv.init_cache(pair.configs.draft, 4, 64, jnp.float32)
         return cache, block.append_context(params.draft, pair.configs.draft, empty, features, zero)
 
-    for name, ours, theirs in zip(("target", "context"), (state.cache, state.context), once(pair.params), strict=True):
+    for name, ours, theirs in zip(("target", "drafter"), (state.cache, state.drafter), once(pair.params), strict=True):
         for a, b in zip(jax.device_get(jax.tree.leaves(ours)), jax.device_get(jax.tree.leaves(theirs)), strict=True):
             for row, length in enumerate(state.length.tolist()):
                 assert length > len(PROMPTS[row]) + 7
@@ -298,17 +299,17 @@ def test_the_output_does_not_depend_on_the_drafts(oracle, pair, dtype):
 def test_growing_holds_one_cache_and_one_buffer_more(pair: Pair, monkeypatch):
     """Each buffer is deleted before the next one is resized."""
     state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
-    old, resized, alive = jax.tree.leaves((state.cache, state.context)), decode._resized, []
+    old, resized, alive = jax.tree.leaves((state.cache, state.drafter)), decode._resized, []
 
-    def noted(buffer: jax.Array, capacity: int) -> jax.Array:
+    def noted(buffer: jax.Array, capacity: int, axis: int) -> jax.Array:
         alive.append(sum(not b.is_deleted() for b in old))
-        return resized(buffer, capacity)
+        return resized(buffer, capacity, axis)
 
     monkeypatch.setattr(decode, "_resized", noted)
-    grown = decode.grow_caches(state, 2 * state.cache.capacity)
+    grown = decode.grow_caches(pair.configs, state, 2 * state.cache.capacity)
     assert alive == list(range(len(old), 0, -1)) and all(b.is_deleted() for b in old)
     assert grown.cache.capacity == 2 * state.cache.capacity
-    assert grown.context is not None and grown.context.capacity == grown.cache.capacity
+    assert grown.drafter.capacity == grown.cache.capacity
 
 
 def test_growing_the_bucket_in_mid_generation_changes_nothing(pair: Pair, truth, monkeypatch):
@@ -324,7 +325,7 @@ def test_growing_the_bucket_in_mid_generation_changes_nothing(pair: Pair, truth,
         seen.append((capacity, int(emitted.cycles) < 40, bool(state.done.all())))
         return state, emitted
 
-    outputs = loops.finish(state, dispatch, pair.configs.lookahead)
+    outputs = loops.finish(pair.configs, state, dispatch)
     assert seen == [(32, True, False), (64, True, True)]
     assert [o.tokens for o in outputs] == [row[: COUNT + 6] for row in truth]
     for prompt, output in zip(PROMPTS, outputs, strict=True):
@@ -422,7 +423,7 @@ def test_no_cycle_copies_a_cache(pair, loop: Any, rows):
     text = loop.lower(pair.params, pair.configs, state, NO_STOP, 8, True).compile().as_text()
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
     assert " while(" in text and copied, "this is how they are written"
-    caches = {buffer.shape for buffer in jax.tree.leaves((state.cache, state.context))}
+    caches = {buffer.shape for buffer in jax.tree.leaves((state.cache, state.drafter))}
     sizes = {(rows * heads, *rest) for rows, heads, *rest in caches} | caches
     assert not sizes & {tuple(map(int, shape.split(","))) for shape in copied}
 
@@ -438,7 +439,7 @@ def test_single_steps_of_one_row_to_the_very_end_of_a_bucket(pair, truth, monkey
         ends.append((int(state.length[0]), state.cache.capacity))
         return state, emitted
 
-    (output,) = loops.finish(state, dispatch)
+    (output,) = loops.finish(lean.configs, state, dispatch)
     assert output.tokens == truth[0][: COUNT + 6]
     assert ends[0] == (31, 32) and len(ends) == 2
 

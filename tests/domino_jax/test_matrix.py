@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import loops
 import numpy as np
 import pytest
-from factory import Pair
+from factory import Pair, with_candidates
 from loops import Output
 
 from domino_jax import decode, layers, matrix, prepare
 from domino_jax.config import DecoderConfig, MoeConfig
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import domino
 from domino_jax.errors import DominoError
 from domino_jax.matrix import CpuBfloat16, CpuFloat32, Scaled, Separate, Tabulated
@@ -225,7 +226,7 @@ def test_narrow_matrices_change_no_token(more):
         mixed = narrow.params._replace(draft=whole.params.draft)
         narrow = Pair(prepare.quantize_drafter(mixed, drafter, "int8"), narrow.configs)
     if more == "candidates":
-        narrow = Pair(narrow.params, dataclasses.replace(narrow.configs, candidates=7))
+        narrow = with_candidates(narrow, 7)
     expected, found = run(whole), run(narrow)
     assert [o.tokens for o in found] == [o.tokens for o in expected]
     assert tau(found) > 0.8 * tau(expected) > 1.4
@@ -281,6 +282,14 @@ def test_candidates_are_the_highest_logits():
     assert np.mean(kept) > 14.5 and min(kept) < 16, "buckets lose one now and then"
 
 
+def block(params: Params, pair: Pair, state: decode.DecodeState) -> tuple[jax.Array, jax.Array]:
+    """z and base logits of the proposals."""
+    drafter, configs = pair.configs.drafter, pair.configs
+    assert isinstance(drafter, BlockDrafter)
+    view = decode.view(params, configs, state)
+    return drafter.draft_block(params.draft, state.drafter, view, configs.proposals)[:2]
+
+
 @pytest.mark.parametrize(
     "candidates",
     [
@@ -295,20 +304,20 @@ def test_the_head_scores_its_candidates_alone(candidates):
     """Proposal for proposal what a walk over the masked logits gives; the tokens do not change."""
     pair = good()
     config = pair.configs.draft
-    few = Pair(pair.params, dataclasses.replace(pair.configs, candidates=candidates))
+    few = with_candidates(pair, candidates)
     assert config is not None and pair.params.draft is not None
     state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
 
     @jax.jit
     def both(params: Params, state):
-        _, base, _ = decode.draft_block(params, pair.configs, state)
-        return base, decode.propose(params, few.configs, state, None)[0]
+        _, base = block(params, pair, state)
+        return base, decode.propose(params, few.configs, state, None)[0].tokens
 
     base, drafts = jax.device_get(both(pair.params, state))
     # All but the candidates' base logits at -inf: the head over the whole vocabulary then does the same.
     lowest = -np.sort(-base, axis=-1)[..., min(candidates, 89) - 1 :][..., :1]
     masked = np.where(base >= lowest, base, -np.inf)
-    z = jax.jit(lambda p, s: decode.draft_block(p, pair.configs, s)[0])(pair.params, state)
+    z = jax.jit(lambda p, s: block(p, pair, s)[0])(pair.params, state)
     embed = pair.params.target.embed
     plain = jax.jit(partial(domino.propose_corrected, config=config, keys=None))
     masked[:, 0] = base[:, 0]  # P = 1
@@ -322,24 +331,24 @@ def test_the_head_scores_its_candidates_alone(candidates):
 def test_a_draw_from_candidates_says_what_it_was_drawn_from():
     """q is what the head over the whole vocabulary gives with all but the candidates at minus infinity."""
     pair = good()
-    configs = dataclasses.replace(pair.configs, candidates=6)
+    configs = with_candidates(pair, 6).configs
     state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=settings(4, temperature=8.0))
     keys = jax.random.split(jax.random.key(5), 4)
 
     @jax.jit
     def both(params: Params, state):
         assert params.draft is not None and configs.draft is not None
-        z, base, _ = decode.draft_block(params, pair.configs, state)
+        z, base = block(params, pair, state)
         kept = base >= -jnp.sort(-base, axis=-1)[..., 5:6]
         masked = jnp.where(kept | (jnp.arange(5) == 0)[:, None], base, -jnp.inf)  # P = 1
         how = params.target.embed, z, masked, state.token, state.sampling, keys
         return (
             kept,
             domino.propose_corrected(params.draft, configs.draft, *how),
-            decode.propose(params, configs, state, keys),
+            decode.propose(params, configs, state, keys)[0],
         )
 
-    kept, (whole, expected), (drafts, q, _) = jax.device_get(both(pair.params, state))
+    kept, (whole, expected), (drafts, q) = jax.device_get(both(pair.params, state))
     np.testing.assert_array_equal(drafts[:, 0], whole[:, 0])
     np.testing.assert_allclose(q[:, :2], expected[:, :2], atol=1e-5)  # what follows depends on what was drawn
     np.testing.assert_allclose(q.sum(axis=-1), 1, atol=1e-5)
@@ -351,7 +360,7 @@ def test_a_draw_from_candidates_says_what_it_was_drawn_from():
 def test_what_candidates_need():
     configs = good().configs
     with pytest.raises(DominoError, match="at least 1, found 0"):
-        dataclasses.replace(configs, candidates=0)
+        BlockDrafter(configs.draft, 0)
     plain = good(head=None, shift_label=False).configs
     with pytest.raises(DominoError, match="need a drafter with a causal head"):
-        dataclasses.replace(plain, candidates=4)
+        BlockDrafter(plain.draft, 4)

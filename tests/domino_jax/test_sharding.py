@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import loops
 import numpy as np
 import pytest
-from factory import Pair, make_draft, make_target
+from factory import Pair, make_draft, make_target, with_candidates
 from loops import NO_STOP, Output
 
 from domino_jax import decode, prepare, sharding
 from domino_jax.config import MoeConfig
 from domino_jax.decode import DecodeConfig, DecodeState
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
 from domino_jax.weights import Params, flatten
@@ -59,7 +60,9 @@ def spread(pair: Pair, mesh: jax.sharding.Mesh) -> Pair:
     assert draft is not None
     model = mesh.shape["model"]
     params = Params(factory.place(pair.params.target, target, mesh), factory.place(pair.params.draft, draft, mesh))
-    return Pair(params, DecodeConfig(sharding.fit_to_mesh(target, model), sharding.fit_to_mesh(draft, model)))
+    return Pair(
+        params, DecodeConfig(sharding.fit_to_mesh(target, model), BlockDrafter(sharding.fit_to_mesh(draft, model)))
+    )
 
 
 def start(pair: Pair, sampling: Sampling | None = None) -> DecodeState:
@@ -81,7 +84,7 @@ def cheap(pair: Pair) -> Pair:
     """The other form of the head, which scores candidates, and an 8-bit drafter."""
     assert pair.configs.draft is not None
     small = prepare.quantize_drafter(pair.params, pair.configs.draft, "int8")
-    return Pair(small, dataclasses.replace(pair.configs, candidates=5))
+    return Pair(small, with_candidates(pair, 5).configs)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +212,7 @@ def test_nothing_large_crosses_between_devices(request, model, candidates, form,
     mesh = sharding.make_mesh(2, 4)
     with jax.set_mesh(mesh):
         ours = spread(request.getfixturevalue(model), mesh)
-        ours = Pair(ours.params, dataclasses.replace(ours.configs, candidates=candidates))
+        ours = with_candidates(ours, candidates)
         ours = with_backend(ours, form) if form else ours
         state = start(ours, sampling)
         program = decode.speculate.lower(ours.params, ours.configs, state, NO_STOP, 8, sampling is None)

@@ -148,7 +148,7 @@ def test_prefill_in_small_chunks_is_prefill_in_one(monkeypatch):
         expected, _ = reference.target_forward(*named, prompt, [])
         assert int(one.token[row]) == int(many.token[row]) == int(expected[-1].argmax())
         valid = slice(0, len(prompt))
-        for name, a, b in (("target", one.cache, many.cache), ("context", one.context, many.context)):
+        for name, a, b in (("target", one.cache, many.cache), ("drafter", one.drafter, many.drafter)):
             assert a is not None and b is not None
             for x, y in zip(jax.device_get(jax.tree.leaves(a)), jax.device_get(jax.tree.leaves(b)), strict=True):
                 np.testing.assert_allclose(x[row, :, valid], y[row, :, valid], atol=CLOSE, rtol=0, err_msg=name)

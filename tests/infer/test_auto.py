@@ -77,7 +77,7 @@ def test_the_most_tokens_a_second_win():
 def test_where_the_best_acceptance_would_not_pay_nothing_is_drafted():
     chooser = make({0: 1.0, 2: 3.0, 4: 5.5}, seen=0)
     assert chooser.next(4, 8) == (0, 8)
-    assert not any(chooser.start() for _ in range(3 * FIRST_PROBE))
+    assert {chooser.next(4, 8) for _ in range(3 * FIRST_PROBE)} == {(0, 8)}
 
 
 def test_small_gains_do_not_change_the_choice():
@@ -95,17 +95,13 @@ def test_drafts_are_tried_before_they_are_given_up_and_again_later():
     chooser.observe([0] * 3)
     assert chooser.next(1, 8) == (4, ENOUGH - 3)
     chooser.observe([0] * (ENOUGH - 3))
-    assert chooser.next(3, 8) == (0, 8)
-    assert [chooser.start() for _ in range(FIRST_PROBE + 1)] == [False] * FIRST_PROBE + [True]
-    assert chooser.next(1, 8) == (4, ENOUGH)
-    chooser.observe([0] * ENOUGH)  # the second time later than the first
-    assert chooser.next(1, 8) == (0, 8)
-    assert [chooser.start() for _ in range(2 * FIRST_PROBE + 1)] == [False] * 2 * FIRST_PROBE + [True]
-    assert chooser.next(1, 8) == (4, ENOUGH)
+    for patience in (FIRST_PROBE, 2 * FIRST_PROBE):  # the second time later than the first
+        assert {chooser.next(3, 8) for _ in range(patience)} == {(0, 8)}
+        assert chooser.next(1, 8) == (4, ENOUGH)
+        chooser.observe([0] * (ENOUGH if patience == FIRST_PROBE else 0))
     for _ in range(6):  # the texts have become easy
         chooser.observe([4] * ENOUGH)
     assert chooser.next(1, 8) == (4, 8)
-    assert chooser.start() and chooser.start()
     assert chooser.patience == FIRST_PROBE
 
 
@@ -160,9 +156,9 @@ def test_times_are_checked_where_they_decide_and_seldom():
         close.recheck(lambda j, _: close.times[j], lambda _: 8, lambda numbers: numbers)
     assert sorted(waits) == waits and waits[-1] > 3 * waits[0]
     assert 0.03 * waits[0] > 2 * (1.0 + 4.5)
-    hopeless = make({0: 1.0, 2: 3.1, 4: 5.5})  # as timed; the check begins with drafts all the same
+    hopeless = make({0: 1.0, 2: 3.1, 4: 5.5})  # as timed
     hopeless.finish([], [], 1e6)
-    assert not hopeless.worthwhile and hopeless.rival and hopeless.due and hopeless.start()
+    assert not hopeless.worthwhile and hopeless.rival and hopeless.due
     hopeless.recheck(lambda j, _: 1.0 + j / 10, lambda _: 8, lambda numbers: numbers)
     assert hopeless.worthwhile
     told = make({0: 1.0, 2: 4.0, 4: 4.5})
@@ -189,7 +185,7 @@ def test_calibration_takes_the_shortest_of_several_and_agrees():
 # --- Generation -------------------------------------------------------------------------------------------------
 
 PROMPTS = [[99], [40, 50] * 9, [10, 20, 30]]
-SCRIPT = [(4, 1), (2, 2), (4, 1), (0, 8)]
+SCRIPT = [(4, 1), (2, 2), (0, 1), (4, 1), *[(0, 8)] * 9]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +222,7 @@ def generate(
 
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(1e-4, marks=pytest.mark.slow)])
-def test_changes_of_the_choice_and_its_giving_up_in_mid_answer_change_no_token(loaded, scripted, temperature):
+def test_changes_of_the_choice_in_mid_answer_change_no_token(loaded, scripted, temperature):
     limits = [40, 33, 9]
     plain = generate(Engine(loaded), limits, speculative=False)
     assert len(set(plain[0].tokens)) > 10, "looping output would hide errors"
@@ -252,7 +248,7 @@ def test_a_stop_string_ends_a_row_under_any_choice(loaded, scripted):
     assert [(s.tokens, s.text, s.finish_reason) for s in chosen] == [(s.tokens, s.text, s.finish_reason) for s in plain]
 
 
-def test_a_batch_after_one_that_gave_up_begins_plainly_and_calibrates_no_more(loaded, monkeypatch):
+def test_a_batch_after_one_of_plain_steps_takes_them_too_and_calibrates_no_more(loaded, monkeypatch):
     measured = []
     monkeypatch.setattr(engine, "calibrate", lambda *_: measured.append(1) or {0: 1.0, 2: 2.0, 4: 6.0})
     running = Engine(loaded, auto=True)  # of 5 drafts none pays, of 2 perhaps
@@ -267,7 +263,7 @@ def test_a_batch_after_one_that_gave_up_begins_plainly_and_calibrates_no_more(lo
 
 @pytest.mark.parametrize("drafts", [2, 0])
 def test_times_measured_again_change_no_token(loaded, monkeypatch, drafts):
-    """Also where a batch takes plain steps: it begins with drafts then, since their time is wanted."""
+    """Also where a batch takes plain steps."""
     monkeypatch.setattr(engine, "calibrate", lambda *_: {0: 1.0, 2: 1.9, 4: 2.2})
     monkeypatch.setattr(Chooser, "due", True)
     monkeypatch.setattr(

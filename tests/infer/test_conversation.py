@@ -17,6 +17,7 @@ from factory import BYTE_TARGET, make_tokenizer
 from convert.loading import LoadedModel
 from domino_jax import cache as kv
 from domino_jax import decode, prepare, sharding
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
 from domino_jax.sampling import SamplingParams, settings
 from domino_jax.weights import Params
@@ -85,11 +86,10 @@ def talk(say: Callable[[list[int]], Sequence]) -> list[tuple[list[int], int]]:
 
 def assert_alike(ours: Conversation, theirs: Conversation) -> None:
     """The same ids, and caches that hold the same of each, the target's and the drafter's."""
-    assert (ours.ids, ours.drafted) == (theirs.ids, theirs.drafted)
-    assert (ours.context is None) == (theirs.context is None)
-    for a, b, valid in ((ours.cache, theirs.cache, len(ours.ids)), (ours.context, theirs.context, ours.drafted)):
-        for x, y in zip(jax.device_get(jax.tree.leaves(a)), jax.device_get(jax.tree.leaves(b)), strict=True):
-            np.testing.assert_allclose(x[:1, :, :valid], y[:1, :, :valid], atol=1e-4, rtol=0)
+    assert ours.ids == theirs.ids
+    held, valid = (jax.device_get(jax.tree.leaves(of.caches)) for of in (ours, theirs)), len(ours.ids)
+    for x, y in zip(*held, strict=True):
+        np.testing.assert_allclose(x[:1, :, :valid], y[:1, :, :valid], atol=1e-4, rtol=0)
 
 
 def check_talk(ours: Engine, theirs: Engine, speculative: bool = True, choose: SamplingParams | None = None) -> None:
@@ -185,7 +185,7 @@ def test_several_rows_go_on_from_what_all_hold(loaded):
     prompts = [some(90, 1), some(40, 2), some(35, 3)]
     state = loops.begin(params, configs, prompts, 9)
     longer = [[*prompts[0][:40], *some(44, 4)], [*prompts[1], 7, 8], prompts[2][:34]]
-    caches = decode.Caches(state.cache, state.context)
+    caches = decode.Caches(state.cache, state.drafter)
     keys = jax.random.split(jax.random.key(7), 3)
     stop, sampling = loops.NO_STOP, settings(3)
     more = decode.prefill_batch(params, configs, longer, keys, [20] * 3, sampling, stop, loaded.dtype, caches, 33)
@@ -200,9 +200,8 @@ def spread(loaded: LoadedModel, data: int, model: int) -> LoadedModel:
     target, draft = loaded.configs.target, loaded.configs.draft
     assert draft is not None
 
-    configs = replace(
-        loaded.configs, target=sharding.fit_to_mesh(target, model), draft=sharding.fit_to_mesh(draft, model)
-    )
+    drafter = BlockDrafter(sharding.fit_to_mesh(draft, model))
+    configs = replace(loaded.configs, target=sharding.fit_to_mesh(target, model), drafter=drafter)
     return replace(
         loaded,
         configs=configs,
@@ -234,7 +233,9 @@ def test_on_a_mesh_with_a_row_that_only_fills_it(loaded, fresh, data, model):
 def test_with_an_8_bit_drafter(loaded, fresh):
     assert loaded.configs.draft is not None
     params = prepare.quantize_drafter(loaded.params, loaded.configs.draft, "int8")
-    cheap = Engine(replace(loaded, params=params, configs=replace(loaded.configs, candidates=5)))
+    cheap = Engine(
+        replace(loaded, params=params, configs=replace(loaded.configs, drafter=BlockDrafter(loaded.configs.draft, 5)))
+    )
     check_two_turns(cheap, cheap)
 
 
@@ -244,32 +245,10 @@ def test_with_the_pallas_kernel(loaded):
     check_two_turns(other, other)
 
 
-# --- The drafter's context, where plain steps leave it behind ------------------------------------------------------
+# --- Plain steps among drafts ---------------------------------------------------------------------------------------
 
 
-def test_what_plain_turns_leave_out_of_the_drafters_context_is_run_again(fresh):
-    conversation = Conversation()
-    first = turn(fresh, some(100, 1), conversation)
-    second = turn(fresh, [*first.ids, *some(20, 2)], conversation, speculative=False)
-    assert second.reused == len(first.ids) - 1
-    assert (len(conversation.ids), conversation.drafted) == (len(second.ids) - 1, len(first.ids) - 1)
-    third = turn(fresh, [*second.ids, *some(20, 3)], conversation, speculative=False)
-    assert third.reused > len(first.ids)
-    prompt, alone = [*third.ids, *some(5, 4)], Conversation()
-    fourth = turn(fresh, prompt, conversation)
-    assert fourth.reused == len(first.ids) - 1
-    assert result(fourth) == result(turn(fresh, prompt, alone))
-    assert_alike(conversation, alone)
-    # A plain turn that shares less than the context covers shortens it.
-    fifth = turn(fresh, [*first.ids[:64], 5, 6], conversation, speculative=False)
-    assert (fifth.reused, conversation.drafted) == (64, 64)
-    prompt = [*fifth.ids, 7]
-    sixth = turn(fresh, prompt, conversation)
-    assert sixth.reused == 64
-    assert result(sixth) == result(turn(fresh, prompt))
-
-
-def test_a_conversation_without_a_context_yet_drafts_from_a_fresh_prefill(fresh):
+def test_after_an_answer_without_a_drafter_drafts_begin_with_a_fresh_prefill(fresh):
     conversation = Conversation()
     first = turn(fresh, some(30, 1), conversation, speculative=False)
     prompt = [*first.ids, *some(20, 2)]
@@ -278,25 +257,26 @@ def test_a_conversation_without_a_context_yet_drafts_from_a_fresh_prefill(fresh)
     assert result(second) == result(turn(fresh, prompt))
 
 
-def test_an_answer_that_gives_drafts_up_keeps_the_context_it_had(loaded, fresh, monkeypatch):
-    """`--drafts auto`, scripted: cycles, then plain steps for the rest of the answer; and drafts again a turn later."""
+def test_an_answer_may_change_between_drafts_and_plain_steps(loaded, fresh, monkeypatch):
+    """`--drafts auto`, scripted: the drafter knows all that plain steps wrote, in the same turn and the next."""
     monkeypatch.setattr(engine, "calibrate", lambda *_: {0: 1.0, 2: 1.0, 4: 1.0})
-    steps = itertools.chain([(4, 2), (2, 1), (0, 8)], itertools.repeat((4, 8)))
+    steps = itertools.chain([(4, 1), (0, 8), (2, 1), (0, 8)], itertools.repeat((5, 8)))
 
     def following(self: Chooser, active: int, longest: int) -> tuple[int, int]:
         self.drafts, cycles = next(steps)
         return self.drafts, cycles
 
     monkeypatch.setattr(Chooser, "next", following)
-    running, conversation = Engine(loaded, auto=True), Conversation()
+    monkeypatch.setattr(engine, "STEPS_PER_CYCLE", 1)
+    running, conversation, alone = Engine(loaded, auto=True), Conversation(), Conversation()
     first = turn(running, some(30, 1), conversation)
-    assert first.cycles and first.steps > 8
-    covered = 30 + sum(len(cycle.tokens) for cycle in first.cycles)
-    assert (len(conversation.ids), conversation.drafted) == (len(first.ids) - 1, covered)
+    assert [len(cycle.drafts) for cycle in first.cycles][:3] == [4, 2, 5] and first.steps == 16
+    assert first.tokens == turn(fresh, some(30, 1), alone).tokens
+    assert_alike(conversation, alone)
     prompt, alone = [*first.ids, *some(20, 2)], Conversation()
     second = turn(running, prompt, conversation)
-    assert second.reused == min(covered, 128 - decode.CONTINUED_CHUNK)
     expected = turn(fresh, prompt, alone)
+    assert second.reused == min(len(first.ids) - 1, 128 - decode.CONTINUED_CHUNK)
     assert [c.accepted for c in second.cycles] == expected.accepted and second.tokens == expected.tokens
     assert_alike(conversation, alone)
 
@@ -408,7 +388,7 @@ def test_after_a_memory_error_nothing_is_kept(fresh, monkeypatch, program):
     with monkeypatch.context() as patch, pytest.raises(DominoError, match="too little memory"):
         patch.setattr(decode, program, exhausted)
         turn(fresh, prompt, conversation)
-    assert conversation.ids == [] and conversation.cache is None
+    assert conversation.ids == [] and conversation.caches is None
     second = turn(fresh, prompt, conversation)
     assert second.reused == 0
     assert result(second) == result(turn(fresh, prompt))

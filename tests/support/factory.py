@@ -20,6 +20,7 @@ from convert.names import entries, export
 from domino_jax import prepare, sharding, weights
 from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.weights import Params
 
 # Every size differs from the others, so that a swapped axis can't go unseen.
@@ -169,7 +170,7 @@ class Pair(NamedTuple):
     def make(cls, draft: DraftConfig | None = None, target: TargetConfig = TARGET, seed: int = 0) -> "Pair":
         draft = draft or draft_config(target)
         params = Params(random_weights(target, seed), random_weights(draft, seed + 1))
-        return cls(params, DecodeConfig(target, draft))
+        return cls(params, DecodeConfig(target, BlockDrafter(draft)))
 
     def reference(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
         """What tests/support/reference.py takes: target weights and config, draft weights and config."""
@@ -181,6 +182,13 @@ class Pair(NamedTuple):
             hf_weights(self.params.draft, draft),
             draft.to_hf(),
         )
+
+
+def with_candidates(pair: Pair, candidates: int) -> Pair:
+    """The pair whose causal head scores so many tokens."""
+    assert isinstance(pair.configs.drafter, BlockDrafter)
+    drafter = dataclasses.replace(pair.configs.drafter, candidates=candidates)
+    return Pair(pair.params, dataclasses.replace(pair.configs, drafter=drafter))
 
 
 def turned(pair: Pair) -> Pair:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import pytest
 from jax import Array
 
 from domino_jax import decode
+from domino_jax.cache import KVCache
 from domino_jax.decode import DecodeConfig, DecodeState, Emitted
+from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.sampling import Sampling, settings
 from domino_jax.weights import Params
 
@@ -52,15 +55,15 @@ class Output(NamedTuple):
 Dispatch = Callable[[DecodeState], tuple[DecodeState, Emitted]]
 
 
-def finish(state: DecodeState, dispatch: Dispatch, reach: int = 2) -> list[Output]:
+def finish(configs: DecodeConfig, state: DecodeState, dispatch: Dispatch) -> list[Output]:
     """Dispatch until all rows are done, growing the length bucket where it is full, as an engine does."""
     rows = [Output([int(t)], []) for t in jax.device_get(state.token)]
     done, dispatches = jax.device_get(state.done), 0
     while not done.all():
         dispatches += 1
         assert dispatches < 100, "rows that never end"
-        if int(jax.device_get(state.length)[~done].max()) + reach > state.cache.capacity:
-            state = decode.grow_caches(state, 2 * state.cache.capacity)
+        if int(jax.device_get(state.length)[~done].max()) + configs.lookahead > state.cache.capacity:
+            state = decode.grow_caches(configs, state, 2 * state.cache.capacity)
         state, emitted = dispatch(state)
         emitted = jax.device_get(emitted)
         assert emitted.cycles > 0, "a dispatch with work and room did nothing"
@@ -83,7 +86,7 @@ def speculate(
     greedy: bool = True,
 ) -> list[Output]:
     """All rows to their ends by Domino cycles."""
-    return finish(state, lambda s: decode.speculate(params, configs, s, stop, cycles, greedy), configs.lookahead)
+    return finish(configs, state, lambda s: decode.speculate(params, configs, s, stop, cycles, greedy))
 
 
 def autoregress(
@@ -95,7 +98,7 @@ def autoregress(
     greedy: bool = True,
 ) -> list[Output]:
     """All rows to their ends by the autoregressive loop."""
-    return finish(state, lambda s: decode.autoregress(params, configs, s, stop, cycles, greedy))
+    return finish(configs, state, lambda s: decode.autoregress(params, configs, s, stop, cycles, greedy))
 
 
 Loop = Callable[..., tuple[DecodeState, Emitted]]
@@ -115,28 +118,36 @@ def retraced(**replacements: Any) -> Loop:
     return run
 
 
-def oracle_loop() -> Callable[..., tuple[DecodeState, Emitted]]:
-    """A greedy `speculate` whose drafter reads its proposals from a table [B, positions], the first argument.
+@dataclass(frozen=True)
+class TableDrafter:
+    """A drafter whose weights are a table [B, positions] of the tokens that it proposes, and which has no state.
 
-    Row b with its anchor at position a proposes table[b, a + 1 : a + 1 + J]: any accepted length can be had by
+    Row b with its last token at position a proposes table[b, a + 1 : a + 1 + J]: any accepted length can be had by
     writing the truth there and a wrong token where the run shall end.
     """
-    plain = decode.speculate.__wrapped__  # type: ignore[attr-defined]
 
-    @partial(jax.jit, static_argnums=(2, 5))
-    def run(
-        table: Array, params: Params, configs: DecodeConfig, state: DecodeState, stop: Array, cycles: int
-    ) -> tuple[DecodeState, Emitted]:
-        def propose(params: Params, configs: DecodeConfig, state: DecodeState, keys: Array | None):
-            assert configs.draft is not None and keys is None
-            places = state.length[:, None] + 1 + jnp.arange(configs.proposals, dtype=jnp.int32)
-            return jnp.take_along_axis(table, places, axis=1), None, state.context
+    most: int
+    config: None = None
+    target_layer_ids: tuple[int, ...] = ()
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode, "propose", propose)
-            return plain(params, configs, state, stop, cycles, True)
+    def scratch(self, proposals: int) -> int:
+        return 0
 
-    return run
+    def init(self, batch: int, capacity: int, dtype: Any) -> tuple[()]:
+        return ()
+
+    def propose(
+        self, weights: Array, state: tuple[()], view: View, proposals: int, keys: Array | None
+    ) -> tuple[DraftTokens, tuple[()], KVCache]:
+        places = view.length[:, None] + 1 + jnp.arange(proposals, dtype=jnp.int32)
+        tokens = jnp.take_along_axis(weights, places, axis=1)
+        probs = None if keys is None else jax.nn.one_hot(tokens, view.config.vocab_size)
+        return DraftTokens(tokens, probs), state, view.cache
+
+    def observe(
+        self, weights: Array, state: tuple[()], tokens: Array, features: Array, start: Array, proposed: bool = False
+    ) -> tuple[()]:
+        return state
 
 
 def hf_greedy(model: Any, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:

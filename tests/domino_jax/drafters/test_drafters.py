@@ -16,6 +16,7 @@ from domino_jax import decode
 from domino_jax.config import DraftConfig, HeadConfig, choose_taps, default_taps
 from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.drafters import block
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import domino
 from domino_jax.sampling import settings
 from domino_jax.weights import Params
@@ -197,7 +198,7 @@ def teacher_forced_logits(params: Params, config: DraftConfig, z, base, eaten):
 @pytest.mark.parametrize("changes", cases(HEADS))
 def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     config, pair = make(num_hidden_layers=1, **changes)
-    configs = DecodeConfig(pair.configs.target, config)
+    configs = DecodeConfig(pair.configs.target, BlockDrafter(config))
     target_w, target_cfg, draft_w, draft_cfg = pair.reference()
     embed, lm_head = target_w["model.embed_tokens.weight"], reference.target_lm_head(target_w, target_cfg)
     given, tokens, anchors = features(config), np.array([3, 60, 7, 31], np.int32), np.array(ANCHORS, np.int32)
@@ -208,7 +209,7 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, none, hot, none, context)
 
     # Scanned, greedy, against the reference's walk from left to right.
-    drafts, q, _ = propose(pair.params, configs, state, None)
+    (drafts, q), _ = propose(pair.params, configs, state, None)
     assert q is None
     rows, walked, states = reference.proposal_rows(draft_cfg), [], []
     for row, a in enumerate(ANCHORS):
@@ -240,7 +241,7 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
 
     # Scanned, sampled: each distribution is the softmax of the teacher-forced logits at the tokens really drawn.
     keys = jax.random.split(jax.random.key(5), 4)
-    drafts, q, _ = propose(pair.params, configs, state, keys)
+    (drafts, q), _ = propose(pair.params, configs, state, keys)
     drafts, q = np.asarray(drafts), np.asarray(q)
     eaten = np.concatenate([tokens[:, None], drafts[:, :-1]], axis=1)
     spec = reference.softmax(np.asarray(teacher_forced_logits(pair.params, config, z, base, eaten), np.float64))

@@ -13,13 +13,15 @@ from factory import BYTE_DRAFT, BYTE_TARGET, REPEATING, make_target
 from convert import shapes
 from convert.loading import LoadedModel
 from convert.shapes import SHAPES, Shape
-from domino_jax import decode, prepare, verify, weights
+from domino_jax import decode, prepare, weights
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
 from domino_jax.sampling import SamplingParams, settings
 from domino_jax.weights import Params, flatten
 from infer.bench import main as bench
 from infer.bench import plots, roofline, sweep
+from infer.bench.modes import SimulatedAcceptance, simulated_counts
 from infer.bench.report import PHASES
 from infer.bench.shapes import load_random
 from infer.bench.sweep import differences
@@ -69,7 +71,9 @@ def test_the_shapes_of_the_table_have_the_parameters_of_their_names():
 def test_random_weights_are_made_in_their_dtype_and_are_sane():
     loaded = load_random("tiny", dtype="bfloat16")
     assert (
-        loaded.configs == DecodeConfig(BYTE_TARGET, BYTE_DRAFT) and loaded.stop_ids == () and loaded.tokenizer is None
+        loaded.configs == DecodeConfig(BYTE_TARGET, BlockDrafter(BYTE_DRAFT))
+        and loaded.stop_ids == ()
+        and loaded.tokenizer is None
     )
     for module, config in ((loaded.params.target, BYTE_TARGET), (loaded.params.draft, BYTE_DRAFT)):
         expected = flatten(weights.weight_shapes(config, jnp.bfloat16))
@@ -101,7 +105,7 @@ def test_simulated_counts_have_the_stated_mean(tau):
     emitted = jnp.ones(3, jnp.int32)
     seen = []
     for _ in range(200):
-        seen.append(np.asarray(verify.simulated_acceptance(tau, emitted)))
+        seen.append(np.asarray(simulated_counts(tau, emitted)))
         emitted = emitted + seen[-1] + 1
     assert np.min(seen) >= int(tau) - 1 and np.max(seen) <= np.ceil(tau) - 1
     assert np.mean(seen, axis=0) + 1 == pytest.approx([tau] * 3, abs=0.006)
@@ -142,18 +146,19 @@ def test_shapes_with_a_stated_acceptance_held_against_the_machine(tmp_path, caps
 def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
     """20 tokens in 8 cycles of 2.5; and no matrix product of the real cycle is missing from the program."""
     loaded = load_random("tiny")
-    told = dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, simulated_tau=2.5))
+    told = SimulatedAcceptance(2.5, loaded.configs.proposals)
     for temperature in (0.0, 1.0):
-        sequence, _ = Engine(told).sequence([1, 2, 3], 21)
-        Engine(told).generate([sequence], Decoding(SamplingParams(temperature)))
+        running = Engine(loaded, accept=told)
+        sequence, _ = running.sequence([1, 2, 3], 21)
+        running.generate([sequence], Decoding(SamplingParams(temperature)))
         assert len(sequence.tokens) == 21 and sequence.accepted == [2, 1] * 4
 
     stop = jnp.zeros(0, jnp.int32)
-    counts = []
-    for configs in (loaded.configs, told.configs):
+    counts, configs = [], loaded.configs
+    for accept in (decode.accept, told):
         keys = jax.random.split(jax.random.key(0), 1)
         state = decode.prefill_batch(loaded.params, configs, [[1, 2]], keys, [9], settings(1), stop, loaded.dtype)
-        program = decode.speculate.lower(loaded.params, configs, state, stop, 8, True).compile()
+        program = decode.speculate.lower(loaded.params, configs, state, stop, 8, True, None, accept).compile()
         cost: Any = program.cost_analysis()
         counts.append(cost["flops"])
     assert counts[1] == pytest.approx(counts[0], rel=0.01) and counts[1] >= counts[0]
@@ -200,7 +205,7 @@ def test_floors_at_8b_are_those_of_the_spec():
     target, draft = SHAPES["qwen3-8b"]
     params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
     lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
-    cycle = roofline.work(DecodeConfig(target, draft), params, batch=1, context=0)
+    cycle = roofline.work(DecodeConfig(target, BlockDrafter(draft)), params, batch=1, context=0)
     gb = {name: work.bytes / 1e9 for name, work in cycle.items()}
     assert gb["target"] == pytest.approx(15.1, abs=0.05)
     assert gb["draft"] == pytest.approx(1.93 + 1.24, abs=0.01)
@@ -222,7 +227,7 @@ def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
     lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
     if kind:
         params = jax.eval_shape(lambda p: prepare.quantize_drafter(p, draft, kind), params)
-    cycle = roofline.work(DecodeConfig(target, draft, candidates=candidates), params, batch=1, context=0)
+    cycle = roofline.work(DecodeConfig(target, BlockDrafter(draft, candidates)), params, batch=1, context=0)
     assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.003)
 
 
@@ -233,7 +238,7 @@ def test_floors_of_experts_are_those_that_tokens_choose():
     lean = roofline.work(DecodeConfig(target), Params(params.target), batch=1, context=0)["target"]
     assert lean.bytes / 2 == pytest.approx(3.3e9 - 151936 * 2048, rel=0.03)
     assert lean.flops == pytest.approx(2 * (lean.bytes / 2), rel=0.001)
-    cycle = roofline.work(DecodeConfig(target, draft), params, batch=1, context=0)["target"]
+    cycle = roofline.work(DecodeConfig(target, BlockDrafter(draft)), params, batch=1, context=0)["target"]
     assert cycle.flops == pytest.approx(17 * lean.flops, rel=0.01)
     expert = 3 * 2048 * 768 * 2 * 48  # bytes of one expert of every layer
     read = (cycle.bytes - lean.bytes) / expert + 8
@@ -244,7 +249,7 @@ def test_floors_of_experts_are_those_that_tokens_choose():
 
 def test_floors_grow_with_context_and_batch_and_shrink_with_the_mesh():
     target, draft = SHAPES["qwen3-8b"]
-    configs = DecodeConfig(target, draft)
+    configs = DecodeConfig(target, BlockDrafter(draft))
     params = Params(weights.weight_shapes(target, jnp.bfloat16), weights.weight_shapes(draft, jnp.bfloat16))
     one, longer, more = (roofline.work(configs, params, *size) for size in ((1, 0), (1, 1000), (4, 1000)))
     cached = 2 * 36 * 8 * 128 * 1000 * 2  # k and v of 1000 positions
@@ -256,7 +261,7 @@ def test_floors_grow_with_context_and_batch_and_shrink_with_the_mesh():
         load_random("wide", mesh=(2, 2)),
         Params(weights.weight_shapes(WIDE), weights.weight_shapes(WIDE_DRAFT)),
     )
-    alone = roofline.work(DecodeConfig(WIDE, WIDE_DRAFT), whole, 4, 100)["target"]
+    alone = roofline.work(DecodeConfig(WIDE, BlockDrafter(WIDE_DRAFT)), whole, 4, 100)["target"]
     spread = roofline.work(parts.configs, parts.params, 4, 100, (2, 2))["target"]
     assert alone.bytes / 2 * 0.5 < spread.bytes < alone.bytes / 2 * 1.01
     assert spread.flops == pytest.approx(alone.flops / 4, rel=0.01)
@@ -300,7 +305,7 @@ def test_refusals_are_one_sentence(tmp_path, capsys, words, status, says):
 
 def test_a_simulated_acceptance_is_checked_without_the_command_too():
     with pytest.raises(DominoError, match=r"5\.5 can't be simulated"):
-        DecodeConfig(BYTE_TARGET, BYTE_DRAFT, simulated_tau=5.5)
+        SimulatedAcceptance(5.5, BYTE_DRAFT.num_proposals)
 
 
 def test_random_weights_are_compiled_once_a_shape():

@@ -1,0 +1,107 @@
+"""The interface of drafters: what decoding knows of whatever proposes tokens (docs/algorithm.md, section 5).
+
+A drafter is a frozen dataclass: it is static to every program, so it is hashable and holds settings and configs, never
+arrays. Its weights and its state are pytrees that decoding passes through.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jax import Array
+
+from domino_jax.attention import Backend
+from domino_jax.cache import KVCache
+from domino_jax.config import DecoderConfig, TargetConfig
+from domino_jax.matrix import AnyMatrix
+from domino_jax.sampling import Sampling
+from domino_jax.weights import Target
+
+
+class View(NamedTuple):
+    """What a drafter may look at when it proposes: the target, and where each row stands."""
+
+    target: Target
+    config: TargetConfig  # the target's
+    output: AnyMatrix | None  # a copy of the LM head for drafting alone, None for the LM head itself
+    attention: Backend  # static
+    cache: KVCache  # the target's keys and values of positions 0 ... length - 1
+    token: Array  # [B] int32, t_a: the last committed token, at position length
+    length: Array  # [B] int32, a
+    sampling: Sampling  # [B] each
+
+
+class DraftTokens(NamedTuple):
+    """What a drafter proposes for the J positions after each row's last token."""
+
+    tokens: Array  # [B, J] int32, each in the target's vocabulary
+    probs: Array | None  # [B, J, V] float32, the distributions that they were drawn from; None where all is greedy
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes tokens. What it proposes never changes the output, only how many tokens a cycle commits.
+
+    Three pure functions, traced into the decoding programs. The state is a pytree of arrays whose first axis is the
+    row; `observe` has told it about positions 0 ... length - 1, and what lies beyond, as rejected drafts do, must not
+    be seen by `propose`: rollback is arithmetic on lengths.
+    """
+
+    @property
+    def config(self) -> DecoderConfig | None:
+        """The config of its weights; None where it has none."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """The most tokens that it can propose in a cycle; at least 1."""
+        ...
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        """The target's layers whose hidden states `observe` is given, in this order; empty where it needs none."""
+        ...
+
+    def scratch(self, proposals: int) -> int:
+        """Positions from `length` on that proposing so many tokens may write in its state."""
+        ...
+
+    def init(self, batch: int, capacity: int, dtype: Any) -> Any:
+        """The state of rows that have no tokens yet.
+
+        An array whose shape depends on `capacity` has one axis of that size. When a row needs more positions, decoding
+        makes that axis longer, by zeros.
+
+        Args:
+            capacity: positions of a row.
+            dtype: of caches.
+        """
+        ...
+
+    def propose(
+        self, weights: Any, state: Any, view: View, proposals: int, keys: Array | None
+    ) -> tuple[DraftTokens, Any, KVCache]:
+        """Propose `proposals` tokens a row.
+
+        Args:
+            proposals: J, static, from 1 to `most`.
+            keys: [B] random keys, each row's own; None where every row is greedy.
+
+        Returns:
+            The tokens; where keys are given, with the distributions that they were drawn from, exactly: the output is
+            distributed as the target's only then. A row of temperature 0 has one-hot distributions. The state, and the
+            target's cache: both may hold anything from `length` on.
+        """
+        ...
+
+    def observe(
+        self, weights: Any, state: Any, tokens: Array, features: Array, start: Array, proposed: bool = False
+    ) -> Any:
+        """Take note of T positions that the target has run: a part of the prompt, drafts verified, or a plain step.
+
+        Drafts that were then rejected are among them; they lie beyond the new length.
+
+        Args:
+            tokens: [B, T] int32, at positions from `start` [B] on.
+            features: [B, T, LD], the target's hidden states there after `target_layer_ids`.
+            proposed: static; all tokens but the first of each row are what `propose` has just returned with this state.
+        """
+        ...

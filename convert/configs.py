@@ -77,7 +77,7 @@ DTYPE: Final = Kind(
 )
 TOKEN_IDS: Final = either(integer(-1), INTEGERS)
 LABELS: Final = Kind(
-    "an object of labels by number", lambda x: isinstance(x, Mapping) and all(map(str.isdecimal, x)), dict
+    "an object of labels by number", lambda x: isinstance(x, Mapping) and all(str(key).isdecimal() for key in x), dict
 )
 OF_TRANSFORMERS: dict[str, Kind[Any]] = {
     "architectures": nullable(TEXTS),

@@ -5,10 +5,27 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax import Array
 
-from convert import folders
+from convert import folders, hf
+from convert.draft_configs import DrafterFile, is_drafter, read_draft_config
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target, flatten
+
+
+def check_target_layers(draft: DraftConfig, config: TargetConfig) -> None:
+    """Refuse a drafter that can't begin as its target's last layers.
+
+    Raises:
+        DominoError: the layers differ in shape, there are too few, or the drafter reads no target layer below the last.
+    """
+    depth, layers = config.num_hidden_layers, draft.num_hidden_layers
+    below = any(i < depth - 1 for i in draft.target_layer_ids)
+    experts = any(config.is_sparse(i) for i in range(depth - layers, depth))
+    if layers > depth or draft.intermediate_size != config.intermediate_size or not below or experts:
+        raise DominoError(
+            "a drafter can begin as the target's last layers only if it has no more of them, the same "
+            "intermediate size, reads a target layer below the last, and those layers have no experts."
+        )
 
 
 def from_target(
@@ -23,16 +40,10 @@ def from_target(
         weights: the drafter's random weights, by path.
 
     Raises:
-        DominoError: the layers differ in shape, there are too few, or the drafter reads no target layer below the last.
+        DominoError: see `check_target_layers`.
     """
+    check_target_layers(draft, config)
     depth, layers = config.num_hidden_layers, draft.num_hidden_layers
-    below = [i for i in draft.target_layer_ids if i < depth - 1]
-    experts = any(config.is_sparse(i) for i in range(depth - layers, depth))
-    if layers > depth or draft.intermediate_size != config.intermediate_size or not below or experts:
-        raise DominoError(
-            "a drafter can begin as the target's last layers only if it has no more of them, the same "
-            "intermediate size, reads a target layer below the last, and those layers have no experts."
-        )
     made = dict(weights)
     theirs = flatten(target)
     for i in range(layers):
@@ -43,10 +54,31 @@ def from_target(
         }
     made["norm"] = theirs["norm"]
     made["context_norm"] = theirs[f"layers.{depth - 1}.input_norm"]
-    width, place = config.hidden_size, draft.target_layer_ids.index(max(below))
+    width, below = config.hidden_size, [i for i in draft.target_layer_ids if i < depth - 1]
+    place = draft.target_layer_ids.index(max(below))
     columns = slice(place * width, (place + 1) * width)
     made["fc"] = weights["fc"].at[:, columns].add(jnp.eye(width, dtype=weights["fc"].dtype))
     return made
+
+
+def read_first_drafter(folder: Path, draft: DraftConfig) -> DrafterFile:
+    """The config of the drafter in `folder`, with warnings, if `draft` can begin with its weights.
+
+    Raises:
+        DominoError: it is no drafter, or its config differs; it may lack a head.
+    """
+    if not folder.is_dir():
+        raise DominoError(f"{folder} is not a folder; see --init-from.")
+    file = folder / "config.json"
+    raw = hf.read_json(file)
+    if not is_drafter(raw):
+        raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --init-from.")
+    found = read_draft_config(raw, draft.num_target_layers, file)
+    for name in DraftConfig.__dataclass_fields__:
+        theirs, ours = getattr(found.config, name), getattr(draft, name)
+        if theirs != ours and not (name == "head" and theirs is None):
+            raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")
+    return found
 
 
 def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) -> dict[str, Array]:
@@ -57,11 +89,5 @@ def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) ->
     Raises:
         DominoError: it is no whole drafter, or its config differs.
     """
-    config = folders.read_config(folder, draft.num_target_layers)
-    if not isinstance(config, DraftConfig):
-        raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --init-from.")
-    for name in DraftConfig.__dataclass_fields__:
-        theirs, ours = getattr(config, name), getattr(draft, name)
-        if theirs != ours and not (name == "head" and theirs is None):
-            raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")
+    config = read_first_drafter(folder, draft).config
     return weights | flatten(folders.load_weights(folder, config, jnp.float32))

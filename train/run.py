@@ -55,7 +55,7 @@ from train.data.corpus import Batch, Corpus
 from train.evaluate.prompts import read_heldout_prompts
 from train.evaluate.validate import Stopped, Validation
 from train.features.store import Captured, Features
-from train.init import from_drafter, from_target
+from train.init import check_target_layers, from_drafter, from_target, read_first_drafter
 from train.loading import find
 from train.monitor import curves
 from train.monitor.divergence import USUAL, DivergenceMonitor
@@ -108,6 +108,10 @@ def prepare(options: TrainConfig) -> Setup:
     with words_at_fault():
         warnings = check_pair(target, draft) + last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)
         mesh = resolve_mesh(options, target, draft)
+        if options.drafter.init == "target-layers":
+            check_target_layers(draft, target)
+    if options.drafter.init_from and not options.resume:  # what a run began with is needed no more
+        warnings += read_first_drafter(options.drafter.init_from, draft).warnings
     for warning in warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     dtype = resolve_dtype(options.run.dtype)

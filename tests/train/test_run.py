@@ -9,6 +9,7 @@ import pytest
 from convert import hf
 from domino_jax.errors import DominoError
 from train.config import DrafterOptions, TrainConfig
+from train.init import check_target_layers, read_first_drafter
 from train.run import settle_drafter
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=9)
@@ -41,3 +42,40 @@ def test_a_resumed_run_whose_drafter_would_be_another_is_refused(tmp_path, chang
     hf.write_json(tmp_path / "config.json", settled(tmp_path, target_layer_ids=(2, 8))[1])
     with pytest.raises(DominoError, match=r"config\.json is of another drafter than .*settings\.toml"):
         settled(tmp_path, resume=True, **change)
+
+
+def test_the_drafter_to_begin_with_is_read_with_the_settings_and_not_with_the_weights(tmp_path):
+    draft = factory.draft_config(TARGET)
+    unshifted = dataclasses.replace(draft, shift_label=False)
+
+    def folder(name: str, raw: dict) -> Path:
+        (tmp_path / name).mkdir()
+        hf.write_json(tmp_path / name / "config.json", raw)
+        return tmp_path / name
+
+    assert read_first_drafter(folder("same", draft.to_hf()), draft).warnings == []
+    assert read_first_drafter(folder("plain", dataclasses.replace(draft, head=None).to_hf()), draft).warnings == []
+    raw = unshifted.to_hf()
+    del raw["dflash_config"]["shift_label"]
+    guessed = folder("guessed", raw)
+    (warning,) = read_first_drafter(guessed, unshifted).warnings
+    assert "no shift_label" in warning
+    for place, words in (
+        (guessed, "has shift_label False, this one True"),
+        (folder("target", TARGET.to_hf()), "is not a drafter"),
+        (tmp_path / "none", "none is not a folder"),
+    ):
+        with pytest.raises(DominoError, match=words):
+            read_first_drafter(place, draft)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 10, "windows": ()}, {"intermediate_size": 41}, {"target_layer_ids": (8,)}],
+    ids=["more layers", "another width", "the last layer alone"],
+)
+def test_a_drafter_that_can_not_begin_as_the_targets_last_layers_is_refused(change):
+    same = factory.draft_config(TARGET, **TARGET.geometry(num_hidden_layers=2))
+    check_target_layers(same, TARGET)
+    with pytest.raises(DominoError, match="can begin as the target's last layers only if"):
+        check_target_layers(dataclasses.replace(same, **change), TARGET)

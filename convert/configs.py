@@ -148,7 +148,7 @@ def refuse_others(where: str, raw: Mapping[str, Any], neutral: Mapping[str, tupl
     while levels:
         prefix, level = levels.pop(0)
         for name, value in level.items():
-            allowed = neutral.get(name, (None, 0, False) if CHANGING.search(str(name)) else None)
+            allowed = neutral.get(name, (False, 0, None) if CHANGING.search(str(name)) else None)
             if allowed is not None and not any(_same(value, one) for one in allowed):
                 raise DominoError(
                     f"{where} has {prefix}{name} {as_json(value)}, which is not supported (expected "

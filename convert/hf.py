@@ -181,7 +181,10 @@ def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
     found = {name: (stored.shape, stored.dtype) for name, stored in where.items()}
     if isinstance(config, TargetConfig) and config.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # some files carry the embedding a second time
-    return _read_layers(config, where) + tensor_differences(wanted, found)
+    layers = _read_layers(config, where)
+    if layers:
+        del wanted["fc.weight"], found["fc.weight"]
+    return layers + tensor_differences(wanted, found)
 
 
 def _read_layers(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
@@ -192,7 +195,9 @@ def _read_layers(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str
     count, taps = shape[1] // config.hidden_size, list(config.target_layer_ids)
     if count == len(taps):
         return []
-    return [f"fc.weight is of {count} layers, target_layer_ids (the public formula's, where none are given) {taps}"]
+    return [
+        f"fc.weight takes {count} layers, target_layer_ids (by the public formula, where none are given) are {taps}"
+    ]
 
 
 def tensor_differences(

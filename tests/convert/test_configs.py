@@ -267,7 +267,7 @@ def test_a_guess_is_checked_against_the_tensors(tmp_path):
     hf.save_hf(tmp_path, factory.random_weights(config, 0), config, raw)
     guessed = hf.parse_config(raw)
     assert isinstance(guessed, DraftConfig) and guessed.target_layer_ids == (1, 33)
-    with pytest.raises(DominoError, match=r"fc\.weight is of 3 layers, target_layer_ids .* \[1, 33\]"):
+    with pytest.raises(DominoError, match=r"fc\.weight takes 3 layers, target_layer_ids .* are \[1, 33\]"):
         hf.load_hf(tmp_path, guessed)
 
 
@@ -288,7 +288,7 @@ BY_PATTERN = (
 @pytest.mark.parametrize("name", [*NEUTRAL, *BY_PATTERN])
 @pytest.mark.parametrize("kind", ["dense", "Domino, nested", "Domino, at top level"])
 def test_a_field_that_would_change_the_result_is_refused_at_any_level(kind, name):
-    neutral = NEUTRAL.get(name, (None, 0, False))
+    neutral = NEUTRAL.get(name, (False, 0, None))
     raw = CONFIGS[kind.split(",")[0]].to_hf()
     level = raw["dflash_config"] if "nested" in kind else raw
     last = neutral[-1]

@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from convert.options import flag
+from convert.options import ProcessOptions, flag
 from convert.values import shown
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError, parse_words
@@ -88,12 +88,16 @@ def configure(options: TrainConfig | None, settings: Mapping[str, Any]) -> Train
         DominoError: a name is unknown, or a value of another type or without sense.
     """
     if options is None:
-        recipe, out = settings.get("config"), Path(settings.get("out", TrainConfig.out))
-        options = default_options(recipe, out, bool(settings.get("resume")))
+        kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+        early = {
+            name: typed(kinds[name], settings.get(name, getattr(TrainConfig, name)), f"{name} is set to")
+            for name in ("config", "out", "resume")
+        }
+        options = default_options(early["config"], early["out"], early["resume"])
     made: dict[str, dict[str, Any]] = {}
     whole: dict[str, Any] = {}
     for name, value in settings.items():
-        if (name in GROUPS and isinstance(value, GROUPS[name])) or name == "processes":
+        if isinstance(value, GROUPS.get(name, ())) or (name == "processes" and isinstance(value, ProcessOptions)):
             whole[name] = value
             continue
         groups = {**GROUPS, "": TrainConfig}

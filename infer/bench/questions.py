@@ -76,9 +76,12 @@ def parse_questions(row: Any, where: str) -> Question:
     limit = max_new_tokens(row, where)
     if row.get("input_ids") is not None:
         try:
-            return Question(where, ids=tuple(token_ids(row["input_ids"])), limit=limit)
+            ids = tuple(token_ids(row["input_ids"]))
         except ValueError as error:
             raise DominoError(f"{where}: {error}.") from None
+        if not ids:
+            raise DominoError(f"{where} has no token in its input_ids.")
+        return Question(where, ids=ids, limit=limit)
     conversation = conversation_in_row(row, where)
     if conversation is not None:
         return Question(where, messages=tuple(conversation[0]), tools=conversation[1], limit=limit)

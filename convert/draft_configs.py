@@ -10,11 +10,11 @@ from typing import Any, Final, NamedTuple
 
 from convert.configs import CHANGING, LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, decoder_fields, refuse_others, said_of
 from convert.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
+from convert.speculators import SPECULATORS, from_speculators, is_speculators
 from domino_jax.config import DraftConfig, HeadConfig, default_taps, last_layer_warning
 from domino_jax.errors import DominoError
 
 NESTED: Final = "dflash_config"
-SPECULATORS: Final = ("speculators_model_type", "speculators_config", "transformer_layer_config")
 # Any of them makes a config.json a drafter's.
 DRAFTER_FIELDS: Final = (NESTED, "block_size", "num_target_layers", "target_layer_ids", *SPECULATORS)
 TAPS: Final = ("target_layer_ids", "layer_ids")  # one setting, by two names
@@ -83,12 +83,16 @@ def read_draft_config(
     where = str(file or "the drafter's config.json")
     if not is_drafter(raw):
         raise DominoError(f"{where} has no dflash_config and no block_size; this is not a DFlash or Domino drafter.")
+    warnings: list[str] = []
+    if is_speculators(raw):
+        raw, warnings = from_speculators(raw, where)
     _refuse_other_drafters(where, raw)
     nested = Fields(where, ("", raw), null_is_absent=True).get(NESTED, OBJECT, {})
     refuse_others(where, raw, NEUTRAL | NEUTRAL_IN_A_DRAFTER)
     fields = Fields(where, (f"{NESTED}.", nested), ("", raw), null_is_absent=True)
     with said_of(where):
-        config, warnings = _read_draft(fields, num_target_layers)
+        config, guesses = _read_draft(fields, num_target_layers)
+    warnings += guesses
     _check_directions(fields, config)
     unknown = _unknown(fields)
     if unknown:
@@ -117,10 +121,10 @@ def least_depth(raw: Mapping[str, Any]) -> int | None:
     A drafter's file need not state the true depth, nor do its weights need it.
     """
     for level in _levels(raw):
-        for name in TAPS:
+        for name in (*TAPS, "aux_hidden_state_layer_ids"):
             taps = level.get(name)
             if taps and INTEGERS.holds(taps):
-                return max(taps) + 1
+                return max(taps) + (name in TAPS)  # the last name's count from 1
     return None
 
 
@@ -255,14 +259,7 @@ def _unknown(fields: Fields) -> list[str]:
 
 
 def _refuse_other_drafters(where: str, raw: Mapping[str, Any]) -> None:
-    """Drafters of other kinds and forms, by their names."""
-    for name in SPECULATORS:
-        if name in raw:
-            kind = raw.get(SPECULATORS[0])
-            raise DominoError(
-                f"{where} has {name}{f' ({as_json(kind)})' if kind else ''}: a drafter in the form of the speculators "
-                "library, which is not read here. Give it in the form of z-lab or SpecForge, with a dflash_config."
-            )
+    """Drafters of other kinds, by their names."""
     names = Fields(where, ("", raw), null_is_absent=True).get("architectures", TEXTS, ())
     if not set(names) <= set(ARCHITECTURES):
         raise DominoError(

@@ -36,7 +36,8 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 GROUP_BYTES = 2**28  # weights that are asked for at a time
 FLOATS = {"F32", "F16", "BF16", "float32", "float16", "bfloat16"}  # dtypes, in the words of safetensors and of NumPy
-OLD_HEAD_PREFIX = "logit_head."  # some older drafters nest the causal head
+# Some older drafters nest the causal head, and those of the speculators library.
+HEAD_PREFIXES = ("logit_head.", "logits_correction.")
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Leaves = Callable[[list[str]], Mapping[str, Any]]  # paths of some weights -> their values
@@ -172,7 +173,13 @@ def load_hf(
 
 def today(files: TensorFiles) -> dict[str, Stored]:
     """The tensors of a folder under today's names."""
-    return {name.removeprefix(OLD_HEAD_PREFIX): stored for name, stored in files.stored.items()}
+    return {_today(name): stored for name, stored in files.stored.items()}
+
+
+def _today(name: str) -> str:
+    for prefix in HEAD_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
 
 
 def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:

@@ -361,22 +361,6 @@ def test_another_kind_of_drafter_is_refused_by_name(change, words):
         parse(DOMINO.to_hf() | change)
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        {"speculators_model_type": "dflash", "block_size": 8, "transformer_layer_config": {"model_type": "qwen3"}},
-        {"speculators_config": {"algorithm": "eagle3"}, "architectures": ["Eagle3Speculator"]},
-        DOMINO.to_hf() | {"speculators_model_type": "domino"},
-        {"transformer_layer_config": {}, "draft_vocab_size": 32000},
-    ],
-    ids=["dflash", "eagle3", "domino", "bare"],
-)
-def test_a_drafter_of_the_speculators_library_is_called_that(raw):
-    assert is_drafter(raw)
-    with refused("speculators library"):
-        parse(raw)
-
-
 @pytest.mark.parametrize("name", ["linear_position_ids", "noise_scale", "n_predict"])
 def test_an_unknown_field_of_a_drafter_is_named(name):
     raw: dict[str, Any] = DOMINO.to_hf() | {name: 1}

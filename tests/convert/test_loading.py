@@ -291,9 +291,9 @@ def test_a_drafter_of_the_speculators_library_is_not_called_a_target(tmp_path, c
 
     make_target(target := tmp_path / "target")
     (draft := tmp_path / "draft").mkdir()
-    hf.write_json(draft / "config.json", {"speculators_model_type": "dflash", "transformer_layer_config": {}})
+    hf.write_json(draft / "config.json", {"speculators_model_type": "eagle3", "transformer_layer_config": {}})
     assert main(["--model", str(target), "--draft", str(draft), "--raw", "x"]) == 1
-    assert f'{draft / "config.json"} has speculators_model_type ("dflash")' in capsys.readouterr().err
+    assert f"{draft / 'config.json'} is of the speculators library" in capsys.readouterr().err
     assert main(["--model", str(draft), "--draft", "none", "--raw", "x"]) == 1
     assert "holds a drafter" in capsys.readouterr().err
 

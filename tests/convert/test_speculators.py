@@ -1,0 +1,175 @@
+"""Drafters in the form of vLLM's speculators library, as far as they are what is drafted with here."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import factory
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from convert import folders, hf
+from convert.check import check_folder
+from convert.draft_configs import export_warnings, is_drafter, least_depth, read_draft_config
+from domino_jax.config import DraftConfig, HeadConfig
+from domino_jax.errors import DominoError
+from domino_jax.weights import flatten
+
+FILE = Path("models/some/config.json")
+DOMINO = factory.draft_config()
+PLAIN = factory.draft_config(head=None, shift_label=False)
+OF_LAYERS = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "hidden_act"),
+    *("attention_bias", "layer_types", "model_type"),
+]
+
+
+def theirs(config: DraftConfig, **changes: Any) -> dict[str, Any]:
+    """The file that the library would write for a drafter; ... takes a field away."""
+    ours = config.to_hf()
+    raw: dict[str, Any] = {
+        "architectures": ["DFlashDraftModel"],
+        "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
+        "block_size": config.block_size,
+        "draft_vocab_size": config.vocab_size,
+        "dtype": "bfloat16",
+        "mask_token_id": config.mask_token_id,
+        "max_anchors": 3072,
+        "sample_from_anchor": config.shift_label,
+        "sliding_window_non_causal": False,
+        "speculators_config": proposing(config.num_proposals),
+        "speculators_model_type": "domino" if config.head else "dflash",
+        "speculators_version": "0.5.0.dev163",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": {name: ours[name] for name in OF_LAYERS},
+        "transformers_version": "5.5.3",
+    }
+    if config.head:
+        raw |= {"gru_hidden_dim": config.head.gru_hidden_dim, "logits_correction_emb_dim": config.head.emb_dim}
+        raw |= {"pure_draft_prefix_len": config.head.pure_draft_prefix_len}
+        raw |= {"lambda_base_start": 1.0, "lambda_base_decay_ratio": 0.5}
+    return {name: value for name, value in (raw | changes).items() if value is not ...}
+
+
+def proposing(count: int) -> dict[str, Any]:
+    method = {"proposal_type": "greedy", "speculative_tokens": count, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    return {
+        "algorithm": "dflash",
+        "default_proposal_method": "greedy",
+        "proposal_methods": [method],
+        "verifier": {"name_or_path": "Qwen/Qwen3-8B", "architectures": ["Qwen3ForCausalLM"]},
+    }
+
+
+def refused(*words: str) -> Any:
+    return pytest.raises(DominoError, match=".*".join(re.escape(word) for word in (str(FILE), *words)))
+
+
+@pytest.mark.parametrize("config", [DOMINO, PLAIN, dataclasses.replace(DOMINO, windows=(7, None))], ids=str)
+def test_a_drafter_is_read_as_the_same_in_the_other_form(config):
+    raw = theirs(config)
+    if any(config.windows):
+        raw["transformer_layer_config"] |= {"sliding_window": 7, "use_sliding_window": True}
+    assert is_drafter(raw) and least_depth(raw) == max(config.target_layer_ids) + 1
+    assert read_draft_config(raw, config.num_target_layers, FILE) == (config, [])
+    assert export_warnings(raw, file=FILE) == []  # the target's depth is not known
+
+
+def test_what_is_left_out_has_the_librarys_defaults():
+    config = factory.draft_config(
+        hidden_size=4096, vocab_size=151936, num_attention_heads=32, head_dim=128, block_size=8, rms_norm_eps=1e-6,
+        head=HeadConfig(1024, 256, 1),
+    )  # fmt: skip
+    names = ("block_size", "gru_hidden_dim", "logits_correction_emb_dim", "pure_draft_prefix_len")
+    raw = theirs(config, **dict.fromkeys(names, ...))
+    for name in ("hidden_size", "vocab_size", "num_attention_heads", "head_dim", "rms_norm_eps", "hidden_act"):
+        del raw["transformer_layer_config"][name]
+    assert read_draft_config(raw, 3, FILE) == (config, [])
+
+
+@pytest.mark.parametrize("config", [DOMINO, PLAIN], ids=["domino", "dflash"])
+@pytest.mark.parametrize(
+    ("stated", "count", "shifted"),  # None for the library's default, with a warning
+    [
+        (True, 5, True),
+        (False, 4, False),
+        (..., 5, True),
+        (..., 4, False),
+        (..., ..., None),
+        (..., 2, None),
+        (True, 4, True),
+    ],
+)
+def test_which_rows_propose_is_what_the_file_says_or_how_many_tokens_it_proposes(config, stated, count, shifted):
+    raw = theirs(config, sample_from_anchor=stated, speculators_config=... if count is ... else proposing(count))
+    found, warnings = read_draft_config(raw, 3, FILE)
+    assert found.shift_label is ((config is DOMINO) if shifted is None else shifted)
+    assert len(warnings) == (shifted is None) and all("sample_from_anchor" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"speculators_model_type": "eagle3"}, 'speculators_model_type "eagle3"'),
+        ({"speculators_model_type": "dspark"}, 'speculators_model_type "dspark"'),
+        ({"speculators_model_type": ...}, "speculators_model_type null"),
+        ({"aux_hidden_state_layer_ids": ...}, "no aux_hidden_state_layer_ids"),
+        ({"aux_hidden_state_layer_ids": [0, 1]}, "aux_hidden_state_layer_ids [0, 1]"),
+        ({"aux_hidden_state_layer_ids": [1, 4]}, "must name layers 0 to 2"),
+        ({"draft_vocab_size": 32}, "reduced vocabulary"),
+        ({"draft_vocab_size": ...}, "reduced vocabulary"),
+        ({"sample_from_anchor": False, "speculators_config": proposing(5)}, "speculative_tokens 5"),
+        ({"sliding_window_non_causal": "no"}, 'sliding_window_non_causal "no"'),
+        ({"target_hidden_size": 64}, "target_hidden_size 64"),
+        ({"mask_token_id": ...}, "no mask_token_id"),
+        ({"block_size": "5"}, 'block_size "5"'),
+        ({"transformer_layer_config": None}, "no transformer_layer_config"),
+        ({"dflash_config": {}}, "of two forms"),
+        ({"final_logit_softcapping": 20.0}, "final_logit_softcapping 20.0"),
+    ],
+    ids=str,
+)
+def test_what_is_not_drafted_with_here_is_refused(changes, words):
+    with refused(words):
+        read_draft_config(theirs(DOMINO, **changes), 3, FILE)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"rope_theta": None}, {"attention_bias": 1}], ids=str)
+def test_layers_of_another_kind_are_refused(change):
+    raw = theirs(PLAIN)
+    raw["transformer_layer_config"] |= change
+    with refused(next(iter(change))):
+        read_draft_config(raw, 3, FILE)
+
+
+def test_a_whole_folder_is_read_and_converted(tmp_path):
+    """The head's tensors are nested under another name there."""
+    (folder := tmp_path / "theirs").mkdir()
+    module = factory.random_weights(DOMINO, 3)
+    tensors = factory.hf_weights(module, DOMINO)
+    head = ("prefix_gru.", "embed_proj.")
+    save_file(
+        {f"logits_correction.{name}" if name.startswith(head) else name: x for name, x in tensors.items()},
+        folder / hf.SINGLE,
+    )
+    hf.write_json(folder / "config.json", theirs(DOMINO))
+    folders.convert_folder(folder, tmp_path / "orbax")
+    folders.convert_folder(tmp_path / "orbax", tmp_path / "back")
+    for name in ("theirs", "orbax", "back"):
+        config = folders.read_config(tmp_path / name, 3)
+        assert config == DOMINO
+        read = flatten(folders.load_weights(tmp_path / name, config))
+        assert all(np.array_equal(read[path], x) for path, x in flatten(module).items())
+        report = check_folder(tmp_path / name)
+        assert not report.problems and not report.warnings
+
+
+def test_an_unknown_field_is_named():
+    raw = theirs(PLAIN, new_field=1)
+    raw["transformer_layer_config"]["other_field"] = 2
+    _, (warning,) = read_draft_config(raw, 3, FILE)
+    assert "new_field" in warning and "other_field" in warning

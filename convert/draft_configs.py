@@ -143,6 +143,7 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
         if stated != decoder[own]:
             raise DominoError(f"{where} has {name} {stated} and {own} {decoder[own]}; here they must be the same.")
     layers, depth = decoder["num_hidden_layers"], fields.get("num_target_layers", LAYERS, num_target_layers)
+    fields.get(TAPS[0], INTEGERS, None, also=TAPS[1:])  # before the depth, which may be taken from them
     if depth is None:
         raise DominoError(f"{where} has no num_target_layers and no target was given to take it from.")
     return DrafterFile(

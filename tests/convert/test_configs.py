@@ -110,6 +110,15 @@ def test_a_yarn_setting_of_another_kind_is_refused(spelling, name, value):
         hf.parse_config(raw, file=FILE)
 
 
+@pytest.mark.parametrize("kind", ["dense", "Domino"])
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_two_values_of_theta_are_refused_and_two_alike_are_one(kind, spelling):
+    raw = CONFIGS[kind].to_hf()
+    assert parse(raw | {spelling: {"rope_type": "default", "rope_theta": 500}}) == CONFIGS[kind]
+    with refused(f"{spelling}.rope_theta 1000 and rope_theta 500.0", "one setting"):
+        parse(raw | {spelling: {"rope_type": "default", "rope_theta": 1000}})
+
+
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_what_transformers_refuses_is_refused_by_its_field(kind):
     """Its tokenizers read config.json as well: a file that it refuses would be called the tokenizer's fault."""

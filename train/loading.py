@@ -33,9 +33,16 @@ class PairOptions:
         made.check()
         return made
 
-    def folders(self) -> tuple[Path, Path | None]:
+    def folders(self, console: Console) -> tuple[Path, Path | None]:
         """The folders of target and drafter, fetched where needed; see `convert.options.resolve`."""
-        return resolve(self.model(), Console(stderr=True), flag="--target")
+        return resolve(self.model(), console, flag="--target")
+
+
+def notes() -> Console:
+    """Standard error, for notes; of several processes only the first one's, so they must have joined."""
+    import jax
+
+    return Console(stderr=True, quiet=jax.process_index() > 0)
 
 
 def find(target: str, flag: str = "--target") -> Path:

@@ -1,9 +1,10 @@
-"""Stopping a training run between its steps."""
+"""Stopping between the steps of a training run, or the dispatches of other long work."""
 
+import itertools
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,3 +40,24 @@ def stop_signals(several: bool = False) -> Iterator[threading.Event]:
         yield event
     finally:
         restore()
+
+
+def agreed_stop(event: threading.Event) -> Callable[[], bool]:
+    """A function that says whether to stop, to be called equally often by all processes, which then agree.
+
+    Args:
+        event: of `stop_signals`.
+    """
+    import jax
+    from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+    if jax.process_count() == 1:
+        return event.is_set
+    calls, stopped = itertools.count(), False
+
+    def ask() -> bool:
+        nonlocal stopped
+        stopped = stopped or reached_preemption_sync_point(next(calls))
+        return stopped
+
+    return ask

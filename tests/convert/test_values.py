@@ -47,6 +47,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
 GOOD = '{"prompt": "a", "completion": "bc"}'
 
 
+def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(name, bad) for name, values in table.items() for bad in values]
+
+
 def refused(
     reader: Callable[[Path], Any], path: Path, row: str, good: str = '{"prompt": "a", "completion": "bc"}'
 ) -> str:
@@ -112,9 +116,7 @@ SAMPLING = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "bad"), [(name, bad) for name, values in SAMPLING.items() for bad in values], ids=shown
-)
+@pytest.mark.parametrize(("name", "bad"), pairs(SAMPLING), ids=shown)
 def test_settings_of_sampling_are_numbers_in_their_range(name, bad):
     with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} must be [^\n]* found [^\n]*$"):
         SamplingOptions(**{name: bad}).check()
@@ -176,9 +178,7 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "bad"), [(name, bad) for name, values in TRAINING.items() for bad in values], ids=shown
-)
+@pytest.mark.parametrize(("name", "bad"), pairs(TRAINING), ids=shown)
 def test_settings_of_a_training_are_refused_alike_as_flag_keyword_and_in_a_file(tmp_path, name, bad):
     from train.config import GROUPS
 
@@ -219,6 +219,16 @@ def test_a_value_of_another_type_names_the_file_and_the_key(tmp_path, name, text
     said = str(error.value)
     assert said.startswith(f"[{group}] of {tmp_path / 'x.toml'} sets {name} to ") and "; expected " in said
     assert "\n" not in said and len(said) < 300 and "<class" not in said and "tuple[" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    pairs({"out": [None, 3, ["run"]], "config": [3, b"demo", {}], "resume": ["yes", 1], "processes": ["host:1", None]}),
+    ids=shown,
+)
+def test_keywords_of_a_training_are_of_their_type_before_they_are_used(name, bad):
+    with pytest.raises(DominoError, match=rf"^{name} is set to [^\n]*; expected [^\n<]*\.$"):
+        configure(None, {"target": "t", "data": "d", name: bad})
 
 
 def test_words_for_values():

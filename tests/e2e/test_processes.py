@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,7 @@ def words(tmp_path_factory) -> list[str]:
     return [*words, "--json", "--max-new-tokens", "20"]
 
 
-def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infer")) -> list[tuple[int, str, str]]:
-    """Exit status, standard output and standard error of each process."""
+def start(words: list[str], count: int, program: tuple[str, str]) -> list[subprocess.Popen[str]]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     port = free_port()
@@ -47,8 +48,13 @@ def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infe
         command = [sys.executable, *program, *words, *(place if count > 1 else [])]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
+    return running
+
+
+def launch(words: list[str], count: int, program: tuple[str, str] = ("-m", "infer")) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and standard error of each process."""
     done = []
-    for process in running:
+    for process in start(words, count, program):
         out, err = process.communicate(timeout=240)
         done.append((process.returncode, out, err))
     return done
@@ -136,3 +142,58 @@ def test_the_environment_counts_where_flags_are_silent(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "three")
     with pytest.raises(DominoError, match="whole numbers"):
         processes.resolve_processes(None, None, None)
+
+
+@pytest.mark.slow
+def test_processes_together_write_the_answers_of_one_into_one_file_and_measure_as_one(words, tmp_path):
+    rows = [{"input_ids": [40 + i, 60, 70 + i]} for i in range(5)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def regenerate(out: str, count: int) -> list[tuple[int, str, str]]:
+        given = ["regenerate", "--target", words[1], "--draft", words[3], "--data", str(tmp_path / "data.jsonl")]
+        given += ["--out", str(tmp_path / out), "--max-new-tokens", "12", "--batch-size", "2", "--temperature", "1"]
+        return launch([*given, "--mesh", f"data={count},model=1"], count, ("-m", "train"))
+
+    ((status, _, error),) = regenerate("alone.jsonl", 1)
+    assert status == 0, error
+    whole = (tmp_path / "alone.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "both.jsonl").write_text("".join(whole[:2]) + whole[2][:9])  # killed after two, and within the third
+    settings = (tmp_path / "alone.jsonl.settings.json").read_text()
+    (tmp_path / "both.jsonl.settings.json").write_text(settings)
+    first, other = regenerate("both.jsonl", 2)
+    assert (first[0], other[0]) == (0, 0), first[2] + other[2]
+    assert "5 answers in " in first[1] and "3 now" in first[1] and other[1] == ""
+    assert "answers" not in other[2]
+    assert sorted((tmp_path / "both.jsonl").read_text().splitlines(keepends=True)) == sorted(whole)
+
+    validate = ["validate", "--target", words[1], "--draft", words[3], "--prompts", str(tmp_path / "data.jsonl")]
+    validate += ["--new-tokens", "8", "--batch-size", "4", "--json"]
+    ((status, found, error),) = launch([*validate, "--mesh", "data=1"], 1, ("-m", "train"))
+    assert status == 0, error
+    first, other = launch([*validate, "--mesh", "data=2"], 2, ("-m", "train"))
+    assert (first[0], other[0], other[1]) == (0, 0, ""), first[2] + other[2]
+    assert json.loads(first[1])["final_tau_per_prompt"] == json.loads(found)["final_tau_per_prompt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("told", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_one_process_is_told_to_stop_and_all_stop_with_a_whole_file(words, tmp_path, told, number):
+    rows = [{"input_ids": [40 + i % 100, 60, 70]} for i in range(3000)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    given = ["regenerate", "--target", words[1], "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
+    given += ["--max-new-tokens", "100", "--batch-size", "4", "--temperature", "0", "--mesh", "data=2"]
+    running = start(given, 2, ("-m", "train"))
+    try:
+        deadline = time.monotonic() + 120
+        while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        running[told].send_signal(number)
+        done = [process.communicate(timeout=60) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [130, 130], done
+    lines = out.read_text().splitlines(keepends=True)
+    assert 0 < len(lines) < len(rows) and all(line.endswith("}\n") for line in lines)
+    assert f"interrupted: {len(lines)} answers in {out}" in done[0][1] and "interrupted" not in done[1][1]

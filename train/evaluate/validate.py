@@ -37,7 +37,7 @@ from domino_jax.weights import Params, Target, unflatten
 from train import options as settings
 from train.evaluate.prompts import read_heldout_prompts, varied
 from train.generate import Request, generate
-from train.loading import PairOptions
+from train.loading import PairOptions, notes
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,9 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
     Raises:
         DominoError: the words, the models or the prompts are wrong, or fewer prompts are left than were asked for.
     """
-    o, wanted = options, check_validate(options)
-    target, draft = wanted.folders()
-    with progress_bars() as loading:
+    o, wanted, console = options, check_validate(options), notes()
+    target, draft = wanted.folders(console)
+    with progress_bars(console) as loading:
         pair = load_model(target, draft, wanted.device.dtype, loading, **wanted.model().plan())
     config = pair.configs.target
     if jax.process_index() == 0:

@@ -16,12 +16,13 @@ EVERY = 30.0  # seconds between two lines
 class DecodingProgress:
     """Counts answers, tokens and accepted drafts, and shows them on standard error."""
 
-    def __init__(self, what: str, total: int, draft: DraftConfig | None = None):
+    def __init__(self, what: str, total: int, draft: DraftConfig | None = None, quiet: bool = False):
+        """Args: quiet: count, and show nothing."""
         self.what, self.total, self.drafting = what, total, draft is not None
         self.answers = self.tokens = self.cycles = self.accepted = 0
         self._began = self._said = time.perf_counter()
         console = Console(stderr=True)
-        self._lines = not console.is_terminal
+        self._lines, self._quiet = not console.is_terminal, quiet
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -30,7 +31,7 @@ class DecodingProgress:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=self._lines,
+            disable=self._lines or quiet,
         )
         self._task = self._bar.add_task(what, total=total, rate="")
 
@@ -71,6 +72,8 @@ class DecodingProgress:
         return f"  {clock(left)} left"
 
     def _show(self) -> None:
+        if self._quiet:
+            return
         if not self._lines:
             rate = self._rate() + self._left()
             self._bar.update(self._task, completed=self.answers, total=self.total, rate=rate)

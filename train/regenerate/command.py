@@ -25,26 +25,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from convert.identity import model_fingerprint, text_fingerprint
 from convert.loading import LoadedModel, load_model
 from convert.messages import LeftOut, left_out_words
-from convert.options import GROUP, SamplingOptions, check_count
+from convert.options import GROUP, ProcessOptions, SamplingOptions, check_count
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.runtime.files import lock_file
 from domino_jax.runtime.precision import resolve_dtype
+from domino_jax.runtime.processes import join_processes
 from train.generate import DecodedPrompt, Request, generate
-from train.loading import PairOptions
+from train.loading import PairOptions, notes
 from train.monitor.decoding_progress import DecodingProgress
-from train.regenerate.output import Answers
+from train.regenerate.output import Answers, FollowedAnswers, open_answers
 from train.regenerate.prompts import Lines, Source, encode_turn
-from train.stopping import stop_signals
+from train.stopping import agreed_stop, stop_signals
 
 WINDOW_BATCHES = (
     64  # batches of lines that are sorted by length together, and brought to their last turns before the next
@@ -67,6 +68,7 @@ class Regenerate:
     """answers that are written together"""
     thinking: bool = False
     """let a model think before it answers, if it can; public drafters are trained without"""
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
 
 
 def check_regenerate(options: Regenerate) -> None:
@@ -110,45 +112,53 @@ def run_regenerate(options: Regenerate) -> None:
         KeyboardInterrupt: it was interrupted; what was written is kept.
     """
     check_regenerate(options)
+    first = join_processes(options.processes.resolve())
     enable_compile_cache()
-    target, draft = options.pair.folders()
+    console = notes()
+    target, draft = options.pair.folders(console)
     _, config, _, warnings = read_configs(target, draft, "--target")
-    for warning in warnings:
+    for warning in warnings if first else ():
         print(f"warning: {warning}", file=sys.stderr)
     lines = Lines(options.data, config.vocab_size)
     tokenizer = load_tokenizer(target)
-    first = next(lines.sources(0, len(lines)))[1]
-    encode_some(first, tokenizer, options)  # a tokenizer or a template that is missing is known before a weight is read
+    source = next(lines.sources(0, len(lines)))[1]
+    encode_some(
+        source, tokenizer, options
+    )  # a tokenizer or a template that is missing is known before a weight is read
     places = {"target": str(target), "draft": str(draft), "data": str(options.data)}
-    with lock_file(options.out), Answers(options.out, decisive(options, target, draft, lines), places) as answers:
+    with open_answers(options.out, decisive(options, target, draft, lines), places) as answers:
         missing = int(lines.turns.sum()) - len(answers)
         if not missing:
-            print(f"{options.out} has all {len(answers)} answers already")
+            if first:
+                print(f"{options.out} has all {len(answers)} answers already")
             return
-        if len(answers):
+        if len(answers) and first:
             print(f"{options.out} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
-        with progress_bars() as loading:
+        with progress_bars(console) as loading:
             pair = load_model(target, draft, options.pair.device.dtype, loading, **options.pair.model().plan())
         size = min(options.batch_size, int((lines.turns > 0).sum()))
         with (
             pair.context(),
-            stop_signals() as stopping,
-            DecodingProgress("answers", missing, pair.configs.draft) as tally,
+            stop_signals(several=jax.process_count() > 1) as signalled,
+            DecodingProgress("answers", missing, pair.configs.draft, quiet=not first) as tally,
         ):
-            writer = Writer(options, pair, lines, answers, tally, stopping.is_set, size)
+            stopping = agreed_stop(signalled)
+            writer = Writer(options, pair, lines, answers, tally, stopping, size)
             window = size * WINDOW_BATCHES
             for start in range(0, len(lines), window):
-                if not stopping.is_set():
+                if not stopping():
                     writer.window(start, min(start + window, len(lines)))
-        interrupted = stopping.is_set()
+        interrupted = stopping()
         left_out = left_out_words(lines.left_out + writer.left_out)
         summary = f"{len(answers)} answers in {options.out}{tally.summary()}{left_out}"
         if interrupted:
-            print(f"interrupted: {summary}; the same command goes on", file=sys.stderr)
+            if first:
+                print(f"interrupted: {summary}; the same command goes on", file=sys.stderr)
             raise KeyboardInterrupt
         if not len(answers):
             raise DominoError(f"nothing could be answered{left_out}.")
-        print(summary)
+        if first:
+            print(summary)
 
 
 def encode_some(source: Source, tokenizer: Any, options: Regenerate) -> None:
@@ -164,7 +174,7 @@ class Writer:
     options: Regenerate
     pair: LoadedModel
     lines: Lines
-    answers: Answers
+    answers: Answers | FollowedAnswers
     tally: DecodingProgress
     stopping: Callable[[], bool]
     batch: int

@@ -3,14 +3,19 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
+import numpy as np
+
 from convert import hf
 from domino_jax.errors import DominoError
-from domino_jax.runtime.files import read_jsonl, read_line, whole_lines
+from domino_jax.runtime.files import lock_file, read_jsonl, read_line, whole_lines
+from domino_jax.runtime.processes import broadcast_from_first, max_over_processes
 
 Number = tuple[int, int]  # line of the data, turn
 
@@ -112,3 +117,63 @@ class Answers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.close()
+
+
+class FollowedAnswers:
+    """The answers in a process that does not write them: the file's, and those that are added, in memory."""
+
+    def __init__(self, path: Path):
+        """Raises: DominoError: the file is damaged, or can't be read."""
+        self._tokens: dict[Number, np.ndarray] = {}
+        for line in read_jsonl(path) if path.exists() else ():
+            self._tokens[line.value["row"], line.value["turn"]] = np.array(line.value["tokens"], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __contains__(self, number: Number) -> bool:
+        return number in self._tokens
+
+    def tokens(self, number: Number) -> list[int]:
+        """The tokens of an answer that is there."""
+        return self._tokens[number].tolist()
+
+    def add(self, number: Number, values: Mapping[str, Any]) -> None:
+        """Note an answer that the first process writes."""
+        self._tokens[number] = np.array(values["tokens"], np.int32)
+
+
+@contextmanager
+def open_answers(
+    path: Path, settings: Mapping[str, Any], places: Mapping[str, Any]
+) -> Iterator[Answers | FollowedAnswers]:
+    """The answers of a file that this run holds alone; of several processes the first writes it (see `Answers`).
+
+    Raises:
+        DominoError: as `Answers`; another run holds it; or the processes do not see the same file.
+    """
+    first = jax.process_index() == 0
+    problem: DominoError | None = None
+    answers: Answers | FollowedAnswers | None = None
+    with ExitStack() as held:
+        try:
+            if first:
+                held.enter_context(lock_file(path))
+                answers = held.enter_context(Answers(path, settings, places))
+        except DominoError as error:
+            problem = error
+        count = broadcast_from_first([len(answers) if answers is not None else -1])[0]
+        if problem:
+            raise problem
+        if count < 0:
+            raise DominoError("the first process can't write the answers, and says why.")
+        try:
+            answers = FollowedAnswers(path) if answers is None else answers
+        except DominoError:
+            other = 1.0
+        else:
+            other = float(len(answers) != count)
+        if max_over_processes([other])[0]:
+            raise DominoError(f"not all processes see the answers in {path}: it must lie on a disk that they share.")
+        assert answers is not None
+        yield answers

@@ -33,7 +33,7 @@ from train.evaluate.validate import (
     measure_acceptance,
 )
 from train.generate import DecodedPrompt
-from train.loading import PairOptions
+from train.loading import PairOptions, notes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -211,12 +211,12 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
             manager.save(step, args=ocp.args.StandardSave({"weights": weights}))
         manager.wait_until_finished()
     options = Validate(folder / "held.jsonl", run=tmp_path)
-    assert check_validate(options).folders() == (folder / "target", tmp_path)
-    found = loading.load_model(*check_validate(options).folders(), "float32", plain=True).params.draft
+    assert check_validate(options).folders(notes()) == (folder / "target", tmp_path)
+    found = loading.load_model(*check_validate(options).folders(notes()), "float32", plain=True).params.draft
     for path, weight in flatten(found).items():
         np.testing.assert_array_equal(weight, weights[path])
     other = dataclasses.replace(options, pair=PairOptions(str(folder / "draft")))
-    assert check_validate(other).folders() == (folder / "draft", tmp_path)
+    assert check_validate(other).folders(notes()) == (folder / "draft", tmp_path)
 
 
 @pytest.mark.parametrize(

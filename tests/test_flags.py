@@ -1,0 +1,84 @@
+"""Every flag of every command with odd values: checked, or refused as a usage error in one sentence."""
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, parse_words
+from infer.bench.options import Bench, check_bench
+from infer.options import Generate
+from train.config import TrainConfig
+from train.demo.pretrain import Pretrain, check_pretrain
+from train.evaluate.validate import Validate, check_validate
+from train.options import parse_options
+from train.regenerate.command import Regenerate, check_regenerate
+
+ODD = [
+    "",
+    " ",
+    "-1",
+    "0",
+    "1e9",
+    "1e999",
+    "nan",
+    "-inf",
+    "9" * 25,
+    "1.5",
+    "x",
+    "None",
+    "true",
+    "\udcff",
+    "[1]",
+    "1,2",
+    "--",
+]
+PAIR = ["--target", "t", "--draft", "d"]
+COMMANDS: dict[str, tuple[Any, list[str], Callable[[Any], Any]]] = {
+    "infer": (Generate, ["hi"], lambda options: options.check(chat=False)),
+    "infer.bench": (Bench, [], check_bench),
+    "train": (TrainConfig, ["--target", "t", "--data", "d"], lambda options: None),
+    "train regenerate": (Regenerate, [*PAIR, "--data", "d", "--out", "o"], check_regenerate),
+    "train validate": (Validate, [*PAIR, "--prompts", "p"], check_validate),
+    "train pretrain": (Pretrain, ["--out", "o"], check_pretrain),
+}
+
+
+def flags(command: str, capsys: Any) -> list[str]:
+    with pytest.raises(SystemExit):
+        parse_words(COMMANDS[command][0], ["--help"], prog=command)
+    return sorted(set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"})
+
+
+def give(command: str, flag: str, value: str) -> bool:
+    """Whether the command takes the words; if not, its refusal is as it should be."""
+    form, base, check = COMMANDS[command]
+    words = [*base, f"{flag}={value}"]
+    try:
+        check(parse_options(words) if form is TrainConfig else parse_words(form, words, prog=command))
+    except UsageError as error:
+        assert str(error).strip() and "\n" not in str(error) and len(str(error)) < 600
+        return False
+    except DominoError as error:  # a file or a folder that a flag names
+        assert flag in ("--run", "--config", "--out", "--plot", "--profile", "--resume") and "\n" not in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_some_flags_with_odd_values(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chance, names = random.Random(command), flags(command, capsys)
+    taken = [give(command, chance.choice(names), chance.choice(ODD)) for _ in range(25)]
+    assert len(names) > 10 and not all(taken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_all_flags_with_all_odd_values(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    taken = [give(command, flag, value) for flag in flags(command, capsys) for value in ODD]
+    assert 0 < sum(taken) < len(taken)

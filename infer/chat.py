@@ -5,7 +5,8 @@ from contextlib import closing, suppress
 
 from convert.messages import Message
 from convert.tokenizer import final_answer
-from domino_jax.runtime.command import print_error
+from convert.values import json_kind
+from domino_jax.runtime.command import UsageError, print_error
 from infer.conversation import Conversation
 from infer.engine import Chunk, Decoding, Engine, Sequence
 from infer.prompts import Encoder, Prompt
@@ -55,6 +56,8 @@ class Chat:
         Raises:
             DominoError: see `send`.
         """
+        if not isinstance(message, str):
+            raise UsageError(f"a message must be text, found {json_kind(message)}.")
         messages = [*self.messages, {"role": "user", "content": message}]
         prompt = Prompt(messages=messages) if self._encoder.is_chat else Prompt(text=message)
         found = self._engine.sequence(self._encoder.ids(prompt), self._limit, 0, self._stop)

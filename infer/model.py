@@ -184,7 +184,13 @@ class _Request:
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop must be texts that are not empty, found {shown(stop)}.")
-        self.encoder = Encoder(model.tokenizer, how.get("raw", False), how.get("thinking", False), how.get("system"))
+        raw, thinking, system = how.get("raw", False), how.get("thinking", False), how.get("system")
+        for name, value in (("raw", raw), ("thinking", thinking)):
+            if not isinstance(value, bool):
+                raise UsageError(f"{name} must be True or False, found {shown(value)}.")
+        if system is not None and not isinstance(system, str):
+            raise UsageError(f"system must be text, found {shown(system)}.")
+        self.encoder = Encoder(model.tokenizer, raw, thinking, system)
         _warn(self.encoder.check(model.loaded.configs.draft is not None))
 
     def sequence(self, prompt: Input, row: int) -> engine.Sequence:

@@ -8,6 +8,7 @@ from tyro.conf import DisallowNone, Positional, UseAppendAction, arg
 
 from convert import registry
 from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, SamplingOptions, check_count
+from convert.values import shown
 from domino_jax.runtime.command import UsageError
 from infer.prompts import parse_ids
 
@@ -116,7 +117,7 @@ class Generate:
                 parse_ids(given.input_ids)
             except ValueError:
                 raise UsageError(
-                    f"--input-ids takes whole numbers with commas between them, found {given.input_ids!r}."
+                    f"--input-ids takes whole numbers with commas between them, found {shown(given.input_ids)}."
                 ) from None
         if self.processes.resolve() is not None and (self.prompt == "-" or not self.has_prompt):
             raise UsageError("every process needs the same prompt: give it as PROMPT, --prompts or --input-ids.")

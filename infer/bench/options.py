@@ -44,7 +44,7 @@ class Bench:
     new_tokens: int = 64
     """tokens to generate for each prompt"""
     prompts: Annotated[Path | None, DisallowNone, UNSET] = None
-    """JSONL of prompts ("input_ids" or "prompt"); the default is the demo's held-out ones, or random ids"""
+    """JSONL of prompts ("input_ids", "prompt", "messages"); the default is the demo's held-out ones, or random ids"""
     prompt_tokens: int = 48
     """tokens of each prompt; longer ones are cut, shorter ones left out"""
     contexts: Annotated[tuple[int, ...], UNSET] = ()

@@ -67,10 +67,9 @@ def read_bench_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
     if path is None:
         return random_prompts(options, loaded)
     found: list[list[int]] = []
-    encoder = Encoder(loaded.tokenizer, raw=True)
     for prompt in read_prompts(path):
         try:
-            ids = encoder.ids(prompt)
+            ids = Encoder(loaded.tokenizer, raw=prompt.messages is None).ids(prompt)
             check_vocabulary(ids, loaded.configs.target.vocab_size)
         except (DominoError, ValueError) as error:
             raise DominoError(f"{prompt.where}: {str(error).rstrip('.')}.") from None

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,9 @@ def test_a_chat_remembers_and_goes_on_from_its_caches(talker):
     assert talker.generate([messages], max_new_tokens=6)[0].text == second == chat.messages[3]["content"]
     with pytest.raises(DominoError, match="256 positions"):
         chat.send("y" * 300)
+    wrong: Any = {"role": "user", "content": "hi"}
+    with pytest.raises(UsageError, match="a message must be text, found an object"):
+        chat.send(wrong)
     assert len(chat.messages) == 4
 
 
@@ -119,6 +123,9 @@ def test_weights_and_config_are_there_for_researchers(model):
         ({"seed": True}, "--seed must be a whole number"),
         ({"stop": [""]}, "stop must be texts that are not empty"),
         ({"stop": [1]}, "stop must be texts"),
+        ({"raw": "yes"}, "raw must be True or False"),
+        ({"thinking": 1}, "thinking must be True or False"),
+        ({"system": ["Be brief."]}, "system must be text"),
     ],
 )
 def test_wrong_values_are_refused_when_they_are_given(model, how, says):

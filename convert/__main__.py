@@ -31,7 +31,7 @@ class Convert:
     check: Annotated[Path | None, DisallowNone, UNSET] = None
     """report what a folder holds and what is wrong with it, and compare a target's logits with transformers'"""
     target: Annotated[Path | None, DisallowNone, UNSET] = None
-    """with --check of a drafter: its target, to see whether they fit"""
+    """a drafter's target: with --check, to see whether they fit; else to compare the drafter's copies of its weights"""
 
 
 def check_words(options: Convert) -> None:
@@ -39,8 +39,6 @@ def check_words(options: Convert) -> None:
     o = options
     if o.check and (o.source or o.dtype):
         raise UsageError("--check takes one folder, and --target; it converts nothing.")
-    if not o.check and o.target:
-        raise UsageError("--target goes with --check.")
     if not o.check and not (o.source and o.destination):
         raise UsageError("give SRC and DST, or --check DIR.")
 
@@ -76,7 +74,7 @@ def run_convert(options: Convert) -> int:
                 assert options.source and options.destination
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
                 reading = partial(progress, f"reading {options.source}")
-                was, now = convert_folder(options.source, options.destination, reading, dtype)
+                was, now = convert_folder(options.source, options.destination, reading, dtype, options.target)
     except KeyboardInterrupt:
         print("interrupted" if options.check else "interrupted; nothing was written", file=sys.stderr)
         raise

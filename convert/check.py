@@ -16,8 +16,16 @@ import numpy as np
 from convert import hf, orbax
 from convert.draft_configs import export_warnings, least_depth
 from convert.folders import HF, folder_format, load_weights, read_config
-from convert.safetensors import TensorFiles
-from convert.tokenizer import load_tokenizer
+from convert.tensors import (
+    FLOATS,
+    account_tensors,
+    compare_derived,
+    open_tensors,
+    some,
+    tensor_files,
+    unread_files,
+)
+from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax import target
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
 from domino_jax.errors import DominoError, first_line
@@ -65,7 +73,7 @@ def check_folder(
     report.say("form", of)
     count = parameters(config)
     report.say("parameters", f"{count:,} ({count / 1e9:.2f} B)")
-    tensors = _safetensors(folder, config, report) if of == HF else _orbax(folder, config, report)
+    tensors = _safetensors(folder, config, report, target_folder) if of == HF else _orbax(folder, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
     if isinstance(config, DraftConfig):
         report.warnings += export_warnings(raw, depth, file)
@@ -73,8 +81,8 @@ def check_folder(
         return report
     tokenizer = None
     try:
-        hf.stop_ids(folder, raw)
         tokenizer = load_tokenizer(folder)
+        report.warnings += end_tokens(folder, raw, tokenizer)[1]
         report.say("tokenizer", _tokenizer(tokenizer, config, report))
     except DominoError as error:
         report.problems.append(str(error).rstrip("."))
@@ -114,19 +122,26 @@ def parameters(config: DecoderConfig) -> int:
 Tensor = tuple[str, int, Callable[[], Any]]  # name, bytes, and its values
 
 
-def _safetensors(folder: Path, config: DecoderConfig, report: FolderReport) -> list[Tensor]:
-    files = hf.tensor_files(folder)
+def _safetensors(folder: Path, config: DecoderConfig, report: FolderReport, target_folder: Path | None) -> list[Tensor]:
+    files = tensor_files(folder)
     size = sum(file.stat().st_size for file in files)
     report.say("files", f"{len(files)} safetensors, {size / 1e9:.2f} GB")
-    tensors = TensorFiles(files)
-    where = hf.today(tensors)
-    report.say("dtype", _dtypes(Counter(stored.dtype for stored in where.values())))
-    report.problems += hf.account(config, where)
-    report.say(
-        "tensors",
-        f"{len(where)} found, {len({name for entry in hf.entries(config) for name in entry.hf_names})} expected",
-    )
-    return [(name, stored.bytes, partial(tensors.read, stored)) for name, stored in where.items()]
+    unread = unread_files(folder)
+    if unread:
+        report.warnings.append(f"not read, since {files[0].name} or the index comes first: {some(unread)}.")
+    try:
+        tensors = open_tensors(folder)
+    except DominoError as error:
+        report.problems.append(str(error).rstrip("."))
+        return []
+    account = account_tensors(config, tensors.stored)
+    report.say("dtype", _dtypes(Counter(stored.dtype for stored in account.stored.values())))
+    report.problems += account.problems or compare_derived(config, account, tensors, target_folder)
+    expected = len({name for entry in hf.entries(config) for name in entry.hf_names})
+    left_out = f"; left out, as they should be: {some(sorted(account.derived))}" if account.derived else ""
+    report.say("tensors", f"{len(account.stored)} found, {expected} expected{left_out}")
+    known = {name: stored for name, stored in account.stored.items() if stored.dtype in FLOATS}
+    return [(name, stored.bytes, partial(tensors.read, stored)) for name, stored in known.items()]
 
 
 def _orbax(folder: Path, config: DecoderConfig, report: FolderReport) -> list[Tensor]:

@@ -4,9 +4,11 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, overload
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.parsing import parse_json, read_text
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -142,3 +144,20 @@ class Fields:
     def unread(self) -> list[tuple[str, str]]:
         """Fields that were never asked for: each with its level before it, and its name alone."""
         return [(prefix + name, name) for prefix, level in self.levels for name in level if name not in self._read]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DominoError: the file is missing, or is not a JSON object.
+    """
+    try:
+        value = parse_json(read_text(path))
+    except FileNotFoundError:
+        raise DominoError(f"{path} does not exist; a model folder needs a {path.name}.") from None
+    except (OSError, ValueError) as error:
+        raise DominoError(f"{path} can't be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise DominoError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
+    return value

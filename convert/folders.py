@@ -35,21 +35,34 @@ def load_weights(
     dtype: Any = None,
     progress: hf.Progress | None = None,
     mesh: Mesh | None = None,
+    target: Path | None = None,
 ) -> Any:
-    """The weights of a folder of any form as a module; see `hf.load_hf` and `orbax.load_orbax`."""
-    read = hf.load_hf if folder_format(folder) == HF else orbax.load_orbax
-    return read(folder, config, dtype, progress, mesh)
+    """The weights of a folder of any form as a module; see `hf.load_hf` and `orbax.load_orbax`.
+
+    Args:
+        target: the folder of a drafter's target.
+    """
+    if folder_format(folder) == HF:
+        return hf.load_hf(folder, config, dtype, progress, mesh, target)
+    return orbax.load_orbax(folder, config, dtype, progress, mesh)
 
 
 def convert_folder(
-    source: Path, destination: Path, progress: hf.Progress | None = None, dtype: Any = None
+    source: Path,
+    destination: Path,
+    progress: hf.Progress | None = None,
+    dtype: Any = None,
+    target: Path | None = None,
 ) -> tuple[str, str]:
     """Write the model of `source` in the other form: Hugging Face to Orbax; Orbax, or a training run, to Hugging Face.
 
     Every tensor of the model keeps its values, and its dtype unless another is asked for (a training run's float32
     masters become bfloat16); config.json and the tokenizer's files keep their bytes. (A tied target's second copy of
-    its embeddings is not kept, and tensors that older drafters name otherwise come back under today's names.) The
-    destination appears when it is whole.
+    its embeddings is not kept, nor is a drafter's of its target's, once they are compared; tensors that others name
+    otherwise come back under today's names.) The destination appears when it is whole.
+
+    Args:
+        target: the folder of a drafter's target, for drafters with copies of its embeddings or LM head.
 
     Returns:
         The names of the two forms, from and to.
@@ -79,7 +92,7 @@ def convert_folder(
             saved = orbax.Saved(source, config)
             hf.write_hf(partial, saved.read, config, raw, dtype, progress)
         else:
-            orbax.save_orbax(partial, hf.load_hf(source, config, dtype, progress))
+            orbax.save_orbax(partial, hf.load_hf(source, config, dtype, progress, target=target))
         if dtype is None:
             shutil.copyfile(source / "config.json", partial / "config.json")
         else:

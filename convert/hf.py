@@ -19,60 +19,23 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert.configs import TOKEN_IDS, read_target_config
+from convert.companions import companions
+from convert.configs import read_target_config
 from convert.draft_configs import is_drafter, read_draft_config
-from convert.fields import Fields
+from convert.fields import read_json as read_json  # hf.read_json reads a model's files
 from convert.names import Entry, entries, to_hf, units
-from convert.safetensors import Stored, TensorFiles
+from convert.tensors import INDEX, SINGLE, account_tensors, compare_derived, open_tensors, some
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import write_text
-from domino_jax.runtime.parsing import parse_json, read_text
 from domino_jax.sharding import mesh_context, shard_stored
 from domino_jax.weights import flatten, unflatten
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 GROUP_BYTES = 2**28  # weights that are asked for at a time
-FLOATS = {"F32", "F16", "BF16", "float32", "float16", "bfloat16"}  # dtypes, in the words of safetensors and of NumPy
-# Some older drafters nest the causal head, and those of the speculators library.
-HEAD_PREFIXES = ("logit_head.", "logits_correction.")
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Leaves = Callable[[list[str]], Mapping[str, Any]]  # paths of some weights -> their values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        DominoError: the file is missing, or is not a JSON object.
-    """
-    try:
-        value = parse_json(read_text(path))
-    except FileNotFoundError:
-        raise DominoError(f"{path} does not exist; a model folder needs a {path.name}.") from None
-    except (OSError, ValueError) as error:
-        raise DominoError(f"{path} can't be read as JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise DominoError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
-    return value
-
-
-def stop_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a sequence, by generation_config.json, else by the config.json `raw`.
-
-    Raises:
-        DominoError: they are no ids, or the file is damaged.
-    """
-    generation = folder / "generation_config.json"
-    first = read_json(generation) if generation.exists() else {}
-    for file, fields in ((generation, first), (folder / "config.json", raw)):
-        ids = Fields(str(file), ("", fields), null_is_absent=True).get("eos_token_id", TOKEN_IDS, None)
-        if ids is not None:
-            return ids if isinstance(ids, tuple) else (ids,)
-    return ()
 
 
 def parse_config(
@@ -92,43 +55,13 @@ def parse_config(
     return read_target_config(raw, file)
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, as its index lists them or the single one.
-
-    Raises:
-        DominoError: there are none, one that the index names is missing, or only pickles are there.
-    """
-    if (folder / SINGLE).exists():  # before the index, as transformers looks
-        files = [folder / SINGLE]
-    elif (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise DominoError(f"{folder / INDEX} has no weight_map.")
-        files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
-        if pickles:
-            raise DominoError(
-                f"{folder} holds only pickles ({pickles[0]}), which can run code when opened and are never read; "
-                "save the model as safetensors."
-            )
-        raise DominoError(f"{folder} has no {SINGLE} and no {INDEX}.")
-    for file in files:
-        if file.is_symlink() and not file.exists():
-            raise DominoError(f"{file} is a link to a file that is gone: fetch the model again.")
-        if not file.exists():
-            raise DominoError(f"{folder / INDEX} names {file.name}, which is not in the folder.")
-    return files
-
-
 def load_hf(
     folder: Path,
     config: DecoderConfig,
     dtype: Any = None,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    target: Path | None = None,
 ) -> Any:
     """Read the weights of a Hugging Face folder into a module (Target or Draft), one tensor after another.
 
@@ -141,14 +74,16 @@ def load_hf(
         dtype: to convert to; as stored when None.
         progress: called after each tensor.
         mesh: the default device when None.
+        target: the folder of a drafter's target, for drafters with copies of its embeddings or LM head.
 
     Raises:
-        DominoError: tensors are missing, unexpected or misshapen (all are named), or a file is damaged.
+        DominoError: tensors are missing, unexpected or misshapen (all are named), one that would be left out is not
+            what the model has in its place, or a file is damaged.
     """
     table = entries(config)
-    with TensorFiles(tensor_files(folder)) as files, mesh_context(mesh):
-        where = today(files)
-        problems = account(config, where)
+    with open_tensors(folder) as files, mesh_context(mesh):
+        account = account_tensors(config, files.stored)
+        where, problems = account.stored, account.problems or compare_derived(config, account, files, target)
         if problems:
             raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
         # The largest first: what is needed besides a tensor itself is needed while the device is still empty.
@@ -169,70 +104,6 @@ def load_hf(
             if progress:
                 progress(done * size, total * size)
     return unflatten(config, leaves)
-
-
-def today(files: TensorFiles) -> dict[str, Stored]:
-    """The tensors of a folder under today's names."""
-    return {_today(name): stored for name, stored in files.stored.items()}
-
-
-def _today(name: str) -> str:
-    for prefix in HEAD_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def account(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
-    """What is wrong with the tensors of a model of this config, in words: see `tensor_differences`."""
-    wanted = {name: entry.hf_shape for entry in entries(config) for name in entry.hf_names}
-    found = {name: (stored.shape, stored.dtype) for name, stored in where.items()}
-    if isinstance(config, TargetConfig) and config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)  # some files carry the embedding a second time
-    layers = _read_layers(config, where)
-    if layers:
-        del wanted["fc.weight"], found["fc.weight"]
-    return layers + tensor_differences(wanted, found)
-
-
-def _read_layers(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str]:
-    """Whether a drafter's fc takes as many of the target's layers as its config names, where it takes whole ones."""
-    shape = where["fc.weight"].shape if "fc.weight" in where else ()
-    if not isinstance(config, DraftConfig) or len(shape) != 2 or shape[1] % config.hidden_size:
-        return []
-    count, taps = shape[1] // config.hidden_size, list(config.target_layer_ids)
-    if count == len(taps):
-        return []
-    return [
-        f"fc.weight takes {count} layers, target_layer_ids (by the public formula, where none are given) are {taps}"
-    ]
-
-
-def tensor_differences(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], str]]
-) -> list[str]:
-    """Every missing, unexpected and misshapen tensor, and those that are no floats of 16 or 32 bits, in words.
-
-    Args:
-        wanted: shapes by name.
-        found: shapes and dtypes by name.
-    """
-    both = [name for name in wanted if name in found]
-    return [
-        *(f"missing {name}" for name in sorted(wanted.keys() - found.keys())),
-        *(f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())),
-        *(
-            f"{name} has shape {list(found[name][0])}, expected {list(wanted[name])}"
-            for name in both
-            if found[name][0] != wanted[name]
-        ),
-        *(f"{name} holds {found[name][1]}, expected F32, F16 or BF16" for name in both if found[name][1] not in FLOATS),
-    ]
-
-
-def some(problems: Sequence[str], most: int = 8) -> str:
-    """The first of a list of problems, and how many more there are."""
-    more = f" and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more
 
 
 def save_hf(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any], dtype: Any = None) -> None:
@@ -341,9 +212,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what belongs to a model beside its weights: tokenizer, templates, generation config, card."""
-    skip = {INDEX, "config.json"}
-    for file in sorted(source.iterdir()):
-        text = file.suffix in {".json", ".jinja", ".txt", ".md", ".model"} or file.name == "LICENSE"
-        if file.is_file() and text and file.name not in skip:
-            shutil.copyfile(file, destination / file.name)
+    """Copy what belongs to a model beside its weights; see `convert.companions`."""
+    for file in companions(source):
+        copy = destination / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)

@@ -10,27 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from convert import hf
+from convert.companions import is_text_file
 from convert.progress import byte_bars
-from convert.tokenizer import TOKENIZER_FILES
+from convert.tensors import INDEX, SINGLE, tensor_files, tensor_index
 from domino_jax.errors import DominoError, first_line
 
 if TYPE_CHECKING:  # slow to import
     from huggingface_hub.hf_api import RepoSibling
 
 CONFIG = "config.json"
-# A model's folder needs these beside config.json and weights. Nothing else is fetched: pickles and Python files could
-# run code on this machine.
-TEXT_FILES = (
-    "generation_config.json",
-    *TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 TIMEOUT = 10  # seconds without an answer
 
 
@@ -52,8 +40,8 @@ class Snapshot:
         """
         if self.files and CONFIG not in self.files:
             raise DominoError(f"{self.repo} has no {CONFIG}, so it is no model of this kind; see {self.flag}.")
-        if hf.INDEX in self.files:
-            self.fetch(hf.INDEX)
+        if INDEX in self.files:
+            self.fetch(INDEX)
         return self.fetch(CONFIG).parent
 
     def fetch(self, name: str, **options: Any) -> Path:
@@ -90,20 +78,18 @@ class Snapshot:
         Raises:
             DominoError: the repository has no safetensors, or not all that its index names.
         """
-        if hf.SINGLE in self.files:  # before the index, as transformers and convert.hf look
-            weights = [hf.SINGLE]
-        elif hf.INDEX in self.files:
-            weight_map = hf.read_json(self.fetch(hf.INDEX)).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise DominoError(f"{hf.INDEX} of {self.repo} has no weight_map.")
-            weights = sorted({str(name) for name in weight_map.values()})
+        if SINGLE in self.files:  # before the index, as transformers and convert.hf look
+            weights = [SINGLE]
+        elif INDEX in self.files:
+            placed = tensor_index(self.fetch(INDEX).parent) or {}
+            weights = sorted({file.name for file in placed.values()})
         else:
             weights = sorted(n for n in self.files if n.endswith(".safetensors") and "/" not in n)
-        lost = [name for name in weights if name not in self.files or not name.endswith(".safetensors")]
+        lost = [name for name in weights if name not in self.files]
         if not weights or lost:
             what = f"has no safetensors {lost[0]}, which its index names," if lost else "has no weights as safetensors"
             raise DominoError(f"{self.repo} {what} (pickles are never read); give another with {self.flag}.")
-        names = [*(name for name in dict.fromkeys(TEXT_FILES) if name in self.files), *weights]
+        names = [*sorted(filter(is_text_file, self.files)), *weights]
         return {name: self.files[name].size or 0 for name in names if not self.has(name)}
 
     def remember(self) -> None:
@@ -153,7 +139,7 @@ def _cached_commit(repo: str, revision: str | None) -> str | None:
     if not isinstance(path, str):
         return None
     try:
-        hf.tensor_files(Path(path).parent)
+        tensor_files(Path(path).parent)
     except DominoError:
         return None
     return Path(path).parent.name

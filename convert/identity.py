@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from convert import hf, orbax
+from convert.companions import text_files
+from convert.tensors import open_tensors, tensor_files
 from domino_jax.errors import DominoError
 from domino_jax.runtime.parsing import parse_json
 
 PIECE_BYTES = 4096  # bytes of a tensor's begin, middle and end that count
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file that is no safetensors
-TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -40,7 +41,8 @@ def model_fingerprint(folder: Path) -> str:
 
 def _tensor_pieces(folder: Path) -> Iterator[bytes]:
     found: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
-    for file in hf.tensor_files(folder):
+    open_tensors(folder).close()  # each tensor is in one file
+    for file in tensor_files(folder):
         try:
             with file.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
@@ -82,9 +84,8 @@ def text_fingerprint(folder: Path) -> str:
     These are its tokenizer's, its chat template, and generation_config.json.
     """
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in TOKENIZER_SUFFIXES and file.name not in ("config.json", hf.INDEX):
-            digest.update(f"{file.name} {file_fingerprint(file)}\n".encode())
+    for file in text_files(folder):
+        digest.update(f"{file.relative_to(folder).as_posix()} {file_fingerprint(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from convert import hf
 from convert.options import PlanOptions
 from convert.registry import read_configs
-from convert.tokenizer import load_tokenizer
+from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax import prepare
 from domino_jax.attention import Backend, BackendChoice, available_backends
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
@@ -142,7 +142,8 @@ def load_model(
     began = time.perf_counter()
     raw, config, draft_config, warnings = read_configs(target, draft)
     chosen = plan_load(config, draft_config, dtype, **how)
-    stop_ids, tokenizer = hf.stop_ids(target, raw), load_tokenizer(target)  # what is wrong there costs no weights
+    tokenizer = load_tokenizer(target)  # what is wrong there costs no weights
+    stop_ids, more = end_tokens(target, raw, tokenizer)
     kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
 
     narrow = chosen.narrow and not plain
@@ -155,7 +156,7 @@ def load_model(
             module = weights(config, jnp.bfloat16 if stored else kind, mesh)
         else:
             bar = partial(progress, f"loading {what}") if progress else None
-            module = _weights(folder, config, None if stored else kind, bar, mesh)
+            module = _weights(folder, config, None if stored else kind, bar, mesh, target)
         if on_cpu and not whole:
             with mesh_context(mesh):
                 prepare.prepare_for_cpu(module, config)
@@ -180,7 +181,7 @@ def load_model(
         )
     configs = dataclasses.replace(chosen.fitted, attention=backend)
     seconds = time.perf_counter() - began
-    return LoadedModel(configs, params, tokenizer, stop_ids, kind, (*warnings, *notes), seconds, mesh)
+    return LoadedModel(configs, params, tokenizer, stop_ids, kind, (*warnings, *more, *notes), seconds, mesh)
 
 
 def _fitted(drafter: Drafter | None, model_devices: int) -> Drafter | None:
@@ -199,11 +200,13 @@ def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, P
     return dataclasses.replace(configs, drafter=plain), params._replace(draft=drafter)
 
 
-def _weights(folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None) -> Any:
+def _weights(
+    folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None, target: Path
+) -> Any:
     """The one place where a folder's weights are read, in any of their forms."""
     if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
         with explain_missing_extra():
             from convert import folders  # brings in Orbax, which is slow to import and an extra
 
-        return folders.load_weights(folder, config, dtype, progress, mesh)
-    return hf.load_hf(folder, config, dtype, progress, mesh)
+        return folders.load_weights(folder, config, dtype, progress, mesh, target)
+    return hf.load_hf(folder, config, dtype, progress, mesh, target)

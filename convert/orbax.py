@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from convert.hf import Progress, grouped, read_json, some, tensor_differences, write_json
+from convert.fields import read_json
+from convert.hf import Progress, grouped, write_json
+from convert.tensors import some, tensor_differences
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import DATA, MODEL, stored_shape

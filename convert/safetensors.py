@@ -34,7 +34,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
     """The tensors of some files by name.
 
     Raises:
-        DominoError: a file is damaged.
+        DominoError: a file is damaged, or two have a tensor of one name.
     """
 
     def __init__(self, files: Iterable[Path]):
@@ -45,6 +45,11 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
             handle = self._open(file)
             for name in handle.keys():  # noqa: SIM118 (no mapping)
                 part = handle.get_slice(name)
+                if name in self.stored:
+                    raise DominoError(
+                        f"{name} is in {self.stored[name].file} and in {file.name}: it can't be told which is meant. "
+                        "Leave only the files of one model in the folder."
+                    )
                 self.stored[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
 
     def _open(self, file: Path) -> Any:

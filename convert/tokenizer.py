@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.companions import TOKENIZER_FILES
+from convert.configs import TOKEN_IDS
+from convert.fields import Fields, read_json
 from convert.messages import ROLES, LeftOut, valid_unicode
 from domino_jax.errors import DominoError, first_line
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
 
 
@@ -33,9 +35,37 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its errors are of many kinds, and all mean the same here
         raise DominoError(f"the tokenizer in {folder} can't be loaded: {first_line(error)}.") from None
+    older = folder / "chat_template.json"  # which transformers wrote once, and reads for processors alone
+    if not has_template(tokenizer) and older.exists():
+        template = read_json(older).get("chat_template")
+        if not isinstance(template, str):
+            raise DominoError(f"{older} has no chat_template that is text.")
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def end_tokens(folder: Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[tuple[int, ...], list[str]]:
+    """The ids that end a sequence, and warnings.
+
+    They are those of generation_config.json, else of the config.json `raw`, else the tokenizer's own end token.
+
+    Raises:
+        DominoError: they are no ids, or the file is damaged.
+    """
+    generation = folder / "generation_config.json"
+    first = read_json(generation) if generation.exists() else {}
+    for file, fields in ((generation, first), (folder / "config.json", raw)):
+        ids = Fields(str(file), ("", fields), null_is_absent=True).get("eos_token_id", TOKEN_IDS, None)
+        if ids is not None:
+            return (ids if isinstance(ids, tuple) else (ids,)), []
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None:
+        return (), []
+    where = f"{folder} has no eos_token_id in generation_config.json or config.json"
+    return (end,), [f"{where}: the tokenizer's end token, {tokenizer.eos_token}, is used."]
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = True, split_special: bool = False) -> list[int]:

@@ -23,13 +23,16 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 def rotary(positions: Array, config: DecoderConfig) -> Rotary:
     """RoPE angles of absolute `positions` [...]: cos and sin, [..., H/2] float32, with YaRN times its factor."""
-    inverse = 1.0 / config.rope_theta ** (jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    if config.yarn:
-        inverse = stretched(inverse, config.yarn, config.rope_theta, config.head_dim)
-    angles = positions[..., None].astype(jnp.float32) * inverse
+    angles = positions[..., None].astype(jnp.float32) * frequencies(config)
     if config.yarn:
         return jnp.cos(angles) * config.yarn.attention_factor, jnp.sin(angles) * config.yarn.attention_factor
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def frequencies(config: DecoderConfig) -> Array:
+    """RoPE's angle of each element pair at position 1, with YaRN stretched: [H/2] float32."""
+    inverse = 1.0 / config.rope_theta ** (jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    return stretched(inverse, config.yarn, config.rope_theta, config.head_dim) if config.yarn else inverse
 
 
 def stretched(inverse: Array, yarn: Yarn, theta: float, head_dim: int) -> Array:

@@ -29,7 +29,7 @@ from convert import folders, hf
 from convert.identity import model_fingerprint
 from convert.progress import progress_bars
 from convert.registry import read_configs
-from convert.tokenizer import load_tokenizer
+from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair, last_layer_warning
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.block import BlockDrafter
@@ -102,11 +102,14 @@ def prepare(options: TrainConfig) -> Setup:
     target = resolve_moe_backend(target)
     if wanted.length > target.positions:
         raise UsageError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
-    stop_ids, tokenizer = hf.stop_ids(folder, raw), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    stop_ids, guessed = end_tokens(folder, raw, tokenizer)
     options = replaced(options, "drafter", mask_token_id=mask_token(options, tokenizer))
     options, draft = settle_drafter(options, target)
     with words_at_fault():
-        warnings = check_pair(target, draft) + last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)
+        warnings = (
+            guessed + check_pair(target, draft) + last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)
+        )
         mesh = resolve_mesh(options, target, draft)
         if options.drafter.init == "target-layers":
             check_target_layers(draft, target)

@@ -126,10 +126,10 @@ def compare_folders(first: Path, last: Path) -> dict[str, Any]:
     Raises:
         DominoError: they do not.
     """
-    from convert import hf
     from convert.safetensors import TensorFiles
+    from convert.tensors import tensor_files
 
-    one, other = (TensorFiles(hf.tensor_files(folder)) for folder in (first, last))
+    one, other = (TensorFiles(tensor_files(folder)) for folder in (first, last))
     if one.stored.keys() - {"lm_head.weight"} != other.stored.keys() - {"lm_head.weight"}:  # tied models may hold it
         raise DominoError(f"{first} and {last} hold different tensors.")
     for name, tensor in other.stored.items():

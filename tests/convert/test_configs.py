@@ -17,6 +17,7 @@ import pytest
 from convert import hf
 from convert.configs import NEUTRAL, OF_TRANSFORMERS
 from convert.draft_configs import NEUTRAL_IN_A_DRAFTER, export_warnings, is_drafter, read_draft_config
+from convert.tokenizer import end_tokens
 from domino_jax.config import DraftConfig, MoeConfig, TargetConfig
 from domino_jax.errors import DominoError
 
@@ -149,16 +150,16 @@ def test_an_end_token_of_another_kind_is_refused_by_its_file(tmp_path, name, val
     with pytest.raises(
         DominoError, match=re.escape(f"{tmp_path / name} has eos_token_id {json.dumps(value)}; expected")
     ):
-        hf.stop_ids(tmp_path, raw)
+        end_tokens(tmp_path, raw, None)
 
 
 def test_end_tokens_are_the_generation_configs_else_the_configs(tmp_path):
-    assert hf.stop_ids(tmp_path, {}) == () == hf.stop_ids(tmp_path, {"eos_token_id": None})
-    assert hf.stop_ids(tmp_path, {"eos_token_id": 5}) == (5,)
+    assert end_tokens(tmp_path, {}, None)[0] == () == end_tokens(tmp_path, {"eos_token_id": None}, None)[0]
+    assert end_tokens(tmp_path, {"eos_token_id": 5}, None) == ((5,), [])
     hf.write_json(tmp_path / "generation_config.json", {"eos_token_id": None})
-    assert hf.stop_ids(tmp_path, {"eos_token_id": [5, 6]}) == (5, 6)
+    assert end_tokens(tmp_path, {"eos_token_id": [5, 6]}, None) == ((5, 6), [])
     hf.write_json(tmp_path / "generation_config.json", {"eos_token_id": [7]})
-    assert hf.stop_ids(tmp_path, {"eos_token_id": 5}) == (7,)
+    assert end_tokens(tmp_path, {"eos_token_id": 5}, None) == ((7,), [])
 
 
 def test_a_null_is_no_value_in_a_drafters_file():

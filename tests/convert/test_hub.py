@@ -20,6 +20,7 @@ from hub_server import Hub
 from convert import hf
 from convert import registry as names
 from convert.shapes import SHAPES
+from convert.tensors import tensor_files
 from domino_jax.errors import DominoError
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ def machine(hub, tmp_path) -> Machine:
 
 def same(folder: Path | None, source: Path) -> bool:
     """Whether a fetched folder has the weights of the one that was served."""
-    names = [file.name for file in hf.tensor_files(source)]
+    names = [file.name for file in tensor_files(source)]
     return folder is not None and all((folder / n).read_bytes() == (source / n).read_bytes() for n in names)
 
 
@@ -275,7 +276,7 @@ def test_a_name_without_a_drafter_says_so_and_decodes_plainly(hub, machine, mode
 def test_exactly_what_is_needed_is_fetched(hub, machine, models):
     """Of a repository with an index the files that it lists; no pickles, no code, no other copies."""
     hub.add(TARGET_REPO, models / "sharded")
-    shards = {file.name for file in hf.tensor_files(models / "sharded")}
+    shards = {file.name for file in tensor_files(models / "sharded")}
     assert len(shards) > 1
     assert same(machine.fetch().target, models / "sharded")
     needed = {"config.json", hf.INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json"} | shards
@@ -428,7 +429,9 @@ def test_an_index_that_names_anything_but_safetensors_is_refused(hub, machine, m
     hf.write_json(folder / hf.INDEX, {"weight_map": {"model.norm.weight": "pytorch_model.bin"}})
     (folder / "pytorch_model.bin").write_text("pickle")
     hub.add("my/model", folder)
-    assert "no safetensors pytorch_model.bin" in machine.refuse("--model", "my/model", "--draft", "none")
+    assert 'in "pytorch_model.bin", expected the name of a .safetensors file' in machine.refuse(
+        "--model", "my/model", "--draft", "none"
+    )
     assert hub.names() == {"config.json", hf.INDEX}
 
 

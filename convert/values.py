@@ -29,6 +29,16 @@ def shown(value: Any) -> str:
         return "an integer of thousands of digits"
 
 
+def shown_key(key: str) -> str:
+    """A key as it is, or as Python writes it where it is long or would break the line."""
+    return key if key.isprintable() and len(key) <= 40 else shown(key)
+
+
+def fields_of(row: Mapping[str, Any]) -> str:
+    """A row's first keys with what they hold, for an error: "text (null), more (a list)"."""
+    return ", ".join(f"{shown_key(key)} ({json_kind(value)})" for key, value in [*row.items()][:8]) or "none"
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, of Python or NumPy, and no boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)

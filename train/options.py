@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from convert.options import ProcessOptions, flag
-from convert.values import shown
+from convert.values import shown, shown_key
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError, parse_words
 from domino_jax.runtime.files import write_text
@@ -230,7 +230,9 @@ def _fill(form: Any, values: Mapping[str, Any], where: str) -> Any:
         if isinstance(value, bool | str):
             name, value = REPLACED.get((name, value), (name, value))
         if name not in named:
-            raise DominoError(f"{where} sets {given}, which is no setting there; those are {', '.join(named)}.")
+            raise DominoError(
+                f"{where} sets {shown_key(given)}, which is no setting there; those are {', '.join(named)}."
+            )
         made[name] = typed(named[name].type, value, f"{where} sets {given} to")
     return form(**made)
 

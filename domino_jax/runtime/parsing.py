@@ -73,7 +73,7 @@ def _constant(name: str) -> None:
 def _float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"it holds {text}, which is too large a number")
+        raise ValueError(f"it holds {text[:40]}, which is too large a number")
     return value
 
 
@@ -81,7 +81,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"it gives the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        raise ValueError(f"it gives the key {next(key for key in keys if keys.count(key) > 1)[:40]!r} twice")
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from convert.messages import Message
 from convert.tokenizer import encode, encode_chat, has_template
-from convert.values import json_kind, token_ids
+from convert.values import fields_of, json_kind, token_ids
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import read_jsonl
 from infer.rows import conversation_in_row, max_new_tokens
@@ -92,10 +92,9 @@ def parse_questions(row: Any, where: str) -> Question:
             turns = kind.turns(row)
             if turns and all(isinstance(turn, str) and turn.strip() for turn in turns):
                 return Question(where, turns=tuple(turns), limit=limit)
-    found = ", ".join(f"{name} ({json_kind(value)})" for name, value in row.items()) or "none"
     raise DominoError(
         f"{where} is a question of no known format (GSM8K, MATH, HumanEval, MBPP, MT-Bench, Alpaca, or prompt, "
-        f"messages, input_ids): its fields are {found}."
+        f"messages, input_ids): its fields are {fields_of(row)}."
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from convert.messages import LeftOut, conversation_of
 from convert.tokenizer import encode
-from convert.values import check_vocabulary, json_kind, loss_mask, text_of, token_ids
+from convert.values import check_vocabulary, fields_of, json_kind, loss_mask, text_of, token_ids
 from domino_jax.errors import DominoError
 from train.data.conversations import Template, Tokens
 
@@ -97,8 +97,7 @@ def sequences_of(row: Any, template: Template) -> list[Tokens]:
     elif row.get("text") is not None:
         before, text = "", text_of(row, "text")
     else:
-        found = ", ".join(f"{key} ({json_kind(value)})" for key, value in [*row.items()][:8])
-        raise ValueError(f"expected {FORMS}; found {found or 'nothing'}")
+        raise ValueError(f"expected {FORMS}; found {fields_of(row)}")
     return [_continued(encode(template.tokenizer, before), encode(template.tokenizer, text, special=False))]
 
 

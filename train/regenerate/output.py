@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from convert import hf
+from convert.values import is_whole, token_ids
 from domino_jax.errors import DominoError
-from domino_jax.runtime.files import lock_file, read_jsonl, read_line, whole_lines
+from domino_jax.runtime.files import JsonLine, lock_file, read_jsonl, read_line, whole_lines
 from domino_jax.runtime.processes import broadcast_from_first, max_over_processes
 
 Number = tuple[int, int]  # line of the data, turn
@@ -61,13 +62,8 @@ class Answers:
         """Drop a last line that was cut off, and note where each other one begins; returns where the last one ends."""
         end = whole_lines(self.path)
         self._file.truncate(end)
-        for line in read_jsonl(self.path, invalid="damaged (cut the file there, or give another --out)"):
-            try:
-                self._places[line.value["row"], line.value["turn"]] = line.start
-            except (KeyError, TypeError):
-                raise DominoError(
-                    f"{self.path} is damaged after {len(self._places)} lines; cut it there, or give another --out."
-                ) from None
+        for number, line in _written(self.path):
+            self._places[number] = line.start
         return end
 
     def __len__(self) -> int:
@@ -119,14 +115,31 @@ class Answers:
         self.close()
 
 
+def _written(path: Path) -> Iterator[tuple[Number, JsonLine]]:
+    """The lines of a file of answers with their numbers.
+
+    Raises:
+        DominoError: one of them is no answer.
+    """
+    for line in read_jsonl(path, invalid="damaged (cut the file there, or give another --out)"):
+        try:
+            row, turn = line.value["row"], line.value["turn"]
+            if not (is_whole(row) and is_whole(turn)):
+                raise ValueError
+            token_ids(line.value["tokens"])
+        except (KeyError, TypeError, ValueError):
+            raise DominoError(f"{line.where} is damaged; cut the file there, or give another --out.") from None
+        yield (row, turn), line
+
+
 class FollowedAnswers:
     """The answers in a process that does not write them: the file's, and those that are added, in memory."""
 
     def __init__(self, path: Path):
         """Raises: DominoError: the file is damaged, or can't be read."""
         self._tokens: dict[Number, np.ndarray] = {}
-        for line in read_jsonl(path) if path.exists() else ():
-            self._tokens[line.value["row"], line.value["turn"]] = np.array(line.value["tokens"], np.int32)
+        for number, line in _written(path) if path.exists() else ():
+            self._tokens[number] = np.array(line.value["tokens"], np.int32)
 
     def __len__(self) -> int:
         return len(self._tokens)

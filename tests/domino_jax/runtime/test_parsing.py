@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,9 @@ from infer.bench import spread
 from infer.bench.questions import read_sets
 from infer.prompts import read_prompts
 from train.data.sources import read_rows
+from train.monitor.curves import read_metrics
 from train.options import read_recipe
+from train.regenerate.output import FollowedAnswers
 from train.regenerate.prompts import Lines
 
 ROW = b'{"input_ids": [1, 2], "loss_mask": [0, 1], "prompt": "hi"}\n'
@@ -162,6 +165,64 @@ def test_a_byte_order_mark_is_allowed_in_every_file(tmp_path):
     assert read_recipe(path).target == "t"
     path.write_bytes(b"\xef\xbb\xbf")
     assert not list(read_jsonl(path))
+
+
+WHOLE_FILES = [
+    b'{"prompt": "hi", "input_ids": null}\n{"messages": [{"role": "user", "content": "x\\ud83d\\ude00"}]}\n',
+    b'[data]\ndata = ["a"]\n[run]\nsteps = 3\n',
+    b'[\n {\n  "batch": 1,\n  "mode": "lean",\n  "drafts": 0\n }\n]',
+    b'{"row": 0, "turn": 1, "tokens": [1, 2]}\n{"step": 3, "loss": 1.5}\n',
+]
+PIECES = [
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b"\r\n",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b"NaN",
+    b"1e999",
+]
+PIECES += [b"\\", b"null", b"-", b"\x1f\x8b", b"PAR1", b"\xe2\x80\xa8", b"\x85", b"9" * 5000, b" ", b"=", b"'''", b"#"]
+
+
+def damage(path: Path, rounds: int) -> None:
+    """Change a few bytes of files, and give them to every reader: each reads them, or says in a sentence why not."""
+    chance, refused = random.Random(rounds), 0
+    others = {"metrics": read_metrics, "answers": FollowedAnswers}
+    for _ in range(rounds):
+        content = bytearray(chance.choice(WHOLE_FILES))
+        for _ in range(chance.randint(1, 4)):
+            place, how = chance.randrange(len(content) + 1), chance.random()
+            if how < 0.15:
+                del content[place:]
+            else:
+                noise = bytes(chance.randrange(256) for _ in range(chance.randint(1, 6)))
+                width = chance.randint(1, 9) if how < 0.5 else 0
+                content[place : place + width] = noise if how > 0.85 else chance.choice(PIECES)
+        path.write_bytes(content)
+        for reader in (LINES | WHOLE | others).values():
+            try:
+                reader(path)
+            except DominoError as error:
+                refused += 1
+                assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 700
+    assert refused > rounds
+
+
+def test_damaged_files_are_read_or_refused_in_a_sentence(tmp_path):
+    damage(tmp_path / "a", 100)
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_read_or_refused_in_a_sentence(tmp_path):
+    damage(tmp_path / "a", 5000)
 
 
 def test_rows_that_are_bytes_of_numbers_are_no_text(tmp_path):

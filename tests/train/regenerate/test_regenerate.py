@@ -228,13 +228,14 @@ def test_other_data_another_target_and_foreign_files_are_refused(folder, tmp_pat
     out = tmp_path / "out.jsonl"
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)
-    out.write_text('{"row": 0, "turn": 0}\n{"row": 1, "turn": false')  # the latter is cut off
+    out.write_text('{"row": 0, "turn": 0, "tokens": [5]}\n{"row": 1, "turn": false')  # the latter is cut off
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)
-    out.write_text('{"row": 0, "turn": 0}\n[1]\n')
     words = ["--target", str(folder / "target"), "--data", str(folder / "data.jsonl"), "--out", str(out)]
-    assert main([*words, "--max-new-tokens", "9"]) == 1
-    assert "damaged after 1 lines" in capsys.readouterr().err
+    for damage in ("[1]", '{"row": 1, "turn": 0}', '{"row": "1", "turn": 0, "tokens": [5]}', "null", '{"row": 1, "tu'):
+        out.write_text('{"row": 0, "turn": 0, "tokens": [5]}\n' + damage + "\n")
+        assert main([*words, "--max-new-tokens", "9"]) == 1
+        assert f"{out}, line 2 is damaged" in capsys.readouterr().err
     out.write_text("")
     run(folder, out, data=write(tmp_path / "other.jsonl", DATA[:3]), status=1)
     assert "data_sha256 was" in capsys.readouterr().err

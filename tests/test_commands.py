@@ -124,4 +124,4 @@ def test_the_console_script_is_the_one_of_the_package():
         [sys.executable, "-c", code, "convert", "--target", "x"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --target goes with --check.\n"
+    assert done.stderr == "error: give SRC and DST, or --check DIR.\n"

@@ -57,7 +57,7 @@ class Regenerate:
     """Let the target rewrite the answers of conversations, or continue prompts; the same command resumes."""
 
     data: Path
-    """JSONL of conversations (messages, or ShareGPT's conversations) or prompts (prompt, input_ids)"""
+    """JSONL of conversations (messages, ShareGPT's conversations, TRL's prompts) or prompts (prompt, input_ids)"""
     out: Path
     """JSONL file to write, for --data of python -m train"""
     pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)

@@ -182,12 +182,14 @@ def parse_training_mesh(text: str) -> tuple[int, int, int]:
 
 
 def _parse(text: str, sizes: dict[str, int], example: str) -> Any:
+    given: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if name not in sizes or not size.isdecimal() or int(size) < 1:
-            raise DominoError(f"a mesh is given as {example}, found {text!r}.")
-        sizes[name] = int(size)
-    return tuple(sizes.values())
+        number = int(size) if size.isascii() and size.isdecimal() and len(size) < 10 else 0
+        if name not in sizes or name in given or number < 1:
+            raise DominoError(f"a mesh is given as {example}, found {text[:80]!r}.")
+        given[name] = number
+    return tuple((sizes | given).values())
 
 
 Config = TypeVar("Config", bound=DecoderConfig)

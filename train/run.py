@@ -42,7 +42,7 @@ from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.processes import broadcast_from_first
-from domino_jax.sharding import fetch, mesh_context
+from domino_jax.sharding import fetch, mesh_context, parse_training_mesh
 from domino_jax.weights import Target, flatten, init_weights, unflatten
 from train import config
 from train import mesh as meshes
@@ -91,7 +91,7 @@ def prepare(options: TrainConfig) -> Setup:
     """Find and check everything a run needs, the cheap things first.
 
     Raises:
-        UsageError: a setting does not fit the target or the devices.
+        UsageError: a setting does not fit the target.
         DominoError: something is missing, or does not fit something else.
     """
     require("grain", "matplotlib", "tomli_w")  # imported when data and weights are read
@@ -110,9 +110,9 @@ def prepare(options: TrainConfig) -> Setup:
         warnings = (
             guessed + check_pair(target, draft) + last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)
         )
-        mesh = resolve_mesh(options, target, draft)
         if options.drafter.init == "target-layers":
             check_target_layers(draft, target)
+    mesh = resolve_mesh(options, target, draft)
     if options.drafter.init_from and not options.resume:  # what a run began with is needed no more
         warnings += read_first_drafter(options.drafter.init_from, draft).warnings
     for warning in warnings:
@@ -210,16 +210,19 @@ def resolve_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig)
     """The mesh to train on; None for one device.
 
     Raises:
-        DominoError: it does not fit the devices, the models or the batch.
+        UsageError: it is malformed, or does not fit the batch.
+        DominoError: it does not fit the devices or the models.
     """
     words = options.run.mesh
     if words is None:
         alone = jax.default_backend() == "cpu" and jax.process_count() == 1  # a CPU's devices are one and the same
         words = f"fsdp={1 if alone else len(jax.devices())}"
+    with words_at_fault():
+        parse_training_mesh(words)
     mesh = meshes.make_training_mesh(words, [target, draft])
     rows, parts = mesh.shape["data"] * mesh.shape["fsdp"], options.run.accumulate
     if options.run.batch % (rows * parts):
-        raise DominoError(
+        raise UsageError(
             f"--batch {options.run.batch} can't be divided into --accumulate {parts} parts over {rows} devices: give a "
             f"multiple of {rows * parts}."
         )

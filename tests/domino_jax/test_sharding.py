@@ -237,7 +237,16 @@ def test_a_mesh_that_does_not_fit_is_refused(pair):
     with pytest.raises(DominoError, match="needs 32 devices; found 8"):
         sharding.make_mesh(4, 8)
     assert sharding.parse_mesh("model=4,data=2") == (2, 4)
-    for text in ("", "model", "model=0", "rows=2", "data=2;model=4"):
+    for text in (
+        "",
+        "model",
+        "model=0",
+        "rows=2",
+        "data=2;model=4",
+        "data=2,data=4",
+        "data=\u0662",
+        "data=" + "9" * 5000,
+    ):
         with pytest.raises(DominoError, match="data=2,model=4"):
             sharding.parse_mesh(text)
 

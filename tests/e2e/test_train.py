@@ -185,6 +185,7 @@ REFUSED = [
     pytest.param(["--target-layer-ids", "0", "3"], "must name layers 0 to 2", id="target layers"),
     pytest.param(["--pure-draft-prefix-len", "4"], "pure_draft_prefix_len", id="prefix"),
     pytest.param(["--batch", "0"], "--batch must be at least 1", id="batch"),
+    pytest.param(["--mesh", "data"], "a mesh is given as data=1,fsdp=4,model=2, found 'data'", id="mesh"),
     pytest.param(["--mesh", "data=3"], "--batch 4 can't be divided", id="batch over the mesh"),
     pytest.param(["--mesh", "model=4"], "does not divide num_key_value_heads 2", id="heads over the mesh"),
     pytest.param(["--mesh", "data=16"], "needs 16 devices; found 8", id="devices"),
@@ -196,8 +197,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("more", "message"), REFUSED)
 def test_refusals(folder, tmp_path, capsys, more, message):
-    missing = "missing" in " ".join(more)
-    assert main(words(folder, tmp_path / "run", *more)) == (1 if missing else 2)
+    failed = "missing" in " ".join(more) or "model=4" in more or "data=16" in more  # not to be seen in the words alone
+    assert main(words(folder, tmp_path / "run", *more)) == (1 if failed else 2)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert.options import check_count, check_real
+from convert.options import Dtype, check_count, check_real
 from convert.registry import DEMO_FOLDER, read_configs
 from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
@@ -27,7 +27,7 @@ from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
-from domino_jax.sharding import mesh_context
+from domino_jax.sharding import mesh_context, parse_training_mesh
 from domino_jax.weights import flatten, unflatten
 from train import anchors, mesh
 from train.bench.flops import flops
@@ -67,7 +67,7 @@ class TrainBench:
     accumulate: int = 1
     captured: bool = False
     """the target's states are given and not computed"""
-    dtype: str | None = None
+    dtype: Dtype | None = None
     """float32 on a CPU and bfloat16 elsewhere when not given"""
     mesh: str | None = None
     """such as data=1,fsdp=4,model=2"""
@@ -186,6 +186,9 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
     check_real("gamma", options.objective.gamma, "above 0")
     if options.peak_tflops is not None:
         check_real("peak_tflops", options.peak_tflops, "above 0")
+    if options.mesh:
+        with words_at_fault():
+            parse_training_mesh(options.mesh)
     dtype = resolve_dtype(options.dtype)
     made = mesh.make_training_mesh(options.mesh, (target, config)) if options.mesh else None
     recipe = Recipe(target, config, options.objective, options.optimizer, 1000, dtype.name, options.accumulate)

@@ -112,5 +112,13 @@ def test_refusals(tiny, capsys):
     assert "the shapes are qwen3-0.6b" in capsys.readouterr().err
     assert main([*tiny, "--length", "0"]) == 2
     assert "--length must be at least 1" in capsys.readouterr().err
+    for words, says in (
+        (["--mesh", "3"], "a mesh is given as data=1,fsdp=4,model=2"),
+        (["--dtype", "float16"], "--dtype is one of bfloat16, float32"),
+        (["--gamma", "nan"], "--gamma must be above 0"),
+        (["--steps", "-1"], "--steps must be at least 1"),
+    ):
+        assert main([*tiny, *words]) == 2
+        assert says in capsys.readouterr().err
     assert main([*tiny, "--mesh", "model=3"]) == 1
     assert "model=3 does not divide num_attention_heads 4" in capsys.readouterr().err

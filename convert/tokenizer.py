@@ -136,7 +136,7 @@ def render(
         known = "" if role in ROLES else f"; known roles are {', '.join(ROLES)}"
         raise RefusedByTemplate(f"it leaves out a message of the role {role!r}{known}")
     for name in filter(None, map(_function, tools or [])):
-        if name not in rendered:
+        if not _contains(rendered, name):
             raise RefusedByTemplate(f"it leaves out the tool {name!r}")
     return rendered
 
@@ -171,15 +171,18 @@ def _shown(message: Mapping[str, Any], rendered: str) -> bool:
     """Whether a message is in the rendering: its text, of an answer without thoughts, and the names of its calls."""
     content = message["content"]
     names = map(_function, message.get("tool_calls", ())) if message["role"] == "assistant" else ()
-    if not all(name in rendered for name in names if name):
+    if not all(_contains(rendered, name) for name in names if name):
         return False
     if message["role"] == "assistant":  # as templates cut off what was thought before
         content = content.rpartition(THOUGHTS_END)[2]
-    if content.strip() in rendered:
-        return True
-    if message["role"] == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in rendered:
+    if content.strip() in rendered or (message["role"] == "tool" and _contains(rendered, content)):
         return True
     return "".join(content.split()) in "".join(rendered.split())  # templates may set other spaces and line ends
+
+
+def _contains(rendered: str, text: str) -> bool:
+    """Whether a text is in a rendering, as it is or as JSON writes it."""
+    return text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered
 
 
 def _function(call: Any) -> str | None:

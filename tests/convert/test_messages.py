@@ -280,6 +280,8 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 
 def test_tools_that_the_template_does_not_show_are_refused(tmp_path):
     shows = make_tokenizer("{{ tools | tojson if tools }}" + CHATML)
+    odd = [{"name": 'say "ä" & <b>'}]
+    assert render(shows, BRIEF, tools=odd)
     path = write(tmp_path / "a.jsonl", {"messages": BRIEF, "tools": TOOLS})
     (prompt,) = read_prompts(path)
     assert '"name": "look"' in shows.decode(Encoder(shows).ids(prompt))

@@ -83,6 +83,24 @@ def check_real(name: str, value: Any, rule: str) -> None:
         raise UsageError(f"{flag(name)} must be {rule}, found {shown(value)}.")
 
 
+def check_file(name: str, path: Path | None) -> None:
+    """Refuse a file that could not be written when the work for it is done.
+
+    Args:
+        name: of the option.
+        path: None where it is not given.
+
+    Raises:
+        UsageError: its folder is missing, or it is a folder itself.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path.absolute().parent} is not a folder; {flag(name)} is to be written there.")
+    if path.is_dir():
+        raise UsageError(f"{flag(name)} is to be a file, and {path} is a folder.")
+
+
 class PlanOptions(TypedDict, total=False):
     """How a pair runs: keywords of `loading.plan_load`, which describes them."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import DisallowNone, Positional, UseAppendAction, arg
 
 from convert import registry
-from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, SamplingOptions, check_count
+from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, SamplingOptions, check_count, check_file
 from convert.values import shown
 from domino_jax.runtime.command import UsageError
 from infer.prompts import parse_ids
@@ -88,6 +88,7 @@ class Generate:
         without = self.model.draft == registry.NO_DRAFT
         check_count("max_new_tokens", output.max_new_tokens)
         check_count("batch_size", given.batch_size)
+        check_file("svg", output.svg)
         rules = (
             (sum(sources) > 1, "give one of PROMPT, --prompts and --input-ids, not several"),
             (

@@ -9,10 +9,12 @@ import pytest
 
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, parse_words
+from infer.bench.checkpoints import main as checkpoints
 from infer.bench.options import Bench, check_bench
 from infer.options import Generate
 from train.config import TrainConfig
 from train.demo.pretrain import Pretrain, check_pretrain
+from train.demo.pretrain import main as pretrain
 from train.evaluate.validate import Validate, check_validate
 from train.options import parse_options
 from train.regenerate.command import Regenerate, check_regenerate
@@ -66,6 +68,21 @@ def give(command: str, flag: str, value: str) -> bool:
         assert flag in ("--run", "--config", "--out", "--plot", "--profile", "--resume") and "\n" not in str(error)
         return False
     return True
+
+
+@pytest.mark.parametrize("name", ["folder", "missing/file", "file/file"])
+def test_a_file_that_could_not_be_written_in_the_end_is_refused_in_the_beginning(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for command, flags in (("infer", ["--show-drafts", f"--svg={name}"]), ("infer.bench", [f"--json={name}"])):
+        form, base, check = COMMANDS[command]
+        with pytest.raises(UsageError, match=r"is not a folder; --|is to be a file, and"):
+            check(parse_words(form, [*base, *flags], prog=command))
+    assert checkpoints(["--json", name]) == 2
+    assert pretrain(["--out", "file/model", "--steps", "1"]) == 1
+    assert "can't be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import DisallowNone
 
-from convert.options import UNSET, DeviceOptions
+from convert.options import UNSET, DeviceOptions, check_count, check_file
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 
@@ -222,6 +222,8 @@ def _run(options: Round) -> None:
     if options.step and options.out is None:
         raise UsageError("--step works on the copies in --out DIR.")
     DeviceOptions(mesh=options.mesh).mesh_sizes()  # refuses what is malformed
+    check_count("shard_mb", options.shard_mb)
+    check_file("json", options.json)
     if options.step:
         print(json.dumps(run_checkpoints(options)))
         return

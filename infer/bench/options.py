@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import DisallowNone
 
-from convert.options import GROUP, UNSET, Flag, ModelOptions, SamplingOptions, check_count, check_real
+from convert.options import GROUP, UNSET, Flag, ModelOptions, SamplingOptions, check_count, check_file, check_real
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError
 from domino_jax.runtime.extras import require
@@ -119,8 +119,7 @@ def check_bench(options: Bench) -> None:
         raise UsageError("--shapes and --model name two models: leave one of them out.")
     if options.shapes and (options.model.revision or options.model.drafting.draft_revision):
         raise UsageError("--shapes has random weights, and no --revision or --draft-revision of them.")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UsageError(f"{options.json.absolute().parent} is not a folder; --json is to be written there.")
+    check_file("json", options.json)
     _check_quality(options)
     if options.plot:
         require("matplotlib")  # it is imported when all is measured

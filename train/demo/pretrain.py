@@ -27,6 +27,7 @@ from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.files import lock_folder
 from domino_jax.weights import axes, flatten, init_weights, unflatten
 from train.demo.corpus import read_texts
 from train.monitor import curves
@@ -153,7 +154,18 @@ def check_pretrain(options: Pretrain) -> None:
 
 
 def run_pretrain(options: Pretrain) -> None:
+    """Pre-train a target and write it.
+
+    Raises:
+        UsageError: a value makes no sense.
+        DominoError: the text is too short, the loss diverges, or the folder holds a model or can't be written.
+    """
     check_pretrain(options)
+    with lock_folder(options.out):  # a folder that can't be written is known before the work is done
+        _pretrain(options)
+
+
+def _pretrain(options: Pretrain) -> None:
     enable_compile_cache()
     texts, held_out = read_texts(options.text, options.files)
     tokenizer = train_tokenizer(texts, options.vocab_size)
@@ -218,7 +230,6 @@ def run_pretrain(options: Pretrain) -> None:
                 shown = "  ".join(f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
                 print(f"{shown}  {left / 60:.1f} min left", flush=True)
     raw = config.to_hf() | {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
-    options.out.mkdir(parents=True, exist_ok=True)
     save_hf(options.out, unflatten(config, weights), config, raw, jnp.bfloat16)
     tokenizer.save_pretrained(options.out)
     write_json(options.out / "generation_config.json", {"eos_token_id": tokenizer.eos_token_id, "do_sample": False})

@@ -39,7 +39,7 @@ def read_jsonl(
     Args:
         what: what the file should hold ("prompts"), for the error of a file without lines; None allows an empty file.
         invalid: what a line that is not JSON is called in its error.
-        lenient: leave such a line out instead.
+        lenient: leave such a line out instead, and allow NaN; for files that this project wrote itself.
 
     Raises:
         DominoError: the file can't be read, has no lines or is of another kind, or a line is not JSON.
@@ -55,7 +55,7 @@ def read_jsonl(
                     continue
                 first, found, where = not found, True, f"{path}, line {number}"
                 try:
-                    value = parse_json(line)
+                    value = parse_json(line, nan=lenient)
                 except ValueError as error:
                     if lenient:
                         continue

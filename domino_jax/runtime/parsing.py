@@ -50,15 +50,19 @@ def read_text(path: Path) -> str:
     return content.decode("utf-8-sig")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, nan: bool = False) -> Any:
     """The value of a JSON text; a byte order mark before it is allowed.
 
+    Args:
+        nan: allow NaN and Infinity, which JSON does not know and Python writes: for what this project wrote itself.
+
     Raises:
-        ValueError: it is not JSON, which knows no NaN and no Infinity; a key is given twice; it is nested too deep.
+        ValueError: it is not JSON; a key is given twice; it is nested too deep.
     """
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
     try:
-        value = json.loads(text, parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
+        numbers = {} if nan else {"parse_constant": _constant, "parse_float": _float}
+        value = json.loads(text, object_pairs_hook=_object, **numbers)
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_NESTED} deep") from None
     if text.count("[") + text.count("{") > MOST_NESTED and _depth(value) > MOST_NESTED:

@@ -4,8 +4,17 @@
 class DominoError(Exception):
     """Something the user can act on, in one sentence: what was expected, found, and what to do.
 
-    The command lines print it without a traceback and exit with status 1.
+    The command lines print it without a traceback and exit with status 1. Names from files and from users are part of
+    it: what in them would break the line or steer a terminal is written as an escape.
     """
+
+    def __init__(self, message: object):
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """Text with line breaks, control characters and lone surrogates as escapes such as \\n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from domino_jax.errors import first_line
+from domino_jax.errors import DominoError, first_line
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,17 @@ from domino_jax.errors import first_line
 )
 def test_the_first_line_has_the_reason(text, says):
     assert first_line(ValueError(text)) == says
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("a\nb", r"a\nb"),
+        ("\x1b[31mred\x1b[0m\x07", r"\x1b[31mred\x1b[0m\x07"),
+        ("tab\there\r", r"tab\there\r"),
+        ("\ud800\u2028\x85", r"\ud800\u2028\x85"),
+        ("Zoë: 東京 − 🙂", "Zoë: 東京 − 🙂"),
+    ],
+)
+def test_names_of_others_neither_break_the_line_nor_steer_the_terminal(given, shown):
+    assert str(DominoError(f"{given} is not a folder.")) == f"{shown} is not a folder."

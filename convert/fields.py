@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, overload
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import parse_json, read_text
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DominoError(f"{path} does not exist; a model folder needs a {path.name}.") from None
     except (OSError, ValueError) as error:
-        raise DominoError(f"{path} can't be read as JSON: {error}.") from None
+        raise DominoError(f"{path} can't be read as JSON: {first_line(error)}.") from None
     if not isinstance(value, dict):
         raise DominoError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
     return value

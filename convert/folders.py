@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from convert import hf, orbax
 from convert.draft_configs import least_depth
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 PARTIAL = ".partial"
 HF, ORBAX, RUN = "Hugging Face", "Orbax", "training run"
@@ -105,7 +105,7 @@ def convert_folder(
         else:
             partial.replace(destination)
     except OSError as error:
-        raise DominoError(f"{destination} can't be written: {error}.") from None
+        raise DominoError(f"{destination} can't be written: {first_line(error)}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return was, now

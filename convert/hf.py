@@ -26,7 +26,7 @@ from convert.fields import read_json as read_json  # hf.read_json reads a model'
 from convert.names import Entry, entries, to_hf, units
 from convert.tensors import INDEX, SINGLE, account_tensors, compare_derived, open_tensors, some
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import write_text
 from domino_jax.sharding import mesh_context, shard_stored
 from domino_jax.weights import flatten, unflatten
@@ -171,7 +171,7 @@ def write_hf(
             write_json(folder / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
         write_json(folder / "config.json", raw if dtype is None else with_dtype(raw, dtype))
     except (OSError, SafetensorError) as error:
-        raise DominoError(f"{folder} can't be written: {error}.") from None
+        raise DominoError(f"{folder} can't be written: {first_line(error)}.") from None
     finally:
         for file, _ in files:
             with suppress(OSError):

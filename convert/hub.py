@@ -236,7 +236,9 @@ def _refusal(error: Exception, repo: str, flag: str) -> DominoError:
             f"{repo} is no folder here and not whole in the cache, and HF_HUB_OFFLINE forbids the network; {folder}."
         )
     if isinstance(error, OSError) and error.errno is not None:  # the disk's; huggingface_hub's have no number
-        return DominoError(f"{repo} can't be written to {constants.HF_HUB_CACHE}: {error}; finished files are kept.")
+        return DominoError(
+            f"{repo} can't be written to {constants.HF_HUB_CACHE}: {first_line(error)}; finished files are kept."
+        )
     reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
     return DominoError(
         f"{repo} could not be fetched from the Hugging Face Hub ({reason}): check the network and try again (finished "

@@ -9,7 +9,7 @@ from typing import Any
 from convert import hf, orbax
 from convert.companions import text_files
 from convert.tensors import open_tensors, tensor_files
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import parse_json
 
 PIECE_BYTES = 4096  # bytes of a tensor's begin, middle and end that count
@@ -41,7 +41,6 @@ def model_fingerprint(folder: Path) -> str:
 
 def _tensor_pieces(folder: Path) -> Iterator[bytes]:
     found: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
-    open_tensors(folder).close()  # each tensor is in one file
     for file in tensor_files(folder):
         try:
             with file.open("rb") as stream:
@@ -50,6 +49,7 @@ def _tensor_pieces(folder: Path) -> Iterator[bytes]:
             found |= {name: (file, 8 + size, value) for name, value in tensors.items() if name != "__metadata__"}
         except (OSError, ValueError, AttributeError) as error:
             raise DominoError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from None
+    open_tensors(folder).close()  # each tensor is in one file
     for name in sorted(found):
         file, start, tensor = found[name]
         begin, end = tensor["data_offsets"]
@@ -74,7 +74,7 @@ def file_fingerprint(file: Path) -> str:
                 data.seek(offset)
                 digest.update(data.read(BLOCK_BYTES))
     except OSError as error:
-        raise DominoError(f"{file} can't be read: {error}.") from None
+        raise DominoError(f"{file} can't be read: {first_line(error)}.") from None
     return digest.hexdigest()
 
 

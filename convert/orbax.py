@@ -23,7 +23,7 @@ from convert.fields import read_json
 from convert.hf import Progress, grouped, write_json
 from convert.tensors import some, tensor_differences
 from domino_jax.config import DecoderConfig
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.sharding import DATA, MODEL, stored_shape
 from domino_jax.sharding import stored_spec as stored_as
 from domino_jax.weights import axes, flatten, unflatten, weight_shapes
@@ -86,7 +86,7 @@ def save_orbax(folder: Path, module: Any) -> None:
             checkpointer.save((folder / WEIGHTS).absolute(), args=form)
         write_json(folder / WEIGHTS / FORMAT_FILE, {"format": FORMAT})
     except Exception as error:  # the array storage behind Orbax raises several kinds
-        raise DominoError(f"{folder / WEIGHTS} can't be written: {error}") from error
+        raise DominoError(f"{folder / WEIGHTS} can't be written: {first_line(error)}") from error
 
 
 def check_format(folder: Path, names: Iterable[str]) -> None:

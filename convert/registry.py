@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 if TYPE_CHECKING:  # slow to import, and the command line is checked before
     from collections.abc import Callable
@@ -176,7 +176,7 @@ def _is_folder(place: str) -> bool:
     try:
         return Path(place).is_dir()
     except OSError as error:
-        raise DominoError(f"{place} can't be read: {error}.") from None
+        raise DominoError(f"{place} can't be read: {first_line(error)}.") from None
 
 
 def _open(place: str, asked: str, flag: str, revision: str | None, console: "Console") -> "Path | Snapshot":

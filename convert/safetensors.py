@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 # Files are memory-mapped, and what was read of a mapping counts as this process's memory until it is closed.
 MOST_MAPPED = 64 * 2**20
@@ -72,7 +72,7 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
             handle = self._open(tensor.file)
             part = handle.get_tensor(tensor.name) if index is None else handle.get_slice(tensor.name)[index]
         except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-            raise DominoError(f"{tensor.name} in {tensor.file} can't be read: {error}.") from None
+            raise DominoError(f"{tensor.name} in {tensor.file} can't be read: {first_line(error)}.") from None
         self._mapped += part.nbytes
         if self._mapped > MOST_MAPPED:
             self.close()

@@ -18,6 +18,11 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line without a full stop: its first, and the next where that ends with a colon."""
+    """What an exception says, in one line without a full stop: its first, and the next where that ends with a colon.
+
+    Of an error of the system, the reason alone: its number means nothing to a reader, and the file is named around it.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror[0].lower()}{error.strerror[1:]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from convert import registry
 from convert.progress import progress_bars
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import print_error, run_command
 from domino_jax.runtime.processes import join_processes
 from infer.options import Generate
@@ -88,7 +88,7 @@ def read_input(options: Generate) -> list[Prompt]:
         try:
             text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise DominoError(f"standard input can't be read: {error}.") from None
+            raise DominoError(f"standard input can't be read: {first_line(error)}.") from None
     return [Prompt(text=text)]
 
 

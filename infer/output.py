@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 if TYPE_CHECKING:
     from convert.loading import LoadedModel
@@ -247,4 +247,4 @@ def write_svg(colored: Text, title: str, path: Path, columns: int = 96) -> None:
     try:
         console.save_svg(str(path), title=title)
     except OSError as error:
-        raise DominoError(f"{path} can't be written: {error}.") from None
+        raise DominoError(f"{path} can't be written: {first_line(error)}.") from None

@@ -5,7 +5,7 @@ from typing import Any
 
 from convert.messages import LeftOut, Message, conversation_of
 from convert.values import INT_LIMIT, is_number, is_whole, shown
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 # Keys that a row can't have: they hold for all prompts of a run, and would be ignored without a word.
 FLAGS = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "max_tokens")
@@ -22,7 +22,7 @@ def conversation_in_row(row: Mapping[str, Any], where: str) -> tuple[list[Messag
     except LeftOut as error:
         raise DominoError(f"{where}: {error.sentence}.") from None
     except ValueError as error:
-        raise DominoError(f"{where} has messages that can't be read: {error}.") from None
+        raise DominoError(f"{where} has messages that can't be read: {first_line(error)}.") from None
     if found is not None and not found[0]:
         raise DominoError(f"{where} has no message.")
     return found

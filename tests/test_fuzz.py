@@ -37,15 +37,14 @@ from train.regenerate.command import Regenerate, check_regenerate
 FEW, MANY = pytest.param(60, id="few"), pytest.param(3000, id="many", marks=pytest.mark.slow)
 CASES = pytest.mark.parametrize("cases", [FEW, MANY])
 
+EVERY: Any = list(HealthCheck)
 Property = Callable[[Any], bool]  # whether a case was refused
 
 
 def fuzz(cases: int, strategy: st.SearchStrategy[Any], check: Property) -> None:
     """Try so many cases, of which some must be read and some refused; a failing one is made small and printed."""
     counts = Counter[bool]()
-    how = settings(
-        max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    how = settings(max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=EVERY)
     how(given(strategy)(lambda case: counts.update([check(case)])))()
     assert min(counts[True], counts[False]) > cases // 50, counts
 

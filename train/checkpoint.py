@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from train.step import TrainState
 
 TAU = "tau"  # what a checkpoint's validation found; 0 where there was none, less than any acceptance length
@@ -83,8 +83,8 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(form))  # type: ignore[call-arg]
         except Exception as error:
             raise DominoError(
-                f"the checkpoint of step {step} in {self.folder} can't be read: {error}; without its folder "
-                f"{self.folder / str(step)} the run goes on from the one before."
+                f"the checkpoint of step {step} in {self.folder} can't be read: {first_line(error)}; without "
+                f"its folder {self.folder / str(step)} the run goes on from the one before."
             ) from error
 
     def finish(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.extras import explain_missing_extra
 
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -106,7 +106,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.filename is None:  # standard output's: a full disk behind it, say
             _discard_output()
-            print_error(f"the output can't be written: {error}.")
+            print_error(f"the output can't be written: {first_line(error)}.")
         else:
             print_error(f"{error.filename}: {error.strerror}.")
         return FAILED

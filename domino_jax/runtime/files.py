@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import KIND_BYTES, other_kind, parse_json
 
 try:
@@ -66,7 +66,7 @@ def read_jsonl(
                     raise DominoError(f"{path} {ARRAY}.")
                 yield JsonLine(value, where, start)
     except OSError as error:
-        raise DominoError(f"{path} can't be read: {error}.") from None
+        raise DominoError(f"{path} can't be read: {first_line(error)}.") from None
     if what and not found:
         raise DominoError(f"{path} has no {what}.")
 
@@ -137,7 +137,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DominoError(f"{folder} can't be written: {error}.") from None
+        raise DominoError(f"{folder} can't be written: {first_line(error)}.") from None
     try:
         with _lock(folder / LOCK, folder):
             yield
@@ -160,7 +160,7 @@ def lock_file(path: Path, wait: bool = False) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DominoError(f"{path} can't be written: {error}.") from None
+        raise DominoError(f"{path} can't be written: {first_line(error)}.") from None
     with _lock(path.with_name(f".{path.name}{LOCK}"), path, wait):
         yield
 
@@ -182,7 +182,7 @@ def _locked(path: Path, output: Path, wait: bool) -> int:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise DominoError(f"{output} can't be written: {error}.") from None
+            raise DominoError(f"{output} can't be written: {first_line(error)}.") from None
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

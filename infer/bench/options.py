@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import DisallowNone
 
 from convert.options import GROUP, UNSET, Flag, ModelOptions, SamplingOptions, check_count, check_file, check_real
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError
 from domino_jax.runtime.extras import require
 from infer.options import NUM_DRAFT_TOKENS, NumDraftTokens
@@ -157,4 +157,4 @@ def check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise DominoError(f"{folder} can't be written: {error}.") from None
+        raise DominoError(f"{folder} can't be written: {first_line(error)}.") from None

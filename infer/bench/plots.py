@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import write_atomic
 from infer.bench.report import label, title
 from infer.bench.rows import LEAN, TRANSFORMERS, Row
@@ -89,6 +89,6 @@ def save_plots(figure: Any, path: Path) -> None:
         with write_atomic(path) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
     except OSError as error:
-        raise DominoError(f"{path} can't be written: {error}.") from None
+        raise DominoError(f"{path} can't be written: {first_line(error)}.") from None
     finally:
         pyplot().close(figure)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from infer.bench.options import check_writable
 
 SCOPES = ("draft", "head", "target", "verify", "context")  # as `domino_jax.decode` names its phases
@@ -33,7 +33,7 @@ def traced(folder: Path, run: Callable[[], Any], program: str) -> tuple[str, ...
         with jax.profiler.trace(folder, profiler_options=options):
             run()
     except OSError as error:
-        raise DominoError(f"{folder} can't be written: {error}.") from None
+        raise DominoError(f"{folder} can't be written: {first_line(error)}.") from None
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise DominoError(f"the profiler wrote no trace to {folder}.")

@@ -18,6 +18,12 @@ def test_the_first_line_has_the_reason(text, says):
     assert first_line(ValueError(text)) == says
 
 
+def test_of_the_systems_errors_the_reason_stays():
+    assert first_line(FileNotFoundError(2, "No such file or directory", "x")) == "no such file or directory"
+    assert first_line(OSError(28, "No space left on device")) == "no space left on device"
+    assert first_line(OSError("as it is")) == "as it is"
+
+
 @pytest.mark.parametrize(
     ("given", "shown"),
     [

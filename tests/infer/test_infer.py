@@ -273,7 +273,7 @@ def test_a_full_disk_is_one_sentence_and_exit_code_1(models):
         )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: the output can't be written") and "No space left" in last
+    assert last.startswith("error: the output can't be written") and "no space left" in last
 
 
 @pytest.mark.e2e

@@ -97,7 +97,7 @@ def _check_table(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(KIND_BYTES)
     except OSError as error:
-        raise DominoError(f"{path} can't be read: {error}.") from None
+        raise DominoError(f"{path} can't be read: {first_line(error)}.") from None
     found = other_kind(head)
     if found and FORMS[path.suffix] in found:
         return

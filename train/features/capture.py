@@ -28,7 +28,7 @@ from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
 from domino_jax.config import TargetConfig, choose_taps, last_layer_warning
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
@@ -251,8 +251,8 @@ def write_missing(folder: Path, plan: shards.ShardPlan, rows_of: Callable[[slice
                 plan = shards.write_shard(folder, plan, shard, shown(rows_of(part)))
         except OSError as error:
             raise DominoError(
-                f"{folder} can't be written: {error}; {total - len(plan.missing)} of {total} shards are finished: "
-                "free some space and give the same command again."
+                f"{folder} can't be written: {first_line(error)}; {total - len(plan.missing)} of {total} shards are "
+                "finished: free some space and give the same command again."
             ) from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{total - len(plan.missing)} of {total} shards are finished") from None

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from convert import hf
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import write_atomic
 
 HEADER_VERSION = 1
@@ -204,7 +204,7 @@ class Shard:
                 tables = file.read()
             self.values = np.memmap(self.path, np.uint16, "r", len(head), (tokens, plan.token_bytes // 2))
         except OSError as error:
-            raise DominoError(f"{self.path} can't be read: {error}; capture the features again.") from None
+            raise DominoError(f"{self.path} can't be read: {first_line(error)}; capture the features again.") from None
         if not same or zlib.crc32(tables) != plan.checksums[number]:
             raise DominoError(f"{self.path} was altered (its checksum is wrong): capture the features again.")
         self.lengths, self.checksums = np.frombuffer(tables, "<i4", rows), np.frombuffer(tables, "<u4", rows, 4 * rows)

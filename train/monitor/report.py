@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from domino_jax.errors import first_line
 from domino_jax.runtime.files import write_text
 from train.monitor import curves
 from train.monitor.progress import clock
@@ -53,7 +54,7 @@ def write_report(
         )
         write_text(folder / REPORT, text)
     except OSError as error:
-        return f"the report in {folder} can't be written: {error}"
+        return f"the report in {folder} can't be written: {first_line(error)}"
     return None
 
 

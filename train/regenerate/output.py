@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import hf
 from convert.values import is_whole, token_ids
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import JsonLine, lock_file, read_jsonl, read_line, whole_lines
 from domino_jax.runtime.processes import broadcast_from_first, max_over_processes
 
@@ -47,7 +47,7 @@ class Answers:
             self._file = path.open("ab", buffering=0)  # a buffer would be lost with the process
             self._end = self._index()
         except OSError as error:
-            raise DominoError(f"{path} can't be written: {error}.") from None
+            raise DominoError(f"{path} can't be written: {first_line(error)}.") from None
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any], beside: Path) -> None:
         other = [name for name in now if before.get(name) != now[name]]

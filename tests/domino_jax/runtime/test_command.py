@@ -76,7 +76,7 @@ def test_a_help_is_no_wider_than_the_terminal(capsys, monkeypatch):
         (SystemExit(0), 0, ""),
         (SystemExit(), 0, ""),
         (SystemExit(3), 3, ""),
-        (OSError(28, "No space left on device"), 1, "error: the output can't be written: [Errno 28] No space left"),
+        (OSError(28, "No space left on device"), 1, "error: the output can't be written: no space left"),
         (OSError(28, "No space left on device", "a.json"), 1, "error: a.json: No space left on device.\n"),
     ],
     ids=str,

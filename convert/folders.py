@@ -1,5 +1,7 @@
 """A model's folder, whichever of the two forms its weights have."""
 
+import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from convert import hf, orbax
 from convert.draft_configs import least_depth
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
+from domino_jax.runtime.files import check_output, lock_file, lock_folder
 
 PARTIAL = ".partial"
 HF, ORBAX, RUN = "Hugging Face", "Orbax", "training run"
@@ -73,21 +76,31 @@ def convert_folder(
     destination = destination.absolute()
     if not source.is_dir():
         raise DominoError(f"{source} is not a folder.")
+    check_output(destination, sources=[source, *([target] if target else [])])
+    # An empty folder may be a volume or a link to another disk: what is written goes there, not beside it.
     there = destination.exists()
-    if there and (not destination.is_dir() or any(file.name != PARTIAL for file in destination.iterdir())):
-        raise DominoError(f"{destination} exists and is not an empty folder; give another destination.")
+    with lock_folder(destination) if there else lock_file(destination):
+        check_output(destination)  # another conversion may have ended meanwhile
+        parent, name = (destination, "") if there else (destination.parent, destination.name)
+        partial = parent / f".{name}.{secrets.token_hex(4)}{PARTIAL}"
+        earlier = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+        for left in [file for file in parent.iterdir() if earlier.fullmatch(file.name)]:  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        return _convert(source, destination, partial, progress, dtype, target)
+
+
+def _convert(
+    source: Path, destination: Path, partial: Path, progress: hf.Progress | None, dtype: Any, target: Path | None
+) -> tuple[str, str]:
+    """See `convert_folder`; `partial` is the folder to write, on the disk of the destination."""
     raw: Mapping[str, Any] = hf.read_json(source / "config.json")
     config = hf.parse_config(raw, least_depth(raw), source / "config.json")
     was = folder_format(source)
     now = ORBAX if was == HF else HF
     if was == RUN:
         raw, dtype = config.to_hf(), dtype or jnp.bfloat16  # in today's names, whatever version began the run
-    # An empty folder may be a volume or a link to another disk: what is written goes there, not beside it.
-    partial = destination / PARTIAL if there else destination.with_name(f".{destination.name}{PARTIAL}")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        partial.mkdir()
         if now == HF:
             saved = orbax.Saved(source, config)
             hf.write_hf(partial, saved.read, config, raw, dtype, progress)
@@ -99,7 +112,7 @@ def convert_folder(
             hf.write_json(partial / "config.json", hf.with_dtype(raw, dtype))
         if was != RUN:  # beside a run lie its settings and metrics, which are no part of the drafter
             hf.copy_companions(source, partial)
-        if there:
+        if partial.parent == destination:
             for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # without it, no model
                 file.replace(destination / file.name)
         else:

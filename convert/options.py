@@ -5,6 +5,7 @@ so that a command can check its words first.
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
 from convert import registry
 from convert.values import INT_LIMIT, is_number, is_whole, shown
 from domino_jax.runtime.command import UsageError, words_at_fault
+from domino_jax.runtime.files import output_kind, source_at
 from domino_jax.runtime.processes import ProcessConfig, resolve_processes
 
 if TYPE_CHECKING:
@@ -83,22 +85,54 @@ def check_real(name: str, value: Any, rule: str) -> None:
         raise UsageError(f"{flag(name)} must be {rule}, found {shown(value)}.")
 
 
-def check_file(name: str, path: Path | None) -> None:
-    """Refuse a file that could not be written when the work for it is done.
+def check_file(name: str, path: Path | None, *sources: str | Path | None) -> None:
+    """Refuse a file that could not be written when the work for it is done, or would be written over a source.
 
     Args:
         name: of the option.
         path: None where it is not given.
+        sources: what the command reads, as it was given.
 
     Raises:
-        UsageError: its folder is missing, or it is a folder itself.
+        UsageError: its folder is missing, or it is a folder itself; it is a source, lies in one, or is a part of a
+            model, a training run or another whole folder.
     """
     if path is None:
         return
+    check_not_source(name, path, *sources)
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path.absolute().parent} is not a folder; {flag(name)} is to be written there.")
     if path.is_dir():
         raise UsageError(f"{flag(name)} is to be a file, and {path} is a folder.")
+    if path.exists() and (kind := output_kind(path.absolute().parent)) != "other files":
+        raise UsageError(f"{flag(name)} {path} would be written over a part of {kind}: give another file.")
+
+
+def check_not_source(name: str, path: Path, *sources: str | Path | None) -> None:
+    """Refuse an output that is what the command reads, or lies in it.
+
+    Args:
+        name: of the option.
+        sources: as they were given.
+
+    Raises:
+        UsageError: it is.
+    """
+    source = source_at(path, local_sources(*sources))
+    if source is not None:
+        raise UsageError(f"{flag(name)} {path} is to be written, and {source} there is read: give another place.")
+
+
+def local_sources(*given: str | Path | None) -> list[Path]:
+    """What of the values of options for models and data names a file or folder, and not a public model or dataset."""
+    public = registry.TABLE.keys() | registry.DRAFTERS.keys() | {registry.NO_DRAFT}
+    found = (one for one in given if one is not None and one not in public)
+    return [Path(one) for one in found if os.path.exists(one)]  # noqa: PTH110 (Path's raises for what can be no name)
+
+
+def absolute(given: str | Path | None) -> str | None:
+    """The value of an option for a model, data or a recipe, as it is kept: a file or folder from any working folder."""
+    return str(local_sources(given)[0].absolute()) if local_sources(given) else None if given is None else str(given)
 
 
 class PlanOptions(TypedDict, total=False):

@@ -88,7 +88,7 @@ class Generate:
         without = self.model.draft == registry.NO_DRAFT
         check_count("max_new_tokens", output.max_new_tokens)
         check_count("batch_size", given.batch_size)
-        check_file("svg", output.svg)
+        check_file("svg", output.svg, given.prompts, self.model.model, self.model.draft)
         rules = (
             (sum(sources) > 1, "give one of PROMPT, --prompts and --input-ids, not several"),
             (

@@ -20,11 +20,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from convert.options import ProcessOptions, flag
+from convert.options import ProcessOptions, absolute, flag, local_sources
 from convert.values import shown, shown_key
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError, parse_words
-from domino_jax.runtime.files import write_text
+from domino_jax.runtime.files import check_output, write_text
 from domino_jax.runtime.parsing import read_text
 from train.config import GROUPS, HERE, TrainConfig, check_options, flat
 
@@ -146,16 +146,39 @@ def check_change(default: TrainConfig, options: TrainConfig) -> TrainConfig:
 
     Raises:
         UsageError: a value makes no sense, or a resumed run would become another.
-        DominoError: --out holds a run already.
+        DominoError: --out holds a run already, or something else, or is read.
     """
     if options.resume:
-        before, now = flat(default), flat(options)
+        before, now = flat(with_absolute_paths(default)), flat(with_absolute_paths(options))
         kept = [name for name in now if now[name] != before[name] and name not in CHANGEABLE]
         if kept:
             raise UsageError(f"a resumed run keeps its settings; leave out {', '.join(map(flag, kept))}.")
     elif (options.out / SETTINGS).exists():
         raise DominoError(f"{options.out} already holds a run; continue it with --resume, or give another --out.")
-    return check_options(options)
+    check_options(options)
+    if not options.resume:
+        check_output(options.out, "a training run", read_places(options))
+    return options
+
+
+def with_absolute_paths(options: TrainConfig) -> TrainConfig:
+    """The options with files and folders named as they are found from any working folder."""
+    data, drafter = options.data, options.drafter
+    paths = {
+        name: path and path.absolute() for name, path in (("features", data.features), ("validation", data.validation))
+    }
+    return dataclasses.replace(
+        options,
+        target=absolute(options.target),
+        data=dataclasses.replace(data, data=tuple(str(absolute(one)) for one in data.data), **paths),
+        drafter=dataclasses.replace(drafter, init_from=drafter.init_from and drafter.init_from.absolute()),
+    )
+
+
+def read_places(options: TrainConfig) -> list[Path]:
+    """The files and folders that a run reads."""
+    data, drafter = options.data, options.drafter
+    return local_sources(options.target, *data.data, data.features, data.validation, drafter.init_from)
 
 
 def current_flags(argv: Sequence[str]) -> list[str]:
@@ -304,5 +327,5 @@ def dump(options: TrainConfig) -> str:
 
 
 def write_recipe(options: TrainConfig, folder: Path) -> None:
-    """Save the settings with the run, whole or not at all."""
-    write_text(folder / SETTINGS, dump(options))
+    """Save the settings with the run, whole or not at all; the run may go on from another working folder."""
+    write_text(folder / SETTINGS, dump(with_absolute_paths(options)))

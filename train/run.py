@@ -281,7 +281,7 @@ def run_training(options: TrainConfig) -> None:
     """
     enable_compile_cache()
     chief = jax.process_index() == 0
-    with lock_folder(options.out) if chief else nullcontext():
+    with lock_folder(options.out, "a training run") if chief else nullcontext():
         train_prepared(prepare(options))
 
 

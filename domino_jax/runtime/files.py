@@ -1,14 +1,15 @@
-"""Files that other processes may read or write at the same time: JSON lines, whole-file writes, locks on outputs."""
+"""Files: JSON lines, writes that are whole or not there, what kind of output a folder is, and locks on outputs."""
 
 import codecs
+import fnmatch
 import json
 import mmap
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import KIND_BYTES, other_kind, parse_json
@@ -19,6 +20,16 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 LOCK = ".lock"  # of a folder
+OutputKind = Literal["a training run", "captured features", "runs of an ablation", "a demo", "a model", "other files"]
+# What tells them apart, the first that is there: a training run has a config.json, too.
+MARKS: tuple[tuple[OutputKind, tuple[str, ...]], ...] = (
+    ("a training run", ("settings.toml", "origin.json")),
+    ("captured features", ("features.json",)),
+    ("runs of an ablation", ("ablation.settings.json",)),
+    ("a demo", ("demo.settings.json",)),
+    ("a model", ("config.json", "*.safetensors", "tokenizer.json")),
+    ("other files", ("*",)),
+)
 ARRAY = "is a JSON array: give one object a line (JSONL), as jq -c '.[]' writes it"
 OBJECT = "begins with a JSON object over several lines: give one object a line (JSONL), as jq -c . writes it"
 
@@ -124,15 +135,71 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def output_kind(folder: Path) -> OutputKind | None:
+    """What a folder holds; None where it is missing or empty.
+
+    What is hidden does not count (locks, and what killed processes left), nor does what an empty disk has.
+
+    Raises:
+        DominoError: it is a file, or can't be read.
+    """
+    try:
+        names = [file.name for file in folder.iterdir() if not file.name.startswith(".") and file.name != "lost+found"]
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise DominoError(f"{folder} can't be written: it is a file, and is to be a folder.") from None
+    except OSError as error:
+        raise DominoError(f"{folder} can't be read: {first_line(error)}.") from None
+    return next((kind for kind, marks in MARKS for mark in marks if fnmatch.filter(names, mark)), None)
+
+
+def check_output(folder: Path, kind: OutputKind | None = None, sources: Iterable[Path] = ()) -> None:
+    """Refuse a folder for an output that holds something else already, or that is a source or lies in one.
+
+    Args:
+        kind: what the folder may hold already, since the command goes on with it; nothing when None.
+        sources: files and folders that the command reads.
+
+    Raises:
+        DominoError: it does, or is one.
+    """
+    source = source_at(folder, sources)
+    if source is not None:
+        raise DominoError(f"{folder} is to be written, and {source} there is read: give another folder.")
+    found = output_kind(folder)
+    if found not in (None, kind):
+        rest = "" if kind is None else f", or of {kind}"
+        raise DominoError(f"{folder} already holds {found}: give a folder that is new or empty{rest}.")
+
+
+def source_at(path: Path, sources: Iterable[Path]) -> Path | None:
+    """The source that an output at `path` would be written over or into, whatever links lead there; None if none."""
+    real = Path(os.path.realpath(path))  # which lets a circle of links be
+    for source in sources:
+        place = Path(os.path.realpath(source))
+        if real.is_relative_to(place):
+            return source
+        with suppress(OSError):
+            if real.samefile(place):  # two names of one file
+                return source
+    return None
+
+
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, kind: OutputKind | None = None, sources: Iterable[Path] = ()) -> Iterator[None]:
     """Hold an output folder for this process alone until the block ends; makes it where it is missing.
 
     A folder that was made here and is still empty in the end is removed again.
 
+    Args:
+        kind, sources: see `check_output`.
+
     Raises:
-        DominoError: another process holds it, or it can't be written.
+        DominoError: another process holds it, it can't be written, or it is not to be written (see `check_output`).
     """
+    sources = tuple(sources)
+    check_output(folder, kind, sources)  # before a lock is left in what is another's
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +207,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise DominoError(f"{folder} can't be written: {first_line(error)}.") from None
     try:
         with _lock(folder / LOCK, folder):
+            check_output(folder, kind, sources)  # another process may have written it meanwhile
             yield
     finally:
         if made:
@@ -189,7 +257,7 @@ def _locked(path: Path, output: Path, wait: bool) -> int:
         except BlockingIOError:
             os.close(handle)
             raise DominoError(
-                f"{output} is being written by another process: wait until that ends, or give another --out."
+                f"{output} is being written by another process: wait until that ends, or give another place."
             ) from None
         except OSError:
             pass  # some network file systems have no locks; there, two processes are not told apart

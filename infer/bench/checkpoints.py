@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import DisallowNone
 
-from convert.options import UNSET, DeviceOptions, check_count, check_file
+from convert.options import UNSET, DeviceOptions, check_count, check_file, local_sources
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
+from domino_jax.runtime.files import lock_folder
 
 PROMPT = list(range(1, 33))
 NEW_TOKENS = 8
@@ -223,16 +224,14 @@ def _run(options: Round) -> None:
         raise UsageError("--step works on the copies in --out DIR.")
     DeviceOptions(mesh=options.mesh).mesh_sizes()  # refuses what is malformed
     check_count("shard_mb", options.shard_mb)
-    check_file("json", options.json)
+    check_file("json", options.json, options.model)
     if options.step:
         print(json.dumps(run_checkpoints(options)))
         return
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if any(options.out.iterdir()):
-            raise DominoError(f"{options.out} is not empty; give another folder with --out.")
-    with nullcontext(options.out) if options.out else TemporaryDirectory() as out:
-        figures = every_step(options, Path(out))
+    with ExitStack() as stack:
+        out = options.out or Path(stack.enter_context(TemporaryDirectory()))
+        stack.enter_context(lock_folder(out, sources=local_sources(options.model)))
+        figures = every_step(options, out)
     if options.json:
         options.json.write_text(json.dumps({**sampling_settings(options), **figures}, indent=1))
     print_figures(options, figures)

@@ -7,10 +7,21 @@ from typing import Annotated
 
 from tyro.conf import DisallowNone
 
-from convert.options import GROUP, UNSET, Flag, ModelOptions, SamplingOptions, check_count, check_file, check_real
+from convert.options import (
+    GROUP,
+    UNSET,
+    Flag,
+    ModelOptions,
+    SamplingOptions,
+    check_count,
+    check_file,
+    check_not_source,
+    check_real,
+)
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError
 from domino_jax.runtime.extras import require
+from domino_jax.runtime.files import check_output
 from infer.options import NUM_DRAFT_TOKENS, NumDraftTokens
 
 
@@ -119,12 +130,16 @@ def check_bench(options: Bench) -> None:
         raise UsageError("--shapes and --model name two models: leave one of them out.")
     if options.shapes and (options.model.revision or options.model.drafting.draft_revision):
         raise UsageError("--shapes has random weights, and no --revision or --draft-revision of them.")
-    check_file("json", options.json)
+    sets = [given.partition("=")[2] or given for given in options.questions.quality]
+    sources = options.model.model, options.model.draft, options.prompts, *sets
+    check_file("json", options.json, *sources)
     _check_quality(options)
     if options.plot:
         require("matplotlib")  # it is imported when all is measured
-    for folder in filter(None, (options.plot, options.profile)):
-        check_writable(folder)
+    for name, folder in (("plot", options.plot), ("profile", options.profile)):
+        if folder:
+            check_not_source(name, folder, *sources)
+            check_writable(folder)
 
 
 def _check_quality(options: Bench) -> None:
@@ -146,11 +161,12 @@ def _check_quality(options: Bench) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and make sure that it takes files.
+    """Make a folder for pictures or traces, which may lie among other files, and make sure that it takes files.
 
     Raises:
-        DominoError: it can't be made, or takes none.
+        DominoError: it can't be made, takes none, or is a model, a training run or another whole folder.
     """
+    check_output(folder, "other files")
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)

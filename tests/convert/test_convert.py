@@ -10,6 +10,7 @@ from convert import hf, orbax
 from convert.__main__ import main
 from convert.folders import convert_folder, load_weights
 from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.runtime.files import lock_file, lock_folder
 from domino_jax.weights import flatten, init_weights
 
 TARGET = TargetConfig(31, 16, 3, 4, 2, 8, 24, 1e-6, 1e6, 64, True)
@@ -93,7 +94,7 @@ def test_refusals_leave_the_destination_alone(tmp_path, capsys):
     taken.mkdir()
     (taken / "mine").write_text("mine")
     assert main([str(source), str(taken)]) == 1
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "already holds other files: give a folder that is new or empty" in capsys.readouterr().err
     assert [f.name for f in taken.iterdir()] == ["mine"]
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 1
     assert "is not a folder" in capsys.readouterr().err
@@ -102,6 +103,24 @@ def test_refusals_leave_the_destination_alone(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "truncated" in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_destination_is_one_conversions_and_leftovers_of_killed_ones_go(tmp_path, capsys, there):
+    source, out = write(tmp_path / "hf", TARGET), tmp_path / "out"
+    if there:
+        out.mkdir()
+    mine = out / "..0123abcd.partial" if there else tmp_path / ".out.0123abcd.partial"
+    others = [tmp_path / name for name in (".out2.0123abcd.partial", ".out.b.0123abcd.partial", ".out.partial")]
+    for left in (mine, *others):
+        left.mkdir(parents=True)
+    with lock_folder(out) if there else lock_file(out):
+        assert main([str(source), str(out)]) == 1
+        assert "is being written by another process" in capsys.readouterr().err
+        assert mine.exists()
+    assert main([str(source), str(out)]) == 0
+    assert not mine.exists() and all(other.exists() for other in others)
+    assert not [file for file in (*out.iterdir(), *tmp_path.glob(".*lock")) if file.name.startswith(".")]
 
 
 def test_a_damaged_orbax_folder_is_refused(tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from domino_jax.errors import DominoError
 from train import options as settings
 from train.config import GROUPS, TrainConfig, check_options, draft_config, flat
-from train.options import dump, parse_options, read_recipe, recipe_path
+from train.options import dump, parse_options, read_recipe, recipe_path, with_absolute_paths, write_recipe
 
 GIVEN = ["--target", "t", "--data", "a.jsonl", "b.jsonl"]
 
@@ -176,3 +176,27 @@ def test_a_path_is_taken_before_a_recipe_of_that_name(tmp_path, monkeypatch):
     assert recipe_path("demo") == Path("demo")
     with pytest.raises(DominoError, match="give --target"):
         check_options(read_recipe(Path("demo")))
+
+
+def test_a_run_goes_on_from_another_working_folder(tmp_path, monkeypatch):
+    """What is a file or a folder is kept by its absolute path; names of models and datasets are kept as they are."""
+    for folder in ("model", "features", "first", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    for file in ("a.jsonl", "held.jsonl"):
+        (tmp_path / file).write_text("")
+    monkeypatch.chdir(tmp_path)
+    words = "--target model --data a.jsonl org/dataset --features features --validation held.jsonl --init-from first"
+    options = parse_options([*words.split(), "--out", "run"])
+    Path("run").mkdir()
+    write_recipe(options, options.out)
+    begun = flat(with_absolute_paths(options))
+    monkeypatch.chdir("elsewhere")
+    again = flat(parse_options(["--resume", "--out", "../run"]))
+    assert again == begun and again["target"] == str(tmp_path / "model")
+    assert again["data"] == (str(tmp_path / "a.jsonl"), "org/dataset")
+    assert [again[name] for name in ("features", "validation", "init_from")] == [
+        tmp_path / name for name in ("features", "held.jsonl", "first")
+    ]
+    (tmp_path / "elsewhere" / "demo").mkdir()
+    again = parse_options(["--resume", "--out", str(tmp_path / "run"), "--target", "demo"])
+    assert again.target == "demo"  # the public name, which comes first

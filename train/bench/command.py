@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert.options import Dtype, check_count, check_real
+from convert.options import Dtype, check_count, check_file, check_real
 from convert.registry import DEMO_FOLDER, read_configs
 from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
@@ -303,10 +303,10 @@ PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
 
 def print_bench(options: TrainBench) -> None:
     """Measure, write the figures if a file was named, and print them."""
+    check_file("out", options.out)
     enable_compile_cache()
     row = run_train_bench(options)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     print(show_bench(row))
 

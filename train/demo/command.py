@@ -6,6 +6,7 @@
 Each command is printed before it runs. What an earlier start has finished is not run again, and what it began goes on.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from convert.options import check_count
+from convert.options import absolute, check_count, local_sources
 from domino_jax.runtime.command import run_command
+from domino_jax.runtime.files import lock_folder
+from train.begun import keep_settings
 from train.options import SETTINGS
 
 # glibc gives XLA's large buffers back to the system after every step, and asks for them again at the next.
@@ -97,7 +100,15 @@ def run_demo(options: Demo) -> int:
     least = {"prompts": len(TEMPERATURES), "pretrain_steps": 1, "held_out": 1, "new_tokens": 2, "steps": 1}
     for name, low in least.items():
         check_count(name, getattr(options, name), low)
-    options.out.mkdir(parents=True, exist_ok=True)
+    o = options
+    with lock_folder(o.out, "a demo", local_sources(o.target, o.text)):
+        settings = dataclasses.asdict(o) | {"target": absolute(o.target), "text": absolute(o.text)}
+        del settings["out"]
+        keep_settings(o.out / "demo.settings.json", o.out, settings)
+        return _run(o)
+
+
+def _run(options: Demo) -> int:
     environment = {"GLIBC_TUNABLES": ALLOCATOR} | os.environ
     for stage in stages(options):
         if all(path.exists() for path in stage.done):

@@ -21,13 +21,13 @@ import optax
 import tyro
 
 from convert.hf import save_hf, write_json
-from convert.options import check_count, check_real
+from convert.options import check_count, check_real, local_sources
 from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.runtime.files import lock_folder
+from domino_jax.runtime.files import check_output, lock_folder
 from domino_jax.weights import axes, flatten, init_weights, unflatten
 from train.demo.corpus import read_texts
 from train.monitor import curves
@@ -149,8 +149,7 @@ def check_pretrain(options: Pretrain) -> None:
         check_real(name, getattr(options, name), "0 or more")
     if options.warmup + options.decay > 1:
         raise UsageError("--warmup and --decay are shares of the steps, of at most 1 together.")
-    if (options.out / "config.json").exists():
-        raise DominoError(f"{options.out} already holds a model; give another --out.")
+    check_output(options.out, sources=local_sources(options.text))
 
 
 def run_pretrain(options: Pretrain) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.options import check_count
+from convert.options import check_count, check_file
 from convert.tokenizer import load_tokenizer
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import run_command
@@ -66,6 +66,7 @@ def write_prompts(options: PromptOptions) -> None:
     for name in ("count", "tokens"):
         check_count(name, getattr(options, name))
     check_count("seed", options.seed, least=0, limit=2**32)
+    check_file("out", options.out, options.tokenizer, options.text)
     train, held_out = read_texts(options.text, options.files)
     tokenizer = load_tokenizer(find(options.tokenizer, "--tokenizer"))
     if tokenizer is None:

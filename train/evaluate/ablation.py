@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.options import DraftingOptions, check_count
+from convert.options import DraftingOptions, absolute, check_count, local_sources
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.extras import require
+from domino_jax.runtime.files import lock_folder, write_atomic, write_text
+from train.begun import keep_settings
 from train.loading import PairOptions
 from train.monitor import curves
 from train.monitor.log import METRICS
@@ -160,7 +162,7 @@ def plot_ablation(options: Ablation, path: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def run_ablation(options: Ablation) -> int:
@@ -181,15 +183,27 @@ def run_ablation(options: Ablation) -> int:
     if target is None:
         raise UsageError(f"--config {options.config} names no target: give one with --target.")
     check_validate(measurement(options, target, options.out))
-    options.out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(options.out, "runs of an ablation", local_sources(target, *options.data, options.prompts)):
+        keep_settings(options.out / "ablation.settings.json", options.out, common_settings(options, target))
+        return _run(options, target)
+
+
+def common_settings(options: Ablation, target: str) -> dict[str, Any]:
+    """What the runs in a folder have in common."""
+    config, data = absolute(options.config), [absolute(given) for given in options.data]
+    return {"config": config, "target": absolute(target), "data": data, "steps": options.steps}
+
+
+def _run(options: Ablation, target: str) -> int:
     status = run_missing(options)
     if status:
         return status
     rows = measure_ablation(options, target)
-    (options.out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_text(options.out / "ablation.json", json.dumps(rows, indent=1) + "\n")
     text = table(rows)
-    (options.out / "ablation.md").write_text(text, encoding="utf-8")
-    plot_ablation(options, options.out / "ablation.png")
+    write_text(options.out / "ablation.md", text)
+    with write_atomic(options.out / "ablation.png") as temporary:
+        plot_ablation(options, temporary)
     print("\n" + text)
     return 0
 

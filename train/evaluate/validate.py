@@ -260,8 +260,9 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
             batch=o.batch_size,
         )
         report = validation.measure(pair.params)
-    figures = {"prompts": str(o.prompts), "run": str(o.run) if o.run else None}
-    figures |= {"target": str(target), "draft": str(draft), "num_prompts": len(prompts)}
+    read = {"prompts": o.prompts, "run": o.run, "target": target, "draft": draft}
+    figures: dict[str, Any] = {name: str(path.absolute()) if path else None for name, path in read.items()}
+    figures["num_prompts"] = len(prompts)
     figures |= {name: getattr(o, name) for name in ("prompt_tokens", "new_tokens", "min_distinct", "batch_size")}
     figures |= {"dtype": pair.dtype.name, "mesh": wanted.device.mesh, "draft_dtype": wanted.drafting.draft_dtype}
     figures |= {"head_candidates": wanted.drafting.head_candidates}

@@ -23,7 +23,7 @@ from tyro.conf import arg
 
 from convert import folders
 from convert.identity import model_fingerprint
-from convert.options import UNSET, check_count
+from convert.options import UNSET, check_count, local_sources
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
@@ -32,7 +32,7 @@ from domino_jax.errors import DominoError, first_line
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.runtime.files import lock_folder
+from domino_jax.runtime.files import check_output, lock_folder
 from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
 from domino_jax.weights import Target
@@ -170,6 +170,8 @@ def run_capture(options: Capture) -> None:
         rows_at_once, model = sharding.parse_mesh(options.mesh) if options.mesh else (1, 1)
     if options.batch % rows_at_once:
         raise UsageError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
+    sources = local_sources(options.target, *options.data)
+    check_output(options.out, "captured features", sources)
     enable_compile_cache()
     folder = find(options.target)
     _, config, _, _ = read_configs(folder, None, "--target")
@@ -199,7 +201,7 @@ def run_capture(options: Capture) -> None:
     )
     if not options.out.exists():  # a disk that is too small is left as it was
         check_space(options.out, plan)
-    with lock_folder(options.out):
+    with lock_folder(options.out, "captured features", sources):
         plan = store.resume_capture(options.out, plan)
         for left in options.out.glob("features-*.tmp"):  # by a process that was killed
             left.unlink()

@@ -31,12 +31,12 @@ import numpy as np
 from convert.identity import model_fingerprint, text_fingerprint
 from convert.loading import LoadedModel, load_model
 from convert.messages import LeftOut, left_out_words
-from convert.options import GROUP, ProcessOptions, SamplingOptions, check_count
+from convert.options import GROUP, ProcessOptions, SamplingOptions, check_count, check_not_source
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
-from domino_jax.runtime.command import UsageError, run_command
+from domino_jax.runtime.command import run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.processes import join_processes
@@ -82,8 +82,7 @@ def check_regenerate(options: Regenerate) -> None:
     o.sampling.check()
     check_count("max_new_tokens", o.max_new_tokens)
     check_count("batch_size", o.batch_size)
-    if o.out.absolute() == o.data.absolute():
-        raise UsageError(f"--out and --data are both {o.out}; the answers need a file of their own.")
+    check_not_source("out", o.out, o.data, o.pair.target, o.pair.drafting.draft)
 
 
 def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines) -> dict[str, Any]:
@@ -125,7 +124,8 @@ def run_regenerate(options: Regenerate) -> None:
     encode_some(
         source, tokenizer, options
     )  # a tokenizer or a template that is missing is known before a weight is read
-    places = {"target": str(target), "draft": str(draft), "data": str(options.data)}
+    given = {"target": target, "draft": draft, "data": options.data}
+    places = {name: str(path and path.absolute()) for name, path in given.items()}
     with open_answers(options.out, decisive(options, target, draft, lines), places) as answers:
         missing = int(lines.turns.sum()) - len(answers)
         if not missing:

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import hf
 from convert.values import is_whole, token_ids
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import JsonLine, lock_file, read_jsonl, read_line, whole_lines
 from domino_jax.runtime.processes import broadcast_from_first, max_over_processes
+from train.begun import keep_settings
 
 Number = tuple[int, int]  # line of the data, turn
 
@@ -41,22 +41,11 @@ class Answers:
         try:
             if path.exists() and path.stat().st_size and not beside.exists():
                 raise DominoError(f"{path} was not written by this command ({beside} is missing); give another --out.")
-            if beside.exists():
-                self._compare(hf.read_json(beside), settings, beside)
-            hf.write_json(beside, {**places, **settings})
+            keep_settings(beside, path, settings, places)
             self._file = path.open("ab", buffering=0)  # a buffer would be lost with the process
             self._end = self._index()
         except OSError as error:
             raise DominoError(f"{path} can't be written: {first_line(error)}.") from None
-
-    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any], beside: Path) -> None:
-        other = [name for name in now if before.get(name) != now[name]]
-        if other:
-            raise DominoError(
-                f"{self.path} was begun with other settings: "
-                + ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in other)
-                + f"; give what {beside.name} says to go on, or another --out."
-            )
 
     def _index(self) -> int:
         """Drop a last line that was cut off, and note where each other one begins; returns where the last one ends."""

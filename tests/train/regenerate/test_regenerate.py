@@ -345,7 +345,7 @@ def test_conversations_need_a_template_and_values_must_make_sense(folder, tmp_pa
         (["--draft", "none", "--draft-dtype", "int8"], "--draft-dtype needs a drafter"),
         (["--draft-revision", "main"], "there is no drafter"),
         (["--mesh", "model"], "data=2,model=4"),
-        (["--out", str(folder / "data.jsonl")], "--out and --data are both"),
+        (["--out", str(folder / "data.jsonl")], "is to be written, and"),
     ):
         run(folder, tmp_path / "out.jsonl", *words, status=2)
         assert says in capsys.readouterr().err

@@ -25,7 +25,7 @@ from domino_jax.cache import KVCache
 from domino_jax.config import TargetConfig
 from domino_jax.drafters.base import Drafter, DraftTokens, View
 from domino_jax.errors import DominoError
-from domino_jax.sampling import Sampling, probabilities, sample
+from domino_jax.sampling import Sampling, finite_logits, probabilities, sample
 from domino_jax.sharding import shard_copy, zeros
 from domino_jax.weights import Params
 
@@ -86,7 +86,8 @@ class DecodeState(NamedTuple):
     length: Array  # [B] int32, a: both caches are valid for positions 0 ... a - 1
     emitted: Array  # [B] int32, tokens generated so far
     limit: Array  # [B] int32, tokens to generate at most
-    done: Array  # [B] bool, a stop token was emitted or the limit reached
+    done: Array  # [B] bool, a stop token was emitted, the limit reached, or a logit was not finite
+    finite: Array  # [B] bool, every token was chosen by finite logits; where not, what precedes the choice was emitted
     keys: Array  # [B] random keys, one a row: an answer does not depend on its batch neighbours
     sampling: Sampling  # [B] each
     cache: KVCache  # the target's keys and values
@@ -154,6 +155,7 @@ def prefill_batch(
         emitted=zeros((batch,), jnp.int32, "B"),
         limit=shard_copy(np.array(limits, np.int32), "B"),
         done=zeros((batch,), bool, "B"),
+        finite=shard_copy(np.ones(batch, bool), "B"),
         keys=shard_copy(keys, "B"),  # a copy: the state is donated, and what the caller gave stays the caller's
         sampling=jax.tree.map(lambda x: shard_copy(x, "B"), sampling),
         cache=caches.target,
@@ -214,14 +216,18 @@ def prefill(
 
 @partial(jax.jit, static_argnums=1, donate_argnums=2)
 def first_token(params: Params, configs: DecodeConfig, state: DecodeState, last: Array, stop: Array) -> DecodeState:
-    """Commit the target's next token after the prompt: the first generated one, and the first anchor."""
+    """Commit the target's next token after the prompt: the first generated one, and the first anchor.
+
+    A row whose logits are not finite is done, and its token means nothing.
+    """
     keys, use = _split(state.keys, 2)
     logits = target.logits(params.target, configs.target, last[:, None])
     token = sample(use, probabilities(logits, state.sampling)[:, 0])
-    token = jnp.where(state.sampling.temperature > 0, token, jnp.argmax(logits[:, 0], axis=-1)).astype(jnp.int32)
+    token = jnp.where(state.sampling.temperature > 0, token, jnp.argmax(logits, axis=-1)[:, 0]).astype(jnp.int32)
     emitted = state.emitted + 1
-    done = jnp.isin(token, stop) | (emitted >= state.limit)
-    return state._replace(token=token, emitted=emitted, done=done, keys=keys)
+    finite = finite_logits(logits, state.sampling.temperature)[:, 0]
+    done = jnp.isin(token, stop) | (emitted >= state.limit) | ~finite
+    return state._replace(token=token, emitted=emitted, done=done, finite=finite, keys=keys)
 
 
 Accept = Callable[[Array | None, DraftTokens, Array, DecodeState], tuple[Array, Array]]
@@ -240,7 +246,7 @@ def accept(keys: Array | None, draft: DraftTokens, logits: Array, state: DecodeS
     none = draft.tokens.shape[1] == 0
     if keys is None:
         if none:
-            return jnp.zeros_like(state.token), jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+            return jnp.zeros_like(state.token), jnp.argmax(logits, axis=-1)[:, 0].astype(jnp.int32)
         return verify.accept_greedy(draft.tokens, logits)
     p = probabilities(logits, state.sampling)
     if none:
@@ -341,6 +347,7 @@ def _verify(
     logits, features, cache = run_target(params, configs, state, draft.tokens)
     with jax.named_scope("verify"):
         accepted, bonus = accept(keys, draft, logits, state)
+        chosen = verify.prefix_length(finite_logits(logits, state.sampling.temperature))
     tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
     # Rejected positions are written too; they lie beyond the new length and are never seen.
     state = _observe(
@@ -348,7 +355,9 @@ def _verify(
     )
     sequence = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
     sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
-    state, counts = commit(state, sequence, accepted + 1, stop)
+    state, counts = commit(state, sequence, jnp.minimum(accepted + 1, chosen), stop)
+    broken = ~state.done & (chosen <= accepted)
+    state = state._replace(done=state.done | broken, finite=state.finite & ~broken)
     return state, sequence, counts, accepted, draft.tokens
 
 

@@ -87,6 +87,19 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
     return jnp.where(temperature > 0, probs, greedy)
 
 
+def finite_logits(logits: Array, temperature: Array) -> Array:
+    """Whether a token can be chosen by logits [B, T, V]; not if one is NaN or +inf, or all are -inf: [B, T] bool.
+
+    The greatest tells, which argmax takes a NaN to be. Whoever verifies needs the same argmax, so that the program has
+    one pass over the vocabulary for both.
+
+    Args:
+        temperature: [B], which the logits are divided by; 0 is greedy.
+    """
+    greatest = jnp.take_along_axis(logits, jnp.argmax(logits, axis=-1)[..., None], axis=-1)[..., 0]
+    return jnp.isfinite(greatest / jnp.where(temperature > 0, temperature, 1.0)[:, None])
+
+
 def mass_above_reaches(scores: Array, weights: Array, limit: Array) -> Array:
     """Whether the weights of all higher scores reach `limit` together, for each score.
 

@@ -7,7 +7,7 @@ from jax import Array
 from domino_jax.sampling import pick, sample
 
 
-def _prefix_length(accepted: Array) -> Array:
+def prefix_length(accepted: Array) -> Array:
     """Length of the leading run of True: [B, J] -> [B] int32."""
     return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
 
@@ -23,7 +23,7 @@ def accept_greedy(drafts: Array, logits: Array) -> tuple[Array, Array]:
         accepted count m [B] and bonus [B], int32.
     """
     choices = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    count = _prefix_length(drafts == choices[:, :-1])
+    count = prefix_length(drafts == choices[:, :-1])
     return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]
 
 
@@ -44,7 +44,7 @@ def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Arra
     keys = jax.vmap(jax.random.split)(keys)  # [B, 2]
     p_draft, q_draft = (pick(x[:, : drafts.shape[1]], drafts) for x in (p, q))
     uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(keys[:, 0])
-    count = _prefix_length(uniform * q_draft < p_draft)
+    count = prefix_length(uniform * q_draft < p_draft)
     # Nothing was proposed after the last draft: with q = 0 there, the residual is p itself.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     p, q = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (p, q))

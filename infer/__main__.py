@@ -121,7 +121,8 @@ class Session:
 
         self.options = options
         self.loaded = loaded
-        self.engine: Engine = Engine(loaded, auto=options.num_draft_tokens == "auto", report=say)
+        auto = options.num_draft_tokens == "auto"
+        self.engine: Engine = Engine(loaded, auto=auto, report=say, warn=lambda warning: warn([warning]))
         self.console = Output(highlight=False, soft_wrap=True, emoji=False)
         self.summary = RunSummary(loaded, notes)
         given = options.input
@@ -183,12 +184,13 @@ class Session:
     def _print_batch(
         self, batch: "list[engine.Sequence]", chunks: "Generator[Chunk]", how: "Decoding", total: int
     ) -> None:
-        """Generate and print one batch, also what there is of it when the user cancels.
+        """Generate and print one batch, also what there is of it when the user cancels, and what was done at an error.
 
         Args:
             total: sequences of the whole run; a single one is printed as it grows.
         """
-        output, cancelled, comparison = self.options.output, False, None
+        output, comparison = self.options.output, None
+        ended: BaseException | None = None
         streamed = total == 1 and not output.json and not output.show_drafts and self.loaded.tokenizer is not None
         printer = Printer(batch[0], self._print_prompt) if streamed else None
         self.summary.batches.append(batch)
@@ -206,17 +208,19 @@ class Session:
 
                 comparison = compare(self.engine, batch, how, output.stop)
                 self.summary.comparisons.append(comparison)
-        except KeyboardInterrupt:
-            cancelled = True
+        except (KeyboardInterrupt, DominoError) as error:
+            ended = error
         for s in batch:
+            if s.finish_reason is None:  # it failed
+                continue
             if output.json:
                 print(record(s, self.loaded.seconds, comparison), flush=True)
             elif not printer:
                 self._print_finished(s, None if total == 1 else s.row)
         if total > 1:
             self.summary.progress(total)
-        if cancelled:
-            raise KeyboardInterrupt
+        if ended:
+            raise ended
 
     def _print_prompt(self) -> None:
         """At a terminal, the prompt that a model without a template continues."""

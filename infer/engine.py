@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.loading import LoadedModel
+from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache, decode
 from domino_jax.config import DecoderConfig
 from domino_jax.decode import Accept, DecodeConfig
 from domino_jax.errors import DominoError
+from domino_jax.finite import drafter_is_finite, drafts_look_broken
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.sampling import SamplingParams, settings
@@ -134,6 +137,7 @@ class Engine:
         cycles: int = 8,
         auto: bool = False,
         report: Callable[[str], None] | None = None,
+        warn: Callable[[str], None] = warnings.warn,
         accept: Accept = decode.accept,
     ):
         """Args:
@@ -142,6 +146,7 @@ class Engine:
             length bucket and from what was accepted so far. Greedy output is the same; at a temperature the drafts
             decide how the random numbers are used, so that a seed may give another sample, of the same distribution.
         report: called with what takes long.
+        warn: called with what is wrong but changes no output.
         accept: decides which drafts stand; another one than the default is for measuring speed alone.
         """
         self.loaded = loaded
@@ -151,6 +156,8 @@ class Engine:
         self.choosers: dict[tuple[int, bool, int], Chooser] = {}  # by rows, whether greedy, and the first length bucket
         self._acceptance: dict[bool, AcceptanceEstimate] = {}  # by whether greedy
         self._report = report or (lambda _: None)
+        self._warn = warn
+        self._drafter_checked = loaded.configs.drafter is None
         with loaded.context():
             self._stop = shard_copy(np.array(loaded.stop_ids, np.int32), "-")
         self._ready: set[Any] = set()
@@ -164,7 +171,7 @@ class Engine:
             DominoError: the prompt is empty, has ids outside the vocabulary, or exceeds the positions.
         """
         config: DecoderConfig = self.loaded.configs.target
-        positions, warnings = config.positions, []
+        positions, found = config.positions, []
         if not prompt:
             raise DominoError("the prompt is empty; give at least one token.")
         outside = [i for i in prompt if not 0 <= i < config.vocab_size]
@@ -176,11 +183,11 @@ class Engine:
             )
         fits = positions - len(prompt) + 1  # the last token generated is never run, so it needs no position
         if max_new_tokens > fits:
-            warnings.append(f"at most {fits} new tokens fit the model's {positions} positions after this prompt.")
+            found.append(f"at most {fits} new tokens fit the model's {positions} positions after this prompt.")
         if stops and self.loaded.tokenizer is None:
             raise DominoError("stop strings need a tokenizer, and the model's folder has none.")
         stream = TextStream(self.loaded.tokenizer, stops) if self.loaded.tokenizer is not None else None
-        return Sequence(row, list(prompt), min(max_new_tokens, fits), stream), warnings
+        return Sequence(row, list(prompt), min(max_new_tokens, fits), stream), found
 
     def generate(
         self, sequences: list[Sequence], how: Decoding | None = None, conversation: Conversation | None = None
@@ -202,7 +209,7 @@ class Engine:
 
         Raises:
             KeyboardInterrupt: the user cancelled; the sequences hold what was generated.
-            DominoError: the device's memory is exhausted.
+            DominoError: the device's memory is exhausted, or the target's logits are not finite.
         """
         assert conversation is None or len(sequences) == 1, "a conversation has one sequence a turn"
         how, mesh = how or Decoding(), self.loaded.mesh
@@ -267,12 +274,14 @@ class Engine:
                 self._compile_first_token(params, configs, arguments)
             state = decode.prefill_batch(params, configs, *arguments)
             del caches, arguments  # they are the state's now
-            first = fetch(state.token)
+            first, finite = fetch((state.token, state.finite))
         sequences[0].reused = decode.prefill_chunks(len(prompts[0]), held, state.cache.capacity).start
         try:
             self._note(sequences, seconds)
-            for s, token in zip(sequences, first.tolist(), strict=False):
-                s.take([token], loaded.stop_ids)
+            for s, token, good in zip(sequences, first.tolist(), finite, strict=False):
+                if good:
+                    s.take([token], loaded.stop_ids)
+            self._check_finite(sequences, finite)
             if auto and any(s.finish_reason is None for s in sequences):
                 if chooser is None:
                     with _timed(seconds, "calibrate"):
@@ -298,7 +307,8 @@ class Engine:
                         over = [s.finish_reason is not None for s in sequences] + [True] * spare
                         state = state._replace(done=shard_copy(np.array(over), "B"))
                     state, emitted = self._dispatch(params, configs, state, self._stop, drafts, cycles, greedy)
-                    emitted = fetch(emitted)  # the state is whole, should the user lose patience here
+                    # The state is whole, should the user lose patience here.
+                    emitted, finite = fetch((emitted, state.finite))
                 self._note(sequences, seconds)
                 cut, accepted = False, []
                 for b, s in enumerate(sequences):
@@ -313,6 +323,16 @@ class Engine:
                         else:
                             s.steps += 1
                         cut |= s.stream is not None and s.stream.stopped
+                if not finite[: len(sequences)].all():
+                    for s, good in zip(sequences, finite, strict=False):
+                        if s.stream and not good:
+                            s.stream.finish()
+                    yield  # what came before
+                    self._check_finite(sequences, finite)
+                if drafts and not self._drafter_checked and drafts_look_broken(emitted):
+                    self._drafter_checked = True
+                    if not drafter_is_finite(params, dataclasses.replace(configs, drafts=drafts), state):
+                        self._warn(NOT_FINITE_DRAFTS)
                 if chooser:
                     chooser.observe(accepted)
                 yield
@@ -326,6 +346,14 @@ class Engine:
         finally:
             if conversation:
                 conversation.keep(sequences[0].ids[:-1], state)
+
+    def _check_finite(self, sequences: list[Sequence], finite: np.ndarray) -> None:
+        """Refuse to go on where a row's logits were not finite."""
+        broken = [s for s, good in zip(sequences, finite, strict=False) if not good]
+        if broken:
+            raise not_finite_error(
+                self.loaded.params.target, self.loaded.configs.target, broken[0].ids, self.loaded.dtype
+            )
 
     def _longest(self, drafts: int) -> int:
         """Cycles of so many drafts, or plain steps, that one dispatch may run."""
@@ -380,7 +408,7 @@ class Engine:
         needed = int(fetch(state.length).max()) + self.cycles * (configs.proposals + 1) + configs.lookahead
         if needed > state.cache.capacity:  # where a dispatch soon ends for want of room, its cost is all that is seen
             state = decode.grow_caches(configs, state, cache.length_bucket(needed))
-        names = ("token", "length", "emitted", "limit", "done", "keys")
+        names = ("token", "length", "emitted", "limit", "done", "finite", "keys")
 
         def copied(values: dict[str, jax.Array]) -> dict[str, Any]:  # states are donated
             return {name: jnp.copy(value) for name, value in values.items()}

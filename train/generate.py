@@ -5,15 +5,19 @@ answered depends on the seed and the prompt's own numbers, never on when or besi
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
+from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache, decode, sampling
 from domino_jax.decode import DecodeConfig
+from domino_jax.finite import drafter_is_finite, drafts_look_broken
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.sampling import SamplingParams
 from domino_jax.sharding import MODEL, fetch, shard_copy
@@ -83,7 +87,7 @@ def generate(
         stopping: asked before each dispatch; when true, what of the batch has ended is given, and nothing more is run.
 
     Raises:
-        DominoError: the device's memory is exhausted.
+        DominoError: the device's memory is exhausted, or the target's logits are not finite.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:  # rows are divided over every axis but `model`
@@ -102,7 +106,8 @@ def generate(
                 yield answer
 
 
-class _Run(NamedTuple):
+@dataclass
+class _Run:
     """What all batches have in common; the arguments of `generate`."""
 
     params: Params
@@ -112,6 +117,7 @@ class _Run(NamedTuple):
     batch: int
     choice: SamplingParams
     seed: int
+    drafter_checked: bool = False
 
     def answers(
         self,
@@ -147,7 +153,8 @@ class _Run(NamedTuple):
             self.stop,
             self.dtype,
         )
-        first, done, length = fetch((state.token, state.done, state.length))
+        first, done, length, finite = fetch((state.token, state.done, state.length, state.finite))
+        self._check_finite(finite, [list(p.ids) for p in group])
         tokens = [[int(t)] for t in first[:rows]]
         accepted: list[list[int]] = [[] for _ in group]
         if update:
@@ -158,12 +165,17 @@ class _Run(NamedTuple):
             if needed > state.cache.capacity:
                 state = decode.grow_caches(configs, state, cache.length_bucket(needed))
             state, emitted = loop(self.params, configs, state, self.stop, cycles, greedy)
-            emitted, done, length = fetch((emitted, state.done, state.length))
+            emitted, done, length, finite = fetch((emitted, state.done, state.length, state.finite))
             counts = emitted.counts[: int(emitted.cycles), :rows]
             for c, b in np.argwhere(counts):
                 tokens[b] += emitted.tokens[c, b, : counts[c, b]].tolist()
                 if configs.drafter:
                     accepted[b].append(int(emitted.accepted[c, b]))
+            self._check_finite(finite, [[*p.ids, *new] for p, new in zip(group, tokens, strict=True)])
+            if configs.drafter and not self.drafter_checked and drafts_look_broken(emitted):
+                self.drafter_checked = True
+                if not drafter_is_finite(self.params, configs, state):
+                    print(f"warning: {NOT_FINITE_DRAFTS}", file=sys.stderr)
             if update:
                 update(int(counts.sum()), emitted.accepted[: len(counts), :rows][counts > 0].tolist())
         return [
@@ -171,6 +183,12 @@ class _Run(NamedTuple):
             for b, prompt in enumerate(group)
             if done[b]
         ]
+
+    def _check_finite(self, finite: np.ndarray, texts: list[list[int]]) -> None:
+        """Refuse to go on where the logits after one of these texts were not finite."""
+        for good, ids in zip(finite, texts, strict=False):
+            if not good:
+                raise not_finite_error(self.params.target, self.configs.target, ids, self.dtype)
 
     def _choice(self) -> tuple[float, int, float, float]:
         c = self.choice

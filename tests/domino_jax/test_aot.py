@@ -84,6 +84,7 @@ def state(configs: DecodeConfig, mesh: Mesh) -> DecodeState:
         row(jnp.int32),
         row(jnp.int32),
         row(bool),
+        row(bool),
         described_keys,
         sampling,
         cache(configs.target),

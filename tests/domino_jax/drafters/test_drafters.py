@@ -206,7 +206,7 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     context = append_context(pair.params.draft, config, empty, given, np.zeros(4, np.int32))
     hot = settings(4, temperature=1.0)
     none: Any = None
-    state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, none, hot, none, context)
+    state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, none, none, hot, none, context)
 
     # Scanned, greedy, against the reference's walk from left to right.
     (drafts, q), _ = propose(pair.params, configs, state, None)

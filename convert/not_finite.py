@@ -1,0 +1,56 @@
+"""What to say where a model's numbers are not finite."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from convert.names import entries
+from domino_jax.config import TargetConfig
+from domino_jax.errors import DominoError
+from domino_jax.finite import first_not_finite
+from domino_jax.weights import Target
+
+NOT_FINITE_DRAFTS = (
+    "the drafter's numbers are not finite (NaN or infinite), so that few or none of its drafts stand: the output is "
+    "the target's own all the same; check the drafter with python -m convert --check DIR."
+)
+MOST_NAMES = 2  # an expert's weight has a name for each expert
+
+
+def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], dtype: Any) -> DominoError:
+    """The error of a target whose logits after `ids` are not finite; it names where such numbers begin.
+
+    Args:
+        dtype: of the caches.
+    """
+    found = first_not_finite(params, config, ids, dtype)
+    if found.place is None:
+        return DominoError(
+            "the target's logits are not finite (NaN or infinite), and nothing before them shows it when the text is "
+            "run alone: give --draft none, --dtype float32, or a higher temperature."
+        )
+    said = f"the target's numbers are not finite (NaN or infinite) from {found.place} on"
+    if found.place.startswith("layer"):
+        said += f" (of {config.num_hidden_layers}, counted from 0)"
+    if found.position is not None:
+        said += f", first at token {found.position} (id {ids[found.position]}) of {len(ids)}"
+    if found.weight is not None:
+        return DominoError(
+            f"{said}: {_tensor(config, found.weight)} holds such values; fetch the model again, or check it with "
+            "python -m convert --check DIR."
+        )
+    if jnp.dtype(dtype) == jnp.float32:
+        return DominoError(f"{said}: its weights are finite, but so large that sums overflow in float32.")
+    return DominoError(
+        f"{said}: its weights are finite, but sums overflow in {jnp.dtype(dtype).name}; try --dtype float32."
+    )
+
+
+def _tensor(config: TargetConfig, path: str) -> str:
+    """The name in the file of the weight that has a leaf at this path."""
+    for entry in entries(config):
+        if f"{path}.".startswith(f"{entry.path}."):
+            more = f" or one of {len(entry.hf_names) - MOST_NAMES} more" if len(entry.hf_names) > MOST_NAMES else ""
+            return " or ".join(entry.hf_names[:MOST_NAMES]) + more
+    return path

@@ -68,6 +68,13 @@ def end_tokens(folder: Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[tu
     return (end,), [f"{where}: the tokenizer's end token, {tokenizer.eos_token}, is used."]
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that `decode` leaves out, and their ids: those of tokenizer.json, and those that the config names."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
+    return named | {token.content: number for number, token in added.items() if token.special}
+
+
 def encode(tokenizer: Any, text: str, *, special: bool = True, split_special: bool = False) -> list[int]:
     """The ids of text; by default as a raw prompt, with the tokens that the tokenizer puts around one (a BOS, say).
 

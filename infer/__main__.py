@@ -128,6 +128,10 @@ class Session:
         given = options.input
         self.encoder = Encoder(loaded.tokenizer, given.raw, given.thinking, given.system)
         warn(self.encoder.check(loaded.configs.draft is not None))
+        if loaded.tokenizer is not None:
+            from infer.text import unmatched_stops
+
+            warn(unmatched_stops(loaded.tokenizer, options.output.stop, loaded.stop_ids))
 
     def generate(self, prompts: list[Prompt]) -> None:
         """Generate and print all prompts, batch after batch."""

@@ -46,6 +46,7 @@ from infer.chat import Chat
 from infer.engine import Decoding, Engine, tau
 from infer.prompts import Encoder, Prompt
 from infer.rows import conversation_in_row
+from infer.text import unmatched_stops
 
 Input = str | Sequence[Message] | Sequence[int]  # text, messages or token ids
 
@@ -192,6 +193,8 @@ class _Request:
             raise UsageError(f"system must be text, found {shown(system)}.")
         self.encoder = Encoder(model.tokenizer, raw, thinking, system)
         _warn(self.encoder.check(model.loaded.configs.draft is not None))
+        if self.stop and model.tokenizer is not None:
+            _warn(unmatched_stops(model.tokenizer, self.stop, model.loaded.stop_ids))
 
     def sequence(self, prompt: Input, row: int) -> engine.Sequence:
         ids = self.encoder.ids(as_prompt(prompt))

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from convert.tokenizer import RefusedByTemplate, decode, encode, encode_chat, render
+from convert.tokenizer import RefusedByTemplate, decode, encode, encode_chat, render, special_tokens
 from domino_jax.errors import DominoError
 
-__all__ = ["Detokenizer", "TextStream", "encode", "encode_chat", "knows_thinking"]
+__all__ = ["Detokenizer", "TextStream", "encode", "encode_chat", "knows_thinking", "unmatched_stops"]
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
 
@@ -57,7 +57,8 @@ class Detokenizer:
 class TextStream:
     """Growing text of one sequence, cut before its first stop string.
 
-    A stop string that is a special token is no text: it stops where the token comes.
+    Special tokens are no text, but a stop string may be one or have some in it: it is looked for in the text with
+    them. A stop string without them is looked for in what is given out.
 
     `text` only ever grows by what is certain: whole characters, and nothing that may still turn out to
     be the beginning of a stop string.
@@ -65,11 +66,13 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self.detokenizer = Detokenizer(tokenizer)
-        special = [stop for stop in stops if stop in tokenizer.all_special_tokens]
-        self.stop_ids = set(tokenizer.convert_tokens_to_ids(special))
+        self.special = {number: content for content, number in special_tokens(tokenizer).items()} if stops else {}
         self.stops = tuple(stops)
+        self.crossing = [stop for stop in stops if any(content in stop for content in self.special.values())]
+        self.plain = [stop for stop in stops if stop not in self.crossing]
         self.text = ""
         self.held = ""
+        self.shown: list[bool] = []  # of each character held back, whether it is text
         self.stopped = False
 
     def feed(self, tokens: Sequence[int]) -> int:
@@ -78,11 +81,12 @@ class TextStream:
             self.text += self.detokenizer.feed(tokens)
             return len(tokens)
         for used, token in enumerate(tokens, 1):
-            if token in self.stop_ids:
+            special = self.special.get(token, "")
+            if special in self.stops:
                 self.finish()
                 self.stopped = True
                 return used
-            self._take(self.detokenizer.feed([token]))
+            self._take(self.detokenizer.feed([token]), special)
             if self.stopped:
                 return used
         return len(tokens)
@@ -92,19 +96,50 @@ class TextStream:
         if not self.stopped:
             self._take(self.detokenizer.finish())
         if not self.stopped:
-            self.text += self.held
-        self.held = ""
+            self._give(len(self.held))
 
-    def _take(self, new: str) -> None:
-        self.held += new
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+    def _take(self, new: str, special: str = "") -> None:
+        self.held += new + special
+        self.shown += [True] * len(new) + [False] * len(special)
+        places = [place for place, shown in enumerate(self.shown) if shown]
+        text = "".join(self.held[place] for place in places)
+        found = [self.held.find(stop) for stop in self.crossing]
+        found += [places[at] if (at := text.find(stop)) >= 0 else -1 for stop in self.plain]
+        found = [at for at in found if at >= 0]
         if found:
-            self.text += self.held[: min(found)]
-            self.held, self.stopped = "", True
+            self._give(min(found))
+            self.held, self.shown, self.stopped = "", [], True
             return
-        certain = len(self.held) - max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        self.text += self.held[:certain]
-        self.held = self.held[certain:]
+        begun = [len(self.held) - _overlap(self.held, stop) for stop in self.crossing]
+        begun += [places[-length] for stop in self.plain if (length := _overlap(text, stop))]
+        self._give(min(begun, default=len(self.held)))
+
+    def _give(self, count: int) -> None:
+        """Give out the first characters of what is held."""
+        self.text += "".join(c for c, shown in zip(self.held[:count], self.shown, strict=False) if shown)
+        self.held, self.shown = self.held[count:], self.shown[count:]
+
+
+def unmatched_stops(tokenizer: Any, stops: Sequence[str], end_ids: Sequence[int] = ()) -> list[str]:
+    """Warnings of stop strings that can't come.
+
+    Args:
+        end_ids: the tokens that end an answer anyway.
+    """
+    found = []
+    ends = [content for content, number in special_tokens(tokenizer).items() if number in end_ids]
+    for stop in stops:
+        try:
+            written = tokenizer.decode(encode(tokenizer, stop, special=False), clean_up_tokenization_spaces=False)
+        except DominoError:
+            found.append(f"the stop string {stop!r} can't come: it is not valid Unicode.")
+            continue
+        within = [end for end in ends if 0 <= stop.find(end) < len(stop) - len(end)]
+        if within:
+            found.append(f"the stop string {stop!r} can't come: {within[0]} in it ends the answer before.")
+        elif written.strip() != stop.strip():
+            found.append(f"the stop string {stop!r} may never come: the tokenizer writes it as {written!r}.")
+    return found
 
 
 def _overlap(text: str, stop: str) -> int:

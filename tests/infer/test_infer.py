@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from factory import BYTE_DRAFT, MASK, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
+from factory import BYTE_DRAFT, END, MASK, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
 
 from infer import text
 from infer.__main__ import main
@@ -242,6 +242,14 @@ def test_a_special_token_can_be_a_stop_string(run):
         run, "--input-ids", f"5,{MASK_ID}", "--max-new-tokens", "9", "--stop", MASK, target="loop", draft="loop-draft"
     )
     assert (row["tokens"], row["text"], row["finish_reason"]) == ([MASK_ID], "", "stop")
+
+
+def test_a_stop_string_may_be_several_special_tokens_and_one_that_cannot_come_is_warned_of(run):
+    words = ("--input-ids", f"5,{MASK_ID}", "--max-new-tokens", "9", "--stop", MASK * 3, "--stop", f"{END} and on")
+    result = run(*words, "--json", target="loop", draft="loop-draft")
+    (row,) = result.rows
+    assert (row["tokens"], row["text"], row["finish_reason"]) == ([MASK_ID] * 3, "", "stop")
+    assert f"warning: the stop string '{END} and on' can't come" in result.err
 
 
 def command(models: Path, *words: str) -> list[str]:

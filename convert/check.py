@@ -168,7 +168,11 @@ def _values(tensors: list[Tensor], report: FolderReport, progress: Callable[[int
     """Read every value once."""
     total, done, bad = sum(size for _, size, _ in tensors), 0, []
     for name, size, read in tensors:
-        value = jnp.asarray(read())
+        try:
+            value = jnp.asarray(read())
+        except DominoError as error:  # what was found so far is still worth reading
+            report.problems += [*bad, str(error).rstrip(".")]
+            return
         count = int(_not_finite(value))
         if count:
             bad.append(f"{name} has {count} non-finite values of {value.size}")

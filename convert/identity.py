@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from convert import hf, orbax
 from convert.companions import text_files
-from convert.tensors import open_tensors, tensor_files
+from convert.tensors import open_tensors
 from domino_jax.errors import DominoError, first_line
-from domino_jax.runtime.parsing import parse_json
 
 PIECE_BYTES = 4096  # bytes of a tensor's begin, middle and end that count
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file that is no safetensors
@@ -40,24 +39,20 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def _tensor_pieces(folder: Path) -> Iterator[bytes]:
-    found: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
-    for file in tensor_files(folder):
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                tensors = parse_json(stream.read(size) if size <= file.stat().st_size else b"")
-            found |= {name: (file, 8 + size, value) for name, value in tensors.items() if name != "__metadata__"}
-        except (OSError, ValueError, AttributeError) as error:
-            raise DominoError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from None
-    open_tensors(folder).close()  # each tensor is in one file
+    with open_tensors(folder) as files:
+        found = files.stored
     for name in sorted(found):
-        file, start, tensor = found[name]
-        begin, end = tensor["data_offsets"]
-        yield f"{name} {tensor['dtype']} {tensor['shape']}".encode()
-        with file.open("rb") as stream:
-            for place in sorted({begin, max(begin, (begin + end - PIECE_BYTES) // 2), max(begin, end - PIECE_BYTES)}):
-                stream.seek(start + place)
-                yield stream.read(min(PIECE_BYTES, end - place))
+        tensor = found[name]
+        begin, end = tensor.begin, tensor.begin + tensor.bytes
+        yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+        try:
+            with tensor.file.open("rb") as stream:
+                middle, last = max(begin, (begin + end - PIECE_BYTES) // 2), max(begin, end - PIECE_BYTES)
+                for place in sorted({begin, middle, last}):
+                    stream.seek(place)
+                    yield stream.read(min(PIECE_BYTES, end - place))
+        except OSError as error:
+            raise DominoError(f"{tensor.file} can't be read: {first_line(error)}.") from None
 
 
 def file_fingerprint(file: Path) -> str:

@@ -1,5 +1,6 @@
 """Tensors of safetensors files, read part by part in bounded memory."""
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from math import prod
@@ -9,11 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from convert.values import is_whole, json_kind, shown, shown_key
 from domino_jax.errors import DominoError, first_line
+from domino_jax.runtime.parsing import parse_json
 
 # Files are memory-mapped, and what was read of a mapping counts as this process's memory until it is closed.
 MOST_MAPPED = 64 * 2**20
-ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+LARGEST_HEADER = 10**8  # bytes, as the library takes them
+BITS = {
+    "BOOL": 8,
+    **dict.fromkeys(("F4", "F4_E2M1"), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}  # of a value, by safetensors' names of dtypes
 
 
 class Stored(NamedTuple):
@@ -23,11 +35,87 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: "BF16"
+    begin: int  # its first byte in the file
 
     @property
     def bytes(self) -> int:
         """Its size in the file."""
-        return prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
+        return prod(self.shape) * BITS[self.dtype] // 8
+
+
+def stored_tensors(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        DominoError: the file can't be read, or its header is damaged or does not fit its size.
+    """
+    try:
+        with file.open("rb") as stream:
+            total = os.fstat(stream.fileno()).st_size
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if total < 8 or start > total:
+                size = "is too short for a header" if total < 8 else f"would have a header of {start - 8} bytes"
+                raise ValueError(f"it has {total} bytes and {size}; it may be truncated")
+            if start - 8 > LARGEST_HEADER:
+                raise ValueError(f"its header would have {start - 8} bytes, and {LARGEST_HEADER} are allowed")
+            text = stream.read(start - 8)
+        return _tensors(file, _header(text), start, total)
+    except OSError as error:
+        raise DominoError(f"{file} can't be read: {first_line(error)}.") from None
+    except ValueError as error:
+        raise DominoError(f"{file} is not a whole safetensors file: {error}; fetch it again.") from None
+
+
+def _header(text: bytes) -> dict[str, Any]:
+    try:
+        header = parse_json(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its header is not UTF-8, from byte {error.start} on") from None
+    except ValueError as error:
+        raise ValueError(f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is {json_kind(header)}, and an object is expected")
+    return header
+
+
+def _tensors(file: Path, header: dict[str, Any], start: int, total: int) -> list[Stored]:
+    """The tensors of a header, whose bytes cover the file from `start` to `total`."""
+    ends, found = {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        key = shown_key(name)
+        if not isinstance(entry, dict):
+            raise ValueError(f"its header gives {key} as {json_kind(entry)}, and an object is expected")
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in BITS:
+            raise ValueError(f"{key} has the dtype {shown(dtype)}, which is none of safetensors'")
+        if not isinstance(shape, list) or not all(is_whole(size) and size >= 0 for size in shape):
+            raise ValueError(f"{key} has the shape {shown(shape)}, expected a list of sizes")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_whole, offsets)):
+            raise ValueError(f"{key} has the data_offsets {shown(offsets)}, expected its first byte and its end")
+        begin, end = offsets
+        if not 0 <= begin <= end:
+            raise ValueError(f"{key} has the data_offsets {shown(offsets)}, which is no range of bytes")
+        if end - begin != (needed := -(-prod(shape) * BITS[dtype] // 8)):
+            raise ValueError(f"{key} has {end - begin} bytes, and {dtype} of shape {shown(shape)} takes {needed}")
+        found.append(Stored(file, name, tuple(shape), dtype, start + begin))
+        ends[name] = start + end
+    found.sort(key=lambda stored: (stored.begin, ends[stored.name]))
+    place, before = start, "the header"
+    for stored in found:
+        if stored.begin < place:
+            raise ValueError(f"{before} and {shown_key(stored.name)} share bytes")
+        if stored.begin > place:
+            raise ValueError(
+                f"{stored.begin - place} bytes between {before} and {shown_key(stored.name)} are no tensor's"
+            )
+        place, before = ends[stored.name], shown_key(stored.name)
+    if place > total:
+        raise ValueError(f"its tensors end at byte {place}, and it has {total}; it may be truncated")
+    if place < total:
+        raise ValueError(f"the last {total - place} of its bytes are no tensor's")
+    return found
 
 
 class TensorFiles(AbstractContextManager["TensorFiles"]):
@@ -41,38 +129,47 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         self.stored: dict[str, Stored] = {}
         self._handles: dict[Path, Any] = {}
         self._mapped = 0
+        self._states: dict[Path, tuple[int, ...]] = {}
         for file in files:
-            handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118 (no mapping)
-                part = handle.get_slice(name)
-                if name in self.stored:
+            self._states[file] = _state(file)
+            for stored in stored_tensors(file):
+                if stored.name in self.stored:
                     raise DominoError(
-                        f"{name} is in {self.stored[name].file} and in {file.name}: it can't be told which is meant. "
-                        "Leave only the files of one model in the folder."
+                        f"{stored.name} is in {self.stored[stored.name].file} and in {file.name}: it can't be told "
+                        "which is meant. Leave only the files of one model in the folder."
                     )
-                self.stored[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                self.stored[stored.name] = stored
+            self._open(file)
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
+                self._check_same(file)
                 raise DominoError(
-                    f"{file} is not a whole safetensors file ({error}); it may be truncated: fetch it again."
+                    f"{file} is not a whole safetensors file: {first_line(error)}; fetch it again."
                 ) from None
         return self._handles[file]
+
+    def _check_same(self, file: Path) -> None:
+        if _state(file) != self._states[file]:
+            raise DominoError(f"{file} changed while it was read: try again when nothing writes it.")
 
     def read(self, tensor: Stored, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A copy of the tensor, or of the part that `index` has a slice for each axis of.
 
         Raises:
-            DominoError: it can't be read, or its dtype is none that NumPy and JAX know.
+            DominoError: it can't be read, or its dtype is none that NumPy and JAX know; or its file is another than
+                when this was made.
         """
+        self._check_same(tensor.file)  # before, for a mapping of a file cut short ends the process where it is touched
         try:
             handle = self._open(tensor.file)
             part = handle.get_tensor(tensor.name) if index is None else handle.get_slice(tensor.name)[index]
         except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
             raise DominoError(f"{tensor.name} in {tensor.file} can't be read: {first_line(error)}.") from None
+        self._check_same(tensor.file)
         self._mapped += part.nbytes
         if self._mapped > MOST_MAPPED:
             self.close()
@@ -85,3 +182,16 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """What tells that a file is no longer the same.
+
+    Raises:
+        DominoError: it is gone, or can't be looked at.
+    """
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise DominoError(f"{file} can't be read: {first_line(error)}.") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -7,15 +7,19 @@ python -m convert --check DIR [--target DIR]   what a folder holds, and what is 
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import DisallowNone, Positional, arg
 
 from convert.options import UNSET, Dtype
 from domino_jax.runtime.command import DONE, FAILED, UsageError, run_command
+
+if TYPE_CHECKING:  # JAX is imported once the words are known to be right
+    from convert.check import FolderReport
 
 
 @dataclass(frozen=True)
@@ -60,23 +64,27 @@ def run_convert(options: Convert) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax.numpy as jnp
 
-    from convert.check import check_folder
+    from convert.check import FolderReport, check_folder
     from convert.draft_configs import export_warnings, is_drafter
     from convert.folders import convert_folder
     from convert.hf import read_json
     from convert.progress import progress_bars
 
+    report = FolderReport()
     try:
         with progress_bars() as progress:
             if options.check:
-                report = check_folder(options.check, options.target, progress)
+                check_folder(options.check, options.target, progress, report)
             else:
                 assert options.source and options.destination
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
                 reading = partial(progress, f"reading {options.source}")
                 was, now = convert_folder(options.source, options.destination, reading, dtype, options.target)
     except KeyboardInterrupt:
-        print("interrupted" if options.check else "interrupted; nothing was written", file=sys.stderr)
+        print_report(report)
+        known = ", what is known so far is above" if report.lines else ""
+        with suppress(OSError):
+            print(f"interrupted{known if options.check else '; nothing was written'}", file=sys.stderr)
         raise
     if not options.check:
         assert options.destination
@@ -86,14 +94,21 @@ def run_convert(options: Convert) -> int:
         for warning in export_warnings(raw, file=file) if is_drafter(raw) else ():
             print(f"warning: {warning}", file=sys.stderr)
         return DONE
-    for what, value in report.lines:
-        print(f"{what:12} {value}")
-    for warning in report.warnings:
-        print(f"{'warning':12} {warning}")
-    for found in report.problems:
-        print(f"{'problem':12} {found}")
-    print("sound" if not report.problems else f"{len(report.problems)} problems")
+    print_report(report)
+    with suppress(BrokenPipeError):  # the exit code is the answer too
+        print("sound" if not report.problems else f"{len(report.problems)} problems")
     return FAILED if report.problems else DONE
+
+
+def print_report(report: "FolderReport") -> None:
+    """A check's findings, to whoever still reads them."""
+    with suppress(BrokenPipeError):
+        for what, value in report.lines:
+            print(f"{what:12} {value}")
+        for warning in report.warnings:
+            print(f"{'warning':12} {warning}")
+        for found in report.problems:
+            print(f"{'problem':12} {found}")
 
 
 if __name__ == "__main__":

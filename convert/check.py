@@ -47,7 +47,10 @@ class FolderReport:
 
 
 def check_folder(
-    folder: Path, target_folder: Path | None = None, progress: Callable[..., None] | None = None
+    folder: Path,
+    target_folder: Path | None = None,
+    progress: Callable[..., None] | None = None,
+    report: FolderReport | None = None,
 ) -> FolderReport:
     """Read a folder, ours or anyone's, and report what it is and what is wrong with it.
 
@@ -55,6 +58,7 @@ def check_folder(
         folder: a target or drafter in Hugging Face's or Orbax's form, or a training run.
         target_folder: the target of a drafter, to see whether they fit.
         progress: called with what is being read, bytes done and bytes in all.
+        report: to write into, for what is known when the check is broken off; a new one when None.
 
     Raises:
         DominoError: there is no such folder, its config.json can't be read or is not of a supported model, or it holds
@@ -68,7 +72,7 @@ def check_folder(
     config = hf.parse_config(raw, depth or least_depth(raw), file)
     if other and not (isinstance(config, DraftConfig) and isinstance(other, TargetConfig)):
         raise DominoError("--target takes the target's folder, and --check then its drafter's.")
-    report, of = FolderReport(), folder_format(folder)
+    report, of = FolderReport() if report is None else report, folder_format(folder)
     report.say("what", describe(config))
     report.say("form", of)
     count = parameters(config)
@@ -217,7 +221,9 @@ def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report:
         return f"not compared: in float32 it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     ids = tokenizer(TEXT)["input_ids"] if tokenizer else [i % config.vocab_size for i in range(1, 33)]
     ids = ids[: config.max_position_embeddings]
     try:
@@ -229,7 +235,11 @@ def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report:
     except Exception as error:  # its errors are of many kinds
         return f"not compared: it can't run this model ({first_line(error)})"
     del model
-    params = load_weights(folder, config, jnp.float32)
+    try:
+        params = load_weights(folder, config, jnp.float32)
+    except DominoError as error:  # it was whole a moment ago
+        report.problems.append(str(error).rstrip("."))
+        return "not compared"
     with jax.default_matmul_precision("highest"):
         hidden, _, _ = target.forward(params, config, jnp.array([ids]))
         ours = np.asarray(target.logits(params, config, hidden)[0])

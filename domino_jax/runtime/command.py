@@ -85,6 +85,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
     Args:
         action: returns an exit code, None for 0. SystemExit, as after a help, ends it too.
     """
+    code: int | None = None
     try:
         try:
             with explain_missing_extra():
@@ -100,9 +101,8 @@ def exit_code(action: Callable[[], int | None]) -> int:
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
+    except BrokenPipeError:  # of an action that has ended, its answer holds
         _discard_output()
-        return DONE
     except OSError as error:
         if error.filename is None:  # standard output's: a full disk behind it, say
             _discard_output()

@@ -27,8 +27,8 @@ def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], d
     found = first_not_finite(params, config, ids, dtype)
     if found.place is None:
         return DominoError(
-            "the target's logits are not finite (NaN or infinite), and nothing before them shows it when the text is "
-            "run alone: give --draft none, --dtype float32, or a higher temperature."
+            "the target's output is not finite (NaN or infinite), though its numbers are when the text is run alone: "
+            "try --draft none, --dtype float32, or a higher temperature."
         )
     said = f"the target's numbers are not finite (NaN or infinite) from {found.place} on"
     if found.place.startswith("layer"):

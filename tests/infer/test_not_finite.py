@@ -147,7 +147,7 @@ def test_what_was_generated_before_is_kept(pair, way, speculative):
     at = next(i for i in range(len(sound[0].prompt) + 3, len(known) - 1) if known[i] not in known[:i])
     broken = copied(pair)
     broken.params.target.embed = broken.params.target.embed.at[known[at]].set(np.nan)
-    engine = Engine(loaded(broken), cycles=2)
+    engine = Engine(loaded(broken))
     (s,) = sequences(engine, 24)[:1]
     pieces = []
     with pytest.raises(DominoError, match=r"the embedding on.*embed_tokens\.weight holds"):
@@ -235,7 +235,7 @@ def test_what_the_greatest_logit_tells(changes, finite):
         assert sampling.finite_logits(logits, jnp.full(1, 1e-4)).tolist() == [[True, False]]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["greedy", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_the_program_has_no_more_passes_over_the_vocabulary(pair, way):
     """Reductions of whole rows of logits in the compiled cycle, as it is and without the question."""
     state = loops.begin(pair.params, pair.configs, PROMPTS, 20)

@@ -23,6 +23,7 @@ from tyro.conf import arg
 
 from convert import folders
 from convert.identity import model_fingerprint
+from convert.not_finite import not_finite_error
 from convert.options import UNSET, check_count, local_sources
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
@@ -97,8 +98,10 @@ def corpus_to_capture(options: Capture, folder: Path, config: TargetConfig) -> C
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def observe(
     frozen: Target, config: TargetConfig, taps: tuple[int, ...], hidden: bool, ids: jax.Array, starts: jax.Array | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """What is kept of B rows: [B, S, LD (+ D)] bfloat16, the tapped features and with `hidden` the final states.
+
+    And whether it is finite, [B, S] bool.
 
     Args:
         ids: [B, S].
@@ -106,16 +109,21 @@ def observe(
     """
     states, tapped, _ = target.forward(frozen, config, ids, taps=taps, starts=starts)
     kept = jnp.concatenate([tapped, states], axis=-1) if hidden else tapped
-    return sharding.constrain(kept.astype(jnp.bfloat16), "B T -")
+    kept = kept.astype(jnp.bfloat16)
+    return sharding.constrain(kept, "B T -"), sharding.constrain(jnp.isfinite(kept).all(axis=-1), "B T")
 
 
 def computed(
     frozen: Target, config: TargetConfig, plan: shards.ShardPlan, corpus: Corpus, rows: slice, batch: int
 ) -> Iterator[np.ndarray]:
-    """What is kept of each of these rows, [tokens, LD (+ D)]; the device is a batch ahead of whoever takes them."""
+    """What is kept of each of these rows, [tokens, LD (+ D)]; the device is a batch ahead of whoever takes them.
+
+    Raises:
+        DominoError: the target's numbers are not finite.
+    """
     packed, last = corpus.packed(rows), rows.stop - 1
 
-    def dispatch(at: int) -> jax.Array:
+    def dispatch(at: int) -> tuple[jax.Array, jax.Array]:
         taken = corpus.take(np.minimum(np.arange(at, at + batch), last))  # of one size: the last row stands in
         ids = sharding.shard_copy(taken.ids, "B T")
         starts = sharding.shard_copy(taken.starts, "B T") if packed else None
@@ -125,9 +133,12 @@ def computed(
     ahead = dispatch(rows.start)
     for at in range(rows.start, rows.stop, batch):
         current, ahead = ahead, dispatch(at + batch) if at + batch < rows.stop else ahead
-        held = np.asarray(sharding.fetch(current))
-        for row, length in zip(held, lengths[at : min(at + batch, rows.stop)], strict=False):
-            yield row[:length]
+        held, finite = map(np.asarray, sharding.fetch(current))
+        for i, length in enumerate(lengths[at : min(at + batch, rows.stop)]):
+            if not finite[i, :length].all():
+                ids = corpus.take([at + i]).ids[0, :length].tolist()
+                raise not_finite_error(frozen, config, ids, frozen.norm.dtype)
+            yield held[i, :length]
 
 
 def check_space(folder: Path, plan: shards.ShardPlan) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rows import corpus_of_rows
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from convert import hf
 from convert.folders import convert_folder
@@ -104,6 +105,29 @@ def test_captured_features_are_those_of_the_online_path(folder, corpus, tmp_path
             np.testing.assert_allclose(ours.astype(np.float32), expected, rtol=2**-8)
             assert (ours[real] != expected[real]).any(), "the case does not tell"
     assert len(read) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.embed_tokens.weight", "from the embedding on, first at token 3 (id "),
+        ("model.layers.1.mlp.down_proj.weight", "from layer 1 on (of 3, counted from 0), first at token 0 "),
+        ("model.norm.weight", "from the final norm on"),
+    ],
+)
+def test_features_that_are_not_finite_are_refused(folder, corpus, tmp_path, capsys, name, says):
+    """Whole shards before stay: here a NaN in the embedding of a token that only the last row has."""
+    shutil.copytree(folder, tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    row = int(corpus.ids[5, 3])
+    assert row not in corpus.ids[:5]
+    tensors[name][(row if "embed" in name else ..., 0) if tensors[name].ndim > 1 else 0] = np.nan
+    save_file(tensors, tmp_path / "target" / "model.safetensors", metadata={"format": "pt"})
+    assert capture.main(words(tmp_path / "target", tmp_path / "features", "--hidden")) == 1
+    err = capsys.readouterr().err
+    assert says in err and f"{name} holds such values" in err
+    finished = sorted(file.name for file in (tmp_path / "features").glob("features-*.safetensors"))
+    assert bool(finished) == ("embed" in name) and not list((tmp_path / "features").glob("*.tmp"))
 
 
 def test_shards_are_plain_safetensors_without_the_padding(captured, corpus):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import DisallowNone, Positional, arg
 
 from convert.options import UNSET, Dtype
-from domino_jax.runtime.command import DONE, FAILED, UsageError, run_command
+from domino_jax.runtime.command import DONE, FAILED, UsageError, end_process, run_command
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
     from convert.check import FolderReport
@@ -112,4 +112,4 @@ def print_report(report: "FolderReport") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

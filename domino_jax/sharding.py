@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from domino_jax.config import DecoderConfig
@@ -160,6 +161,8 @@ def zeros(shape: tuple[int, ...], dtype: Any, letters: str) -> Array:
     """Zeros, made where they belong: on each device its part."""
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.zeros(shape, dtype)
+    if isinstance(made := jnp.zeros((), dtype), Tracer):  # in a program, whose devices are not known yet
+        return constrain(jnp.broadcast_to(made, shape), letters)
     return jnp.zeros(shape, dtype, device=NamedSharding(jax.sharding.get_mesh(), spec(letters)))
 
 

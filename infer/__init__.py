@@ -8,6 +8,8 @@ for text in model.stream("Why is the sky blue?"):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import domino_jax.runtime.module_path  # noqa: F401  (before what a working folder may hold, too)
+
 if TYPE_CHECKING:
     from infer.chat import Chat as Chat
     from infer.model import Completion as Completion

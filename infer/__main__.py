@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from convert import registry
 from convert.progress import progress_bars
 from domino_jax.errors import DominoError, first_line
-from domino_jax.runtime.command import print_error, run_command
+from domino_jax.runtime.command import end_process, print_error, run_command
 from domino_jax.runtime.processes import join_processes
 from infer.options import Generate
 from infer.output import (
@@ -63,7 +63,7 @@ def run_generate(options: Generate, chat: bool = False) -> None:
     first = join_processes(options.processes.resolve())
     if not first:
         keep_silent()
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for the rest of this process)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for the rest of this process)
     notes = Notes(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=not first)
     prompts = [] if chat else read_input(options)  # before loading, which takes longer
     session = Session(options, load_session(options, notes), notes)
@@ -248,4 +248,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

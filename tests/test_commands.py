@@ -118,8 +118,8 @@ def test_the_console_script_is_the_one_of_the_package():
     import tomllib
 
     script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["domino"]
-    assert script == "domino_jax.runtime.console:main"
-    code = "import sys; from domino_jax.runtime.console import main; sys.exit(main())"
+    assert script == "domino_jax.runtime.console:run"
+    code = "from domino_jax.runtime.console import run; run()"
     done = subprocess.run(
         [sys.executable, "-c", code, "convert", "--target", "x"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -7,6 +7,8 @@ print(run.drafter, run.metrics["final_acceptance"])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import domino_jax.runtime.module_path  # noqa: F401  (before what a working folder may hold, too)
+
 if TYPE_CHECKING:
     from train.api import TrainedDrafter as TrainedDrafter
     from train.api import train as train

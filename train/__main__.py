@@ -6,11 +6,10 @@ python -m train --resume --out runs/drafter
 python -m train regenerate --help
 """
 
-import sys
 from collections.abc import Sequence
 
 from domino_jax.errors import DominoError
-from domino_jax.runtime.command import Subcommand, exit_code, find_subcommand, list_subcommands
+from domino_jax.runtime.command import Subcommand, end_process, exit_code, find_subcommand, list_subcommands
 from domino_jax.runtime.processes import join_processes
 from train.options import parse_options
 
@@ -44,4 +43,4 @@ def _train(argv: Sequence[str] | None, prog: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

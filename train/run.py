@@ -41,7 +41,7 @@ from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
-from domino_jax.runtime.processes import broadcast_from_first
+from domino_jax.runtime.processes import broadcast_from_first, wait_for_others
 from domino_jax.sharding import fetch, mesh_context, parse_training_mesh
 from domino_jax.weights import Target, flatten, init_weights, unflatten
 from train import config
@@ -362,6 +362,7 @@ class Loop:
         if self.done < self.steps:
             command = f"python -m train --resume --out {self.folder}"
             say_state(f"interrupted at step {self.done}; continue with: {command}", sys.stderr)
+            wait_for_others("saved")
             raise KeyboardInterrupt
         say_state(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
 

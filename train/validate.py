@@ -1,8 +1,6 @@
 """`python -m train.validate`."""
 
-import sys
-
-from domino_jax.runtime.command import run_module
+from domino_jax.runtime.command import end_process, run_module
 
 if __name__ == "__main__":
-    sys.exit(run_module("train.evaluate.validate"))
+    end_process(run_module("train.evaluate.validate"))

@@ -1,7 +1,7 @@
-"""What all commands share: how words are read, exit codes, Ctrl-C and closed pipes.
+"""What all commands share: how words are read, exit codes, Ctrl-C, standard streams and how a process ends.
 
 Exit codes: 0 done, 1 failed (one sentence on standard error), 2 the words make no sense, 130 Ctrl-C. A reader of
-standard output that leaves early (`| head`) is no error.
+standard output that leaves early (`| head`) is no error, nor is one that was never there (`>&-`).
 """
 
 import io
@@ -10,10 +10,12 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
@@ -21,6 +23,7 @@ from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.extras import explain_missing_extra
 
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+AGAIN_SECONDS = 0.05  # until an interrupt that was ignored comes again
 
 T = TypeVar("T")
 ESCAPES = r"\x1b\[[0-9;]*m"  # colours of a terminal
@@ -86,9 +89,10 @@ def exit_code(action: Callable[[], int | None]) -> int:
         action: returns an exit code, None for 0. SystemExit, as after a help, ends it too.
     """
     code: int | None = None
+    _mend_streams()
     try:
         try:
-            with explain_missing_extra():
+            with explain_missing_extra(), _insisting_interrupts():
                 code = action()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else DONE
@@ -110,7 +114,81 @@ def exit_code(action: Callable[[], int | None]) -> int:
         else:
             print_error(f"{error.filename}: {error.strerror}.")
         return FAILED
+    except (RuntimeError, AssertionError):
+        problem = _device_problem()
+        if problem is None:
+            raise
+        print_error(problem)
+        return FAILED
     return DONE if code is None else code
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code; where the work was broken into, without taking Python apart.
+
+    A device may still run what was dispatched, and its threads must not outlive what they use. Of several processes,
+    the others are told, since they would wait for this one.
+    """
+    if code in (DONE, USAGE_ERROR):
+        sys.exit(code)
+    processes = sys.modules.get("domino_jax.runtime.processes")
+    if processes is not None:
+        processes.end_others(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+@contextmanager
+def _insisting_interrupts() -> Iterator[None]:
+    """Inside, a Ctrl-C that came while Python collected garbage, where exceptions are ignored, comes again."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = threading.Timer(AGAIN_SECONDS, interrupt_main)  # not here, where it would be ignored as well
+            again.daemon = True
+            again.start()
+        else:
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+
+
+def _mend_streams() -> None:
+    """Standard streams that can be read and written: closed ones lead nowhere, and what can't be encoded is escaped."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        number = 0
+        while number <= 2:  # their numbers must not become those of files that are opened later
+            number = os.open(os.devnull, os.O_RDWR)
+        os.close(number)
+        sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8")
+        sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+        sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _device_problem() -> str | None:
+    """Why JAX has no devices, in a sentence; None where it has, or where nothing asked for them."""
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        reason = first_line(error).partition(" (set JAX_PLATFORMS")[0] if str(error) else "no such device is found"
+        if asked:
+            return f"JAX_PLATFORMS={asked} can't be used: {reason}; unset it, or set another, such as cpu."
+        return f"JAX can't use the devices here: {reason}; JAX_PLATFORMS=cpu does without them."
+    return None
 
 
 def run_module(module: str) -> int:
@@ -125,6 +203,20 @@ def words_at_fault() -> Iterator[None]:
         yield
     except DominoError as error:
         raise UsageError(str(error)) from None
+
+
+def own_command(words: Sequence[str]) -> list[str]:
+    """The words of a process that runs a module of ours, whatever files the working folder holds.
+
+    Args:
+        words: as after `python -m`; the process needs the environment of `own_environment`.
+    """
+    return [sys.executable, "-P", "-m", *words]
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment, with the modules that it finds."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}  # noqa: PTH109
 
 
 def print_error(error: object) -> None:
@@ -204,6 +296,6 @@ def _sentence(box: str, prog: str) -> str:
 
 
 def _discard_output() -> None:
-    """Let what standard output still holds go nowhere: Python would fail on it once more at its end."""
+    """Let what standard output still holds go nowhere: Python would fail on it once more in its end."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from domino_jax.runtime.command import Subcommand, UsageError, exit_code, find_subcommand, list_subcommands
+from domino_jax.runtime.command import Subcommand, UsageError, end_process, exit_code, find_subcommand, list_subcommands
 
 SUBCOMMANDS = {
     "generate": Subcommand("infer.__main__", "generate text; as python -m infer"),
@@ -34,5 +35,10 @@ def _help(words: list[str]) -> None:
     print(HELP)
 
 
+def run() -> NoReturn:
+    """The console script."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,18 +1,28 @@
 """Several processes that run one model: `jax.distributed`, set up by flags, the environment or a TPU pod."""
 
+import atexit
 import os
 import sys
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
+
+ENDED = "domino_jax/ended"  # the exit code of a process that ended early, for the others
+WATCH_SECONDS, GRACE_SECONDS = 0.5, 3.0
+
+_joined = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def join_processes(hosts: ProcessConfig | None) -> bool:
     # Libraries write to file descriptor 1, where --json promises nothing but JSON. It becomes standard error's here,
     # and Python keeps a copy of the real one.
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w")
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
     import jax
 
@@ -75,8 +85,72 @@ def join_processes(hosts: ProcessConfig | None) -> bool:
         else:
             jax.distributed.initialize(hosts.coordinator, hosts.num_processes, hosts.process_id)
     except (RuntimeError, ValueError) as error:
-        raise DominoError(f"the other processes can't be reached: {error}.") from None
+        raise DominoError(f"the other processes can't be reached: {first_line(error)}.") from None
+    _watch_others()
     return jax.process_index() == 0
+
+
+def _store() -> Any:
+    """What JAX's processes know in common: short texts by name."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
+def _watch_others() -> None:
+    """End this process soon after another one has ended early: it may be waiting for that one for ever."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        store = _store()
+        while not stop.wait(WATCH_SECONDS):
+            try:
+                code = store.key_value_try_get(ENDED)
+            except Exception:  # nobody has ended, or the first process is gone, which JAX takes care of
+                continue
+            time.sleep(GRACE_SECONDS)  # it may be about to end by itself, with a sentence of its own
+            if not stop.is_set():
+                with suppress(OSError, ValueError):
+                    print("another process of this run has ended early, so this one ends too", file=sys.stderr)
+                os._exit(int(code))
+
+    thread = threading.Thread(target=watch, name="watching other processes", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        stop.set()
+        thread.join()
+
+    atexit.register(end)
+    global _joined
+    _joined = True
+
+
+def end_others(code: int) -> None:
+    """Tell the other processes of this run, if there are any, that this one ends early with that code."""
+    if not _joined:
+        return
+    import jax
+
+    with suppress(Exception):  # another one has told them already, or the first one is gone
+        _store().key_value_set(ENDED, str(code))
+    if jax.process_index() == 0:  # it keeps what they ask
+        with suppress(KeyboardInterrupt):
+            time.sleep(2 * WATCH_SECONDS)
+
+
+def wait_for_others(name: str) -> None:
+    """Go on when all processes are here.
+
+    Args:
+        name: of this place, the same in all of them.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)
 
 
 def broadcast_from_first(numbers: list[float]) -> list[float]:

@@ -1,8 +1,7 @@
 """`python -m infer.bench`."""
 
-import sys
-
+from domino_jax.runtime.command import end_process
 from infer.bench import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

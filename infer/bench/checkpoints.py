@@ -9,7 +9,6 @@ before it touched the weights.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from tyro.conf import DisallowNone
 
 from convert.options import UNSET, DeviceOptions, check_count, check_file, local_sources
 from domino_jax.errors import DominoError
-from domino_jax.runtime.command import UsageError, run_command
+from domino_jax.runtime.command import UsageError, end_process, own_command, own_environment, run_command
 from domino_jax.runtime.files import lock_folder
 
 PROMPT = list(range(1, 33))
@@ -158,10 +157,10 @@ def every_step(options: Round, out: Path) -> dict[str, dict[str, Any]]:
     data, model = parse_mesh(options.mesh)
     for step in STEPS:
         print(f"{step} ...", file=sys.stderr, flush=True)
-        words = [sys.executable, "-m", "infer.bench.checkpoints", "--step", step, "--out", str(out)]
+        words = own_command(["infer.bench.checkpoints", "--step", step, "--out", str(out)])
         words += ["--model", str(options.model)] if options.model else []
         words += ["--shapes", options.shapes, "--mesh", options.mesh, "--shard-mb", str(options.shard_mb)]
-        environment = dict(os.environ)
+        environment = own_environment()
         if step in ("to_orbax", "to_hf"):
             environment["JAX_PLATFORMS"] = "cpu"  # as python -m convert does
         if step == "load_mesh":  # counts for CPUs alone
@@ -238,4 +237,4 @@ def _run(options: Round) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

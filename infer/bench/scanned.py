@@ -3,7 +3,6 @@
 python -m infer.bench scan --shapes qwen3-0.6b --layers 8 --tokens 1 8 17
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +10,7 @@ from typing import Annotated
 from tyro.conf import DisallowNone
 
 from convert.options import UNSET, Dtype
-from domino_jax.runtime.command import UsageError, run_command
+from domino_jax.runtime.command import UsageError, end_process, run_command
 
 
 @dataclass(frozen=True)
@@ -44,4 +43,4 @@ def _run(options: Scan) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

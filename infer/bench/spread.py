@@ -7,7 +7,6 @@ the highest of at least three runs of one command, all from one commit without l
 """
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from domino_jax.errors import DominoError
-from domino_jax.runtime.command import run_command
+from domino_jax.runtime.command import end_process, run_command
 from domino_jax.runtime.parsing import parse_json, read_text
 from infer.bench.rows import DFLASH, DOMINO, LEAN, TRANSFORMERS, Row
 
@@ -137,4 +136,4 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench.s
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

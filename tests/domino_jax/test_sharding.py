@@ -141,6 +141,26 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     assert ours.params.target.layers[0].q.sharding.shard_shape((8, 6, 32)) == (8 // model, 6, 32)
 
 
+@pytest.mark.parametrize(("data", "model"), [(1, 2), (2, 1), (2, 4)], ids=lambda n: str(n))
+def test_caches_grow_on_a_mesh_and_stay_where_they_belong(pair, alone, data, model):
+    """In mid generation, as a run does whose rows get longer than their bucket."""
+    mesh = sharding.make_mesh(data, model)
+    with jax.set_mesh(mesh):
+        ours = spread(pair, mesh)
+        state = start(ours)
+        before = state.cache.k[0].sharding
+        state, _ = decode.speculate(ours.params, ours.configs, state, NO_STOP, 1, True)
+        old = jax.tree.leaves((state.cache, state.drafter))
+        state = decode.grow_caches(ours.configs, state, 2 * state.cache.capacity)
+        assert state.cache.k[0].sharding.is_equivalent_to(before, 4)
+        assert all(buffer.is_deleted() for buffer in old)
+        _, emitted = decode.speculate(ours.params, ours.configs, state, NO_STOP, 40, True)
+    tokens, counts = sharding.fetch((emitted.tokens, emitted.counts))
+    cycles, batch = range(len(counts)), range(tokens.shape[1])
+    rows = [[token for c in cycles for token in tokens[c, b, : counts[c, b]].tolist()] for b in batch]
+    assert all(output.tokens[-len(row) :] == row for output, row in zip(alone, rows, strict=True) if row)
+
+
 def with_backend(pair: Pair, backend: Any) -> Pair:
     """The pair with its experts computed by `backend`."""
     assert pair.configs.target.moe is not None

@@ -99,11 +99,13 @@ def test_the_demo_goes_on_with_a_training_that_was_interrupted(tmp_path, monkeyp
     began = []
 
     def begin(words, env):
-        began.append(words[2])
+        began.append(words[3])
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(command.subprocess, "run", begin)
     options = command.Demo(tmp_path, "demo", steps=20)
+    assert command.run_demo(options) == 0
+    began.clear()
     for name in ("prompts0.jsonl", "prompts1.jsonl", "heldout.jsonl"):
         (tmp_path / name).touch()
     drafter = tmp_path / "run" / "drafter"

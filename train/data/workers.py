@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import own_environment
 from train.data.conversations import Template
 from train.data.examples import Part, read_part
 
@@ -82,8 +83,7 @@ class Workers:
     """
 
     def __init__(self, count: int, setup: bytes):
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
-        environment = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
+        environment = own_environment() | {"TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-P", "-c", "from train.data.workers import serve; serve()"]
         self._processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

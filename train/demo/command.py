@@ -7,16 +7,14 @@ Each command is printed before it runs. What an earlier start has finished is no
 """
 
 import dataclasses
-import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from convert.options import absolute, check_count, local_sources
-from domino_jax.runtime.command import run_command
+from domino_jax.runtime.command import own_command, own_environment, run_command
 from domino_jax.runtime.files import lock_folder
 from train.begun import keep_settings
 from train.options import SETTINGS
@@ -109,12 +107,12 @@ def run_demo(options: Demo) -> int:
 
 
 def _run(options: Demo) -> int:
-    environment = {"GLIBC_TUNABLES": ALLOCATOR} | os.environ
+    environment = {"GLIBC_TUNABLES": ALLOCATOR} | own_environment()
     for stage in stages(options):
         if all(path.exists() for path in stage.done):
             continue
         print("\n$ python -m " + " ".join(stage.words), flush=True)
-        status = subprocess.run([sys.executable, "-m", *stage.words], env=environment).returncode
+        status = subprocess.run(own_command(stage.words), env=environment).returncode
         if status:
             return status
     return 0

@@ -13,14 +13,13 @@ the curves (ablation.png) are written when all drafters are measured.
 import json
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.options import DraftingOptions, absolute, check_count, local_sources
-from domino_jax.runtime.command import UsageError, run_command
+from domino_jax.runtime.command import UsageError, own_command, own_environment, run_command
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import lock_folder, write_atomic, write_text
 from train.begun import keep_settings
@@ -80,7 +79,7 @@ def run_missing(options: Ablation) -> int:
             words = ["--config", o.config, *(["--target", o.target] if o.target else []), "--data", *o.data]
             words += ["--steps", str(o.steps), "--seed", str(seed), *KINDS[kind], "--out", str(folder)]
         print("\n$ python -m train " + " ".join(words), flush=True)
-        status = subprocess.run([sys.executable, "-m", "train", *words]).returncode
+        status = subprocess.run(own_command(["train", *words]), env=own_environment()).returncode
         if status:
             return status
     return 0

@@ -39,7 +39,7 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.command import run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import resolve_dtype
-from domino_jax.runtime.processes import join_processes
+from domino_jax.runtime.processes import join_processes, wait_for_others
 from train.generate import DecodedPrompt, Request, generate
 from train.loading import PairOptions, notes
 from train.monitor.decoding_progress import DecodingProgress
@@ -154,6 +154,7 @@ def run_regenerate(options: Regenerate) -> None:
         if interrupted:
             if first:
                 print(f"interrupted: {summary}; the same command goes on", file=sys.stderr)
+            wait_for_others("written")
             raise KeyboardInterrupt
         if not len(answers):
             raise DominoError(f"nothing could be answered{left_out}.")

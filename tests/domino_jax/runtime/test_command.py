@@ -1,7 +1,10 @@
 """The wrapper of all commands: exit codes, errors of one sentence, closed pipes."""
 
+import gc
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -91,6 +94,61 @@ def test_every_end_has_its_exit_code(capsys, monkeypatch, outcome, code, says):
 
     assert exit_code(action) == code
     assert capsys.readouterr().err.startswith(says)
+
+
+@pytest.mark.parametrize("where", ["a finalizer", "a callback of the garbage collector", "a weak reference's callback"])
+def test_an_interrupt_that_python_ignores_comes_again(where):
+    """Such as one in the callback that JAX has there: the user would have to press Ctrl-C twice."""
+
+    class Thing:
+        def __del__(self):
+            if where == "a finalizer":
+                raise KeyboardInterrupt
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def action() -> None:
+        thing = Thing()
+        reference = weakref.ref(thing, interrupt if where == "a weak reference's callback" else None)
+        if where == "a callback of the garbage collector":
+            gc.callbacks.append(interrupt)
+        try:
+            del thing
+            if gc.callbacks[-1:] == [interrupt]:
+                gc.collect()
+        finally:
+            gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not interrupt]
+        for _ in range(500):
+            time.sleep(0.01)
+        pytest.fail(f"the interrupt was lost; {reference}")
+
+    assert exit_code(action) == 130
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), RuntimeError("Unable to initialize backend 'x': no. (set JAX_…"), None]
+)
+def test_missing_devices_are_a_sentence_and_other_errors_are_themselves(capsys, monkeypatch, error):
+    import jax
+
+    def devices() -> list[object]:
+        if error is not None:
+            raise error
+        return []
+
+    def action() -> None:
+        jax.devices()
+        raise RuntimeError("another one")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if error is None:
+        with pytest.raises(RuntimeError, match="another one"):
+            exit_code(action)
+        return
+    assert exit_code(action) == 1
+    assert capsys.readouterr().err.startswith("error: JAX can't use the devices here: ")
 
 
 def test_other_errors_keep_their_traceback():

@@ -18,7 +18,11 @@ NOT_FINITE_DRAFTS = (
 MOST_NAMES = 2  # an expert's weight has a name for each expert
 
 
-def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], dtype: Any) -> DominoError:
+class NotFiniteError(DominoError):
+    """A target's numbers are not finite: whatever it is asked next, it is not to be trusted."""
+
+
+def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], dtype: Any) -> NotFiniteError:
     """The error of a target whose logits after `ids` are not finite; it names where such numbers begin.
 
     Args:
@@ -26,7 +30,7 @@ def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], d
     """
     found = first_not_finite(params, config, ids, dtype)
     if found.place is None:
-        return DominoError(
+        return NotFiniteError(
             "the target's output is not finite (NaN or infinite), though its numbers are when the text is run alone: "
             "try --draft none, --dtype float32, or a higher temperature."
         )
@@ -36,13 +40,13 @@ def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], d
     if found.position is not None:
         said += f", first at token {found.position} (id {ids[found.position]}) of {len(ids)}"
     if found.weight is not None:
-        return DominoError(
+        return NotFiniteError(
             f"{said}: {_tensor(config, found.weight)} holds such values; fetch the model again, or check it with "
             "python -m convert --check DIR."
         )
     if jnp.dtype(dtype) == jnp.float32:
-        return DominoError(f"{said}: its weights are finite, but so large that sums overflow in float32.")
-    return DominoError(
+        return NotFiniteError(f"{said}: its weights are finite, but so large that sums overflow in float32.")
+    return NotFiniteError(
         f"{said}: its weights are finite, but sums overflow in {jnp.dtype(dtype).name}; try --dtype float32."
     )
 

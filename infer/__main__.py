@@ -152,6 +152,7 @@ class Session:
 
     def chat(self) -> None:
         """Talk until the end of input."""
+        from convert.not_finite import NotFiniteError
         from infer.chat import Chat, read_lines
 
         say("Chat: Ctrl-C stops an answer, Ctrl-D ends.")
@@ -165,6 +166,8 @@ class Session:
                 with suppress(KeyboardInterrupt):
                     self._print_batch([turn], chat.decode(turn), how, 1)
                 self.summary.show(self.engine.choosers.values())
+            except NotFiniteError:
+                raise
             except DominoError as error:
                 print_error(f"{error} The conversation starts over.")
                 chat.start_over()

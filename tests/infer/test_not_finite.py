@@ -1,5 +1,6 @@
 """Numbers that are not finite: an error that names where they begin, and a warning where only the drafter has them."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params
-from infer.__main__ import main
+from infer.__main__ import main, main_chat
 from infer.engine import Decoding, Engine, Sequence
 from infer.model import Model
 from train.generate import Request, generate
@@ -283,6 +284,14 @@ def test_the_command_fails_with_a_sentence(folder, capsys, words):
     status = main(["aZb", "--model", str(folder / "target"), "--draft", str(folder / "draft"), *words])
     out, err = capsys.readouterr()
     assert status == 1 and EXPECTED in err and not out.strip()
+
+
+def test_a_chat_ends_with_the_sentence(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("b\naZb\nnever asked\n"))
+    words = ["--model", str(folder / "target"), "--draft", "none", "--max-new-tokens", "3"]
+    assert main_chat(words) == 1
+    out, err = capsys.readouterr()
+    assert EXPECTED in err and "starts over" not in err and out.count("> ") == 2
 
 
 def test_answers_that_were_whole_are_printed_before_the_error(folder, capsys, tmp_path):

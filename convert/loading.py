@@ -15,15 +15,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert import hf
+from convert.drafters import make_drafter
 from convert.options import PlanOptions
 from convert.registry import read_configs
-from convert.tokenizer import end_tokens, load_tokenizer
+from convert.tokenizer import check_same_tokens, end_tokens, load_tokenizer
 from domino_jax import prepare
 from domino_jax.attention import Backend, BackendChoice, available_backends
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
@@ -52,6 +54,11 @@ class LoadedModel:
         """Whether this is a float32 run with matrices in bfloat16."""
         return self.dtype == jnp.float32 and any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(self.params))
 
+    @property
+    def has_block_drafter(self) -> bool:
+        """Whether a drafter drafts that was trained for this target."""
+        return isinstance(self.configs.draft, DraftConfig)
+
     @contextmanager
     def context(self) -> Iterator[None]:
         """What programs of this model are run in: its mesh and the precision of its products."""
@@ -73,10 +80,13 @@ class LoadPlan(NamedTuple):
 
 def plan_load(
     config: TargetConfig,
-    draft_config: DraftConfig | None,
+    draft_config: DraftConfig | TargetConfig | None,
     dtype: str | None = None,
     *,
     drafts: int | None = None,
+    ngram: bool = False,
+    prompt_lookup_max: int | None = None,
+    prompt_lookup_min: int | None = None,
     mesh: tuple[int, int] | None = None,
     attention: BackendChoice = "auto",
     candidates: int | None = None,
@@ -86,8 +96,10 @@ def plan_load(
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
     Args:
+        draft_config: of the drafter's weights: a block drafter's, or an ordinary model's, which is then an assistant.
         dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
+        ngram, prompt_lookup_max, prompt_lookup_min: see `convert.drafters.make_drafter`.
         mesh: sizes of its axes data and model; when None one device if the models fit (`memory.default_mesh_sizes`).
         attention: its backend; "auto" chooses among those that are tested on this kind of device.
         candidates: tokens that the causal head scores; the whole vocabulary when None.
@@ -98,11 +110,17 @@ def plan_load(
         DominoError: a setting does not fit the pair or these devices.
     """
     config = resolve_moe_backend(config)
-    configs = DecodeConfig(config)
-    if draft_config:
-        configs = DecodeConfig(config, BlockDrafter(draft_config, candidates), drafts)
-    elif candidates is not None or draft_dtype is not None:
-        raise DominoError("head candidates and an 8-bit drafter need a drafter: give one with --draft DIR.")
+    drafter = make_drafter(
+        draft_config,
+        ngram=ngram,
+        num_draft_tokens=drafts,
+        candidates=candidates,
+        prompt_lookup_max=prompt_lookup_max,
+        prompt_lookup_min=prompt_lookup_min,
+    )
+    if draft_dtype is not None and not isinstance(draft_config, DraftConfig):
+        raise DominoError("8-bit weights are for a drafter of the target's blocks: give one with --draft DIR.")
+    configs = DecodeConfig(config, drafter, drafts if drafter else None)
     kind = resolve_dtype(dtype)
     models = [c for c in (configs.target, configs.draft) if c]
     sizes = mesh or default_mesh_sizes(models, kind)
@@ -143,6 +161,8 @@ def load_model(
     raw, config, draft_config, warnings = read_configs(target, draft)
     chosen = plan_load(config, draft_config, dtype, **how)
     tokenizer = load_tokenizer(target)  # what is wrong there costs no weights
+    if draft and isinstance(draft_config, TargetConfig):
+        check_same_tokens(tokenizer, load_tokenizer(draft), draft)
     stop_ids, more = end_tokens(target, raw, tokenizer)
     kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
 
@@ -188,6 +208,10 @@ def _fitted(drafter: Drafter | None, model_devices: int) -> Drafter | None:
     """The drafter with weights that so many devices can share."""
     if drafter is None or drafter.config is None:
         return drafter
+    if isinstance(drafter, CombinedDrafter):
+        model = _fitted(drafter.model, model_devices)
+        assert model is not None
+        return dataclasses.replace(drafter, model=model)
     return dataclasses.replace(drafter, config=fit_to_mesh(drafter.config, model_devices))  # type: ignore[type-var]
 
 

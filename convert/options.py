@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
 
 from convert import registry
+from convert.registry import split_draft
 from convert.values import INT_LIMIT, is_number, is_whole, shown
 from domino_jax.runtime.command import UsageError, words_at_fault
 from domino_jax.runtime.files import output_kind, source_at
@@ -139,6 +140,9 @@ class PlanOptions(TypedDict, total=False):
     """How a pair runs: keywords of `loading.plan_load`, which describes them."""
 
     drafts: int | None
+    ngram: bool
+    prompt_lookup_max: int | None
+    prompt_lookup_min: int | None
     mesh: tuple[int, int] | None
     attention: Attention
     candidates: int | None
@@ -156,6 +160,10 @@ class DraftingOptions:
     """vocabulary entries that the causal head scores: the highest base logits, or all"""
     draft_dtype: Annotated[DraftDtype | None, DisallowNone, UNSET] = None
     """8-bit weights for the drafter; the drafts change, the output does not (default: as --dtype)"""
+    prompt_lookup_max: Annotated[int | None, DisallowNone, UNSET] = None
+    """n-grams: tokens of the longest match that is looked for (default: 5; 8 beside another drafter)"""
+    prompt_lookup_min: Annotated[int | None, DisallowNone, UNSET] = None
+    """n-grams: tokens of the shortest match that counts (default: 2; 4 beside another drafter)"""
 
 
 @dataclass(frozen=True)
@@ -200,8 +208,19 @@ class ModelOptions:
 
     @property
     def draft(self) -> str | None:
-        """What --draft names."""
-        return self.drafting.draft
+        """What --draft names besides n-grams: a name, a folder, "none"; None for the public drafter of the model."""
+        name, ngram = split_draft(self.drafting.draft)
+        return registry.NO_DRAFT if ngram and name is None else name
+
+    @property
+    def ngram(self) -> bool:
+        """Whether --draft asks for n-gram drafting, alone or beside a drafter."""
+        return split_draft(self.drafting.draft)[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether --draft asks for no drafter."""
+        return self.drafting.draft == registry.NO_DRAFT
 
     @property
     def head_candidates(self) -> int | None:
@@ -219,6 +238,9 @@ class ModelOptions:
         """
         return {
             "drafts": num_draft_tokens,
+            "ngram": self.ngram,
+            "prompt_lookup_max": self.drafting.prompt_lookup_max,
+            "prompt_lookup_min": self.drafting.prompt_lookup_min,
             "mesh": self.device.mesh_sizes(),
             "attention": self.device.attention,
             "candidates": self.head_candidates,
@@ -235,13 +257,24 @@ class ModelOptions:
         drafting = self.drafting
         if self.head_candidates is not None:
             check_count("head_candidates", self.head_candidates)
-        if drafting.draft == registry.NO_DRAFT:
+        with words_at_fault():
+            split_draft(drafting.draft)
+        if self.plain or (self.ngram and self.draft == registry.NO_DRAFT):
             used = {"--head-candidates": self.head_candidates, "--draft-dtype": drafting.draft_dtype}
             for flag in (flag for flag, value in used.items() if value is not None):
-                raise UsageError(f"{flag} needs a drafter, and --draft none has none.")
+                raise UsageError(f"{flag} needs a drafter with weights, and --draft {drafting.draft} has none.")
+        for name in ("prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(drafting, name)
+            if value is not None:
+                check_count(name, value)
+                if not self.ngram:
+                    raise UsageError(f"--{name.replace('_', '-')} is for n-gram drafting: add --draft ngram.")
+        longest, shortest = drafting.prompt_lookup_max, drafting.prompt_lookup_min
+        if longest is not None and shortest is not None and shortest > longest:
+            raise UsageError(f"--prompt-lookup-min {shortest} is above --prompt-lookup-max {longest}.")
         if self.revision is not None or drafting.draft_revision is not None:
             with words_at_fault():
-                registry.check_revisions(self.model, drafting.draft, self.revision, drafting.draft_revision)
+                registry.check_revisions(self.model, self.draft, self.revision, drafting.draft_revision)
         self.device.mesh_sizes()
 
 

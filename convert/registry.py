@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # slow to import, and the command line is checked before
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 NO_DRAFT = "none"
+NGRAM = "ngram"  # of --draft: a drafter without weights; "DIR+ngram" is both
 
 
 class PublicModel(NamedTuple):
@@ -43,8 +44,8 @@ DRAFTERS = {name: public.domino for name, public in TABLE.items() if public.domi
 # What --help says, here and in the benchmark.
 MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, or org/repo on the Hub"
 DRAFT_HELP = (
-    f"drafter: {', '.join(DRAFTERS)}, a folder or org/repo, or none for plain decoding; by default the public one of "
-    "the model's name or repository (a folder has none)"
+    f"drafter: {', '.join(DRAFTERS)}, a folder or org/repo; a smaller Qwen3, such as qwen3-0.6b, as assistant; ngram "
+    "for matches in the text, DIR+ngram for both; or none. By default the public one of the model's name or repository"
 )
 REVISION_HELP = "branch, tag or commit of the target's repository; its main branch when not given"
 DRAFT_REVISION_HELP = "branch, tag or commit of the drafter's repository"
@@ -71,11 +72,29 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
         return target, next((p.domino for p in TABLE.values() if public and p.target == target), None)
     if draft == NO_DRAFT:
         return target, None
-    if draft in TABLE and draft not in DRAFTERS:
-        raise DominoError(
-            f"no drafter is public for {draft}: give a folder with --draft DIR, or one of {', '.join(DRAFTERS)}."
-        )
+    if draft in TABLE and draft not in DRAFTERS:  # a model as assistant
+        if TABLE[draft].target == target:
+            raise DominoError(
+                f"no drafter is public for {draft}: give a folder with --draft DIR, or one of {', '.join(DRAFTERS)}."
+            )
+        return target, TABLE[draft].target
     return target, DRAFTERS.get(draft, draft)
+
+
+def split_draft(draft: str | None) -> tuple[str | None, bool]:
+    """What --draft says of a drafter with weights, and whether it asks for n-grams; (None, True) is n-grams alone.
+
+    Raises:
+        DominoError: there is nothing before "+ngram".
+    """
+    if draft == NGRAM:
+        return None, True
+    if draft is None or not draft.endswith(f"+{NGRAM}"):
+        return draft, False
+    other = draft.removesuffix(f"+{NGRAM}")
+    if other in ("", NGRAM, "none"):
+        raise DominoError(f"--draft {draft}: +{NGRAM} adds to another drafter; --draft {NGRAM} is n-grams alone.")
+    return other, True
 
 
 def check_revisions(model: str, draft: str | None, revision: str | None, draft_revision: str | None) -> None:
@@ -100,7 +119,7 @@ def resolve_folders(
     console: "Console",
     revision: str | None = None,
     draft_revision: str | None = None,
-    check: "Callable[[TargetConfig, DraftConfig | None], object] | None" = None,
+    check: "Callable[[TargetConfig, DraftConfig | TargetConfig | None], object] | None" = None,
     flag: str = "--model",
 ) -> tuple[Path, Path | None]:
     """The folders of a target and its drafter, fetched from the Hub where needed.
@@ -143,8 +162,10 @@ def resolve_folders(
 
 def read_configs(
     target: Path, draft: Path | None, flag: str = "--model"
-) -> "tuple[dict[str, Any], TargetConfig, DraftConfig | None, list[str]]":
+) -> "tuple[dict[str, Any], TargetConfig, DraftConfig | TargetConfig | None, list[str]]":
     """The config.json files of a pair: the target's as it is and parsed, the drafter's parsed, and warnings.
+
+    The drafter's is a DraftConfig, or of an ordinary model, which is to be an assistant, a TargetConfig.
 
     Args:
         flag: of the command line for the target, for errors.
@@ -167,7 +188,15 @@ def read_configs(
     file = draft / "config.json"
     raw_draft = hf.read_json(file)
     if not is_drafter(raw_draft):
-        raise DominoError(f"{draft} is not a drafter (its config.json has no dflash_config); see --draft.")
+        if draft.resolve() == target.resolve():
+            raise DominoError(f"{draft} is the target itself; --draft takes its drafter, or a smaller model.")
+        assistant = read_target_config(raw_draft, file)
+        if assistant.vocab_size != config.vocab_size:
+            raise DominoError(
+                f"{draft} can't be an assistant: its vocabulary has {assistant.vocab_size} tokens, the target's "
+                f"{config.vocab_size}; they must be the same."
+            )
+        return raw, config, assistant, []
     draft_config, warnings = read_draft_config(raw_draft, config.num_hidden_layers, file)
     return raw, config, draft_config, [*warnings, *check_pair(config, draft_config)]
 

@@ -47,6 +47,27 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def check_same_tokens(tokenizer: Any, other: Any, folder: Path) -> None:
+    """Refuse an assistant whose tokens stand for other text than the target's.
+
+    Args:
+        tokenizer, other: the target's and the assistant's; where one of them is None nothing is known.
+        folder: the assistant's.
+
+    Raises:
+        DominoError: a token differs.
+    """
+    if tokenizer is None or other is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    different = next((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), None)
+    if different is not None:
+        raise DominoError(
+            f"{folder} can't be an assistant: {different!r} is token {theirs.get(different)} of its tokenizer and "
+            f"{ours.get(different)} of the target's; they must have the same tokenizer."
+        )
+
+
 def end_tokens(folder: Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[tuple[int, ...], list[str]]:
     """The ids that end a sequence, and warnings.
 

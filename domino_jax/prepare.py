@@ -15,7 +15,7 @@ from domino_jax import matrix
 from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.matrix import Scaled
 from domino_jax.sharding import constrain
-from domino_jax.weights import Params, axes, flatten, is_matrix, lm_head
+from domino_jax.weights import Draft, Params, axes, flatten, is_matrix, lm_head
 
 # The recurrent part is not quantized: it is small, and its error would be carried from proposal to proposal.
 WHOLE = ("head.gru_in", "head.gru_state", "head.proj_block", "head.proj_state")
@@ -60,7 +60,7 @@ def tabulate_head(params: Params, largest: int = LARGEST_TABLE) -> None:
     Args:
         largest: bytes that the table may take. At a vocabulary of 151,936 it would be a gigabyte.
     """
-    head = params.draft.head if params.draft else None
+    head = params.draft.head if isinstance(params.draft, Draft) else None
     if head is None or not isinstance(head.gru_in, Array):
         return
     if params.target.embed.shape[0] * head.gru_in.shape[0] * head.gru_in.dtype.itemsize <= largest:

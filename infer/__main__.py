@@ -98,7 +98,8 @@ def load_session(options: Generate, notes: Notes) -> "LoadedModel":
     Raises:
         DominoError: see `convert.options.load_pair`; or an option needs a drafter, and there is none.
     """
-    if options.drafting_flags and registry.locate(options.model.model, options.model.draft)[1] is None:
+    found = registry.locate(options.model.model, options.model.draft)[1]
+    if options.drafting_flags and found is None and not options.model.ngram:
         flags, are = " and ".join(options.drafting_flags), "needs" if len(options.drafting_flags) == 1 else "need"
         raise DominoError(f"{flags} {are} a drafter: give one with --draft DIR.")  # before anything is fetched
     from convert.options import load_pair
@@ -127,7 +128,7 @@ class Session:
         self.summary = RunSummary(loaded, notes)
         given = options.input
         self.encoder = Encoder(loaded.tokenizer, given.raw, given.thinking, given.system)
-        warn(self.encoder.check(loaded.configs.draft is not None))
+        warn(self.encoder.check(loaded.has_block_drafter))
         if loaded.tokenizer is not None:
             from infer.text import unmatched_stops
 

@@ -192,7 +192,7 @@ class _Request:
         if system is not None and not isinstance(system, str):
             raise UsageError(f"system must be text, found {shown(system)}.")
         self.encoder = Encoder(model.tokenizer, raw, thinking, system)
-        _warn(self.encoder.check(model.loaded.configs.draft is not None))
+        _warn(self.encoder.check(model.loaded.has_block_drafter))
         if self.stop and model.tokenizer is not None:
             _warn(unmatched_stops(model.tokenizer, self.stop, model.loaded.stop_ids))
 

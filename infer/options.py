@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import DisallowNone, Positional, UseAppendAction, arg
 
-from convert import registry
 from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, SamplingOptions, check_count, check_file
 from convert.values import shown
 from domino_jax.runtime.command import UsageError
@@ -85,7 +84,7 @@ class Generate:
         self.sampling.check()
         given, output, few = self.input, self.output, self.num_draft_tokens
         sources = [self.prompt is not None, given.prompts is not None, given.input_ids is not None]
-        without = self.model.draft == registry.NO_DRAFT
+        without = self.model.plain
         check_count("max_new_tokens", output.max_new_tokens)
         check_count("batch_size", given.batch_size)
         check_file("svg", output.svg, given.prompts, self.model.model, self.model.draft)

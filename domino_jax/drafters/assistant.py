@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import target
-from domino_jax.attention import Backend
 from domino_jax.cache import KVCache, init_cache
 from domino_jax.config import TargetConfig
 from domino_jax.drafters.base import DraftTokens, View
@@ -33,7 +32,6 @@ class AssistantDrafter:
     Args:
         config: the assistant's.
         most: tokens that it proposes a cycle.
-        attention: its backend.
 
     Raises:
         DominoError: `most` is below 1.
@@ -41,7 +39,6 @@ class AssistantDrafter:
 
     config: TargetConfig
     most: int = 5
-    attention: Backend = "xla"
 
     def __post_init__(self) -> None:
         if self.most < 1:
@@ -66,7 +63,7 @@ class AssistantDrafter:
         def step(carry: tuple[KVCache, Array, Array], key: Array | None) -> Any:
             cache, token, place = carry
             hidden, _, written = target.forward(
-                weights, self.config, token[:, None], place, cache, attention=self.attention
+                weights, self.config, token[:, None], place, cache, attention=view.attention
             )
             assert written is not None
             logits = target.logits(weights, self.config, hidden)
@@ -96,6 +93,6 @@ class AssistantDrafter:
         if proposed:  # it has run them itself
             return state
         with jax.named_scope("context"):
-            _, _, cache = target.forward(weights, self.config, tokens, start, state.cache, attention=self.attention)
+            _, _, cache = target.forward(weights, self.config, tokens, start, state.cache)
             assert cache is not None
             return AssistantState(cache)

@@ -14,9 +14,9 @@ def megabytes(loaded: LoadedModel, batch: int, positions: int) -> dict[str, floa
     capacity = kv.length_bucket(positions + configs.lookahead)
     held: dict[str, float] = {"weights_mb": _mb(loaded.params)}
     caches = [jax.eval_shape(lambda: kv.init_cache(configs.target, batch, capacity, loaded.dtype))]
-    drafter = configs.draft
+    drafter = configs.drafter
     if drafter is not None:
-        caches.append(jax.eval_shape(lambda: kv.init_cache(drafter, batch, capacity, loaded.dtype)))
+        caches.append(jax.eval_shape(lambda: drafter.init(batch, capacity, loaded.dtype)))
     held["caches_mb"] = _mb(caches)
     stats = jax.devices()[0].memory_stats()
     if stats:

@@ -11,9 +11,12 @@ from jax import Array
 from convert.loading import LoadedModel, without_head
 from domino_jax import decode
 from domino_jax.decode import DecodeState
-from domino_jax.drafters.base import DraftTokens
+from domino_jax.drafters.base import Drafter, DraftTokens
+from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.errors import DominoError
-from infer.bench.rows import DFLASH, DOMINO
+from infer.bench.rows import ASSISTANT, DFLASH, DOMINO, NGRAM
 
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
 
@@ -39,11 +42,11 @@ def drafting(
         counts: proposals; all that the drafter makes when empty. "auto" is for the drafter as it is.
         headless: also without its head.
     """
-    config = loaded.configs.draft
-    if config is None:
+    drafter = loaded.configs.drafter
+    if drafter is None:
         return {}
-    views = {DOMINO: loaded} if config.head else {DFLASH: loaded}
-    if config.head and headless:
+    views = {mode_of(drafter): loaded}
+    if DOMINO in views and headless:
         views = {DFLASH: head_off(loaded), **views}
     return {
         (mode, drafts): with_drafts(view, drafts)
@@ -51,6 +54,15 @@ def drafting(
         for mode, view in views.items()
         if drafts != "auto" or view is loaded
     }
+
+
+def mode_of(drafter: Drafter) -> str:
+    """What a way of drafting is called in the rows."""
+    if isinstance(drafter, CombinedDrafter):
+        return f"{mode_of(drafter.model)}+{NGRAM}"
+    if isinstance(drafter, BlockDrafter):
+        return DOMINO if drafter.config.head else DFLASH
+    return NGRAM if isinstance(drafter, NgramDrafter) else ASSISTANT
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from convert.loading import LoadedModel
 from convert.options import SamplingOptions
 from domino_jax import decode
-from domino_jax.drafters import block
-from domino_jax.drafters.base import DraftTokens
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import domino
 from domino_jax.sampling import settings
@@ -73,33 +71,41 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
 
     if drafter is None:
         return {"target_ms": timed(verified_by(none))}
-    assert isinstance(drafter, BlockDrafter), "the parts are those of a block drafter's cycle"
-    config, proposals = drafter.config, configs.proposals
-    z, base, _ = drafter.draft_block(params.draft, state.drafter, decode.view(params, configs, state), proposals)
-    embed, few = params.target.embed, drafter.candidates
-    how = sampling, None if greedy else keys, few
-    draft = DraftTokens(*domino.propose_corrected(params.draft, config, embed, z, base, state.token, *how))
-    drafts = draft.tokens
-    logits, features, _ = decode.run_target(params, configs, state, drafts)
+    draft_keys = None if greedy else keys
+    draft, _ = decode.propose(params, configs, state, draft_keys)
+    logits, features, _ = decode.run_target(params, configs, state, draft.tokens)
 
     def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
         """`x`, in a form that the compiler must take for another one in each repetition."""
         return x + 0 * s.token.astype(x.dtype)[:, None, None]
 
-    def drafted(p: Params, s: decode.DecodeState) -> Any:
-        z, base, context = drafter.draft_block(p.draft, s.drafter, decode.view(p, configs, s), proposals)
-        return s._replace(drafter=context), (z, base)
-
-    def proposed(p: Params, s: decode.DecodeState) -> Any:
-        how = s.sampling, None if greedy else s.keys, few
-        return s, domino.propose_corrected(p.draft, config, p.target.embed, anew(z, s), anew(base, s), s.token, *how)
-
     def verified(p: Params, s: decode.DecodeState) -> Any:
         count, bonus = decode.accept(None if greedy else s.keys, draft, anew(logits, s), s)
-        return s, decode.commit(s, jnp.concatenate([drafts, bonus[:, None]], axis=1), count + 1, stop)[1]
+        return s, decode.commit(s, jnp.concatenate([draft.tokens, bonus[:, None]], axis=1), count + 1, stop)[1]
 
-    def remembered(p: Params, s: decode.DecodeState) -> Any:
-        return s._replace(drafter=block.append_context(p.draft, config, s.drafter, anew(features, s), s.length)), ()
+    def observed(p: Params, s: decode.DecodeState) -> Any:
+        tokens = jnp.concatenate([s.token[:, None], draft.tokens], axis=1)
+        seen = drafter.observe(p.draft, s.drafter, tokens, anew(features, s), s.length)
+        return s._replace(drafter=seen), ()
 
-    parts = {"draft": drafted, "head": proposed, "target": verified_by(drafts), "verify": verified}
-    return {f"{name}_ms": timed(run) for name, run in (parts | {"context": remembered}).items()}
+    def proposed(p: Params, s: decode.DecodeState) -> Any:
+        made, s = decode.propose(p, configs, s, None if greedy else s.keys)
+        return s, made
+
+    parts: dict[str, Callable[[Params, decode.DecodeState], Any]] = {"draft": proposed}
+    if isinstance(drafter, BlockDrafter):  # whose two parts are told apart
+        block, proposals = drafter, configs.proposals
+        z, base, _ = block.draft_block(params.draft, state.drafter, decode.view(params, configs, state), proposals)
+
+        def drafted(p: Params, s: decode.DecodeState) -> Any:
+            z, base, context = block.draft_block(p.draft, s.drafter, decode.view(p, configs, s), proposals)
+            return s._replace(drafter=context), (z, base)
+
+        def corrected(p: Params, s: decode.DecodeState) -> Any:
+            how = s.sampling, None if greedy else s.keys, block.candidates
+            given = p.target.embed, anew(z, s), anew(base, s), s.token
+            return s, domino.propose_corrected(p.draft, block.config, *given, *how)
+
+        parts = {"draft": drafted, "head": corrected}
+    parts |= {"target": verified_by(draft.tokens), "verify": verified, "context": observed}
+    return {f"{name}_ms": timed(run) for name, run in parts.items()}

@@ -75,7 +75,7 @@ def _load(options: Bench, console: Console) -> tuple[LoadedModel, Path | None]:
     if loaded.mesh and any(batch % loaded.mesh.shape[sharding.DATA] for batch in options.batch_sizes):
         raise DominoError("--batch-sizes must be multiples of the mesh's data axis.")
     for flag, given in (("--drafts", options.drafts), ("--simulate-tau", options.simulate_tau)):
-        if given not in ((), None) and loaded.configs.draft is None:
+        if given not in ((), None) and loaded.configs.drafter is None:
             raise DominoError(f"{flag} needs a drafter: give one with --draft DIR.")
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)

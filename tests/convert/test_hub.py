@@ -190,9 +190,9 @@ def test_a_folder_called_as_a_repository_is_a_folder(tmp_path, monkeypatch):
     assert names.locate("Qwen/Qwen3-8B") == ("Qwen/Qwen3-8B", None)
 
 
-def test_a_target_without_a_public_drafter_lends_none_and_a_drafter_is_no_target():
+def test_a_target_without_a_public_drafter_has_none_and_a_drafter_is_no_target():
     with pytest.raises(DominoError, match=r"no drafter is public for qwen3-32b: .*qwen3-8b-dflash"):
-        names.locate("qwen3-8b", "qwen3-32b")
+        names.locate("qwen3-32b", "qwen3-32b")
     with pytest.raises(DominoError, match="qwen3-4b-dflash is a drafter: give it with --draft"):
         names.locate("qwen3-4b-dflash")
 

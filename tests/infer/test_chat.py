@@ -44,9 +44,9 @@ ANSWER = f"{CHAT_START}assistant\n"
 def models(tmp_path_factory) -> Path:
     """Folders: thinker and plain (templates), raw (without one), and their drafter."""
     root = tmp_path_factory.mktemp("models")  # without stop tokens every answer has its full length
-    make_target(root / "thinker", template=THINKER, eos=None, max_position_embeddings=512)
-    make_target(root / "plain", template=PLAIN, eos=None)
-    make_target(root / "raw", eos=None)
+    make_target(root / "thinker", template=THINKER, eos=(), max_position_embeddings=512)
+    make_target(root / "plain", template=PLAIN, eos=())
+    make_target(root / "raw", eos=())
     make_draft(root / "draft")
     return root
 

@@ -467,7 +467,7 @@ def test_a_drafter_for_another_target_is_refused_before_weights_are_read(run, mo
 
 def test_swapped_folders_are_told_apart(run):
     assert "holds a drafter" in run("hi", target="draft").err
-    assert "is not a drafter" in run("hi", draft="target").err
+    assert "is the target itself" in run("hi", draft="target").err
 
 
 @pytest.mark.parametrize(

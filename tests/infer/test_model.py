@@ -25,8 +25,8 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    make_target(root / "target", std=REPEATING, eos=None)
-    make_target(root / "chat", template=TEMPLATE, eos=None)
+    make_target(root / "target", std=REPEATING, eos=())
+    make_target(root / "chat", template=TEMPLATE, eos=())
     make_draft(root / "draft", std=REPEATING)
     return root
 

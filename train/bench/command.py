@@ -89,7 +89,7 @@ def configs(options: TrainBench) -> tuple[TargetConfig, DraftConfig]:
     """
     if options.shapes == DEMO_SHAPE:
         _, target, drafter, _ = read_configs(DEMO_FOLDER / "target", DEMO_FOLDER / "draft")
-        assert drafter is not None and drafter.head is not None
+        assert isinstance(drafter, DraftConfig)
     else:
         target, drafter = find_shape(options.shapes)
     assert drafter.head is not None

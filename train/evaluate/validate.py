@@ -209,7 +209,9 @@ def check_validate(options: Validate) -> PairOptions:
         pair = dataclasses.replace(pair, target=target, drafting=dataclasses.replace(pair.drafting, draft=str(o.run)))
     model = pair.model()
     if registry.locate(model.model, model.draft)[1] is None:
-        raise UsageError("this measures a drafter, and there is none: give one with --draft.")
+        raise UsageError("this measures a trained drafter, and there is none: give one with --draft.")
+    if model.ngram:
+        raise UsageError("this measures a trained drafter alone: leave +ngram out of --draft.")
     return pair
 
 
@@ -223,6 +225,8 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
     target, draft = wanted.folders(console)
     with progress_bars(console) as loading:
         pair = load_model(target, draft, wanted.device.dtype, loading, **wanted.model().plan())
+    if not pair.has_block_drafter:
+        raise DominoError(f"{draft} is no drafter that was trained for this target; see --draft.")
     config = pair.configs.target
     if jax.process_index() == 0:
         for warning in pair.warnings:

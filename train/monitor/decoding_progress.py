@@ -7,7 +7,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from domino_jax.config import DraftConfig
 from train.monitor.progress import clock
 
 EVERY = 30.0  # seconds between two lines
@@ -16,9 +15,9 @@ EVERY = 30.0  # seconds between two lines
 class DecodingProgress:
     """Counts answers, tokens and accepted drafts, and shows them on standard error."""
 
-    def __init__(self, what: str, total: int, draft: DraftConfig | None = None, quiet: bool = False):
+    def __init__(self, what: str, total: int, drafting: bool = False, quiet: bool = False):
         """Args: quiet: count, and show nothing."""
-        self.what, self.total, self.drafting = what, total, draft is not None
+        self.what, self.total, self.drafting = what, total, drafting
         self.answers = self.tokens = self.cycles = self.accepted = 0
         self._began = self._said = time.perf_counter()
         console = Console(stderr=True)

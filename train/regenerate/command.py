@@ -92,6 +92,7 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
         "target_identity": model_fingerprint(target),
         "text_identity": text_fingerprint(target),  # its tokenizer, template and end tokens
         "draft_identity": model_fingerprint(draft) if draft else None,
+        "ngram": how.model().ngram,
         "head_candidates": how.model().head_candidates,
         "draft_dtype": how.drafting.draft_dtype,
         "data_sha256": lines.sha256,
@@ -140,7 +141,7 @@ def run_regenerate(options: Regenerate) -> None:
         with (
             pair.context(),
             stop_signals(several=jax.process_count() > 1) as signalled,
-            DecodingProgress("answers", missing, pair.configs.draft, quiet=not first) as tally,
+            DecodingProgress("answers", missing, pair.configs.drafter is not None, quiet=not first) as tally,
         ):
             stopping = agreed_stop(signalled)
             writer = Writer(options, pair, lines, answers, tally, stopping, size)

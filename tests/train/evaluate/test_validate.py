@@ -238,7 +238,7 @@ def test_a_training_runs_newest_checkpoint_is_measured(folder, tmp_path):
         (2, ["--model", "target", "--draft", "draft", "--min-distinct", "nan"], "--min-distinct must be from 0 to 1"),
         (2, ["--model", "target", "--draft", "draft", "--num-processes", "2"], "several processes need --coordinator"),
         (1, ["--run", "target"], "settings.toml"),
-        (1, ["--draft", "target", "--target", "target"], "is not a drafter"),
+        (1, ["--draft", "target", "--target", "target"], "is the target itself"),
         (1, ["--draft", "draft", "--target", "target", "--num-prompts", "5"], "has 4 prompts"),
         (1, ["--draft", "draft", "--target", "target", "--new-tokens", "300"], "no room for 300 new tokens in 256"),
         (2, ["--draft", "draft", "--target", "target", "--new-tokens", "0"], "--new-tokens must be at least 1"),

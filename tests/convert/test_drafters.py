@@ -143,6 +143,7 @@ def test_an_assistant_whose_tokens_mean_other_text_is_refused(tmp_path, target):
 
 def test_eight_bits_are_for_block_drafters(tmp_path, target):
     make_target(tmp_path / "small", seed=3, num_hidden_layers=1)
-    for draft, how in ((tmp_path / "small", {}), (None, {"ngram": True})):
+    ways: list[tuple[Path | None, dict[str, Any]]] = [(tmp_path / "small", {}), (None, {"ngram": True})]
+    for draft, how in ways:
         with pytest.raises(DominoError, match="8-bit weights are for"):
             load_model(target, draft, draft_dtype="int8", **how)

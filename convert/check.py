@@ -206,7 +206,7 @@ def _fit(config: DraftConfig, other: DecoderConfig, report: FolderReport) -> str
     except DominoError as error:
         report.problems.append(str(error).rstrip("."))
         return "does not fit"
-    return f"fits: width, vocabulary, {other.num_hidden_layers} layers, tapped layers, mask token"
+    return f"fits: width, vocabulary, {other.num_hidden_layers} layers, target layers, mask token"
 
 
 def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report: FolderReport) -> str:

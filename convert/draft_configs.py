@@ -11,13 +11,13 @@ from typing import Any, Final, NamedTuple
 from convert.configs import CHANGING, LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, decoder_fields, refuse_others, said_of
 from convert.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
 from convert.speculators import SPECULATORS, from_speculators, is_speculators
-from domino_jax.config import DraftConfig, HeadConfig, default_taps, last_layer_warning
+from domino_jax.config import DraftConfig, HeadConfig, default_target_layer_ids, last_layer_warning
 from domino_jax.errors import DominoError
 
 NESTED: Final = "dflash_config"
 # Any of them makes a config.json a drafter's.
 DRAFTER_FIELDS: Final = (NESTED, "block_size", "num_target_layers", "target_layer_ids", *SPECULATORS)
-TAPS: Final = ("target_layer_ids", "layer_ids")  # one setting, by two names
+TARGET_LAYER_IDS: Final = ("target_layer_ids", "layer_ids")  # one setting, by two names
 ARCHITECTURES: Final = ("DFlashDraftModel", "DominoDraftModel")  # the field's name, and the first Domino files'
 # Fields of other drafters on the same backbone, and the values with which they change nothing.
 NEUTRAL_IN_A_DRAFTER: Final[dict[str, tuple[Any, ...]]] = {
@@ -121,10 +121,10 @@ def least_depth(raw: Mapping[str, Any]) -> int | None:
     A drafter's file need not state the true depth, nor do its weights need it.
     """
     for level in _levels(raw):
-        for name in (*TAPS, "aux_hidden_state_layer_ids"):
-            taps = level.get(name)
-            if taps and INTEGERS.holds(taps):
-                return max(taps) + (name in TAPS)  # the last name's count from 1
+        for name in (*TARGET_LAYER_IDS, "aux_hidden_state_layer_ids"):
+            target_layer_ids = level.get(name)
+            if target_layer_ids and INTEGERS.holds(target_layer_ids):
+                return max(target_layer_ids) + (name in TARGET_LAYER_IDS)  # the last name's count from 1
     return None
 
 
@@ -143,7 +143,9 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
         if stated != decoder[own]:
             raise DominoError(f"{where} has {name} {stated} and {own} {decoder[own]}; here they must be the same.")
     layers, depth = decoder["num_hidden_layers"], fields.get("num_target_layers", LAYERS, num_target_layers)
-    fields.get(TAPS[0], INTEGERS, None, also=TAPS[1:])  # before the depth, which may be taken from them
+    fields.get(
+        TARGET_LAYER_IDS[0], INTEGERS, None, also=TARGET_LAYER_IDS[1:]
+    )  # before the depth, which may be taken from them
     if depth is None:
         raise DominoError(f"{where} has no num_target_layers and no target was given to take it from.")
     return DrafterFile(
@@ -151,7 +153,7 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
             **decoder,
             block_size=fields.get("block_size", SIZE),
             mask_token_id=fields.get("mask_token_id", integer()),
-            target_layer_ids=_taps(fields, depth, layers, warnings),
+            target_layer_ids=_target_layer_ids(fields, depth, layers, warnings),
             num_target_layers=depth,
             head=_head(fields, warnings),
             shift_label=_shift_label(fields, warnings),
@@ -192,28 +194,28 @@ def _shift_label(fields: Fields, warnings: list[str]) -> bool:
     return bool(given)
 
 
-def _taps(fields: Fields, depth: int, layers: int, warnings: list[str]) -> tuple[int, ...]:
+def _target_layer_ids(fields: Fields, depth: int, layers: int, warnings: list[str]) -> tuple[int, ...]:
     """The target layers that the drafter reads."""
     where = fields.where
-    taps = fields.get(TAPS[0], INTEGERS, None, also=TAPS[1:])
+    target_layer_ids = fields.get(TARGET_LAYER_IDS[0], INTEGERS, None, also=TARGET_LAYER_IDS[1:])
     above = fields.get("eagle_aux_hidden_state_layer_ids", INTEGERS, None)
-    if taps is None:
-        taps = default_taps(depth, layers)
-        if above is not None or not all(0 <= tap < depth for tap in taps):
+    if target_layer_ids is None:
+        target_layer_ids = default_target_layer_ids(depth, layers)
+        if above is not None or not all(0 <= i < depth for i in target_layer_ids):
             raise DominoError(
                 f"{where} has no target_layer_ids, and it can't be told which of the target's {depth} layers the "
                 "drafter reads: add the list that it was trained with."
             )
         warnings.append(
-            f"{where} has no target_layer_ids: the public formula gives {', '.join(map(str, taps))}. If acceptance is "
-            "low, the drafter was trained with others."
+            f"{where} has no target_layer_ids: the public formula gives {', '.join(map(str, target_layer_ids))}. If "
+            "acceptance is low, the drafter was trained with others."
         )
-    if above is not None and above != tuple(tap + 1 for tap in taps):
+    if above is not None and above != tuple(i + 1 for i in target_layer_ids):
         raise DominoError(
             f"{where} has eagle_aux_hidden_state_layer_ids {list(above)}, counted from 1, and target_layer_ids "
-            f"{list(taps)}, counted from 0; they must name the same layers."
+            f"{list(target_layer_ids)}, counted from 0; they must name the same layers."
         )
-    return taps
+    return target_layer_ids
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, MoeConfig, TargetConfig, default_taps
+from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, MoeConfig, TargetConfig, default_target_layer_ids
 from domino_jax.errors import DominoError
 from domino_jax.sharding import MODEL, fit_to_mesh, stored_spec
 from domino_jax.weights import axes, flatten, is_bias, unflatten
@@ -53,7 +53,7 @@ def _shape(
         **target.geometry(num_hidden_layers=DRAFT_LAYERS),
         block_size=16,
         mask_token_id=151669,
-        target_layer_ids=default_taps(layers, DRAFT_LAYERS),
+        target_layer_ids=default_target_layer_ids(layers, DRAFT_LAYERS),
         num_target_layers=layers,
         shift_label=True,
         head=HeadConfig(gru_hidden_dim=1024, emb_dim=256, pure_draft_prefix_len=1),

@@ -219,11 +219,12 @@ def _read_layers(config: DecoderConfig, where: Mapping[str, Stored]) -> list[str
     shape = where["fc.weight"].shape if "fc.weight" in where else ()
     if not isinstance(config, DraftConfig) or len(shape) != 2 or shape[1] % config.hidden_size:
         return []
-    count, taps = shape[1] // config.hidden_size, list(config.target_layer_ids)
-    if count == len(taps):
+    count, target_layer_ids = shape[1] // config.hidden_size, list(config.target_layer_ids)
+    if count == len(target_layer_ids):
         return []
     return [
-        f"fc.weight takes {count} layers, target_layer_ids (by the public formula, where none are given) are {taps}"
+        f"fc.weight takes {count} layers, target_layer_ids (by the public formula, where none are given) are "
+        f"{target_layer_ids}"
     ]
 
 

@@ -6,7 +6,7 @@ Axis legend, used in every docstring and einsum of the project:
     T   query tokens                 N   query heads
     S   cache or context positions   K   KV heads, G = N / K query heads share one
     V   vocabulary                   H   head width
-    L   tapped target layers         F   MLP width
+    L   target layers that are read  F   MLP width
     M   draft block length           U   GRU width (GU = its three gates, 3·U)
     J   proposals of a block         R   rank of the head's projection
     A   anchors in training          LD  width of the target's features, L·D
@@ -253,7 +253,7 @@ class DraftConfig(DecoderConfig):
         return raw | ({"use_sliding_window": True, "sliding_window": window} if window else {})
 
 
-def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     """The target layers that a drafter reads whose config.json does not list them (docs/algorithm.md, section 2).
 
     The order of operations is that of z-lab's DFlash code: another one rounds differently for some depths.
@@ -264,15 +264,15 @@ def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ..
     return tuple(round(1 + i * span / (num_draft_layers - 1)) for i in range(num_draft_layers))
 
 
-def choose_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+def choose_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     """The target layers that a drafter trained here reads: those of the public formula, in a shallow target fewer.
 
     The target's last layer is none of them, unless it is its only one: other engines can't take its output.
     """
-    taps = default_taps(num_target_layers, num_draft_layers)
+    target_layer_ids = default_target_layer_ids(num_target_layers, num_draft_layers)
     if num_target_layers >= 4:
-        return taps
-    return tuple(sorted({max(0, min(tap, num_target_layers - 2)) for tap in taps}))
+        return target_layer_ids
+    return tuple(sorted({max(0, min(i, num_target_layers - 2)) for i in target_layer_ids}))
 
 
 def last_layer_warning(target_layer_ids: Sequence[int], num_target_layers: int) -> list[str]:

@@ -390,9 +390,9 @@ def run_target(
 def _forward(
     params: Params, configs: DecodeConfig, cache: KVCache, tokens: Array, start: Array
 ) -> tuple[Array, Array, KVCache]:
-    taps = configs.drafter.target_layer_ids if configs.drafter else ()
+    target_layer_ids = configs.drafter.target_layer_ids if configs.drafter else ()
     hidden, features, written = target.forward(
-        params.target, configs.target, tokens, start, cache, taps, configs.attention
+        params.target, configs.target, tokens, start, cache, target_layer_ids, configs.attention
     )
     assert written is not None
     return hidden, features, written

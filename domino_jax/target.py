@@ -1,4 +1,4 @@
-"""The target model, Qwen3: hidden states, tapped features, logits (docs/algorithm.md, section 2)."""
+"""The target model, Qwen3: hidden states, features, logits (docs/algorithm.md, section 2)."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,7 +18,7 @@ def forward(
     tokens: Array,
     start: Array | None = None,
     cache: KVCache | None = None,
-    taps: tuple[int, ...] = (),
+    target_layer_ids: tuple[int, ...] = (),
     attention: Backend = "xla",
     starts: Array | None = None,
 ) -> tuple[Array, Array, KVCache | None]:
@@ -28,14 +28,14 @@ def forward(
         tokens: [B, T] int32. Rows are padded on the right; what a padded token writes is never seen.
         start: [B] int32, each row's first position; zeros when None.
         cache: earlier keys and values, or None to attend among `tokens` alone (training).
-        taps: decoder layers whose output is wanted, in this order.
+        target_layer_ids: decoder layers whose output is wanted, in this order.
         attention: its backend; without a cache xla, which can be differentiated, or cudnn.
         starts: [B, T], without a cache: the first position that each token sees, where rows hold several sequences
             (packing); 0 when None.
 
     Returns:
         Hidden states after the final norm [B, T, D]; features [B, T, LD], the residual stream after
-        each tapped layer (for the very last layer after the final norm, as in Hugging Face's
+        each of those layers (for the very last layer after the final norm, as in Hugging Face's
         `hidden_states`); the cache with T positions written from `start`.
     """
     begin = jnp.zeros(1, jnp.int32) if start is None else start
@@ -43,7 +43,7 @@ def forward(
     angles = layers.rotary(positions, config)
     letters = axes(config)
     x = constrain(layers.embed(gathered(params.embed, letters.embed), tokens), "B T D")
-    tapped = {}
+    outputs = {}
     for i, layer in enumerate(params.layers):
         layer = gathered(layer, letters.layers[i])
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
@@ -56,9 +56,9 @@ def forward(
             cache = append_kv(cache, i, k, v, start)
             attended = attend(q, cache.k[i], cache.v[i], begin, backend=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
-        tapped[i] = x
-    x = tapped[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)
-    features = jnp.concatenate([x[..., :0], *(tapped[i] for i in taps)], axis=-1)
+        outputs[i] = x
+    x = outputs[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)
+    features = jnp.concatenate([x[..., :0], *(outputs[i] for i in target_layer_ids)], axis=-1)
     return x, features, cache
 
 

@@ -187,7 +187,7 @@ def target_states(
             frozen,
             config,
             inputs.ids,
-            taps=drafter.target_layer_ids,
+            target_layer_ids=drafter.target_layer_ids,
             attention=objective.target_attention,
             starts=inputs.starts,
         )

@@ -1,4 +1,4 @@
-"""The block-parallel drafter over tapped target context (DFlash; docs/algorithm.md, section 3).
+"""The block-parallel drafter over the target's hidden states (DFlash; docs/algorithm.md, section 3).
 
 The context side of attention is a function of its position alone, so in decoding each layer's
 context keys and values are cached, and a cycle adds the positions it committed.

@@ -254,8 +254,8 @@ def test_a_drafter_is_checked_against_its_target(tmp_path, capsys):
 
 def test_a_drafter_that_reads_the_last_layer_is_called_that_on_export_and_not_in_use(tmp_path, capsys):
     make_target(target := tmp_path / "target", num_hidden_layers=3)
-    for name, taps, words in (("last", (1, 2), "last layer, 2"), ("below", (0, 1), "")):
-        make_draft(draft := tmp_path / name, num_target_layers=3, target_layer_ids=taps)
+    for name, target_layer_ids, words in (("last", (1, 2), "last layer, 2"), ("below", (0, 1), "")):
+        make_draft(draft := tmp_path / name, num_target_layers=3, target_layer_ids=target_layer_ids)
         for given in ([draft], [draft, "--target", target]):
             code, out = checked(capsys, *given)
             assert code == 0 and ("warning" in out) == bool(words) and words in out

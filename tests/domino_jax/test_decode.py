@@ -256,9 +256,9 @@ def test_caches_hold_what_one_pass_over_the_committed_tokens_gives(pair, truth):
     def once(params):
         zero = jnp.zeros(4, jnp.int32)
         empty = kv.init_cache(pair.configs.target, 4, 64, jnp.float32)
-        taps = pair.configs.draft.target_layer_ids
+        target_layer_ids = pair.configs.draft.target_layer_ids
         ids = jnp.asarray(tokens)
-        _, features, cache = target.forward(params.target, pair.configs.target, ids, zero, empty, taps)
+        _, features, cache = target.forward(params.target, pair.configs.target, ids, zero, empty, target_layer_ids)
         empty = kv.init_cache(pair.configs.draft, 4, 64, jnp.float32)
         return cache, block.append_context(params.draft, pair.configs.draft, empty, features, zero)
 

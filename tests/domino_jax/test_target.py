@@ -57,14 +57,16 @@ def test_logits_and_features_are_transformers(changes):
     params = factory.random_weights(config, 1)
     tokens = ids(2, 13)
     theirs, states = hf_outputs(factory.torch_model(params, config), tokens)
-    taps = tuple(reversed(range(config.num_hidden_layers)))  # every layer, the last one first
-    hidden, features, _ = forward(params, config, tokens, None, None, taps)
+    target_layer_ids = tuple(reversed(range(config.num_hidden_layers)))  # every layer, the last one first
+    hidden, features, _ = forward(params, config, tokens, None, None, target_layer_ids)
     ours, features = jax.device_get((logits(params, config, hidden), features))
     assert ours.dtype == np.float32
     assert theirs.std() > 0.3, "flat logits would agree with anything"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
     # hidden_states[i + 1] for layer i; the last of them is after the final norm, and ours follows.
-    np.testing.assert_allclose(features, np.concatenate([states[i + 1] for i in taps], -1), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+        features, np.concatenate([states[i + 1] for i in target_layer_ids], -1), atol=TOLERANCE, rtol=0
+    )
     np.testing.assert_array_equal(features[..., : config.hidden_size], hidden)
     # And the NumPy restatement, which knows nothing of either.
     again, _ = reference.target_forward(factory.hf_weights(params, config), config.to_hf(), tokens[0], [])
@@ -105,12 +107,12 @@ def test_rows_of_different_lengths_do_not_feel_their_padding(model):
 @pytest.mark.parametrize("pieces", [[13], [4, 9], [5, 5, 3], [1] * 13], ids=str)
 def test_chunks_through_the_cache_are_one_piece(model, pieces):
     config, params = model
-    tokens, taps = ids(2, 13), (0, 2)
-    whole, whole_features, _ = forward(params, config, tokens, None, None, taps)
+    tokens, target_layer_ids = ids(2, 13), (0, 2)
+    whole, whole_features, _ = forward(params, config, tokens, None, None, target_layer_ids)
     cache, at, hidden, features = kv.init_cache(config, 2, 16, jnp.float32), 0, [], []
     for size in pieces:
         start = np.full(2, at, np.int32)
-        h, f, cache = forward(params, config, tokens[:, at : at + size], start, cache, taps)
+        h, f, cache = forward(params, config, tokens[:, at : at + size], start, cache, target_layer_ids)
         hidden.append(h)
         features.append(f)
         at += size

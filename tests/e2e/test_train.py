@@ -330,7 +330,7 @@ def test_captured_features_train_as_computed_ones(folder, finished, tmp_path, ca
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
     capsys.readouterr()
     assert main(words(folder, tmp_path / "other", "--features", str(tmp_path / "f"), "--taps", "1", "2")) == 1
-    assert "are of the taps [0, 1], the drafter reads [1, 2]" in capsys.readouterr().err
+    assert "are of the target's layers [0, 1], the drafter reads [1, 2]" in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(folder, finished, tmp_path, capsys, monkeypatch):

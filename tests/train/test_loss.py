@@ -225,7 +225,7 @@ def test_tokens_of_a_packed_row_see_their_own_conversation_only(monkeypatch):
     starts = jnp.asarray([[0] * 8 + [8] * 11], jnp.int32)
 
     def forward(ids, starts=None):
-        run = jax.jit(lambda p: target.forward(p, TARGET, ids, taps=(0, 2), starts=starts)[:2])
+        run = jax.jit(lambda p: target.forward(p, TARGET, ids, target_layer_ids=(0, 2), starts=starts)[:2])
         return run(frozen)
 
     hidden, features = forward(ids, starts)
@@ -247,7 +247,9 @@ def test_captured_states_give_the_same_loss_without_the_target(kind):
     draft = make_draft(True, 1)
     frozen, drafter = pair(draft)
     batch = [jnp.asarray(x) for x in sequences()]
-    hidden, features, _ = jax.jit(lambda p: target.forward(p, TARGET, batch[0], taps=draft.target_layer_ids))(frozen)
+    hidden, features, _ = jax.jit(
+        lambda p: target.forward(p, TARGET, batch[0], target_layer_ids=draft.target_layer_ids)
+    )(frozen)
 
     def loss(given, **captured):
         how = {"lam": jnp.float32(0.5), "gamma": 3.0, "chunk": 99, "loss": kind}

@@ -28,7 +28,7 @@ from convert.options import UNSET, check_count, local_sources
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
 from domino_jax import sharding, target
-from domino_jax.config import TargetConfig, choose_taps, last_layer_warning
+from domino_jax.config import TargetConfig, choose_target_layer_ids, last_layer_warning
 from domino_jax.errors import DominoError, first_line
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, run_command, words_at_fault
@@ -97,9 +97,14 @@ def corpus_to_capture(options: Capture, folder: Path, config: TargetConfig) -> C
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def observe(
-    frozen: Target, config: TargetConfig, taps: tuple[int, ...], hidden: bool, ids: jax.Array, starts: jax.Array | None
+    frozen: Target,
+    config: TargetConfig,
+    target_layer_ids: tuple[int, ...],
+    hidden: bool,
+    ids: jax.Array,
+    starts: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What is kept of B rows: [B, S, LD (+ D)] bfloat16, the tapped features and with `hidden` the final states.
+    """What is kept of B rows: [B, S, LD (+ D)] bfloat16, the features and with `hidden` the final states.
 
     And whether it is finite, [B, S] bool.
 
@@ -107,8 +112,8 @@ def observe(
         ids: [B, S].
         starts: [B, S], the first position that each token sees, where rows are packed; else None.
     """
-    states, tapped, _ = target.forward(frozen, config, ids, taps=taps, starts=starts)
-    kept = jnp.concatenate([tapped, states], axis=-1) if hidden else tapped
+    states, features, _ = target.forward(frozen, config, ids, target_layer_ids=target_layer_ids, starts=starts)
+    kept = jnp.concatenate([features, states], axis=-1) if hidden else features
     kept = kept.astype(jnp.bfloat16)
     return sharding.constrain(kept, "B T -"), sharding.constrain(jnp.isfinite(kept).all(axis=-1), "B T")
 
@@ -127,7 +132,7 @@ def computed(
         taken = corpus.take(np.minimum(np.arange(at, at + batch), last))  # of one size: the last row stands in
         ids = sharding.shard_copy(taken.ids, "B T")
         starts = sharding.shard_copy(taken.starts, "B T") if packed else None
-        return observe(frozen, config, plan.taps, bool(plan.hidden), ids, starts)
+        return observe(frozen, config, plan.target_layer_ids, bool(plan.hidden), ids, starts)
 
     lengths = corpus.lengths
     ahead = dispatch(rows.start)
@@ -190,10 +195,10 @@ def run_capture(options: Capture) -> None:
     if options.length > config.positions:
         raise UsageError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers
-    taps = options.target_layer_ids or choose_taps(depth, options.layers)
-    if not all(0 <= tap < depth for tap in taps):
-        raise UsageError(f"--target-layer-ids must name layers 0 to {depth - 1}, found {list(taps)}.")
-    for warning in last_layer_warning(taps, depth):
+    target_layer_ids = options.target_layer_ids or choose_target_layer_ids(depth, options.layers)
+    if not all(0 <= i < depth for i in target_layer_ids):
+        raise UsageError(f"--target-layer-ids must name layers 0 to {depth - 1}, found {list(target_layer_ids)}.")
+    for warning in last_layer_warning(target_layer_ids, depth):
         print(f"warning: {warning}", file=sys.stderr)
     dtype = settle_dtype(options.dtype)
     mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
@@ -204,8 +209,8 @@ def run_capture(options: Capture) -> None:
         lengths,
         target=model_fingerprint(folder),
         corpus=corpus.fingerprint,
-        taps=taps,
-        width=len(taps) * config.hidden_size,
+        target_layer_ids=target_layer_ids,
+        width=len(target_layer_ids) * config.hidden_size,
         hidden=config.hidden_size if options.hidden else 0,
         dtype=dtype.name,
         length=corpus.length,

@@ -3,7 +3,7 @@
 A shard is a safetensors file. Of a row of the corpus only the tokens that exist are in it, one after another, so that
 padding costs nothing on disk. It has
 
-    features    [tokens, L·D (+ D)] BF16: each token's tapped features, then its state after the final norm if wanted
+    features    [tokens, L·D (+ D)] BF16: each token's features, then its state after the final norm if wanted
     lengths     [rows] I32, tokens of each row
     checksums   [rows] U32, CRC-32 of each row's bytes
 
@@ -26,7 +26,7 @@ from convert import hf
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import write_atomic
 
-HEADER_VERSION = 1
+HEADER_VERSION = 2
 HEADER = "features.json"
 SHARD_BYTES = 2**32  # a run that is killed loses at most this much; each shard that is read is an open file
 
@@ -37,7 +37,7 @@ class ShardPlan:
 
     target: str  # the model's fingerprint
     corpus: str  # fingerprint of the corpus
-    taps: tuple[int, ...]
+    target_layer_ids: tuple[int, ...]
     width: int  # LD
     hidden: int  # D if the states after the final norm are there as well, else 0
     dtype: str  # in which the target computed
@@ -92,7 +92,7 @@ class ShardPlan:
         names = {
             "target": "target model",
             "corpus": "data",
-            "taps": "taps",
+            "target_layer_ids": "--target-layer-ids",
             "hidden": "choice of final states (--hidden)",
             "dtype": "--dtype",
             "length": "--length",
@@ -108,7 +108,7 @@ def plan_shards(
     *,
     target: str,
     corpus: str,
-    taps: tuple[int, ...],
+    target_layer_ids: tuple[int, ...],
     width: int,
     hidden: int,
     dtype: str,
@@ -122,7 +122,9 @@ def plan_shards(
     count = int(shard[-1]) + 1
     rows = tuple(int(n) for n in np.bincount(shard, minlength=count))
     tokens = tuple(int(n) for n in np.bincount(shard, lengths, minlength=count))
-    return ShardPlan(target, corpus, tuple(taps), width, hidden, dtype, length, rows, tokens, (None,) * count)
+    return ShardPlan(
+        target, corpus, tuple(target_layer_ids), width, hidden, dtype, length, rows, tokens, (None,) * count
+    )
 
 
 def write_header(folder: Path, plan: ShardPlan) -> None:

@@ -52,17 +52,17 @@ class Features:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    def check(self, target: str, corpus: str, taps: Sequence[int], hidden: bool) -> None:
+    def check(self, target: str, corpus: str, target_layer_ids: Sequence[int], hidden: bool) -> None:
         """Refuse features of something else.
 
         Args:
             target: the model's fingerprint.
             corpus: the corpus's fingerprint.
-            taps: of the drafter that is trained.
+            target_layer_ids: of the drafter that is trained.
             hidden: whether the states after the final norm are needed (for the KL loss).
 
         Raises:
-            DominoError: they are of another target, other data or other taps, or lack the final states.
+            DominoError: they are of another target, other data or other layers, or lack the final states.
         """
         plan = self.plan
         if plan.target != target:
@@ -74,9 +74,10 @@ class Features:
                 f"the features in {self.folder} are of other data: capture them again with the same --data and data "
                 "options as the training."
             )
-        if plan.taps != tuple(taps):
+        if plan.target_layer_ids != tuple(target_layer_ids):
             raise DominoError(
-                f"the features in {self.folder} are of the taps {list(plan.taps)}, the drafter reads {list(taps)}."
+                f"the features in {self.folder} are of the target's layers "
+                f"{list(plan.target_layer_ids)}, the drafter reads {list(target_layer_ids)}."
             )
         if hidden and not plan.hidden:
             raise DominoError(

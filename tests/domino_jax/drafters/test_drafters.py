@@ -13,7 +13,7 @@ import reference
 
 from domino_jax import cache as kv
 from domino_jax import decode
-from domino_jax.config import DraftConfig, HeadConfig, choose_taps, default_taps
+from domino_jax.config import DraftConfig, HeadConfig, choose_target_layer_ids, default_target_layer_ids
 from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.drafters import block
 from domino_jax.drafters.block import BlockDrafter
@@ -30,7 +30,7 @@ BACKBONES = {
     "M=2": {"block_size": 2},
     "M=5": {"block_size": 5},
     "M=16": {"block_size": 16},
-    "one layer, three taps": {"num_hidden_layers": 1, "target_layer_ids": (0, 2, 1)},
+    "one layer, three target layers": {"num_hidden_layers": 1, "target_layer_ids": (0, 2, 1)},
     "window wider than the block": {"block_size": 3, "windows": (7, None)},
     "window inside the block": {"block_size": 6, "windows": (None, 2)},
     "window of one": {"block_size": 4, "windows": (1, 1)},
@@ -147,27 +147,34 @@ def test_block_inputs_are_the_targets_embeddings_of_anchor_and_masks():
     np.testing.assert_array_equal(x, embed[[[[4, 17, 17, 17, 17], [9, 17, 17, 17, 17]]]])
 
 
-def test_default_taps():
+def test_default_target_layer_ids():
     """Those of docs/algorithm.md, section 2, which are z-lab's and SpecForge's, rounded in the same order."""
-    assert default_taps(36, 5) == (1, 9, 17, 25, 33)
-    assert default_taps(28, 1) == (14,)
+    assert default_target_layer_ids(36, 5) == (1, 9, 17, 25, 33)
+    assert default_target_layer_ids(28, 1) == (14,)
     for n in range(1, 101):
-        assert default_taps(n, 1) == (n // 2,)
+        assert default_target_layer_ids(n, 1) == (n // 2,)
         for layers in range(2, 33):
             formula = tuple(round(1 + i * (n - 4) / (layers - 1)) for i in range(layers))
             raw = {"num_target_layers": n, "num_hidden_layers": layers, "dflash_config": {}}
-            assert default_taps(n, layers) == formula == tuple(reference.target_layer_ids(raw))
-    assert (default_taps(65, 15)[7], default_taps(127, 15)[7]) == (32, 62)  # another order gives 31 and 63
+            assert default_target_layer_ids(n, layers) == formula == tuple(reference.target_layer_ids(raw))
+    assert (default_target_layer_ids(65, 15)[7], default_target_layer_ids(127, 15)[7]) == (
+        32,
+        62,
+    )  # another order gives 31 and 63
 
 
 def test_training_never_reads_the_targets_last_layer_by_default():
     for n in range(1, 101):
         for layers in (1, 2, 3, 5, 16):
-            taps = choose_taps(n, layers)
-            assert taps and all(0 <= tap < max(n - 1, 1) for tap in taps), (n, layers)
+            target_layer_ids = choose_target_layer_ids(n, layers)
+            assert target_layer_ids and all(0 <= tap < max(n - 1, 1) for tap in target_layer_ids), (n, layers)
             if n >= 4:
-                assert taps == default_taps(n, layers)
-    assert (choose_taps(1, 2), choose_taps(2, 1), choose_taps(3, 2)) == ((0,), (0,), (0, 1))
+                assert target_layer_ids == default_target_layer_ids(n, layers)
+    assert (choose_target_layer_ids(1, 2), choose_target_layer_ids(2, 1), choose_target_layer_ids(3, 2)) == (
+        (0,),
+        (0,),
+        (0, 1),
+    )
 
 
 HEADS = {

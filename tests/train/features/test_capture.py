@@ -26,7 +26,7 @@ from domino_jax.weights import init_weights
 from train.features import capture, shards
 from train.features.store import Features
 
-LENGTH, ROWS, TAPS = 12, 7, (0, 1)
+LENGTH, ROWS, TARGET_LAYER_IDS = 12, 7, (0, 1)
 CONFIG = replace(factory.BYTE_TARGET, num_hidden_layers=3)  # TAPS are below its last layer
 SHARD_BYTES = 3600  # three shards, with the final states
 
@@ -66,7 +66,7 @@ def corpus(monkeypatch):
 
 def words(folder, out, *more: str) -> list[str]:
     given = ["--target", str(folder), "--data", "data.jsonl", "--out", str(out), "--length", str(LENGTH)]
-    return [*given, "--taps", *map(str, TAPS), "--batch", "2", *more]
+    return [*given, "--taps", *map(str, TARGET_LAYER_IDS), "--batch", "2", *more]
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def online(folder, corpus, dtype, rows) -> tuple[np.ndarray, np.ndarray]:
     """Features and final states as a training step computes them from a batch."""
     config = CONFIG
     frozen = hf.load_hf(folder, config, dtype)
-    forward = jax.jit(lambda frozen, ids: target.forward(frozen, config, ids, taps=TAPS)[:2])
+    forward = jax.jit(lambda frozen, ids: target.forward(frozen, config, ids, target_layer_ids=TARGET_LAYER_IDS)[:2])
     states, tapped = forward(frozen, jnp.asarray(corpus.ids[rows]))
     return np.asarray(tapped), np.asarray(states)
 
@@ -271,11 +271,11 @@ def test_what_was_altered_is_noticed(captured, tmp_path):
     with pytest.raises(DominoError, match="can't be read"):
         Features.open(captured)
     values = json.loads((captured / "features.json").read_text())
-    (captured / "features.json").write_text(json.dumps(values | {"taps": [1, 0]}))
+    (captured / "features.json").write_text(json.dumps(values | {"target_layer_ids": [1, 0]}))
     with pytest.raises(DominoError, match="checksum is wrong"):
         Features.open(captured)
     (captured / "features.json").write_text(json.dumps(values | {"version": 9}))
-    with pytest.raises(DominoError, match="version 9, expected 1"):
+    with pytest.raises(DominoError, match="version 9, expected 2"):
         Features.open(captured)
     with pytest.raises(DominoError, match="holds no captured features"):
         Features.open(tmp_path)
@@ -284,19 +284,19 @@ def test_what_was_altered_is_noticed(captured, tmp_path):
 def test_features_of_something_else_are_refused(folder, captured, corpus, tmp_path):
     identity = model_fingerprint(folder)
     read = Features.open(captured)
-    read.check(identity, corpus.fingerprint, TAPS, True)
+    read.check(identity, corpus.fingerprint, TARGET_LAYER_IDS, True)
     with pytest.raises(DominoError, match="another target"):
-        read.check("other", corpus.fingerprint, TAPS, True)
+        read.check("other", corpus.fingerprint, TARGET_LAYER_IDS, True)
     with pytest.raises(DominoError, match="other data"):
-        read.check(identity, "other", TAPS, True)
-    with pytest.raises(DominoError, match=r"the taps \[0, 1\], the drafter reads \[0, 2\]"):
+        read.check(identity, "other", TARGET_LAYER_IDS, True)
+    with pytest.raises(DominoError, match=r"the target's layers \[0, 1\], the drafter reads \[0, 2\]"):
         read.check(identity, corpus.fingerprint, (0, 2), True)
     assert capture.main(words(folder, tmp_path / "plain")) == 0
     plain = Features.open(tmp_path / "plain")
-    plain.check(identity, corpus.fingerprint, TAPS, False)
+    plain.check(identity, corpus.fingerprint, TARGET_LAYER_IDS, False)
     assert plain.rows([0]).hidden is None
     with pytest.raises(DominoError, match="--hidden"):
-        plain.check(identity, corpus.fingerprint, TAPS, True)
+        plain.check(identity, corpus.fingerprint, TARGET_LAYER_IDS, True)
 
 
 def test_the_identity_is_the_weights_and_not_their_files(folder, tmp_path, monkeypatch):
@@ -385,7 +385,7 @@ def test_a_drafter_is_no_target_and_wrong_words_are_2(folder, tmp_path, capsys):
 def test_rows_are_divided_whole():
     lengths = np.array([1, 1, 9, 1, 1, 1])
     made = shards.plan_shards(
-        lengths, target="", corpus="", taps=(0,), width=4, hidden=0, dtype="", length=9, shard_bytes=3 * 8
+        lengths, target="", corpus="", target_layer_ids=(0,), width=4, hidden=0, dtype="", length=9, shard_bytes=3 * 8
     )
     assert sum(made.rows) == 6 and sum(made.tokens) == 14 and min(made.rows) > 0
     assert made.missing == list(range(len(made.rows)))

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m train") -> in
 
 def _train(argv: Sequence[str] | None, prog: str) -> None:
     options = parse_options(argv, prog, f"Subcommands ({prog} NAME --help):\n{list_subcommands(SUBCOMMANDS)}")
-    join_processes(options.processes.resolve())
+    join_processes(options.processes.resolve(), saves=True)
     from train.run import run_training  # brings in JAX, whose devices the processes must have met for
 
     try:

@@ -9,19 +9,17 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -62,10 +60,11 @@ from train.monitor.divergence import USUAL, DivergenceMonitor
 from train.monitor.log import METRICS, Log
 from train.monitor.progress import counting
 from train.step import Metrics, TrainState, checkpoint_form, exported_weights, init_state, train_step
-from train.stopping import stop_signals
+from train.stopping import agreed_stop, stop_signals
 
 ORIGIN = "origin.json"  # what a run's data and target are known by
 NEWEST, BEST = "drafter", "best"
+AHEAD = 2  # steps that are started before the one before them has ended: the device never waits
 
 
 @dataclass(frozen=True)
@@ -349,7 +348,7 @@ class Loop:
                 pairs = stack.enter_context(closing(setup.features.read_ahead(batches)))
             else:
                 pairs = ((batch, None) for batch in batches)
-            stopping = stack.enter_context(stop_signals(several=jax.process_count() > 1))
+            stopping = agreed_stop(stack.enter_context(stop_signals(several=jax.process_count() > 1)))
             stopped = False
             while self.done < self.steps and not stopped:
                 self.step(*next(pairs))
@@ -367,7 +366,7 @@ class Loop:
         say_state(f"wrote {self.folder / NEWEST}; {self.folder / 'report.md'} shows how it went")
 
     def step(self, batch: Batch, captured: Captured | None) -> None:
-        """Start one step; nothing waits for it."""
+        """Start one step; nothing waits for it but the steps after the next, so that a signal is heard soon."""
         setup = self.setup
         features = captured.features if captured else None
         hidden = captured.hidden if captured and setup.recipe.objective.loss == "kl" else None
@@ -376,12 +375,14 @@ class Loop:
             inputs = inputs._replace(starts=None)  # a row is one sequence
         self.state, metrics = train_step(setup.recipe, self.state, setup.frozen, inputs)
         self.pending.append(metrics)
+        if len(self.pending) > AHEAD:
+            jax.block_until_ready(self.pending[-1 - AHEAD])
         self.done += 1
         if self.done == self.first + 1:
             jax.block_until_ready(self.state)
             self.clock.start()  # compiling is not part of the speed
 
-    def between(self, stopping: Event) -> bool:
+    def between(self, stopping: Callable[[], bool]) -> bool:
         """What is due after a step: figures, a validation, a checkpoint. Returns whether to stop."""
         o, last = self.options, self.done == self.steps
         logs = last or self.done % o.log_every == 0
@@ -403,7 +404,7 @@ class Loop:
             self.clock.start()
         elif self.log:
             self.log.progress.advance(self.done)
-        return stopping.is_set() if jax.process_count() == 1 else reached_preemption_sync_point(self.done)
+        return stopping()
 
     def look(self) -> Metrics:
         """What the steps since the last look reported, fetched; the last one's.
@@ -426,16 +427,14 @@ class Loop:
                 )
         return pending[-1] if pending else None  # type: ignore[return-value]  # after a step there is one
 
-    def validate(self, metrics: Metrics, stopping: Event) -> float | None:
+    def validate(self, metrics: Metrics, stopping: Callable[[], bool]) -> float | None:
         """Decode the held-out prompts with the drafter as it is; the acceptance length, and a new best is written.
 
-        None where a signal came: what was reached is to be saved soon. Several processes would have to agree on that,
-        and finish instead.
+        None where a signal came: what was reached is to be saved soon.
         """
         assert self.setup.validation is not None
-        stops = stopping.is_set if jax.process_count() == 1 else None
         try:
-            found = self.setup.validation.run(exported_weights(self.state), stops)
+            found = self.setup.validation.run(exported_weights(self.state), stopping)
         except Stopped:
             return None
         tau = found.final.tau

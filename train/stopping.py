@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_calls = itertools.count()  # of `agreed_stop`, by which JAX tells the processes' moments apart: never twice the same
+
 
 @contextmanager
 def stop_signals(several: bool = False) -> Iterator[threading.Event]:
@@ -45,6 +47,8 @@ def stop_signals(several: bool = False) -> Iterator[threading.Event]:
 def agreed_stop(event: threading.Event) -> Callable[[], bool]:
     """A function that says whether to stop, to be called equally often by all processes, which then agree.
 
+    Where each has called it after every step, all stop after the same one, within a step or two of the signal.
+
     Args:
         event: of `stop_signals`.
     """
@@ -53,11 +57,11 @@ def agreed_stop(event: threading.Event) -> Callable[[], bool]:
 
     if jax.process_count() == 1:
         return event.is_set
-    calls, stopped = itertools.count(), False
+    stopped = False
 
     def ask() -> bool:
         nonlocal stopped
-        stopped = stopped or reached_preemption_sync_point(next(calls))
+        stopped = stopped or reached_preemption_sync_point(next(_calls))
         return stopped
 
     return ask

@@ -1,7 +1,8 @@
 """What all commands share: how words are read, exit codes, Ctrl-C, standard streams and how a process ends.
 
 Exit codes: 0 done, 1 failed (one sentence on standard error), 2 the words make no sense, 130 Ctrl-C. A reader of
-standard output that leaves early (`| head`) is no error, nor is one that was never there (`>&-`).
+standard output that leaves early (`| head`) is no error, nor is one that was never there (`>&-`). Of several processes
+that run one model, 143 is SIGTERM, and when one ends early, all do.
 """
 
 import io
@@ -11,6 +12,7 @@ import shutil
 import sys
 import textwrap
 import threading
+import traceback
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -22,8 +24,10 @@ import tyro
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.extras import explain_missing_extra
 
-DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 AGAIN_SECONDS = 0.05  # until an interrupt that was ignored comes again
+
+_broken_off = False  # whether the work of this process ended by an exception
 
 T = TypeVar("T")
 ESCAPES = r"\x1b\[[0-9;]*m"  # colours of a terminal
@@ -88,14 +92,18 @@ def exit_code(action: Callable[[], int | None]) -> int:
     Args:
         action: returns an exit code, None for 0. SystemExit, as after a help, ends it too.
     """
+    global _broken_off
     code: int | None = None
     _mend_streams()
+    _broken_off = True
     try:
         try:
             with explain_missing_extra(), _insisting_interrupts():
                 code = action()
+            _broken_off = False
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else DONE
+            _broken_off = code == TERMINATED
         sys.stdout.flush()
     except UsageError as error:
         print_error(error)
@@ -114,13 +122,31 @@ def exit_code(action: Callable[[], int | None]) -> int:
         else:
             print_error(f"{error.filename}: {error.strerror}.")
         return FAILED
-    except (RuntimeError, AssertionError):
-        problem = _device_problem()
-        if problem is None:
+    except Exception as error:
+        problem = _device_problem() if isinstance(error, RuntimeError | AssertionError) else None
+        if problem is not None:
+            print_error(problem)
+            return FAILED
+        code = _failed_among_others(error)
+        if code is None:
             raise
-        print_error(problem)
-        return FAILED
     return DONE if code is None else code
+
+
+def _failed_among_others(error: Exception) -> int | None:
+    """What to end with where several processes run one model and this one fails in its own way, or for another's end.
+
+    None where it is on its own.
+    """
+    processes = sys.modules.get("domino_jax.runtime.processes")
+    if processes is None or not processes.among_others():
+        return None
+    code = processes.code_of_others()
+    if code is not None:
+        print_error(processes.ENDED_EARLY)
+        return code
+    traceback.print_exception(error)
+    return FAILED
 
 
 def end_process(code: int) -> NoReturn:
@@ -129,10 +155,10 @@ def end_process(code: int) -> NoReturn:
     A device may still run what was dispatched, and its threads must not outlive what they use. Of several processes,
     the others are told, since they would wait for this one.
     """
-    if code in (DONE, USAGE_ERROR):
+    if not _broken_off:
         sys.exit(code)
     processes = sys.modules.get("domino_jax.runtime.processes")
-    if processes is not None:
+    if processes is not None and code != DONE:
         processes.end_others(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,9 +21,11 @@ VARIABLES = {
 }
 
 ENDED = "domino_jax/ended"  # the exit code of a process that ended early, for the others
-WATCH_SECONDS, GRACE_SECONDS = 0.5, 3.0
+LEFT = "domino_jax/left"  # by number, those that have heard of it and end
+ENDED_EARLY = "another process of this run has ended early, so this one ends too."
+WATCH_SECONDS, GRACE_SECONDS = 0.5, 2.0
 
-_joined = False
+_joined = _ending = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ def resolve_processes(
     return hosts
 
 
-def join_processes(hosts: ProcessConfig | None) -> bool:
+def join_processes(hosts: ProcessConfig | None, saves: bool = False) -> bool:
     """Join the other processes, before JAX looks for devices; returns whether this is the first one, which prints.
+
+    Args:
+        saves: SIGTERM is left to JAX, and all processes stop after the same step (`train.stopping`); else it ends this
+            process, and so all.
 
     Raises:
         DominoError: the coordinator can't be reached.
@@ -86,8 +93,14 @@ def join_processes(hosts: ProcessConfig | None) -> bool:
             jax.distributed.initialize(hosts.coordinator, hosts.num_processes, hosts.process_id)
     except (RuntimeError, ValueError) as error:
         raise DominoError(f"the other processes can't be reached: {first_line(error)}.") from None
+    if not saves:  # JAX has taken it
+        signal.signal(signal.SIGTERM, _terminate)
     _watch_others()
     return jax.process_index() == 0
+
+
+def _terminate(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def _store() -> Any:
@@ -99,20 +112,18 @@ def _store() -> Any:
 
 def _watch_others() -> None:
     """End this process soon after another one has ended early: it may be waiting for that one for ever."""
+    global _joined
     stop = threading.Event()
 
     def watch() -> None:
-        store = _store()
         while not stop.wait(WATCH_SECONDS):
-            try:
-                code = store.key_value_try_get(ENDED)
-            except Exception:  # nobody has ended, or the first process is gone, which JAX takes care of
+            code = code_of_others(0)
+            if code is None or stop.wait(GRACE_SECONDS) or _ending:  # by itself, with a sentence of its own
                 continue
-            time.sleep(GRACE_SECONDS)  # it may be about to end by itself, with a sentence of its own
-            if not stop.is_set():
-                with suppress(OSError, ValueError):
-                    print("another process of this run has ended early, so this one ends too", file=sys.stderr)
-                os._exit(int(code))
+            with suppress(OSError, ValueError):
+                print(f"error: {ENDED_EARLY}", file=sys.stderr, flush=True)
+            end_others(code)
+            os._exit(code)
 
     thread = threading.Thread(target=watch, name="watching other processes", daemon=True)
     thread.start()
@@ -122,21 +133,42 @@ def _watch_others() -> None:
         thread.join()
 
     atexit.register(end)
-    global _joined
     _joined = True
+
+
+def among_others() -> bool:
+    """Whether this process has joined others."""
+    return _joined
+
+
+def code_of_others(seconds: float = GRACE_SECONDS) -> int | None:
+    """The exit code of another process that has ended early; None where none has within these seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(Exception):  # nobody has ended, or the first process is gone
+            return int(_store().key_value_try_get(ENDED))
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(WATCH_SECONDS / 2)
 
 
 def end_others(code: int) -> None:
     """Tell the other processes of this run, if there are any, that this one ends early with that code."""
+    global _ending
     if not _joined:
         return
+    _ending = True
     import jax
 
-    with suppress(Exception):  # another one has told them already, or the first one is gone
+    with suppress(Exception, KeyboardInterrupt):  # another one has told them already, or the first one is gone
         _store().key_value_set(ENDED, str(code))
-    if jax.process_index() == 0:  # it keeps what they ask
-        with suppress(KeyboardInterrupt):
-            time.sleep(2 * WATCH_SECONDS)
+    with suppress(Exception, KeyboardInterrupt):
+        _store().key_value_set(f"{LEFT}/{jax.process_index()}", "")
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
+        while jax.process_index() == 0 and time.monotonic() < deadline:  # it keeps what the others ask for
+            if len(_store().key_value_dir_get(LEFT)) == jax.process_count():
+                return
+            time.sleep(WATCH_SECONDS / 2)
 
 
 def wait_for_others(name: str) -> None:

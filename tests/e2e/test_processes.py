@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +198,45 @@ def test_one_process_is_told_to_stop_and_all_stop_with_a_whole_file(words, tmp_p
     lines = out.read_text().splitlines(keepends=True)
     assert 0 < len(lines) < len(rows) and all(line.endswith("}\n") for line in lines)
     assert f"interrupted: {len(lines)} answers in {out}" in done[0][1] and "interrupted" not in done[1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "number", "code"), [(1, signal.SIGINT, 130), (0, signal.SIGINT, 130), (1, signal.SIGTERM, 143)]
+)
+def test_when_one_process_ends_early_all_do_within_seconds(words, told, number, code, tmp_path):
+    """They would wait in a collective for what it will never send."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n' * 5000)
+    running = start([*words, "--prompts", str(prompts), "--mesh", "data=1,model=2"], 2, ("-m", "infer"))
+    try:
+        assert running[0].stdout is not None and running[0].stdout.readline(), "it writes, and will for minutes"
+        running[told].send_signal(number)
+        began = time.monotonic()
+        said = [process.communicate(timeout=60) for process in running]
+        took = time.monotonic() - began
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [code, code], said
+    assert took < 20 and not any("Traceback" in err for _, err in said)
+    ended = [processes.ENDED_EARLY in err for _, err in said]
+    assert ended[1 - told] and not ended[told]
+
+
+@pytest.mark.parametrize("code", [1, 130, 143])
+def test_others_are_told_and_told_apart(monkeypatch, code):
+    """What a process writes for the others, and reads of them."""
+    store: dict[str, str] = {}
+    fake = SimpleNamespace(
+        key_value_try_get=lambda key: store[key],
+        key_value_set=lambda key, value: store.update({key: value}),
+        key_value_dir_get=lambda prefix: [key for key in store if key.startswith(prefix)],
+    )
+    monkeypatch.setattr(processes, "_store", lambda: fake)
+    monkeypatch.setattr(processes, "_ending", False)
+    processes.end_others(code)
+    assert store == {} and processes.code_of_others(0) is None  # on its own
+    monkeypatch.setattr(processes, "_joined", True)
+    processes.end_others(code)
+    assert processes.code_of_others(0) == code and len(store) == 2

@@ -67,7 +67,7 @@ def test_the_best_is_known_while_its_checkpoint_is_still_being_written():
     )
     for loop.done, tau in ((20, 1.9), (30, 3.0), (40, 2.5)):
         report = SimpleNamespace(final=SimpleNamespace(tau=tau))
-        assert run.Loop.validate(loop, None, Event()) == tau  # type: ignore[arg-type]
+        assert run.Loop.validate(loop, None, Event().is_set) == tau  # type: ignore[arg-type]
     assert exported == [(30, "best")]
 
 

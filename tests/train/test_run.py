@@ -1,16 +1,20 @@
-"""What a run settles before it reads data and weights: its drafter."""
+"""What a run settles before it reads data and weights: its drafter; and how soon it stops."""
 
 import dataclasses
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import factory
 import pytest
 
 from convert import hf
 from domino_jax.errors import DominoError
+from train import run
 from train.config import DrafterOptions, TrainConfig
 from train.init import check_target_layers, read_first_drafter
 from train.run import settle_drafter
+from train.stopping import agreed_stop
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=9)
 
@@ -79,3 +83,38 @@ def test_a_drafter_that_can_not_begin_as_the_targets_last_layers_is_refused(chan
     check_target_layers(same, TARGET)
     with pytest.raises(DominoError, match="can begin as the target's last layers only if"):
         check_target_layers(dataclasses.replace(same, **change), TARGET)
+
+
+def test_few_steps_are_started_ahead_so_that_a_signal_is_heard_within_seconds(monkeypatch):
+    """However long it is until the next step that is logged: all that were started would have to end first."""
+    waited: list[object] = []
+    inputs = SimpleNamespace(_replace=lambda **_: inputs)
+    monkeypatch.setattr(run.meshes, "put_batch", lambda *_: inputs)
+    monkeypatch.setattr(run, "train_step", lambda recipe, state, frozen, given: (state + 1, f"metrics {state}"))
+    monkeypatch.setattr(run.jax, "block_until_ready", waited.append)
+    loop = object.__new__(run.Loop)
+    objective, data = SimpleNamespace(loss="ce"), SimpleNamespace(pack=False)
+    loop.setup = SimpleNamespace(  # type: ignore[assignment]
+        recipe=SimpleNamespace(objective=objective), options=SimpleNamespace(data=data), mesh=None, frozen=None
+    )
+    loop.state, loop.pending, loop.done, loop.first = 0, [], 0, -5  # type: ignore[assignment]
+    for _ in range(6):
+        loop.step(None, None)  # type: ignore[arg-type]
+    assert waited == [f"metrics {number}" for number in range(6 - run.AHEAD)]
+
+
+@pytest.mark.parametrize("asked", [1, 3, 50])
+def test_processes_agree_by_counts_of_calls_that_never_come_twice(monkeypatch, asked):
+    """Also where one process trains twice, and where validations ask between the steps."""
+    seen: list[int] = []
+
+    def reached(number: int) -> bool:
+        seen.append(number)
+        return len(seen) % asked == 0
+
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", reached)
+    for _ in range(2):
+        stopping = agreed_stop(Event())
+        assert [stopping() for _ in range(asked + 3)] == [False] * (asked - 1) + [True] * 4
+    assert seen == list(range(seen[0], seen[0] + 2 * asked))

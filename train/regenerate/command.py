@@ -112,7 +112,7 @@ def run_regenerate(options: Regenerate) -> None:
         KeyboardInterrupt: it was interrupted; what was written is kept.
     """
     check_regenerate(options)
-    first = join_processes(options.processes.resolve())
+    first = join_processes(options.processes.resolve(), saves=True)
     enable_compile_cache()
     console = notes()
     target, draft = options.pair.folders(console)

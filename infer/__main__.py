@@ -244,11 +244,10 @@ class Session:
         if not output.show_drafts:
             print(",".join(map(str, s.tokens)) if s.text is None else s.text)
             return
-        colored = color_drafts(s, self.loaded.tokenizer)
-        self.console.print(colored)
+        self.console.print(color_drafts(s, self.loaded.tokenizer, marks=not self.console.is_colored))
         if output.svg:
             prompt = f'"{self.options.prompt}" ' if self.options.prompt else ""
-            write_svg(colored, f"python -m infer {prompt}--show-drafts", output.svg)
+            write_svg(color_drafts(s, self.loaded.tokenizer), f"python -m infer {prompt}--show-drafts", output.svg)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class OutputOptions:
     compare: Flag = False
     """also run the autoregressive baseline, and compare tokens and speed"""
     show_drafts: Flag = False
-    """colour the tokens: drafted and accepted, rejected, or the target's own"""
+    """colour the tokens: drafted and accepted, rejected, or the target's own (brackets where there are no colours)"""
     svg: Annotated[Path | None, DisallowNone, UNSET] = None
     """with --show-drafts: also write the coloured text to this file"""
 

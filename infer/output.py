@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from infer.engine import Chunk, Sequence
 
 ACCEPTED, ADDED, REJECTED = "green", "yellow", "dim strike"
+MARKS = {REJECTED: ("[-", "-]"), ADDED: ("{+", "+}")}  # where there is no colour
 
 _speaks = True
 
@@ -42,6 +43,11 @@ class Output(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    @property
+    def is_colored(self) -> bool:
+        """Whether who reads it sees colours: not in a file or pipe, nor with NO_COLOR or TERM=dumb."""
+        return self.color_system is not None and not self.no_color
 
 
 class Notes(Console):
@@ -202,37 +208,56 @@ def histogram(accepted: list[int], proposals: int, width: int = 40) -> list[str]
     ]
 
 
-def color_drafts(s: "Sequence", tokenizer: Any) -> Text:
+def color_drafts(s: "Sequence", tokenizer: Any, marks: bool = False) -> Text:
     """A sequence with each token's origin in its colour, and a legend.
 
     Text appears with the token that completes its characters. A text that a stop string cut is
     shown whole here, as drafted.
+
+    Args:
+        marks: show origins by brackets too, as `git diff --word-diff` does: for where colours can't be seen.
     """
     from convert.tokenizer import decode
     from infer.text import Detokenizer
 
     stream = Detokenizer(tokenizer) if tokenizer is not None else None
-    out = Text()
+    parts: list[tuple[str, str]] = []  # texts and their styles
+
+    def add(text: str, style: str) -> None:
+        if parts and parts[-1][1] == style:
+            parts[-1] = parts[-1][0] + text, style
+        elif text:
+            parts.append((text, style))
 
     def kept(tokens: list[int], style: str) -> None:
         for token in tokens:
-            out.append(stream.feed([token]) if stream else f"{token} ", style)
+            add(stream.feed([token]) if stream else f"{token} ", style)
 
     kept(s.tokens[:1], ADDED)
     for cycle in s.cycles:
         kept(cycle.tokens[: cycle.accepted], ACCEPTED)
         rejected = cycle.drafts[cycle.accepted :]
         if rejected and len(cycle.tokens) > cycle.accepted:
-            text = decode(tokenizer, rejected) if stream else " ".join(map(str, rejected))
-            out.append(text.replace("\n", "⏎").replace("\r", "␍"), REJECTED)
-            if not stream:
-                out.append(" ")
+            text = decode(tokenizer, rejected) if stream else " ".join(map(str, rejected)) + " "
+            add(text.replace("\n", "⏎").replace("\r", "␍"), REJECTED)
         kept(cycle.tokens[cycle.accepted :], ADDED)
     kept(s.tokens[1 + sum(len(cycle.tokens) for cycle in s.cycles) :], ADDED)  # plain steps after them
     if stream:
-        out.append(stream.finish(), ADDED)
-    legend = Text("\ndrafted and accepted", ACCEPTED) + Text(" · ") + Text("rejected", REJECTED)
-    return out + legend + Text(" · ") + Text("the target's own", ADDED)
+        add(stream.finish(), ADDED)
+    out = Text()
+    for text, style in parts:
+        if marks and style in MARKS:
+            begin, end = MARKS[style]
+            shown = text if stream else text[:-1]
+            out.append(f"{begin}{shown}{end}{text[len(shown) :]}", style)
+        else:
+            out.append(text, style)
+    legend = Text("\n")
+    for text, style in (("drafted and accepted", ACCEPTED), ("rejected", REJECTED), ("the target's own", ADDED)):
+        begin, end = MARKS.get(style, ("", "")) if marks else ("", "")
+        legend += Text(" · ") if len(legend) > 1 else Text()
+        legend += Text(f"{begin}{text}{end}", style)
+    return out + legend
 
 
 def write_svg(colored: Text, title: str, path: Path, columns: int = 96) -> None:

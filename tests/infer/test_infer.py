@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from factory import BYTE_DRAFT, END, MASK, MASK_ID, REPEATING, make_draft, make_
 
 from infer import text
 from infer.__main__ import main
-from infer.output import histogram
+from infer.output import Output, color_drafts, histogram
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{% if not enable_thinking %}!{% endif %}"
@@ -379,6 +380,45 @@ def test_show_drafts_shows_every_kept_token_and_a_legend(run):
     shown, legend = result.out.splitlines()
     assert shown.count(letter) == 5  # the rejected drafts are the mask, a special token without text
     assert "rejected" in legend
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "colored"),
+    [
+        ({"TERM": "xterm-256color"}, True, True),
+        ({"TERM": "dumb"}, True, False),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "xterm-256color"}, False, False),
+        ({"TERM": "unknown"}, True, False),
+    ],
+)
+def test_colours_are_known_to_be_seen(monkeypatch, environment, terminal, colored):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    assert Output(file=stream).is_colored == colored
+
+
+@pytest.mark.parametrize("tokenizer", [None, "bytes"])
+def test_without_colours_brackets_tell_origins_apart(tokenizer):
+    """Whatever a cycle gave: nothing accepted, some, or all, and plain steps after it."""
+    from infer.engine import Cycle, Sequence
+
+    a, b, c, d, e = ids = [make_tokenizer().encode(letter, add_special_tokens=False)[0] for letter in "abcde"]
+    cycles = [Cycle([a], 0, [b, c]), Cycle([a, b], 1, [a, c]), Cycle([c, d, e], 2, [c, d])]
+    s = Sequence(0, [1], 9, tokens=[a, a, a, b, c, d, e, a, b], cycles=cycles)
+    shown = color_drafts(s, make_tokenizer() if tokenizer else None, marks=True).plain
+    text, legend = shown.split("\n")
+    plain = color_drafts(s, make_tokenizer() if tokenizer else None).plain
+    assert legend == "drafted and accepted · [-rejected-] · {+the target's own+}"
+    assert "[-" not in plain and "{+" not in plain
+    if not tokenizer:
+        letters = dict(zip(map(str, ids), "abcde", strict=True))
+        text = "".join(letters.get(part, part) for part in re.split(r"(\d+)", text)).replace(" ", "")
+    assert text == "{+a+}[-bc-]{+a+}a[-c-]{+b+}cd{+eab+}"
 
 
 def test_interrupting_keeps_what_was_generated(run, monkeypatch):

@@ -28,7 +28,7 @@ from infer.engine import Decoding, Engine, Sequence
 from infer.model import Model
 from train.generate import Request, generate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]  # whole runs
 
 PROMPTS = [[70, 30, 9, 120, 8], [17] * 20]
 WAYS = {

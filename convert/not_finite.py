@@ -1,5 +1,6 @@
 """What to say where a model's numbers are not finite."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from convert.names import entries
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.finite import first_not_finite
+from domino_jax.runtime.slots import Completion
 from domino_jax.weights import Target
 
 NOT_FINITE_DRAFTS = (
@@ -20,6 +22,21 @@ MOST_NAMES = 2  # an expert's weight has a name for each expert
 
 class NotFiniteError(DominoError):
     """A target's numbers are not finite: whatever it is asked next, it is not to be trusted."""
+
+
+def check_finite(completion: Completion, params: Target, config: TargetConfig, dtype: Any) -> None:
+    """Refuse to go on where the target's logits after a request's tokens were not finite.
+
+    Raises:
+        NotFiniteError: they were not.
+    """
+    if not completion.finite:
+        raise not_finite_error(params, config, completion.ids, dtype)
+
+
+def warn_of_drafts() -> None:
+    """Say on standard error that the drafter's numbers are not finite."""
+    print(f"warning: {NOT_FINITE_DRAFTS}", file=sys.stderr)
 
 
 def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], dtype: Any) -> NotFiniteError:

@@ -31,6 +31,7 @@ Dtype = Literal["float32", "bfloat16"]
 DraftDtype = Literal["int8", "float8"]
 Matrices = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn", "pallas"]
+Sampler = Literal["rejection", "coupled"]
 
 UNSET = arg(help_behavior_hint="")  # the help says in words what an option without a value does
 Flag = Annotated[bool, FlagCreatePairsOff, UNSET]
@@ -290,8 +291,10 @@ class SamplingOptions:
     """sample from the likeliest tokens that together have this probability; 1 is off"""
     min_p: float = 0.0
     """drop tokens below this share of the likeliest token's probability; 0 is off"""
-    seed: int = 0
-    """seed of the random keys"""
+    seed: Annotated[int | None, DisallowNone, UNSET] = None
+    """seed of the random keys (default 0); naming one makes --sampler coupled the default"""
+    sampler: Annotated[Sampler | None, DisallowNone, UNSET] = None
+    """rejection accepts more drafts; a coupled sample depends on the seed alone, not on drafts or the batch"""
 
     def check(self) -> None:
         """Check the ranges.
@@ -303,7 +306,10 @@ class SamplingOptions:
         check_real("top_p", self.top_p, "above 0 and at most 1")
         check_real("min_p", self.min_p, "from 0 to 1")
         check_count("top_k", self.top_k, least=0)
-        check_count("seed", self.seed, least=0, limit=2**32)
+        if self.seed is not None:
+            check_count("seed", self.seed, least=0, limit=2**32)
+        if self.sampler not in (None, "rejection", "coupled"):
+            raise UsageError(f"{flag('sampler')} must be rejection or coupled, found {shown(self.sampler)}.")
 
     @property
     def greedy(self) -> bool:
@@ -314,7 +320,8 @@ class SamplingOptions:
         """The parameters as decoding takes them."""
         from domino_jax.sampling import SamplingParams
 
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p)
+        filters = self.temperature, self.top_k, self.top_p, self.min_p
+        return SamplingParams(*filters, seed=self.seed, sampler=self.sampler)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Decoding: prefill, the fused cycle of drafting and verification, and plain steps (docs/algorithm.md, section 5).
 
-`prefill`, `first_token`, `speculate` and `autoregress` are the jit boundaries. The two loops run
+`prefill`, `first_token`, `insert`, `speculate` and `autoregress` are the jit boundaries. The two loops run
 several cycles a dispatch; the host then fetches one `Emitted`, a few integers a row. They stop
 early when every row is done or the length bucket is full, in which case the caller calls `grow_caches`.
+Rows come and go meanwhile: `insert` puts prefilled ones in the place of others (`runtime.slots`).
 
 Of what drafts, this file knows the interface alone (`domino_jax.drafters.base`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -79,17 +80,25 @@ class DecodeConfig:
         return max(self.drafter.scratch(self.proposals) if self.drafter else 0, self.proposals + 1, 2)
 
 
+class Rows(NamedTuple):
+    """What is asked for each row. All of it is data: no mix of requests is a program of its own."""
+
+    keys: Array  # [B] random keys, one a row: an answer does not depend on its batch neighbours
+    limit: Array  # [B] int32, tokens to generate at most
+    stop: Array  # [B, E] int32, ids that end the row; -1 is none
+    sampling: Sampling  # [B] each
+    coupled: Array  # [B] bool: a draw depends on the key and the position alone (`verify.accept_coupled`)
+
+
 class DecodeState(NamedTuple):
     """Everything that lives between cycles. Row b has committed tokens t_0 ... t_a with a = length[b]."""
 
     token: Array  # [B] int32, t_a: the last committed token, which the target has not run yet
     length: Array  # [B] int32, a: both caches are valid for positions 0 ... a - 1
     emitted: Array  # [B] int32, tokens generated so far
-    limit: Array  # [B] int32, tokens to generate at most
     done: Array  # [B] bool, a stop token was emitted, the limit reached, or a logit was not finite
     finite: Array  # [B] bool, every token was chosen by finite logits; where not, what precedes the choice was emitted
-    keys: Array  # [B] random keys, one a row: an answer does not depend on its batch neighbours
-    sampling: Sampling  # [B] each
+    rows: Rows  # what is asked
     cache: KVCache  # the target's keys and values
     drafter: Any  # the drafter's state of the same positions; None without a drafter
 
@@ -111,18 +120,81 @@ class Emitted(NamedTuple):
     drafts: Array  # [C, B, J] int32, what was proposed
 
 
+def new_rows(
+    keys: Array,
+    limits: Sequence[int],
+    stop: Any,
+    sampling: Sampling,
+    coupled: Sequence[bool] | None = None,
+) -> Rows:
+    """What is asked for B rows, from the host.
+
+    Args:
+        keys: [B] random keys.
+        limits: B, tokens to generate at most, at least 1 each.
+        stop: ids that end a row: [E], or [B, E] filled up with -1.
+        sampling: [B] each.
+        coupled: B; none of them when None.
+    """
+    batch = len(limits)
+    stop = np.asarray(stop, np.int32)
+    return Rows(
+        keys=shard_copy(keys, "B"),  # copies: states are donated, and what the caller gave stays the caller's
+        limit=shard_copy(np.array(limits, np.int32), "B"),
+        stop=shard_copy(np.broadcast_to(stop, (batch, stop.shape[-1])), "B -"),
+        sampling=jax.tree.map(lambda x: shard_copy(x, "B"), sampling),
+        coupled=shard_copy(np.zeros(batch, bool) if coupled is None else np.array(coupled, bool), "B"),
+    )
+
+
+def init_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Caches:
+    """The caches of rows that hold nothing yet."""
+    drafter = configs.drafter.init(batch, capacity, dtype) if configs.drafter else None
+    return Caches(kv.init_cache(configs.target, batch, capacity, dtype), drafter)
+
+
+def begin(rows: Rows, lengths: Sequence[int], caches: Caches) -> DecodeState:
+    """The state of rows that have prompts of these lengths; `prefill` runs them. A row of length 0 is done."""
+    batch, empty = len(lengths), np.array(lengths) == 0
+    return DecodeState(
+        token=zeros((batch,), jnp.int32, "B"),
+        length=shard_copy(np.array(lengths, np.int32), "B"),
+        emitted=zeros((batch,), jnp.int32, "B"),
+        done=shard_copy(empty, "B"),
+        finite=shard_copy(np.ones(batch, bool), "B"),
+        rows=rows,
+        cache=caches.target,
+        drafter=caches.drafter,
+    )
+
+
 def prefill_batch(
     params: Params,
     configs: DecodeConfig,
-    prompts: list[list[int]],
-    keys: Array,
-    limits: list[int],
-    sampling: Sampling,
-    stop: Array,
+    prompts: Sequence[Sequence[int]],
+    rows: Rows,
     dtype: jnp.dtype,
     caches: Caches | None = None,
     held: int = 0,
 ) -> DecodeState:
+    """Run the prompts to their ends; see `prefill_steps`."""
+    steps = prefill_steps(params, configs, prompts, rows, dtype, caches, held)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def prefill_steps(
+    params: Params,
+    configs: DecodeConfig,
+    prompts: Sequence[Sequence[int]],
+    rows: Rows,
+    dtype: jnp.dtype,
+    caches: Caches | None = None,
+    held: int = 0,
+) -> Generator[None, None, DecodeState]:
     """Run the prompts, in chunks, and commit each row's first token, which counts as generated.
 
     Where an earlier state's caches already hold how every prompt begins, only what follows is run. At least the last
@@ -130,13 +202,17 @@ def prefill_batch(
 
     Args:
         prompts: B lists of at least one id, of any lengths.
-        keys: [B] random keys.
-        limits: tokens to generate at most, at least 1 each.
-        stop: [-] ids that end a sequence.
+        rows: what is asked, donated.
         dtype: of the caches.
         caches: those of an earlier state of as many rows, donated; new ones when None.
         held: positions of which `caches` hold keys and values of the prompts' own first ids, the drafter's context
             too if there is one. A row whose prompt is not longer gets a first token without meaning.
+
+    Yields:
+        Between chunks, so that something else can run there.
+
+    Returns:
+        The state.
     """
     batch, longest = len(prompts), max(map(len, prompts))
     capacity = kv.length_bucket(longest + configs.lookahead)
@@ -145,28 +221,17 @@ def prefill_batch(
     for row, prompt in zip(tokens, prompts, strict=True):
         rest = prompt[offsets.start :]
         row[: len(rest)] = rest
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    if caches is None:
-        drafter = configs.drafter.init(batch, capacity, dtype) if configs.drafter else None
-        caches = Caches(kv.init_cache(configs.target, batch, capacity, dtype), drafter)
-    state = DecodeState(
-        token=zeros((batch,), jnp.int32, "B"),
-        length=shard_copy(lengths, "B"),
-        emitted=zeros((batch,), jnp.int32, "B"),
-        limit=shard_copy(np.array(limits, np.int32), "B"),
-        done=zeros((batch,), bool, "B"),
-        finite=shard_copy(np.ones(batch, bool), "B"),
-        keys=shard_copy(keys, "B"),  # a copy: the state is donated, and what the caller gave stays the caller's
-        sampling=jax.tree.map(lambda x: shard_copy(x, "B"), sampling),
-        cache=caches.target,
-        drafter=caches.drafter,
-    )
+    state = begin(rows, [len(p) for p in prompts], caches or init_caches(configs, batch, capacity, dtype))
+    del caches  # they are the state's now
     if state.cache.capacity != capacity:
         state = grow_caches(configs, state, capacity)
     last = zeros((batch, configs.target.hidden_size), params.target.norm.dtype, "B D")
     for piece, offset in zip(np.split(tokens, len(offsets), axis=1), offsets, strict=True):
+        if offset > offsets.start:
+            yield
         state, last = prefill(params, configs, state, shard_copy(piece, "B T"), np.int32(offset), last)
-    return first_token(params, configs, state, last, stop)
+    jax.block_until_ready(last)  # what compiles next would hide its time
+    return first_token(params, configs, state, last)
 
 
 def prefill_chunks(longest: int, held: int, capacity: int) -> range:
@@ -215,19 +280,69 @@ def prefill(
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=2)
-def first_token(params: Params, configs: DecodeConfig, state: DecodeState, last: Array, stop: Array) -> DecodeState:
+def first_token(params: Params, configs: DecodeConfig, state: DecodeState, last: Array) -> DecodeState:
     """Commit the target's next token after the prompt: the first generated one, and the first anchor.
 
     A row whose logits are not finite is done, and its token means nothing.
     """
-    keys, use = _split(state.keys, 2)
+    sampling = state.rows.sampling
     logits = target.logits(params.target, configs.target, last[:, None])
-    token = sample(use, probabilities(logits, state.sampling)[:, 0])
-    token = jnp.where(state.sampling.temperature > 0, token, jnp.argmax(logits, axis=-1)[:, 0]).astype(jnp.int32)
+    keys = _draw_keys(state.rows.keys, state.length[:, None])
+    token = sample(keys[..., 0], probabilities(logits, sampling))[:, 0]
+    token = jnp.where(sampling.temperature > 0, token, jnp.argmax(logits, axis=-1)[:, 0]).astype(jnp.int32)
     emitted = state.emitted + 1
-    finite = finite_logits(logits, state.sampling.temperature)[:, 0]
-    done = jnp.isin(token, stop) | (emitted >= state.limit) | ~finite
-    return state._replace(token=token, emitted=emitted, done=done, finite=finite, keys=keys)
+    finite = finite_logits(logits, sampling.temperature)[:, 0]
+    stopped = _stops(token[:, None], state.rows.stop)[:, 0]
+    done = stopped | (emitted >= state.rows.limit) | ~finite
+    return state._replace(token=token, emitted=emitted, done=done, finite=finite)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert(configs: DecodeConfig, state: DecodeState, new: DecodeState, slots: Array) -> DecodeState:
+    """The state with the rows of another one, which `prefill_steps` has given, in the place of some of its own.
+
+    Args:
+        new: P rows, of as many positions or fewer, and as many stop ids.
+        slots: [P] int32, the row that each becomes; B or above for one that is left out.
+    """
+
+    def put(held: Array, row: Array, axis: int) -> Array:
+        if axis > 0 and row.shape[axis] < held.shape[axis]:
+            window = (slots, *[slice(None)] * (axis - 1), slice(0, row.shape[axis]))
+            return held.at[window].set(row, mode="drop")
+        return held.at[slots].set(row, mode="drop")
+
+    axes = jax.tree.map(lambda _: -1, state)
+    axes = axes._replace(
+        cache=jax.tree.map(lambda _: kv.POSITIONS, state.cache),
+        drafter=_position_axes(configs.drafter, state.token.shape[0]),
+    )
+    keys = jax.random.wrap_key_data(
+        put(jax.random.key_data(state.rows.keys), jax.random.key_data(new.rows.keys), -1),
+        impl=jax.random.key_impl(state.rows.keys),
+    )
+    drafted = jax.tree.map(put, state, new, axes)
+    return drafted._replace(rows=drafted.rows._replace(keys=keys))
+
+
+def position_keys(state: DecodeState, proposals: int) -> Array:
+    """The random keys of the positions of a cycle, its bonus's too: [B, J + 1, 2], one to draw with, one to verify.
+
+    A position's keys are the row's and the position's alone. Drafts that were rejected are drawn anew with the same
+    keys: nothing of the output depended on them.
+    """
+    return _draw_keys(state.rows.keys, state.length[:, None] + 1 + jnp.arange(proposals + 1, dtype=jnp.int32))
+
+
+def _draw_keys(keys: Array, positions: Array) -> Array:
+    """Keys [B] at positions [B, T]: [B, T, 2]."""
+    folded = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
+    return jax.vmap(jax.vmap(jax.random.split))(folded)
+
+
+def _stops(tokens: Array, stop: Array) -> Array:
+    """Whether tokens [B, T] are among their row's stop ids [B, E]: [B, T] bool."""
+    return (tokens[..., None] == stop[:, None, :]).any(axis=-1)
 
 
 Accept = Callable[[Array | None, DraftTokens, Array, DecodeState], tuple[Array, Array]]
@@ -237,7 +352,7 @@ def accept(keys: Array | None, draft: DraftTokens, logits: Array, state: DecodeS
     """How many drafts stand, and the target's own token after them.
 
     Args:
-        keys: [B]; None where every row is greedy.
+        keys: [B, J + 1, 2], see `position_keys`; None where every row is greedy.
         logits: [B, J + 1, V] of the target over [last token, drafts].
 
     Returns:
@@ -248,19 +363,24 @@ def accept(keys: Array | None, draft: DraftTokens, logits: Array, state: DecodeS
         if none:
             return jnp.zeros_like(state.token), jnp.argmax(logits, axis=-1)[:, 0].astype(jnp.int32)
         return verify.accept_greedy(draft.tokens, logits)
-    p = probabilities(logits, state.sampling)
-    if none:
-        return jnp.zeros_like(state.token), sample(keys, p[:, 0])
+    p = probabilities(logits, state.rows.sampling)
+    if none:  # both samplers draw alike
+        return jnp.zeros_like(state.token), sample(keys[..., 0], p)[:, 0]
     assert draft.probs is not None, "drawn drafts come with their distributions"
-    return verify.accept_sampled(keys, draft.tokens, draft.probs, p)
+    coupled = state.rows.coupled
+    by_rejection = verify.accept_sampled(keys[..., 1], draft.tokens, draft.probs, p)
+    alike = jax.lax.cond(
+        coupled.any(), lambda: verify.accept_coupled(keys[..., 0], draft.tokens, p), lambda: by_rejection
+    )
+    count, token = jax.tree.map(lambda a, b: jnp.where(coupled, a, b), alike, by_rejection)
+    return count, token
 
 
-@partial(jax.jit, static_argnums=(1, 4, 5, 7), donate_argnums=2)
+@partial(jax.jit, static_argnums=(1, 3, 4, 6), donate_argnums=2)
 def speculate(
     params: Params,
     configs: DecodeConfig,
     state: DecodeState,
-    stop: Array,
     cycles: int,
     greedy: bool,
     most: Array | np.integer | None = None,
@@ -269,7 +389,6 @@ def speculate(
     """Up to `cycles` cycles of drafting and verification in one program.
 
     Args:
-        stop: [-] int32, ids that end a sequence.
         cycles: C; the loop ends before that when all rows are done or one has no room left.
         greedy: every row has temperature 0, so no distribution needs to be formed.
         most: [] int32, ends it sooner without another program; C when None.
@@ -278,19 +397,18 @@ def speculate(
     assert configs.drafter is not None, "speculate needs a drafter; autoregress does without"
 
     def cycle(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
-        keys, draft_keys, verify_keys = (state.keys, None, None) if greedy else _split(state.keys, 3)
-        draft, state = propose(params, configs, state._replace(keys=keys), draft_keys)
-        return _verify(params, configs, state, draft, verify_keys, stop, accept)
+        keys = None if greedy else position_keys(state, configs.proposals)
+        draft, state = propose(params, configs, state, None if keys is None else keys[:, :-1, 0])
+        return _verify(params, configs, state, draft, keys, accept)
 
     return _loop(cycle, state, cycles, most, configs.proposals, configs.lookahead)
 
 
-@partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
+@partial(jax.jit, static_argnums=(1, 3, 4), donate_argnums=2)
 def autoregress(
     params: Params,
     configs: DecodeConfig,
     state: DecodeState,
-    stop: Array,
     cycles: int,
     greedy: bool,
     most: Array | np.integer | None = None,
@@ -303,8 +421,7 @@ def autoregress(
 
     def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
         none = DraftTokens(jnp.zeros((state.token.shape[0], 0), jnp.int32), None)
-        keys, use = (state.keys, None) if greedy else _split(state.keys, 2)
-        return _verify(params, configs, state._replace(keys=keys), none, use, stop, accept)
+        return _verify(params, configs, state, none, None if greedy else position_keys(state, 0), accept)
 
     return _loop(step, state, cycles, most, 0, configs.lookahead)
 
@@ -312,7 +429,11 @@ def autoregress(
 def propose(
     params: Params, configs: DecodeConfig, state: DecodeState, keys: Array | None
 ) -> tuple[DraftTokens, DecodeState]:
-    """What the drafter proposes for one cycle, and the state with what it wrote."""
+    """What the drafter proposes for one cycle, and the state with what it wrote.
+
+    Args:
+        keys: [B, J]; None where every row is greedy.
+    """
     assert configs.drafter is not None
     draft, drafter, cache = configs.drafter.propose(
         params.draft, state.drafter, view(params, configs, state), configs.proposals, keys
@@ -330,7 +451,7 @@ def view(params: Params, configs: DecodeConfig, state: DecodeState) -> View:
         state.cache,
         state.token,
         state.length,
-        state.sampling,
+        state.rows.sampling,
     )
 
 
@@ -340,14 +461,13 @@ def _verify(
     state: DecodeState,
     draft: DraftTokens,
     keys: Array | None,
-    stop: Array,
     accept: Accept,
 ) -> tuple[DecodeState, Array, Array, Array, Array]:
     """Run the target over the drafts, accept, tell the drafter, and commit: the rest of a cycle after the proposal."""
     logits, features, cache = run_target(params, configs, state, draft.tokens)
     with jax.named_scope("verify"):
         accepted, bonus = accept(keys, draft, logits, state)
-        chosen = verify.prefix_length(finite_logits(logits, state.sampling.temperature))
+        chosen = verify.prefix_length(finite_logits(logits, state.rows.sampling.temperature))
     tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
     # Rejected positions are written too; they lie beyond the new length and are never seen.
     state = _observe(
@@ -355,7 +475,7 @@ def _verify(
     )
     sequence = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
     sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
-    state, counts = commit(state, sequence, jnp.minimum(accepted + 1, chosen), stop)
+    state, counts = commit(state, sequence, jnp.minimum(accepted + 1, chosen))
     broken = ~state.done & (chosen <= accepted)
     state = state._replace(done=state.done | broken, finite=state.finite & ~broken)
     return state, sequence, counts, accepted, draft.tokens
@@ -398,16 +518,16 @@ def _forward(
     return hidden, features, written
 
 
-def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tuple[DecodeState, Array]:
+def commit(state: DecodeState, sequence: Array, count: Array) -> tuple[DecodeState, Array]:
     """Append the first `count` of sequence [B, T] to each row that is not done, up to its stop or limit.
 
     Returns:
         The state, and how many tokens each row took [B] (0 for a row that was done).
     """
     place = jnp.arange(sequence.shape[1])
-    stopping = jnp.isin(sequence, stop) & (place < count[:, None])
+    stopping = _stops(sequence, state.rows.stop) & (place < count[:, None])
     until_stop = jnp.where(stopping.any(axis=1), jnp.argmax(stopping, axis=1) + 1, sequence.shape[1])
-    taken = jnp.minimum(jnp.minimum(count, until_stop), state.limit - state.emitted)
+    taken = jnp.minimum(jnp.minimum(count, until_stop), state.rows.limit - state.emitted)
     taken = jnp.where(state.done, 0, taken).astype(jnp.int32)
     newest = jnp.take_along_axis(sequence, jnp.maximum(taken - 1, 0)[:, None], axis=1)[:, 0]
     emitted = state.emitted + taken
@@ -417,7 +537,7 @@ def commit(state: DecodeState, sequence: Array, count: Array, stop: Array) -> tu
             token=jnp.where(taken > 0, newest, state.token),
             length=state.length + taken,
             emitted=emitted,
-            done=state.done | stopped | (emitted >= state.limit),
+            done=state.done | stopped | (emitted >= state.rows.limit),
         ),
         taken,
     )
@@ -457,11 +577,6 @@ def _position_axes(drafter: Drafter | None, batch: int) -> Any:
 
 
 _resized = jax.jit(kv.resize, static_argnums=(1, 2))
-
-
-def _split(keys: Array, parts: int) -> tuple[Array, ...]:
-    """Split each row's key [B] into `parts` keys."""
-    return tuple(jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, parts))(keys), 1, 0))
 
 
 def _loop(

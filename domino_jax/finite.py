@@ -119,7 +119,8 @@ def drafter_is_finite(params: Params, configs: DecodeConfig, state: DecodeState)
 @partial(jax.jit, static_argnums=1)
 def _finite_drafts(params: Params, configs: DecodeConfig, state: DecodeState) -> Array:
     # A greedy row's distributions are one-hot, whatever the logits are.
-    drawn = state._replace(sampling=settings(state.token.shape[0], temperature=1.0))
-    draft, _ = decode.propose(params, configs, drawn, state.keys)
+    hot = settings(state.token.shape[0], temperature=1.0)
+    drawn = state._replace(rows=state.rows._replace(sampling=hot))
+    draft, _ = decode.propose(params, configs, drawn, decode.position_keys(state, configs.proposals)[..., 0])
     assert draft.probs is not None
     return jnp.isfinite(draft.probs).all()

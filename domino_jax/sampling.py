@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,36 @@ DIGIT = 4  # bits of a score that one pass over the vocabulary finds
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are chosen; temperature 0 is greedy, and the filters' defaults are off.
+    """How a request's tokens are chosen, and what ends them.
 
-    A temperature below GREEDY_BELOW becomes 0.
+    Temperature 0 is greedy, and the filters' defaults are off. A temperature below GREEDY_BELOW becomes 0.
+
+    Args:
+        max_tokens: to generate at most.
+        stop_token_ids: end the output; the one that did is its last token.
+        seed: of the random keys; 0 when None.
+        sampler: "rejection" accepts more drafts. With "coupled" the sample depends on the seed alone, whatever drafts,
+            how many, and beside what other requests (in float32; lower precisions round differently in other batches).
+            When None a request that names a seed is coupled.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    sampler: Literal["rejection", "coupled"] | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the sampler is the coupled one."""
+        return self.sampler == "coupled" or (self.sampler is None and self.seed is not None)
 
 
 class Sampling(NamedTuple):
@@ -129,8 +146,18 @@ def mass_above_reaches(scores: Array, weights: Array, limit: Array) -> Array:
 
 
 def sample(keys: Array, weights: Array) -> Array:
-    """One index a row with probability proportional to weights [B, V]; keys [B]. Returns [B] int32."""
-    return jax.vmap(lambda key, w: jax.random.categorical(key, jnp.log(w)))(keys, weights).astype(jnp.int32)
+    """One index for each key [...], with probability proportional to weights [..., V]. Returns [...] int32.
+
+    It is argmax(log weights + g) with Gumbel noise g from the key alone, so that one key draws likely the same index
+    from two distributions that are alike. That couples drafts and target (`verify.accept_coupled`).
+    """
+
+    def draw(key: Array, weights: Array) -> Array:
+        return jax.random.categorical(key, jnp.log(weights)).astype(jnp.int32)
+
+    for _ in keys.shape:
+        draw = jax.vmap(draw)
+    return draw(keys, weights)
 
 
 def pick(x: Array, index: Array) -> Array:

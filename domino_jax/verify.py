@@ -34,21 +34,41 @@ def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Arra
     norm(max(p_j - q_j, 0)), after none from p_{J+1}.
 
     Args:
-        keys: [B].
+        keys: [B, J + 1], of each position; others than drew the drafts.
         drafts: [B, J], drawn from q.
         q: [B, J, V] the drafter's distributions; p: [B, J + 1, V] the target's, both after filters.
 
     Returns:
         accepted count m [B] and next token [B], int32.
     """
-    keys = jax.vmap(jax.random.split)(keys)  # [B, 2]
-    p_draft, q_draft = (pick(x[:, : drafts.shape[1]], drafts) for x in (p, q))
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(keys[:, 0])
+    keys = jax.vmap(jax.vmap(jax.random.split))(keys)  # [B, J + 1, 2]
+    proposals = drafts.shape[1]
+    p_draft, q_draft = (pick(x[:, :proposals], drafts) for x in (p, q))
+    uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys[:, :proposals, 0])
     count = prefix_length(uniform * q_draft < p_draft)
     # Nothing was proposed after the last draft: with q = 0 there, the residual is p itself.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     p, q = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (p, q))
+    key = jnp.take_along_axis(keys[..., 1], count[:, None], axis=1)[:, 0]
     residual = jnp.maximum(p - q, 0.0)
     # Empty by rounding alone, or not a number where a drafter's distribution was none; its drafts were not accepted.
     empty = ~(jnp.sum(residual, axis=-1, keepdims=True) > 0)
-    return count, sample(keys[:, 1], jnp.where(empty, p, residual))
+    return count, sample(key, jnp.where(empty, p, residual))
+
+
+def accept_coupled(keys: Array, drafts: Array, p: Array) -> tuple[Array, Array]:
+    """Accept drafts while they are what the target draws with the keys that drew them (Daliri et al. 2024).
+
+    The drafts never change the output, so a row's sample depends on its keys alone.
+
+    Args:
+        keys: [B, J + 1], of each position.
+        drafts: [B, J].
+        p: [B, J + 1, V] the target's distributions, after filters.
+
+    Returns:
+        accepted count m [B] and next token [B], int32.
+    """
+    choices = sample(keys, p)
+    count = prefix_length(drafts == choices[:, :-1])
+    return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]

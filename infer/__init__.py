@@ -12,13 +12,13 @@ import domino_jax.runtime.module_path  # noqa: F401  (before what a working fold
 
 if TYPE_CHECKING:
     from infer.chat import Chat as Chat
-    from infer.model import Completion as Completion
+    from infer.model import CompletionOutput as CompletionOutput
     from infer.model import Model as Model
     from infer.model import load as load
 
-__all__ = ["Chat", "Completion", "Model", "load"]
+__all__ = ["Chat", "CompletionOutput", "Model", "load"]
 
-_HOMES = {"Chat": "infer.chat", "Completion": "infer.model", "Model": "infer.model", "load": "infer.model"}
+_HOMES = {"Chat": "infer.chat", "CompletionOutput": "infer.model", "Model": "infer.model", "load": "infer.model"}
 
 
 def __getattr__(name: str) -> Any:

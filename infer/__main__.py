@@ -34,6 +34,7 @@ from infer.prompts import Encoder, Prompt, parse_ids, read_prompts
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
     from convert.loading import LoadedModel
     from infer import engine
+    from infer.compare import Comparison
     from infer.engine import Chunk, Decoding
 
 
@@ -122,8 +123,8 @@ class Session:
 
         self.options = options
         self.loaded = loaded
-        auto = options.num_draft_tokens == "auto"
-        self.engine: Engine = Engine(loaded, auto=auto, report=say, warn=lambda warning: warn([warning]))
+        auto = options.num_draft_tokens in (None, "auto")
+        self.engine: Engine = Engine(loaded, auto=auto, warn=lambda warning: warn([warning]))
         self.console = Output(highlight=False, soft_wrap=True, emoji=False)
         self.summary = RunSummary(loaded, notes)
         given = options.input
@@ -143,13 +144,14 @@ class Session:
             warnings += more
         warn(warnings)
         size = min(self.options.input.batch_size, len(sequences))
-        how = self._decoding(size)
+        how, groups = self._decoding(size), [sequences]
+        if self.options.output.compare:  # what is compared runs as closed batches
+            groups = [sequences[start : start + size] for start in range(0, len(sequences), size)]
         try:
-            for start in range(0, len(sequences), size):
-                batch = sequences[start : start + size]
-                self._print_batch(batch, self.engine.stream(batch, how), how, len(sequences))
+            for group in groups:
+                self._print_group(group, self.engine.stream(group, how), how, len(sequences))
         finally:
-            self.summary.show(self.engine.choosers.values())
+            self.summary.show(self.engine.auto)
 
     def chat(self) -> None:
         """Talk until the end of input."""
@@ -160,13 +162,13 @@ class Session:
         output, how = self.options.output, self._decoding(1)
         chat = Chat(self.engine, self.encoder, how, output.max_new_tokens, output.stop)
         for line in read_lines():
-            self.summary.batches = []
+            self.summary = RunSummary(self.loaded, self.summary.notes)
             try:
                 turn, warnings = chat.begin(line)
                 warn(warnings)
                 with suppress(KeyboardInterrupt):
-                    self._print_batch([turn], chat.decode(turn), how, 1)
-                self.summary.show(self.engine.choosers.values())
+                    self._print_group([turn], chat.decode(turn), how, 1)
+                self.summary.show(self.engine.auto)
             except NotFiniteError:
                 raise
             except DominoError as error:
@@ -176,8 +178,7 @@ class Session:
     def _decoding(self, rows: int) -> "Decoding":
         from infer.engine import Decoding
 
-        sampling = self.options.sampling
-        return Decoding(sampling.params(), sampling.seed, rows=rows)
+        return Decoding(self.options.sampling.params(), rows=rows)
 
     def _sequence(self, prompt: Prompt, row: int) -> "tuple[engine.Sequence, list[str]]":
         """What to generate for a prompt, with warnings; errors and warnings say where in a file it stands."""
@@ -189,10 +190,11 @@ class Session:
             raise DominoError(f"{where}{error}") from None
         return sequence, [where + warning for warning in warnings]
 
-    def _print_batch(
-        self, batch: "list[engine.Sequence]", chunks: "Generator[Chunk]", how: "Decoding", total: int
+    def _print_group(
+        self, group: "list[engine.Sequence]", chunks: "Generator[Chunk]", how: "Decoding", total: int
     ) -> None:
-        """Generate and print one batch, also what there is of it when the user cancels, and what was done at an error.
+        """Generate sequences and print each once it and those before it are finished, also what there is when the user
+        cancels, and what was done at an error.
 
         Args:
             total: sequences of the whole run; a single one is printed as it grows.
@@ -200,33 +202,35 @@ class Session:
         output, comparison = self.options.output, None
         ended: BaseException | None = None
         streamed = total == 1 and not output.json and not output.show_drafts and self.loaded.tokenizer is not None
-        printer = Printer(batch[0], self._print_prompt) if streamed else None
-        self.summary.batches.append(batch)
+        printer = Printer(group[0], self._print_prompt) if streamed else None
+        waiting, told = list(group), 0
         try:
             try:
                 with closing(chunks):
                     for chunk in chunks:
                         if printer:
                             printer.add(chunk)
+                            continue
+                        while not output.compare and waiting and waiting[0].finish_reason is not None:
+                            self._print_finished(waiting.pop(0), None, total)
+                        done = sum(s.finish_reason is not None for s in group)
+                        if total > 1 and (done - told >= how.rows or told < done == len(group)):
+                            told = done
+                            say(f"{len(self.summary.sequences) + done}/{total} prompts")
             finally:
+                self.summary.add(group, self.engine.seconds)
                 if printer:
                     printer.end()
             if output.compare:
                 from infer.compare import compare
 
-                comparison = compare(self.engine, batch, how, output.stop)
+                comparison = compare(self.engine, group, how, output.stop)
                 self.summary.comparisons.append(comparison)
         except (KeyboardInterrupt, DominoError) as error:
             ended = error
-        for s in batch:
-            if s.finish_reason is None:  # it failed
-                continue
-            if output.json:
-                print(record(s, self.loaded.seconds, comparison), flush=True)
-            elif not printer:
-                self._print_finished(s, None if total == 1 else s.row)
-        if total > 1:
-            self.summary.progress(total)
+        for s in waiting:
+            if s.finish_reason is not None and not printer:  # others failed
+                self._print_finished(s, comparison, total)
         if ended:
             raise ended
 
@@ -236,11 +240,14 @@ class Session:
         if prompt not in (None, "-") and not self.encoder.is_chat and self.console.is_terminal:
             self.console.print(prompt, style="dim", end="", markup=False)
 
-    def _print_finished(self, s: "engine.Sequence", row: int | None) -> None:
-        """A finished sequence for people."""
-        if row is not None:
-            self.console.print(f"── {row}", style="bold")
+    def _print_finished(self, s: "engine.Sequence", comparison: "Comparison | None", total: int) -> None:
+        """A finished sequence, as JSON or for people."""
         output = self.options.output
+        if output.json:
+            print(record(s, self.loaded.seconds, comparison), flush=True)
+            return
+        if total > 1:
+            self.console.print(f"── {s.row}", style="bold")
         if not output.show_drafts:
             print(",".join(map(str, s.tokens)) if s.text is None else s.text)
             return

@@ -1,4 +1,4 @@
-"""Conversations: what was said, and the caches that each turn goes on from."""
+"""Conversations: what was said, and the slot whose caches each turn goes on from."""
 
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
@@ -7,7 +7,6 @@ from convert.messages import Message
 from convert.tokenizer import final_answer
 from convert.values import json_kind
 from domino_jax.runtime.command import UsageError, print_error
-from infer.conversation import Conversation
 from infer.engine import Chunk, Decoding, Engine, Sequence
 from infer.prompts import Encoder, Prompt
 
@@ -31,7 +30,7 @@ class Chat:
         self._encoder = encoder
         self._decoding = decoding
         self._limit, self._stop = max_new_tokens, stop
-        self._caches = Conversation()
+        self._slots = engine.slots(1, decoding.speculative)  # a row that holds what was said
 
     def send(self, message: str) -> str:
         """The answer to a message.
@@ -68,7 +67,7 @@ class Chat:
         """Generate a turn; what there is of the answer in the end, or when it is cut, joins the messages."""
         self.last = turn
         try:
-            with closing(self._engine.stream([turn], self._decoding, self._caches)) as chunks:
+            with closing(self._engine.stream([turn], self._decoding, self._slots)) as chunks:
                 yield from chunks
         finally:
             if turn.finish_reason is None:  # it failed

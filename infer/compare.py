@@ -14,7 +14,7 @@ class Comparison(NamedTuple):
 
     tokens_per_second: float | None  # None where the prefill's token was the only one
     baseline_tokens_per_second: float | None
-    identical: dict[int, bool] | None  # by row; None for samples, which differ by design
+    identical: dict[int, bool] | None  # by row; None for samples by rejection, which differ by design
 
     @property
     def speedup(self) -> float | None:
@@ -35,8 +35,8 @@ class Comparison(NamedTuple):
 def compare(engine: Engine, sequences: list[Sequence], how: Decoding, stops: tuple[str, ...]) -> Comparison:
     """Time both ways in turns, warmed up, on the prompts of sequences that were generated with drafts.
 
-    Samples of the two ways follow the same distribution but use their random numbers differently, so only greedy
-    tokens are compared.
+    Samples by rejection follow the same distribution in both ways but use their random numbers differently: their
+    tokens are not compared.
     """
 
     def again(speculative: bool) -> list[Sequence]:
@@ -48,11 +48,12 @@ def compare(engine: Engine, sequences: list[Sequence], how: Decoding, stops: tup
     rates: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(RUNS):
         for speculative, collected in rates.items():
-            rate = tokens_per_second(again(speculative))
+            fresh = again(speculative)
+            rate = tokens_per_second(fresh, engine.seconds["decode"])
             if rate is not None:
                 collected.append(rate)
     ours, theirs = (statistics.median(found) if found else None for found in rates.values())
     identical = None
-    if how.sampling.temperature == 0:
+    if how.sampling.temperature == 0 or how.sampling.coupled:
         identical = {s.row: s.tokens == other.tokens for s, other in zip(sequences, baseline, strict=True)}
     return Comparison(ours, theirs, identical)

@@ -33,6 +33,7 @@ from convert.options import (
     Dtype,
     Matrices,
     ModelOptions,
+    Sampler,
     SamplingOptions,
     check_count,
 )
@@ -59,7 +60,8 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int  # sample from the k likeliest tokens; 0 is off
     top_p: float  # sample from the likeliest tokens that together have this probability; 1 is off
     min_p: float  # drop tokens below this share of the likeliest token's probability; 0 is off
-    seed: int  # of the random keys; 0
+    seed: int  # of the random keys; 0. With a seed the sampler is the coupled one
+    sampler: Sampler  # a coupled sample depends on the seed alone; rejection accepts more drafts
     stop: str | Sequence[str]  # end before this text, or one of these
     raw: bool  # do not apply the chat template: continue the prompt
     thinking: bool  # let the model think before it answers, if its template can
@@ -67,7 +69,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Completion:
+class CompletionOutput:
     """What was generated for one prompt."""
 
     text: str | None  # without a stop string; None where the model's folder has no tokenizer
@@ -91,7 +93,7 @@ class Model:
         tokenizer: a transformers tokenizer, None where the folder has none.
     """
 
-    def __init__(self, loaded: LoadedModel, auto: bool = False):
+    def __init__(self, loaded: LoadedModel, auto: bool = True):
         """Args: auto: choose the number of draft tokens by measured time and acceptance."""
         self.loaded = loaded
         self.engine = Engine(loaded, auto=auto)
@@ -129,7 +131,7 @@ class Model:
 
     def generate(
         self, prompts: Sequence[Input], *, batch_size: int = 8, **how: Unpack[GenerateOptions]
-    ) -> list[Completion]:
+    ) -> list[CompletionOutput]:
         """A completion of each prompt, in their order; see `stream`.
 
         Args:
@@ -140,12 +142,11 @@ class Model:
             raise UsageError(f"prompts must be a list of prompts, found {json_kind(prompts)}: put one into a list.")
         request = _Request(self, how)
         sequences = [request.sequence(prompt, row) for row, prompt in enumerate(prompts)]
-        size = min(batch_size, len(sequences))
-        decoding = dataclasses.replace(request.decoding, rows=size)
-        for start in range(0, len(sequences), size or 1):
-            self.engine.generate(sequences[start : start + size], decoding)
+        if sequences:
+            decoding = dataclasses.replace(request.decoding, rows=min(batch_size, len(sequences)))
+            self.engine.generate(sequences, decoding)
         return [
-            Completion(s.text, s.tokens, "stop" if s.finish_reason == "stop" else "length", s.accepted, s.prompt)
+            CompletionOutput(s.text, s.tokens, "stop" if s.finish_reason == "stop" else "length", s.accepted, s.prompt)
             for s in sequences
         ]
 
@@ -174,11 +175,12 @@ class _Request:
             how.get("top_k", 0),
             how.get("top_p", 1.0),
             how.get("min_p", 0.0),
-            how.get("seed", 0),
+            how.get("seed"),
+            how.get("sampler"),
         )
         sampling.check()
         self.engine = model.engine
-        self.decoding = Decoding(sampling.params(), sampling.seed)
+        self.decoding = Decoding(sampling.params())
         self.max_new_tokens = how.get("max_new_tokens", 256)
         check_count("max_new_tokens", self.max_new_tokens)
         stop = how.get("stop", ())
@@ -241,7 +243,7 @@ def load(
         model: a public name such as "qwen3-4b", a folder, or "org/repo"; the shipped demo by default.
         draft: likewise the drafter, or "none"; by default the public one of the model.
         revision, draft_revision: branch, tag or commit of a Hub repository.
-        num_draft_tokens: draft tokens verified per cycle; all of a block when None, "auto" by measurement.
+        num_draft_tokens: draft tokens verified per cycle; None and "auto" choose by measured time and acceptance.
         head_candidates: vocabulary entries that the causal head scores.
         draft_dtype: "int8" or "float8" for the drafter's weights.
         dtype: of weights and caches; float32 on CPUs, bfloat16 elsewhere when None.
@@ -259,8 +261,8 @@ def load(
         DeviceOptions(dtype, matrices, attention, mesh),
     )
     asked.check()
-    auto = num_draft_tokens == "auto"
-    if num_draft_tokens is not None and not auto:
+    auto = num_draft_tokens in (None, "auto")
+    if not auto:
         check_count("num_draft_tokens", num_draft_tokens)
     enable_compile_cache()
     fixed = num_draft_tokens if isinstance(num_draft_tokens, int) else None

@@ -60,7 +60,7 @@ class Generate:
     """the prompt. "-", or none in a pipe, reads standard input; none at a terminal starts a chat"""
     model: Annotated[ModelOptions, GROUP] = field(default_factory=ModelOptions)
     num_draft_tokens: Annotated[NumDraftTokens | None, DisallowNone, UNSET, NUM_DRAFT_TOKENS] = None
-    """draft tokens verified per cycle; auto chooses by measured time and acceptance (default: all of a block)"""
+    """draft tokens verified per cycle; auto, the default, chooses by measured time and acceptance"""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     input: InputOptions = field(default_factory=InputOptions)
     output: OutputOptions = field(default_factory=OutputOptions)

@@ -15,7 +15,7 @@ from domino_jax.errors import DominoError, first_line
 
 if TYPE_CHECKING:
     from convert.loading import LoadedModel
-    from infer.auto import Chooser
+    from domino_jax.runtime.auto import AutoDrafts
     from infer.compare import Comparison
     from infer.engine import Chunk, Sequence
 
@@ -110,7 +110,8 @@ def record(s: "Sequence", load_seconds: float, comparison: "Comparison | None") 
         "drafts": [len(cycle.drafts) for cycle in s.cycles],
         "plain_steps": s.steps,
         "tau": tau(s.accepted),
-        "seconds": {"load": load_seconds, **s.seconds},
+        # "calibrate" is always 0: nothing is measured beside the work any more, but scripts may read the key.
+        "seconds": {"load": load_seconds, "calibrate": 0.0, **s.seconds},
         "wall_seconds": s.wall_seconds,
         "tokens_per_second": s.tokens_per_second,
     }
@@ -123,41 +124,41 @@ class RunSummary:
     """What a run did: printed in the end, on standard error."""
 
     def __init__(self, loaded: "LoadedModel", notes: Notes):
+        from domino_jax.runtime.timing import no_seconds
+
         self.loaded = loaded
         self.notes = notes
-        self.batches: list[list[Sequence]] = []
+        self.sequences: list[Sequence] = []
+        self.seconds = no_seconds()
+        self.wall_seconds = 0.0
         self.comparisons: list[Comparison] = []
 
-    def progress(self, total: int) -> None:
-        """Say where a file of prompts stands."""
-        done = sum(map(len, self.batches))
-        tokens = sum(len(s.tokens) for batch in self.batches for s in batch)
-        rate = overall_rate(self.batches)
-        say(f"{done}/{total} prompts, {tokens} tokens" + (f", {rate:.0f} tokens/s" if rate else ""))
+    def add(self, sequences: "list[Sequence]", seconds: dict[str, float]) -> None:
+        """Note what was generated together, and the time of each phase."""
+        self.sequences += [s for s in sequences if s.tokens]
+        self.seconds = {phase: spent + seconds[phase] for phase, spent in self.seconds.items()}
+        self.wall_seconds += max((s.wall_seconds for s in sequences), default=0.0)
 
-    def show(self, choosers: "Iterable[Chooser]") -> None:
+    def show(self, auto: "AutoDrafts | None") -> None:
         """Print the times, τ, the accepted lengths, what --num-draft-tokens auto chose, and the comparison."""
-        from infer.engine import PHASES, tau
+        from infer.engine import tau, tokens_per_second
 
-        sequences = [s for batch in self.batches for s in batch]
+        sequences = self.sequences
         if not sequences:
             return
-        show = self.notes.print
-        total = {phase: sum(max(s.seconds[phase] for s in batch) for batch in self.batches) for phase in PHASES}
-        wall = sum(max(s.wall_seconds for s in batch) for batch in self.batches)
+        show, total = self.notes.print, self.seconds
         tokens, reused = sum(len(s.tokens) for s in sequences), sum(s.reused for s in sequences)
         run = sum(len(s.prompt) for s in sequences) - reused
-        rate = overall_rate(self.batches)
+        rate = tokens_per_second(sequences, total["decode"])
         show(f"\n{tokens} tokens" + (f", decoded at [bold]{rate:.1f} tokens/s[/]" if rate else ""))
         show(
             f"load {self.loaded.seconds:.2f} s · compile {total['compile']:.2f} s · "
             f"prefill {total['prefill']:.3f} s ({run} tokens{f', {reused} reused' if reused else ''}) · "
-            + (f"calibrate {total['calibrate']:.2f} s · " if total["calibrate"] else "")
-            + f"decode {total['decode']:.3f} s · wall time without loading {wall:.2f} s",
+            f"decode {total['decode']:.3f} s · wall time without loading {self.wall_seconds:.2f} s",
             style="dim",
         )
-        for chooser in choosers:
-            show(f"drafts auto: {chooser}")
+        if auto:
+            show(f"draft tokens: auto, {auto}", style="dim")
         accepted = [n for s in sequences for n in s.accepted]
         if accepted:
             show(f"τ = [bold]{tau(accepted):.2f}[/] tokens a cycle, over {len(accepted)} cycles; drafts accepted:")
@@ -180,7 +181,10 @@ class RunSummary:
         if not runs:
             show("one token comes from the prefill: there is no decoding to compare.")
         if any(c.identical is None for c in self.comparisons):
-            show("samples with and without drafts differ by design (same distribution): only the speed is compared.")
+            show(
+                "samples by rejection differ with and without drafts (same distribution): only the speed is compared. "
+                "--sampler coupled gives the same samples."
+            )
             return
         different = [row for c in self.comparisons for row, same in (c.identical or {}).items() if not same]
         if not different:
@@ -189,13 +193,6 @@ class RunSummary:
         show(f"tokens: [bold red]different[/] in {len(different)} sequences (the first: {different[0]})")
         if self.loaded.dtype != "float32":
             show("in bfloat16 two logits can tie to rounding, and the two ways may then break the tie differently.")
-
-
-def overall_rate(batches: "list[list[Sequence]]") -> float | None:
-    """Decoded tokens per second over batches that ran one after another."""
-    seconds = sum(max(s.seconds["decode"] for s in batch) for batch in batches)
-    tokens = sum(max(len(s.tokens) - 1, 0) for batch in batches for s in batch)
-    return tokens / seconds if seconds else None
 
 
 def histogram(accepted: list[int], proposals: int, width: int = 40) -> list[str]:
@@ -233,15 +230,17 @@ def color_drafts(s: "Sequence", tokenizer: Any, marks: bool = False) -> Text:
         for token in tokens:
             add(stream.feed([token]) if stream else f"{token} ", style)
 
-    kept(s.tokens[:1], ADDED)
+    place = 0
     for cycle in s.cycles:
+        kept(s.tokens[place : cycle.start], ADDED)  # the prefill's token, or plain steps
+        place = cycle.start + len(cycle.tokens)
         kept(cycle.tokens[: cycle.accepted], ACCEPTED)
         rejected = cycle.drafts[cycle.accepted :]
         if rejected and len(cycle.tokens) > cycle.accepted:
             text = decode(tokenizer, rejected) if stream else " ".join(map(str, rejected)) + " "
             add(text.replace("\n", "⏎").replace("\r", "␍"), REJECTED)
         kept(cycle.tokens[cycle.accepted :], ADDED)
-    kept(s.tokens[1 + sum(len(cycle.tokens) for cycle in s.cycles) :], ADDED)  # plain steps after them
+    kept(s.tokens[place:], ADDED)
     if stream:
         add(stream.finish(), ADDED)
     out = Text()

@@ -15,6 +15,7 @@ COMMANDS = {
     "python -m infer.bench.scanned": "infer.bench.scanned",
     "python -m infer.bench.checkpoints": "infer.bench.checkpoints",
     "python -m infer.bench.spread": "infer.bench.spread",
+    "python -m infer.bench.mixed": "infer.bench.mixed",
     "python -m convert": "convert.__main__",
 }
 USAGE_ERRORS = [
@@ -34,6 +35,8 @@ USAGE_ERRORS = [
     ("infer.bench.scanned", ["--layers", "x"], "--layers INT is expected, found 'x'"),
     ("infer.bench.checkpoints", ["--mesh", "3"], "data=2,model=4"),
     ("infer.bench.checkpoints", ["--step", "make"], "--step works on the copies in --out DIR"),
+    ("infer.bench.mixed", ["--new-tokens", "9", "4"], "--new-tokens takes two lengths from 1 up"),
+    ("infer.bench.command", ["mixed", "--num-requests", "0"], "--num-requests must be at least 1"),
     ("infer.bench.spread", ["--no-such-flag"], "unrecognized options: --no-such-flag"),
     ("convert.__main__", [], "give SRC and DST, or --check DIR"),
     ("convert.__main__", ["a"], "give SRC and DST, or --check DIR"),

@@ -58,7 +58,7 @@ class AssistantDrafter:
         self, weights: Target, state: AssistantState, view: View, proposals: int, keys: Array | None
     ) -> tuple[DraftTokens, AssistantState, KVCache]:
         if keys is not None:
-            keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, proposals + 1))(keys), 1, 0)  # [J + 1, B]
+            keys = jnp.concatenate([keys, keys[:, -1:]], axis=1).T  # [J + 1, B]; the last step's draw is not used
 
         def step(carry: tuple[KVCache, Array, Array], key: Array | None) -> Any:
             cache, token, place = carry

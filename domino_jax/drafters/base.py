@@ -83,7 +83,8 @@ class Drafter(Protocol):
 
         Args:
             proposals: J, static, from 1 to `most`.
-            keys: [B] random keys, each row's own; None where every row is greedy.
+            keys: [B, J] random keys, one for each position, with which `sampling.sample` draws its token: coupled
+                sampling has the target draw with the same. None where every row is greedy.
 
         Returns:
             The tokens; where keys are given, with the distributions that they were drawn from, exactly: the output is

@@ -54,7 +54,9 @@ def scanned(params: Target, config: TargetConfig, stacked: Any, tokens: Array, s
     return layers.rms_norm(x, params.norm, eps), k, v
 
 
-def timed(make: Callable[[], Any], weights: Any, run: Callable[[Any, Any], tuple[Array, Any]]) -> tuple[float, float]:
+def time_program(
+    make: Callable[[], Any], weights: Any, run: Callable[[Any, Any], tuple[Array, Any]]
+) -> tuple[float, float]:
     """Seconds to compile `run`, and milliseconds of a call.
 
     Args:
@@ -95,7 +97,11 @@ def measure_scanned(options: Scan, config: TargetConfig) -> list[tuple[int, str,
             return hidden, after
 
         rows.append(
-            (count, "unrolled", *timed(lambda: kv.init_cache(config, 1, options.positions, dtype), params, unrolled))
+            (
+                count,
+                "unrolled",
+                *time_program(lambda: kv.init_cache(config, 1, options.positions, dtype), params, unrolled),
+            )
         )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers)
     for count in options.tokens:
@@ -105,7 +111,7 @@ def measure_scanned(options: Scan, config: TargetConfig) -> list[tuple[int, str,
             hidden, *after = scanned(weights[0], config, weights[1], tokens, start, *pair)
             return hidden, tuple(after)
 
-        whole = timed(lambda: caches((config.num_hidden_layers,)), (params, stacked), over_layers)
+        whole = time_program(lambda: caches((config.num_hidden_layers,)), (params, stacked), over_layers)
         rows.append((count, "scanned", *whole))
     return [(count, kind, ms, seconds) for count, kind, seconds, ms in sorted(rows, key=lambda row: row[0])]
 

@@ -3,21 +3,40 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convert.loading import LoadedModel
 from convert.options import SamplingOptions
 from domino_jax import decode
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import domino
-from domino_jax.sampling import settings
+from domino_jax.runtime.slots import Request, rows_of
 from domino_jax.weights import Params
 
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
+DISPATCHES = 20  # timed, of which the shortest counts
 TRIES, ENOUGH_SECONDS = 5, 3.0  # timed runs of such a program: fewer where they take long
+
+
+def time_dispatch(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingOptions) -> dict[str, float]:
+    """Arguments of a dispatch, and milliseconds that the host spends on one whose loop ends before its first cycle."""
+    configs, params = loaded.configs, loaded.params
+    rows = rows_of([Request(prompt, replace(choose.params(), max_tokens=2)) for prompt in prompts])
+    state = decode.prefill_batch(params, configs, prompts, rows, loaded.dtype)
+    loop = decode.speculate if configs.drafter else decode.autoregress
+    times = []
+    for _ in range(1 + DISPATCHES):  # the first compiles
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        state, emitted = loop(params, configs, state, 8, choose.greedy, np.int32(0))
+        jax.device_get(emitted)
+        times.append(time.perf_counter() - began)
+    return {"arguments": len(jax.tree.leaves((params, state))) + 1, "dispatch_ms": min(times[1:]) * 1e3}
 
 
 def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingOptions) -> dict[str, float]:
@@ -30,11 +49,8 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
     configs, params = loaded.configs, loaded.params
     drafter = configs.drafter
     batch = len(prompts)
-    keys = jax.random.split(jax.random.key(0), batch)
-    stop = jnp.full(1, -1, jnp.int32)
-    sampling = settings(batch, choose.temperature, choose.top_k, choose.top_p, choose.min_p)
-    limits = [1 << 20] * batch
-    state = decode.prefill_batch(params, configs, prompts, keys, limits, sampling, stop, loaded.dtype)
+    rows = rows_of([Request(prompt, replace(choose.params(), max_tokens=1 << 20)) for prompt in prompts])
+    state = decode.prefill_batch(params, configs, prompts, rows, loaded.dtype)
     greedy = choose.greedy
     none = jnp.zeros((batch, 0), jnp.int32)
 
@@ -71,8 +87,13 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
 
     if drafter is None:
         return {"target_ms": timed(verified_by(none))}
-    draft_keys = None if greedy else keys
-    draft, _ = decode.propose(params, configs, state, draft_keys)
+
+    def keys_of(s: decode.DecodeState) -> tuple[jax.Array | None, jax.Array | None]:
+        """To draw drafts with, and to verify them."""
+        keys = None if greedy else decode.position_keys(s, configs.proposals)
+        return (None, None) if keys is None else (keys[:, :-1, 0], keys)
+
+    draft, _ = decode.propose(params, configs, state, keys_of(state)[0])
     logits, features, _ = decode.run_target(params, configs, state, draft.tokens)
 
     def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
@@ -80,8 +101,8 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
         return x + 0 * s.token.astype(x.dtype)[:, None, None]
 
     def verified(p: Params, s: decode.DecodeState) -> Any:
-        count, bonus = decode.accept(None if greedy else s.keys, draft, anew(logits, s), s)
-        return s, decode.commit(s, jnp.concatenate([draft.tokens, bonus[:, None]], axis=1), count + 1, stop)[1]
+        count, bonus = decode.accept(keys_of(s)[1], draft, anew(logits, s), s)
+        return s, decode.commit(s, jnp.concatenate([draft.tokens, bonus[:, None]], axis=1), count + 1)[1]
 
     def observed(p: Params, s: decode.DecodeState) -> Any:
         tokens = jnp.concatenate([s.token[:, None], draft.tokens], axis=1)
@@ -89,7 +110,7 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
         return s._replace(drafter=seen), ()
 
     def proposed(p: Params, s: decode.DecodeState) -> Any:
-        made, s = decode.propose(p, configs, s, None if greedy else s.keys)
+        made, s = decode.propose(p, configs, s, keys_of(s)[0])
         return s, made
 
     parts: dict[str, Callable[[Params, decode.DecodeState], Any]] = {"draft": proposed}
@@ -102,7 +123,7 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
             return s._replace(drafter=context), (z, base)
 
         def corrected(p: Params, s: decode.DecodeState) -> Any:
-            how = s.sampling, None if greedy else s.keys, block.candidates
+            how = s.rows.sampling, keys_of(s)[0], block.candidates
             given = p.target.embed, anew(z, s), anew(base, s), s.token
             return s, domino.propose_corrected(p.draft, block.config, *given, *how)
 

@@ -53,7 +53,7 @@ def prompts_file(options: Bench) -> Path | None:
 
 def random_prompts(options: Bench, loaded: LoadedModel) -> list[list[int]]:
     """`num_prompts` lists of `prompt_tokens` random ids."""
-    rng = np.random.default_rng(options.sampling.seed)
+    rng = np.random.default_rng(options.sampling.seed or 0)
     return rng.integers(0, loaded.configs.target.vocab_size, (options.num_prompts, options.prompt_tokens)).tolist()
 
 

@@ -150,7 +150,7 @@ def measure_quality(one: Measured, engines: Mapping[Mode, Engine], options: Benc
                 break
             for mode, engine in engines.items():
                 rows, warned = _sequences(questions, engine, prompts, turn, options.new_tokens)
-                engine.generate(rows, Decoding(sampling.params(), sampling.seed, mode[0] != LEAN, size))
+                engine.generate(rows, Decoding(sampling.params(), mode[0] != LEAN, size))
                 tallies[mode].seconds += max(s.seconds["decode"] for s in rows)
                 tallies[mode].answers += [
                     QuestionAnswer(turn, s.tokens, s.accepted, s.finish_reason == "stop") for s in rows

@@ -47,6 +47,7 @@ def show_report(rows: list[Row], console: Console) -> None:
         "compile s": ("compile_s", "{:.1f}"),
     }
     parts = {name: (f"{name}_ms", "{:.2f}") for name in PHASES}
+    parts |= {"dispatch": ("dispatch_ms", "{:.2f}"), "arguments": ("arguments", "{}")}
     parts |= {"weights MB": ("weights_mb", "{:.1f}"), "caches MB": ("caches_mb", "{:.1f}")}
     for name, columns in (("Speed", speeds), ("One cycle: each phase alone, ms", parts)):
         _table(name, columns, rows, console)

@@ -31,9 +31,9 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
             if warnings:
                 raise DominoError(f"--new-tokens {options.new_tokens}: {warnings[0]}")
             rows.append(sequence)
-        engine.generate(rows, Decoding(options.sampling.params(), options.sampling.seed, mode != LEAN))
+        engine.generate(rows, Decoding(options.sampling.params(), mode != LEAN))
         for phase in seconds:
-            seconds[phase] += max(s.seconds[phase] for s in rows)
+            seconds[phase] += engine.seconds[phase]
         accepted += [m for s in rows for m in s.accepted]
         tokens += sum(len(s.tokens) - 1 for s in rows)
         cycles += max(len(s.cycles) + s.steps for s in rows)

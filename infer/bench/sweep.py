@@ -18,7 +18,7 @@ from infer.bench import roofline
 from infer.bench.memory import megabytes
 from infer.bench.modes import Drafts, SimulatedAcceptance, drafting, with_drafts
 from infer.bench.options import Bench
-from infer.bench.parts import time_phases
+from infer.bench.parts import time_dispatch, time_phases
 from infer.bench.prompts import collect_prompts
 from infer.bench.rounds import batches, run_ours, transformers_runner
 from infer.bench.rows import LEAN, TRANSFORMERS, Row
@@ -74,6 +74,7 @@ def measure_sweep(options: Bench, loaded: LoadedModel, folder: Path | None, cons
                     used = sum((result["used"] for result in rounds), Counter())
                     choice = row["auto_choice"] = used.most_common(1)[0][0]
                 view = with_drafts(view, choice) if choice else lean_view(view)
+                row |= time_dispatch(view, found.prompts[:batch], options.sampling)
                 if options.phases:
                     with console.status(f"context {context}, batch {batch}: phases of {key[0]}"):
                         row |= time_phases(view, found.prompts[:batch], options.sampling)
@@ -125,7 +126,7 @@ def circumstances(options: Bench, loaded: LoadedModel) -> Row:
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
-        "seed": sampling.seed,
+        "seed": sampling.seed or 0,
     }
 
 

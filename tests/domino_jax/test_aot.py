@@ -20,7 +20,7 @@ from convert.shapes import SHAPES
 from domino_jax import cache as kv
 from domino_jax import decode, sharding
 from domino_jax.config import DecoderConfig
-from domino_jax.decode import DecodeConfig, DecodeState
+from domino_jax.decode import DecodeConfig, DecodeState, Rows
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.sampling import Sampling
 from domino_jax.weights import Params, axes, flatten, unflatten, weight_shapes
@@ -82,11 +82,9 @@ def state(configs: DecodeConfig, mesh: Mesh) -> DecodeState:
         row(jnp.int32),
         row(jnp.int32),
         row(jnp.int32),
-        row(jnp.int32),
         row(bool),
         row(bool),
-        described_keys,
-        sampling,
+        Rows(described_keys, row(jnp.int32), described((1, 2), jnp.int32, "B -", mesh), sampling, row(bool)),
         cache(configs.target),
         cache(configs.draft),
     )
@@ -98,9 +96,8 @@ def compiled(kind: str, tokens: int) -> str:
     assert pair.draft is not None
     params = Params(module(pair.target, made), module(pair.draft, made))
     run = decode.autoregress if tokens == 1 else decode.speculate
-    stop = described((2,), jnp.int32, "-", made)
     with jax.sharding.use_abstract_mesh(made.abstract_mesh):
-        return run.lower(params, pair, state(pair, made), stop, 8, True).compile().as_text() or ""
+        return run.lower(params, pair, state(pair, made), 8, True).compile().as_text() or ""
 
 
 def weights(mesh: Mesh) -> dict[tuple[int, ...], str]:

@@ -49,9 +49,9 @@ def start(pair: Pair, limits: Any = COUNT, stop=NO_STOP, prompts=PROMPTS, **more
     return loops.begin(pair.params, pair.configs, prompts, limits, stop, **more)
 
 
-def speculate(pair: Pair, state: DecodeState, stop=NO_STOP, greedy: bool = True) -> tuple[DecodeState, Emitted]:
+def speculate(pair: Pair, state: DecodeState, greedy: bool = True) -> tuple[DecodeState, Emitted]:
     """One dispatch of at most 8 cycles."""
-    return decode.speculate(pair.params, pair.configs, state, stop, 8, greedy)
+    return decode.speculate(pair.params, pair.configs, state, 8, greedy)
 
 
 def run(pair: Pair, *args: Any, greedy: bool = True, **more: Any) -> list[Output]:
@@ -135,7 +135,7 @@ def test_the_lean_loop_is_transformers_greedy_too(pair, truth):
         assert [o.tokens for o in outputs] == [row[:n] for row, n in zip(truth, limits, strict=True)]
         assert [o.accepted for o in outputs] == [[0] * (n - 1) for n in limits]
     stop = truth[1][6]
-    outputs = loops.autoregress(pair.params, pair.configs, start(pair, stop=jnp.array([stop])), jnp.array([stop]))
+    outputs = loops.autoregress(pair.params, pair.configs, start(pair, stop=jnp.array([stop])))
     assert [o.tokens for o in outputs] == [cut(row, COUNT, stop) for row in truth]
 
 
@@ -152,7 +152,7 @@ def oracle(pair):
         read = Pair(Params(pair.params.target, jnp.asarray(table)), configs)
         state = start(read, limits, stops)
         assert state.cache.capacity >= table.shape[1]
-        return loops.speculate(read.params, configs, state, stops)
+        return loops.speculate(read.params, configs, state)
 
     return go
 
@@ -212,12 +212,12 @@ def test_a_first_token_that_is_a_stop_or_the_limit_ends_a_row_before_any_cycle(p
     stops = jnp.array([stop], jnp.int32)
     state = start(pair, [4, 1, 9, 1], stops)
     assert state.done.tolist() == [False, True, True, True]
-    outputs = loops.speculate(pair.params, pair.configs, state, stops)
+    outputs = loops.speculate(pair.params, pair.configs, state)
     assert [o.tokens for o in outputs] == [truth[0][:4], truth[1][:1], [stop], truth[3][:1]]
     assert [len(o.accepted) for o in outputs[1:]] == [0, 0, 0]
     state = start(pair, 1, stops)
     before = jax.device_get((state.token, state.length))
-    state, emitted = speculate(pair, state, stops)
+    state, emitted = speculate(pair, state)
     assert int(emitted.cycles) == 0
     np.testing.assert_array_equal(before, jax.device_get((state.token, state.length)))
 
@@ -320,7 +320,7 @@ def test_growing_the_bucket_in_mid_generation_changes_nothing(pair: Pair, truth,
 
     def dispatch(state: DecodeState) -> tuple[DecodeState, Emitted]:
         capacity = state.cache.capacity
-        state, emitted = decode.speculate(pair.params, pair.configs, state, NO_STOP, 40, True)
+        state, emitted = decode.speculate(pair.params, pair.configs, state, 40, True)
         assert int(state.length.max()) <= capacity
         seen.append((capacity, int(emitted.cycles) < 40, bool(state.done.all())))
         return state, emitted
@@ -388,7 +388,7 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
         while not done:
             with jax.transfer_guard("disallow"):  # explicit transfers only: the one device_get
                 old = state.cache.k[0]
-                state, emitted = speculate(pair, state, stops)
+                state, emitted = speculate(pair, state)
                 fetched, done = jax.device_get((emitted, state.done))
                 done = bool(done.all())
             assert old.is_deleted(), "the state is donated"
@@ -409,7 +409,7 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
 
     # On CPU the guard can't see a transfer to the host, so the program itself must hold none.
     program: Any = decode.speculate
-    text = program.lower(pair.params, pair.configs, start(pair), NO_STOP, 8, True).as_text()
+    text = program.lower(pair.params, pair.configs, start(pair), 8, True).as_text()
     assert "while" in text
     assert not [word for word in ("callback", "infeed", "outfeed", "send", "recv") if word in text]
 
@@ -420,7 +420,7 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
 def test_no_cycle_copies_a_cache(pair, loop: Any, rows):
     """Else its cost would follow the bucket, in steps of one row five times over."""
     state = start(pair, [COUNT] * rows, prompts=PROMPTS[:rows])
-    text = loop.lower(pair.params, pair.configs, state, NO_STOP, 8, True).compile().as_text()
+    text = loop.lower(pair.params, pair.configs, state, 8, True).compile().as_text()
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
     assert " while(" in text and copied, "this is how they are written"
     caches = {buffer.shape for buffer in jax.tree.leaves((state.cache, state.drafter))}
@@ -435,7 +435,7 @@ def test_single_steps_of_one_row_to_the_very_end_of_a_bucket(pair, truth, monkey
     ends = []
 
     def dispatch(state: DecodeState) -> tuple[DecodeState, Emitted]:
-        state, emitted = decode.autoregress(lean.params, lean.configs, state, NO_STOP, 40, True)
+        state, emitted = decode.autoregress(lean.params, lean.configs, state, 40, True)
         ends.append((int(state.length[0]), state.cache.capacity))
         return state, emitted
 

@@ -321,7 +321,8 @@ def test_the_head_scores_its_candidates_alone(candidates):
     embed = pair.params.target.embed
     plain = jax.jit(partial(domino.propose_corrected, config=config, keys=None))
     masked[:, 0] = base[:, 0]  # P = 1
-    expected, _ = plain(pair.params.draft, embed=embed, z=z, base=masked, anchor=state.token, sampling=state.sampling)
+    how = {"embed": embed, "z": z, "base": masked, "anchor": state.token, "sampling": state.rows.sampling}
+    expected, _ = plain(pair.params.draft, **how)
     np.testing.assert_array_equal(drafts, expected)
     outputs, whole = run(few), run(pair)
     assert [o.tokens for o in outputs] == [o.tokens for o in whole]
@@ -333,7 +334,7 @@ def test_a_draw_from_candidates_says_what_it_was_drawn_from():
     pair = good()
     configs = with_candidates(pair, 6).configs
     state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT, sampling=settings(4, temperature=8.0))
-    keys = jax.random.split(jax.random.key(5), 4)
+    keys = jax.random.split(jax.random.key(5), (4, 5))
 
     @jax.jit
     def both(params: Params, state):
@@ -341,7 +342,7 @@ def test_a_draw_from_candidates_says_what_it_was_drawn_from():
         z, base = block(params, pair, state)
         kept = base >= -jnp.sort(-base, axis=-1)[..., 5:6]
         masked = jnp.where(kept | (jnp.arange(5) == 0)[:, None], base, -jnp.inf)  # P = 1
-        how = params.target.embed, z, masked, state.token, state.sampling, keys
+        how = params.target.embed, z, masked, state.token, state.rows.sampling, keys
         return (
             kept,
             domino.propose_corrected(params.draft, configs.draft, *how),

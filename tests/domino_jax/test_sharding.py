@@ -12,7 +12,7 @@ import loops
 import numpy as np
 import pytest
 from factory import Pair, make_draft, make_target, with_candidates
-from loops import NO_STOP, Output
+from loops import Output
 
 from domino_jax import decode, prepare, sharding
 from domino_jax.config import MoeConfig
@@ -132,7 +132,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
     with jax.set_mesh(mesh):
         ours = spread(pair, mesh)
         assert run(ours) == alone
-        state, _ = decode.speculate(ours.params, ours.configs, start(ours), NO_STOP, 2, True)
+        state, _ = decode.speculate(ours.params, ours.configs, start(ours), 2, True)
     part = state.cache.k[0].sharding.shard_shape(state.cache.k[0].shape)
     assert part[:2] == (4 // data, max(1, 2 // model))
     embed = ours.params.target.embed
@@ -149,12 +149,12 @@ def test_caches_grow_on_a_mesh_and_stay_where_they_belong(pair, alone, data, mod
         ours = spread(pair, mesh)
         state = start(ours)
         before = state.cache.k[0].sharding
-        state, _ = decode.speculate(ours.params, ours.configs, state, NO_STOP, 1, True)
+        state, _ = decode.speculate(ours.params, ours.configs, state, 1, True)
         old = jax.tree.leaves((state.cache, state.drafter))
         state = decode.grow_caches(ours.configs, state, 2 * state.cache.capacity)
         assert state.cache.k[0].sharding.is_equivalent_to(before, 4)
         assert all(buffer.is_deleted() for buffer in old)
-        _, emitted = decode.speculate(ours.params, ours.configs, state, NO_STOP, 40, True)
+        _, emitted = decode.speculate(ours.params, ours.configs, state, 40, True)
     tokens, counts = sharding.fetch((emitted.tokens, emitted.counts))
     cycles, batch = range(len(counts)), range(tokens.shape[1])
     rows = [[token for c in cycles for token in tokens[c, b, : counts[c, b]].tolist()] for b in batch]
@@ -235,7 +235,7 @@ def test_nothing_large_crosses_between_devices(request, model, candidates, form,
         ours = with_candidates(ours, candidates)
         ours = with_backend(ours, form) if form else ours
         state = start(ours, sampling)
-        program = decode.speculate.lower(ours.params, ours.configs, state, NO_STOP, 8, sampling is None)
+        program = decode.speculate.lower(ours.params, ours.configs, state, 8, sampling is None)
         text = program.compile().as_text()
     moved: dict[str, list[int]] = {}
     for shapes, kind, _ in COLLECTIVE.findall(text or ""):

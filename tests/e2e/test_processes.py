@@ -95,13 +95,13 @@ from domino_jax.runtime.processes import ProcessConfig, join_processes
 from domino_jax.sharding import parse_mesh
 folder, mesh, *place = sys.argv[1:]
 first = join_processes(ProcessConfig(place[1], int(place[3]), int(place[5])) if place else None)
-from infer.conversation import Conversation
 from infer.engine import Engine
 loaded = load_model(Path(folder) / "target", Path(folder) / "draft", mesh=parse_mesh(mesh))
-engine, conversation, ids, turns = Engine(loaded), Conversation(), [50, 60, 70] * 20, []
+engine, ids, turns = Engine(loaded), [50, 60, 70] * 20, []
+slots = engine.slots(1)
 for _ in range(2):
     turn, _ = engine.sequence(ids, 6)
-    engine.generate([turn], conversation=conversation)
+    engine.generate([turn], slots=slots)
     turns.append([turn.tokens, turn.accepted, turn.reused])
     ids = [*turn.ids, *[90] * 15]
 if first:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from factory import CHAT_END, CHAT_START, make_draft, make_target, make_tokenizer
+from factory import BYTE_DRAFT, CHAT_END, CHAT_START, make_draft, make_target, make_tokenizer
 
 from convert.tokenizer import final_answer, load_tokenizer
 from domino_jax.errors import DominoError
-from infer import engine, text
+from domino_jax.runtime import slots
+from infer import text
 from infer.__main__ import main
 from infer.engine import Chunk, Engine, Sequence
 
@@ -80,6 +81,8 @@ def run(models, monkeypatch, capsys) -> Run:
 
         monkeypatch.setattr("builtins.input", typing)
         folders = ["--model", str(models / target), "--draft", draft if draft == "none" else str(models / draft)]
+        if draft != "none":
+            folders += ["--drafts", str(BYTE_DRAFT.num_proposals)]  # not auto, which goes by times
         return Result(main([*words, *folders]), *capsys.readouterr())
 
     return run
@@ -217,7 +220,7 @@ def test_a_conversation_that_is_too_long_starts_over(run, turns):
 
 
 def test_after_an_answer_that_was_interrupted_the_chat_goes_on_from_it(run, turns, monkeypatch):
-    fetch = engine.fetch
+    fetch = slots.fetch
     calls: Iterator[int] = iter(range(1000))
 
     def impatient(tree: Any) -> Any:
@@ -225,7 +228,7 @@ def test_after_an_answer_that_was_interrupted_the_chat_goes_on_from_it(run, turn
             raise KeyboardInterrupt
         return fetch(tree)
 
-    monkeypatch.setattr(engine, "fetch", impatient)
+    monkeypatch.setattr(slots, "fetch", impatient)
     result = run("--max-new-tokens", "60", "--system", SYSTEM, lines=("hi", "more"))
     assert result.status == 0
     first, second = turns

@@ -1,9 +1,9 @@
 """Conversations that keep their caches: the tokens and accepted drafts of fresh runs, from fewer tokens run."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import factory
@@ -19,11 +19,10 @@ from domino_jax import cache as kv
 from domino_jax import decode, prepare, sharding
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
+from domino_jax.runtime import slots
+from domino_jax.runtime.slots import Slots
 from domino_jax.sampling import SamplingParams, settings
 from domino_jax.weights import Params
-from infer import engine
-from infer.auto import Chooser
-from infer.conversation import Conversation
 from infer.engine import Decoding, Engine, Sequence
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -46,7 +45,7 @@ def fresh(loaded) -> Engine:
 def turn(
     running: Engine,
     prompt: list[int],
-    conversation: Conversation | None = None,
+    conversation: Slots | None = None,
     speculative: bool = True,
     limit: int = LIMIT,
     stop: str = "",
@@ -84,21 +83,22 @@ def talk(say: Callable[[list[int]], Sequence]) -> list[tuple[list[int], int]]:
     return turns
 
 
-def assert_alike(ours: Conversation, theirs: Conversation) -> None:
+def assert_alike(ours: Slots, theirs: Slots) -> None:
     """The same ids, and caches that hold the same of each, the target's and the drafter's."""
-    assert ours.ids == theirs.ids
-    held, valid = (jax.device_get(jax.tree.leaves(of.caches)) for of in (ours, theirs)), len(ours.ids)
+    assert ours.held == theirs.held
+    states, valid = [of._state for of in (ours, theirs)], len(ours.held)
+    held = (jax.device_get(jax.tree.leaves((state.cache, state.drafter))) for state in states if state)
     for x, y in zip(*held, strict=True):
         np.testing.assert_allclose(x[:1, :, :valid], y[:1, :, :valid], atol=1e-4, rtol=0)
 
 
 def check_talk(ours: Engine, theirs: Engine, speculative: bool = True, choose: SamplingParams | None = None) -> None:
     """Every turn of a talk on `ours` gives what a fresh run on `theirs` gives, and leaves the same behind."""
-    conversation, seen = Conversation(), []
+    conversation, seen = ours.slots(1, speculative), []
 
     def say(prompt: list[int]) -> Sequence:
         answer = turn(ours, prompt, conversation, speculative, choose=choose)
-        alone = Conversation()
+        alone = theirs.slots(1, speculative)
         expected = turn(theirs, prompt, alone, speculative, choose=choose)
         assert result(answer) == result(expected)
         assert_alike(conversation, alone)
@@ -127,7 +127,7 @@ def test_every_turn_gives_what_a_fresh_run_of_its_ids_gives(loaded, fresh, specu
 
 @pytest.mark.slow
 def test_samples_follow_the_seed_as_in_a_fresh_run(fresh):
-    conversation, choose = Conversation(), SamplingParams(temperature=0.7, top_p=0.9)
+    conversation, choose = fresh.slots(1), SamplingParams(temperature=0.7, top_p=0.9)
     first = turn(fresh, some(30, 1), conversation, choose=choose)
     prompt = [*first.ids, *some(20, 2)]
     second = turn(fresh, prompt, conversation, choose=choose)
@@ -146,7 +146,7 @@ def test_tokens_of_earlier_turns_are_not_run_again(loaded, fresh, monkeypatch):
         return prefill(params, configs, state, tokens, *rest)
 
     monkeypatch.setattr(decode, "prefill", counting)
-    conversation = Conversation()
+    conversation = fresh.slots(1)
     first = turn(fresh, some(300, 1), conversation)
     assert sum(run) == 512
     run.clear()
@@ -186,9 +186,8 @@ def test_several_rows_go_on_from_what_all_hold(loaded):
     state = loops.begin(params, configs, prompts, 9)
     longer = [[*prompts[0][:40], *some(44, 4)], [*prompts[1], 7, 8], prompts[2][:34]]
     caches = decode.Caches(state.cache, state.drafter)
-    keys = jax.random.split(jax.random.key(7), 3)
-    stop, sampling = loops.NO_STOP, settings(3)
-    more = decode.prefill_batch(params, configs, longer, keys, [20] * 3, sampling, stop, loaded.dtype, caches, 33)
+    rows = decode.new_rows(jax.random.split(jax.random.key(7), 3), [20] * 3, (), settings(3))
+    more = decode.prefill_batch(params, configs, longer, rows, loaded.dtype, caches, 33)
     assert state.cache.k[0].is_deleted(), "what was held is donated"
     fresh = loops.begin(params, configs, longer, 20)
     assert loops.speculate(params, configs, more) == loops.speculate(params, configs, fresh)
@@ -214,7 +213,7 @@ def spread(loaded: LoadedModel, data: int, model: int) -> LoadedModel:
 
 def check_two_turns(running: Engine, expected: Engine, **how: Any) -> None:
     """Two turns, the second on what the first left, give what fresh runs on the other engine give."""
-    conversation = Conversation()
+    conversation = running.slots(1)
     first = turn(running, some(30, 1), conversation, **how)
     second = turn(running, [*first.ids[:-1], *some(80, 2)], conversation, **how)
     assert second.reused == len(first.ids) - 1
@@ -248,54 +247,32 @@ def test_with_the_pallas_kernel(loaded):
 # --- Plain steps among drafts ---------------------------------------------------------------------------------------
 
 
-def test_after_an_answer_without_a_drafter_drafts_begin_with_a_fresh_prefill(fresh):
-    conversation = Conversation()
-    first = turn(fresh, some(30, 1), conversation, speculative=False)
-    prompt = [*first.ids, *some(20, 2)]
-    second = turn(fresh, prompt, conversation)
-    assert second.reused == 0
-    assert result(second) == result(turn(fresh, prompt))
+@dataclass(frozen=True)
+class Scripted(slots.FixedDrafts):
+    """Goes through what it is given, then has always as many drafts."""
+
+    script: Iterator[tuple[int, int]]
+
+    def next(self, case: Any, rows: Any, longest: int) -> tuple[int, int]:
+        return next(self.script, (self.drafts, longest))
 
 
 def test_an_answer_may_change_between_drafts_and_plain_steps(loaded, fresh, monkeypatch):
-    """`--drafts auto`, scripted: the drafter knows all that plain steps wrote, in the same turn and the next."""
-    monkeypatch.setattr(engine, "calibrate", lambda *_: {0: 1.0, 2: 1.0, 4: 1.0})
-    steps = itertools.chain([(4, 1), (0, 8), (2, 1), (0, 8)], itertools.repeat((5, 8)))
-
-    def following(self: Chooser, active: int, longest: int) -> tuple[int, int]:
-        self.drafts, cycles = next(steps)
-        return self.drafts, cycles
-
-    monkeypatch.setattr(Chooser, "next", following)
-    monkeypatch.setattr(engine, "STEPS_PER_CYCLE", 1)
-    running, conversation, alone = Engine(loaded, auto=True), Conversation(), Conversation()
+    """`--num-draft-tokens auto`, scripted: the drafter knows what plain steps wrote, in the same turn and the next."""
+    monkeypatch.setattr(slots, "STEPS_PER_CYCLE", 1)
+    running = Engine(loaded, auto=True)
+    monkeypatch.setattr(running, "auto", Scripted(5, iter([(4, 1), (0, 8), (2, 1), (0, 8)])))
+    conversation, alone = running.slots(1), fresh.slots(1)
     first = turn(running, some(30, 1), conversation)
     assert [len(cycle.drafts) for cycle in first.cycles][:3] == [4, 2, 5] and first.steps == 16
     assert first.tokens == turn(fresh, some(30, 1), alone).tokens
     assert_alike(conversation, alone)
-    prompt, alone = [*first.ids, *some(20, 2)], Conversation()
+    prompt, alone = [*first.ids, *some(20, 2)], fresh.slots(1)
     second = turn(running, prompt, conversation)
     expected = turn(fresh, prompt, alone)
     assert second.reused == min(len(first.ids) - 1, 128 - decode.CONTINUED_CHUNK)
     assert [c.accepted for c in second.cycles] == expected.accepted and second.tokens == expected.tokens
     assert_alike(conversation, alone)
-
-
-@pytest.mark.slow
-def test_calibrating_in_mid_conversation_changes_nothing(loaded, fresh, monkeypatch):
-    """The second turn falls into another bucket, which is measured on the live state."""
-    monkeypatch.setattr("infer.auto.BUDGET", 0.0)
-    monkeypatch.setattr("infer.auto.MOST_CANDIDATES", 2)
-    monkeypatch.setattr(Chooser, "next", lambda self, active, longest: (setattr(self, "drafts", 5), (5, longest))[1])
-    running, conversation, ids = Engine(loaded, auto=True), Conversation(), some(20, 1)
-    for _ in range(2):
-        alone = Conversation()
-        answer = turn(running, ids, conversation)
-        assert answer.seconds["calibrate"] > 0
-        assert result(answer) == result(turn(fresh, ids, alone))
-        assert_alike(conversation, alone)
-        ids = [*answer.ids, *some(100, 2)]
-    assert answer.reused > 0
 
 
 # --- Answers that end otherwise ------------------------------------------------------------------------------------
@@ -305,11 +282,11 @@ def test_a_stop_string_ends_the_answer_and_not_the_conversation(fresh):
     free = turn(fresh, some(100, 1))
     assert free.text is not None
     stop = next(c for i, c in enumerate(free.text) if i > 4 and c.isprintable() and c != "�" and c not in free.text[:i])
-    conversation = Conversation()
+    conversation = fresh.slots(1)
     first = turn(fresh, free.prompt, conversation, stop=stop)
     assert first.finish_reason == "stop" and len(first.tokens) < LIMIT
-    assert conversation.ids == first.ids[:-1]
-    prompt, alone = [*first.ids[:-1], *some(20, 2)], Conversation()
+    assert conversation.held == first.ids[:-1]
+    prompt, alone = [*first.ids[:-1], *some(20, 2)], fresh.slots(1)
     second = turn(fresh, prompt, conversation)
     assert second.reused == len(first.ids) - 1
     assert result(second) == result(turn(fresh, prompt, alone))
@@ -327,14 +304,14 @@ def interrupted_while_printing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
 
 
 def interrupted_while_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    fetch, calls = engine.fetch, itertools.count()
+    fetch, calls = slots.fetch, itertools.count()
 
     def impatient(tree: Any) -> Any:
         if next(calls) == 2:  # the first token, a dispatch, another
             raise KeyboardInterrupt
         return fetch(tree)
 
-    monkeypatch.setattr(engine, "fetch", impatient)
+    monkeypatch.setattr(slots, "fetch", impatient)
     return lambda: None
 
 
@@ -360,16 +337,17 @@ def interrupted_while_the_program_has_the_state(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_after_an_interruption_what_is_whole_is_kept_and_no_more(loaded, fresh, monkeypatch, interrupt, kept):
-    running, conversation = Engine(loaded, cycles=2), Conversation()
+    running = Engine(loaded, cycles=2)
+    conversation = running.slots(1)
     first, _ = running.sequence(some(100, 1), LIMIT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         printing = interrupt(patch)
-        with closing(running.stream([first], conversation=conversation)) as chunks:
+        with closing(running.stream([first], slots=conversation)) as chunks:
             for _ in chunks:
                 printing()
     assert first.finish_reason == "cancelled" and 1 < len(first.tokens) < LIMIT
-    assert conversation.ids == (first.ids[:-1] if kept else [])
-    prompt, alone = [*first.ids, *some(20, 2)], Conversation()
+    assert conversation.held == (first.ids[:-1] if kept else [])
+    prompt, alone = [*first.ids, *some(20, 2)], fresh.slots(1)
     second = turn(fresh, prompt, conversation)
     assert second.reused == (len(first.ids) - 1 if kept else 0)
     assert result(second) == result(turn(fresh, prompt, alone))
@@ -378,7 +356,7 @@ def test_after_an_interruption_what_is_whole_is_kept_and_no_more(loaded, fresh, 
 
 @pytest.mark.parametrize("program", [pytest.param("prefill", marks=pytest.mark.slow), "speculate"])
 def test_after_a_memory_error_nothing_is_kept(fresh, monkeypatch, program):
-    conversation = Conversation()
+    conversation = fresh.slots(1)
     first = turn(fresh, some(30, 1), conversation)
     prompt = [*first.ids, *some(20, 2)]
 
@@ -388,7 +366,7 @@ def test_after_a_memory_error_nothing_is_kept(fresh, monkeypatch, program):
     with monkeypatch.context() as patch, pytest.raises(DominoError, match="too little memory"):
         patch.setattr(decode, program, exhausted)
         turn(fresh, prompt, conversation)
-    assert conversation.ids == [] and conversation.caches is None
+    assert conversation.held == [] and conversation._state is None
     second = turn(fresh, prompt, conversation)
     assert second.reused == 0
     assert result(second) == result(turn(fresh, prompt))
@@ -400,7 +378,8 @@ def test_after_a_memory_error_nothing_is_kept(fresh, monkeypatch, program):
 @pytest.mark.e2e
 def test_turns_compile_nothing_but_what_a_new_bucket_needs(loaded):
     jax.clear_caches()
-    running, conversation, ids, seen = Engine(loaded), Conversation(), some(100, 1), []
+    running, ids, seen = Engine(loaded), some(100, 1), []
+    conversation = running.slots(1)
     for i in range(12):
         with loops.compilations() as compiled:
             answer = turn(running, ids, conversation, limit=16)
@@ -419,7 +398,8 @@ def test_turns_compile_nothing_but_what_a_new_bucket_needs(loaded):
 @pytest.mark.e2e
 def test_on_a_mesh_turns_of_one_bucket_compile_nothing(loaded):
     jax.clear_caches()
-    running, conversation, ids = Engine(spread(loaded, 2, 2)), Conversation(), some(130, 1)
+    running, ids = Engine(spread(loaded, 2, 2)), some(130, 1)
+    conversation = running.slots(1)
     for i in range(4):
         with loops.compilations() as compiled:
             answer = turn(running, ids, conversation, limit=6)

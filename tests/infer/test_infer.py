@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from factory import BYTE_DRAFT, END, MASK, MASK_ID, REPEATING, make_draft, make_target, make_tokenizer
 
+from domino_jax import decode
 from infer import text
 from infer.__main__ import main
 from infer.output import Output, color_drafts, histogram
@@ -57,6 +58,8 @@ def run(models, monkeypatch, capsys) -> Run:
     def run(*words: str, target: str = "target", draft: str | None = "draft", stdin: str = "") -> Result:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         drafter = [] if draft is None else ["--draft", draft if draft == "none" else str(models / draft)]
+        if draft not in (None, "none") and not {"--drafts", "--num-draft-tokens"} & set(words):
+            drafter += ["--drafts", str(BYTE_DRAFT.num_proposals)]  # not auto, which goes by times
         status = main([*words, "--model", str(models / target), *drafter])
         return Result(status, *capsys.readouterr())
 
@@ -404,12 +407,13 @@ def test_colours_are_known_to_be_seen(monkeypatch, environment, terminal, colore
 
 @pytest.mark.parametrize("tokenizer", [None, "bytes"])
 def test_without_colours_brackets_tell_origins_apart(tokenizer):
-    """Whatever a cycle gave: nothing accepted, some, or all, and plain steps after it."""
-    from infer.engine import Cycle, Sequence
+    """Whatever a cycle gave: nothing accepted, some, or all, and plain steps between and after."""
+    from domino_jax.runtime.slots import Cycle, Request
+    from infer.engine import Sequence
 
     a, b, c, d, e = ids = [make_tokenizer().encode(letter, add_special_tokens=False)[0] for letter in "abcde"]
-    cycles = [Cycle([a], 0, [b, c]), Cycle([a, b], 1, [a, c]), Cycle([c, d, e], 2, [c, d])]
-    s = Sequence(0, [1], 9, tokens=[a, a, a, b, c, d, e, a, b], cycles=cycles)
+    cycles = [Cycle(1, [a], 0, [b, c]), Cycle(2, [a, b], 1, [a, c]), Cycle(5, [c, d, e], 2, [c, d])]
+    s = Sequence(Request([1]), tokens=[a, a, a, b, b, c, d, e, a, b], cycles=cycles)
     shown = color_drafts(s, make_tokenizer() if tokenizer else None, marks=True).plain
     text, legend = shown.split("\n")
     plain = color_drafts(s, make_tokenizer() if tokenizer else None).plain
@@ -418,19 +422,17 @@ def test_without_colours_brackets_tell_origins_apart(tokenizer):
     if not tokenizer:
         letters = dict(zip(map(str, ids), "abcde", strict=True))
         text = "".join(letters.get(part, part) for part in re.split(r"(\d+)", text)).replace(" ", "")
-    assert text == "{+a+}[-bc-]{+a+}a[-c-]{+b+}cd{+eab+}"
+    assert text == "{+a+}[-bc-]{+a+}a[-c-]{+bb+}cd{+eab+}"
 
 
 def test_interrupting_keeps_what_was_generated(run, monkeypatch):
-    from infer import engine
-
-    grow = engine.decode.grow_caches
+    grow = decode.grow_caches
 
     def interrupt(*arguments: Any) -> Any:
         grow(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.decode, "grow_caches", interrupt)
+    monkeypatch.setattr(decode, "grow_caches", interrupt)
     result = run("x" * 120, "--max-new-tokens", "60", "--json")
     assert result.status == 130
     (row,) = result.rows

@@ -15,7 +15,7 @@ import infer
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError
-from infer import Completion, Model, load
+from infer import CompletionOutput, Model, load
 from infer.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,7 +33,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> Model:
-    return load(str(folder / "target"), draft=str(folder / "draft"), dtype="float32")
+    # Always four drafts: what auto chooses goes by times.
+    return load(str(folder / "target"), draft=str(folder / "draft"), dtype="float32", num_draft_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,11 @@ def talker(folder) -> Model:
 
 def test_a_completion_is_what_the_command_prints(model, folder, capsys):
     words = ["--model", str(folder / "target"), "--draft", str(folder / "draft"), "--max-new-tokens", "12"]
+    words += ["--num-draft-tokens", "4"]
     assert main(["hello", *words, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     (found,) = model.generate(["hello"], max_new_tokens=12)
-    assert isinstance(found, Completion)
+    assert isinstance(found, CompletionOutput)
     assert (found.text, found.tokens, found.accepted, found.tau, found.finish_reason, found.prompt_tokens) == (
         *(row[key] for key in ("text", "tokens", "accepted", "tau", "finish_reason")),
         row["input_ids"],
@@ -168,7 +170,7 @@ def test_importing_the_package_is_quick():
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
     with pytest.raises(AttributeError):
         infer.nothing  # noqa: B018
-    assert set(infer.__all__) == {"Chat", "Completion", "Model", "load"}
+    assert set(infer.__all__) == {"Chat", "CompletionOutput", "Model", "load"}
 
 
 @pytest.mark.e2e

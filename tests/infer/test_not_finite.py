@@ -18,22 +18,23 @@ from factory import BYTE_TARGET, Pair, make_draft, make_target, make_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from convert.loading import LoadedModel
+from convert.not_finite import check_finite, warn_of_drafts
 from domino_jax import sampling, sharding
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
+from domino_jax.runtime.slots import Completion, Request, Slots
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params
 from infer.__main__ import main, main_chat
 from infer.engine import Decoding, Engine, Sequence
 from infer.model import Model
-from train.generate import Request, generate
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]  # whole runs
 
 PROMPTS = [[70, 30, 9, 120, 8], [17] * 20]
 WAYS = {
     "greedy": SamplingParams(),
-    "sampled": SamplingParams(0.8, top_p=0.9),
+    "sampled": SamplingParams(0.8, top_p=0.9, sampler="coupled"),  # the same samples with drafts and without
 }
 MODES = pytest.mark.parametrize("speculative", [True, False], ids=["drafter", "alone"])
 
@@ -130,11 +131,6 @@ def test_an_answer_from_numbers_that_are_not_finite_is_an_error(pair, case, way,
     with pytest.raises(DominoError, match=expected):
         engine.generate(rows, Decoding(WAYS[way], speculative=speculative))
     assert not any(s.tokens for s in rows if s.row == 0)
-    requests = [Request(row, 0, ids, 10) for row, ids in enumerate(PROMPTS)]
-    configs = broken.configs if speculative else broken.configs.without_drafter
-    params = broken.params if speculative else broken.params.without_drafter
-    with pytest.raises(DominoError, match=expected):
-        list(generate(params, configs, requests, (), jnp.dtype("float32"), batch=2, choice=WAYS[way]))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -158,7 +154,7 @@ def test_what_was_generated_before_is_kept(pair, way, speculative):
     assert [t for chunk in pieces for t in chunk.tokens] == s.tokens
     if not speculative:  # a draft of the token makes its whole cycle NaN, so that the end may come sooner
         assert s.ids == known[: at + 1]
-    elif way == "greedy":
+    else:
         assert s.ids == known[: len(s.ids)]
 
 
@@ -197,11 +193,12 @@ def test_a_drafter_that_is_not_finite_changes_no_output_and_is_told_once(pair, c
         assert [s.tokens for s in rows] == [s.tokens for s in alone]
     assert all(len(s.tokens) == 24 for s in rows)
     assert len(said) == 1 and said[0].startswith("the drafter's numbers are not finite")
-    requests = [Request(row, 0, ids, 24) for row, ids in enumerate(PROMPTS * 2)]
-    answers = generate(broken.params, broken.configs, requests, (), engine.loaded.dtype, batch=2, choice=WAYS[way])
-    found = {answer.prompt.row: answer.tokens for answer in answers}
+    slots = Slots(broken.params, broken.configs, 2, engine.loaded.dtype, warn=warn_of_drafts)
+    requests = [Completion(Request(ids, replace(WAYS[way], max_tokens=24))) for ids in PROMPTS * 2]
+    for answer in slots.run(requests):
+        check_finite(answer, broken.params.target, broken.configs.target, engine.loaded.dtype)
     if way == "greedy":
-        assert [found[row] for row in range(2)] == [s.tokens for s in alone]
+        assert [c.tokens for c in requests[:2]] == [s.tokens for s in alone]
     assert capsys.readouterr().err.count("the drafter's numbers are not finite") == 1
 
 
@@ -244,7 +241,7 @@ def test_the_program_has_no_more_passes_over_the_vocabulary(pair, way):
 
     def passes(finite: Callable[..., Any]) -> int:
         program: Any = loops.retraced(decode__finite_logits=finite)
-        text = program.lower(pair.params, pair.configs, state, loops.NO_STOP, 2, way == "greedy").compile().as_text()
+        text = program.lower(pair.params, pair.configs, state, 2, way == "greedy").compile().as_text()
         shapes = dict(re.findall(r"(%[\w.-]+) = (\w+\[[\d,]*\])", text))
         return sum(vocabulary in shapes[operand] for operand in re.findall(r" reduce\((%[\w.-]+)", text))
 

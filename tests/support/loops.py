@@ -30,17 +30,21 @@ def begin(
     stop: Array = NO_STOP,
     sampling: Sampling | None = None,
     keys: Array | None = None,
+    coupled: Sequence[bool] | None = None,
 ) -> DecodeState:
     """`decode.prefill_batch` with what most tests want: greedy, one limit, caches of the weights' dtype."""
     batch = len(prompts)
     return decode.prefill_batch(
         params,
         configs,
-        [list(p) for p in prompts],
-        jax.random.split(jax.random.key(7), batch) if keys is None else keys,
-        [limits] * batch if isinstance(limits, int) else list(limits),
-        settings(batch) if sampling is None else sampling,
-        stop,
+        prompts,
+        decode.new_rows(
+            jax.random.split(jax.random.key(7), batch) if keys is None else keys,
+            [limits] * batch if isinstance(limits, int) else list(limits),
+            stop,
+            settings(batch) if sampling is None else sampling,
+            coupled,
+        ),
         params.target.norm.dtype,
     )
 
@@ -81,24 +85,22 @@ def speculate(
     params: Params,
     configs: DecodeConfig,
     state: DecodeState,
-    stop: Array = NO_STOP,
     cycles: int = 8,
     greedy: bool = True,
 ) -> list[Output]:
     """All rows to their ends by Domino cycles."""
-    return finish(configs, state, lambda s: decode.speculate(params, configs, s, stop, cycles, greedy))
+    return finish(configs, state, lambda s: decode.speculate(params, configs, s, cycles, greedy))
 
 
 def autoregress(
     params: Params,
     configs: DecodeConfig,
     state: DecodeState,
-    stop: Array = NO_STOP,
     cycles: int = 8,
     greedy: bool = True,
 ) -> list[Output]:
     """All rows to their ends by the autoregressive loop."""
-    return finish(configs, state, lambda s: decode.autoregress(params, configs, s, stop, cycles, greedy))
+    return finish(configs, state, lambda s: decode.autoregress(params, configs, s, cycles, greedy))
 
 
 Loop = Callable[..., tuple[DecodeState, Emitted]]
@@ -108,7 +110,7 @@ def retraced(**replacements: Any) -> Loop:
     """`decode.speculate` traced anew with functions of decode or its modules replaced ("verify.greedy": ...)."""
     plain = decode.speculate.__wrapped__  # type: ignore[attr-defined]
 
-    @partial(jax.jit, static_argnums=(1, 4, 5), donate_argnums=2)
+    @partial(jax.jit, static_argnums=(1, 3, 4), donate_argnums=2)
     def run(*arguments: Any) -> tuple[DecodeState, Emitted]:
         with pytest.MonkeyPatch.context() as patch:
             for name, function in replacements.items():

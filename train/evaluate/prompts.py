@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from convert.messages import LeftOut, left_out_words
+from convert.not_finite import check_finite
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
+from domino_jax.runtime.slots import Completion, Request, Slots
+from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params
-from train.generate import Request, generate
 from train.regenerate.prompts import Lines, encode_turn
 
 
@@ -67,11 +69,13 @@ def varied(
         least: distinct 4-grams of an answer, as a share of all.
     """
     chosen: list[list[int]] = []
+    slots = Slots(params.without_drafter, configs.without_drafter, batch, dtype)
+    how = SamplingParams(max_tokens=new_tokens, stop_token_ids=tuple(stop_ids))
     for first in range(0, len(prompts), batch):
-        group = [Request(row, 0, ids, new_tokens) for row, ids in enumerate(prompts[first : first + batch])]
-        answers = generate(params.without_drafter, configs.without_drafter, group, stop_ids, dtype, batch=batch)
-        tokens = {answer.prompt.row: answer.tokens for answer in answers}
-        chosen += [list(p.ids) for p in group if distinct_ngrams(tokens[p.row]) >= least]
+        group = [Completion(Request(ids, how, (row,))) for row, ids in enumerate(prompts[first : first + batch])]
+        for answer in slots.run(group):
+            check_finite(answer, params.target, configs.target, dtype)
+        chosen += [list(c.request.prompt) for c in group if distinct_ngrams(c.tokens) >= least]
         if count is not None and len(chosen) >= count:
             return chosen[:count]
     return chosen

@@ -26,6 +26,7 @@ from tyro.conf import DisallowNone
 
 from convert import registry
 from convert.loading import load_model, without_head
+from convert.not_finite import check_finite, warn_of_drafts
 from convert.options import GROUP, UNSET, Flag, ProcessOptions, check_count, check_real
 from convert.progress import progress_bars
 from domino_jax.decode import DecodeConfig
@@ -33,10 +34,11 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.processes import join_processes
+from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
+from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params, Target, unflatten
 from train import options as settings
 from train.evaluate.prompts import read_heldout_prompts, varied
-from train.generate import Request, generate
 from train.loading import PairOptions, notes
 
 
@@ -122,8 +124,9 @@ class Validation:
         batch: prompts that run together.
         """
         assert configs.draft is not None, "without a drafter nothing is accepted"
-        self.target, self.configs, self.stop_ids, self.dtype = target, configs, tuple(stop_ids), dtype
-        self.prompts = [Request(row, 0, ids, new_tokens) for row, ids in enumerate(prompts)]
+        self.target, self.configs, self.dtype = target, configs, dtype
+        how = SamplingParams(max_tokens=new_tokens, stop_token_ids=tuple(stop_ids))
+        self.prompts = [Request(ids, how, (row,)) for row, ids in enumerate(prompts)]
         self.batch = min(batch, len(prompts))
         self._rounded = jax.jit(partial(jax.tree.map, lambda w: w.astype(dtype)))
 
@@ -156,11 +159,11 @@ class Validation:
     def _decoded(
         self, configs: DecodeConfig, params: Params, stopping: Callable[[], bool] | None
     ) -> MeasuredAcceptance:
-        answers = generate(
-            params, configs, self.prompts, self.stop_ids, self.dtype, batch=self.batch, stopping=stopping
-        )
-        accepted = {answer.prompt.row: tuple(answer.accepted) for answer in answers}
-        return MeasuredAcceptance(tuple(accepted.get(prompt.row, ()) for prompt in self.prompts))
+        slots = Slots(params, configs, self.batch, self.dtype, warn=warn_of_drafts)
+        answers = [Completion(prompt) for prompt in self.prompts]
+        for answer in slots.run(longest_first(answers), stopping=stopping):
+            check_finite(answer, params.target, configs.target, self.dtype)
+        return MeasuredAcceptance(tuple(tuple(answer.accepted) for answer in answers))
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ answer, and not one a conversation, because templates render earlier answers oth
 drops the empty thought that comes before an answer with thinking off): so the drafter is trained on what it will meet.
 `messages` are for people. An answer that reached --max-new-tokens has no end token and finish_reason "length".
 
-The same command goes on where it was interrupted. The answers are then those of an undisturbed run; --batch-size,
---mesh and the device may change, which changes them by what rounding does to a draw.
+The same command goes on where it was interrupted. The answers are then those of an undisturbed run, to rounding:
+beside which others a prompt runs, --batch-size, --mesh and the device change them by what rounding does to a draw.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,16 +31,18 @@ import numpy as np
 from convert.identity import model_fingerprint, text_fingerprint
 from convert.loading import LoadedModel, load_model
 from convert.messages import LeftOut, left_out_words
+from convert.not_finite import check_finite, warn_of_drafts
 from convert.options import GROUP, ProcessOptions, SamplingOptions, check_count, check_not_source
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
+from domino_jax.runtime.auto import AutoDrafts
 from domino_jax.runtime.command import run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.processes import join_processes, wait_for_others
-from train.generate import DecodedPrompt, Request, generate
+from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
 from train.loading import PairOptions, notes
 from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.output import Answers, FollowedAnswers, open_answers
@@ -96,10 +98,11 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
         "head_candidates": how.model().head_candidates,
         "draft_dtype": how.drafting.draft_dtype,
         "data_sha256": lines.sha256,
-        **asdict(o.sampling.params()),
+        **{name: getattr(o.sampling.params(), name) for name in ("temperature", "top_k", "top_p", "min_p")},
         "max_new_tokens": o.max_new_tokens,
         "thinking": o.thinking,
-        "seed": o.sampling.seed,
+        "seed": o.sampling.seed or 0,
+        **({"sampler": "coupled"} if o.sampling.params().coupled else {}),
         "dtype": resolve_dtype(how.device.dtype).name,
     }
 
@@ -183,62 +186,80 @@ class Writer:
 
     def __post_init__(self) -> None:
         self.left_out: Counter[str] = Counter()  # conversations, or the rest of one, by reason
+        pair, how = self.pair, self.options.sampling.params()
+        # What samples by rejection depends on how many drafts a cycle has, and a resumed run is to go on alike.
+        free = pair.configs.drafter is not None and (how.temperature == 0 or how.coupled)
+        policy = AutoDrafts(pair.configs.proposals) if free else None
+        self.slots = Slots(pair.params, pair.configs, self.batch, pair.dtype, policy=policy, warn=warn_of_drafts)
 
     def window(self, first: int, end: int) -> None:
-        """Answer what is missing of the lines first ... end - 1: their first turns, then their second ones."""
+        """Answer what is missing of the lines first ... end - 1."""
         counts = self.lines.turns[first:end]
         numbers = ((first + int(row), turn) for row in np.flatnonzero(counts) for turn in range(counts[row]))
         if all(number in self.answers for number in numbers):
             return
         sources = dict(self.lines.sources(first, end))
         told: dict[int, list[str]] = {row: [] for row in sources}
-        for turn in range(int(counts.max())):
-            sources = {row: source for row, source in sources.items() if turn < source.turns}
-            prompts = []
-            for row in list(sources):
-                try:
-                    prompts.append(self._prompt(row, turn, sources[row], told[row]))
-                except LeftOut as reason:
-                    self.left_out[str(reason)] += 1
-                    self.tally.fewer(sum((row, t) not in self.answers for t in range(turn, sources[row].turns)))
-                    del sources[row]
-            for answer in generate(
-                self.pair.params,
-                self.pair.configs,
-                prompts,
-                self.pair.stop_ids,
-                self.pair.dtype,
-                batch=self.batch,
-                choice=self.options.sampling.params(),
-                seed=self.options.sampling.seed,
-                wanted=lambda p: (p.row, p.turn) not in self.answers,
-                update=self.tally.decoded,
-                stopping=self.stopping,
-            ):
-                self._write(answer, sources[answer.prompt.row], told[answer.prompt.row])
+        asked = [self._ask(row, 0, source, told[row]) for row, source in sources.items()]
+        for completion in longest_first(c for c in asked if c is not None):
+            self.slots.admit(completion)
+        told_of: dict[Completion, tuple[int, int]] = {}  # tokens and cycles that the tally knows
+        while self.slots.busy and not self.stopping():
+            changed = self.slots.step()
+            self._count(changed, told_of)
+            for answer in changed:
+                check_finite(answer, self.pair.params.target, self.pair.configs.target, self.pair.dtype)
+                if answer.finish_reason is None:
+                    continue
+                row, turn = answer.request.numbers
+                self._write(answer, sources[row], told[row])
                 self.tally.done()
-            if self.stopping():
-                return
-            for row, source in sources.items():
-                if turn + 1 < source.turns:  # as a resumed run would know it
-                    text = turns_text(self.pair.tokenizer, self.answers.tokens((row, turn)))
-                    told[row].append(text)
+                following = self._ask(row, turn, sources[row], told[row])
+                if following is not None:
+                    self.slots.admit(following)
 
-    def _prompt(self, row: int, turn: int, source: Source, told: list[str]) -> Request:
+    def _ask(self, row: int, turn: int, source: Source, told: list[str]) -> Completion | None:
+        """The first turn from `turn` on that is missing; None where there is none, or it can't be answered."""
+        while turn < source.turns and (row, turn) in self.answers:
+            if turn + 1 < source.turns:  # as a resumed run would know it
+                told.append(turns_text(self.pair.tokenizer, self.answers.tokens((row, turn))))
+            turn += 1
+        if turn == source.turns:
+            return None
+        try:
+            return Completion(self._request(row, turn, source, told))
+        except LeftOut as reason:
+            self.left_out[str(reason)] += 1
+            self.tally.fewer(sum((row, t) not in self.answers for t in range(turn, source.turns)))
+            return None
+
+    def _request(self, row: int, turn: int, source: Source, told: list[str]) -> Request:
         ids = encode_turn(source, turn, told, self.pair.tokenizer, self.options.thinking)
         positions = self.pair.configs.target.positions
         if len(ids) > positions:
             raise LeftOut(f"are too long for the target's {positions} positions")
         # The last token of an answer is never run, so it needs no position.
-        return Request(row, turn, ids, min(self.options.max_new_tokens, positions - len(ids) + 1))
+        limit = min(self.options.max_new_tokens, positions - len(ids) + 1)
+        how = replace(self.options.sampling.params(), max_tokens=limit, stop_token_ids=tuple(self.pair.stop_ids))
+        return Request(ids, how, (row, turn))
 
-    def _write(self, answer: DecodedPrompt, source: Source, told: list[str]) -> None:
-        prompt = answer.prompt
-        values = {"input_ids": list(prompt.ids), "tokens": answer.tokens, "finish_reason": answer.finish_reason}
+    def _count(self, changed: list[Completion], known: dict[Completion, tuple[int, int]]) -> None:
+        """Tell the tally what a step gave."""
+        tokens, accepted = 0, []
+        for c in changed:
+            before = known.get(c, (0, 0))
+            known[c] = len(c.tokens), len(c.cycles)
+            tokens += len(c.tokens) - before[0]
+            accepted += [cycle.accepted for cycle in c.cycles[before[1] :]]
+        self.tally.decoded(tokens, accepted)
+
+    def _write(self, answer: Completion, source: Source, told: list[str]) -> None:
+        (row, turn), ids = answer.request.numbers, list(answer.request.prompt)
+        values = {"input_ids": ids, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
         if source.given is not None:
             text = decode(self.pair.tokenizer, answer.tokens)
-            values["messages"] = [*source.messages(prompt.turn, told), {"role": "assistant", "content": text}]
-        self.answers.add((prompt.row, prompt.turn), values)
+            values["messages"] = [*source.messages(turn, told), {"role": "assistant", "content": text}]
+        self.answers.add((row, turn), values)
 
 
 def turns_text(tokenizer: Any, tokens: list[int]) -> str:

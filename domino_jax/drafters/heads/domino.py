@@ -74,7 +74,7 @@ def propose_corrected(
         embed: the target's embeddings [V, D].
         z: [B, J, D] block states of the proposing rows; base: [B, J, V] their logits.
         anchor: [B].
-        keys: [B] random keys, or None for greedy proposals.
+        keys: [B, J] random keys, or None for greedy proposals.
         candidates: C, tokens that the head scores and one of which is proposed; the whole vocabulary when None.
 
     Returns:
@@ -83,8 +83,6 @@ def propose_corrected(
     proposals = z.shape[1]
     head = params.head
     prefix = config.head.pure_draft_prefix_len if config.head else proposals
-    if keys is not None:
-        keys = jax.vmap(lambda key: jax.random.split(key, proposals))(keys)
     token, drafts, distributions = anchor, [], []
     state, recurrent, part, from_state, few = z, z, z, z, None
     if head:
@@ -110,16 +108,16 @@ def propose_corrected(
                     logits = constrain(logits + unembed(rank, head.proj_out), "B V")
         distribution = None
         if keys is not None and (j == 0 or j >= prefix):
-            distribution = probabilities(logits[:, None], sampling)[:, 0]
-            token = sample(keys[:, j], distribution)
+            distribution = _spread(probabilities(logits[:, None], sampling)[:, 0], names, base.shape[-1])
+            token = sample(keys[:, j], distribution)  # of the whole vocabulary, as the target draws
         else:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            if names is not None:
+                token = jnp.take_along_axis(names, token[:, None], axis=1)[:, 0]
             if keys is not None:
-                distribution = jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32)
-        if names is not None:
-            token = jnp.take_along_axis(names, token[:, None], axis=1)[:, 0]
+                distribution = jax.nn.one_hot(token, base.shape[-1], dtype=jnp.float32)
         if distribution is not None:
-            distributions.append(_spread(distribution, names, base.shape[-1]))
+            distributions.append(distribution)
         drafts.append(token)
     return jnp.stack(drafts, axis=1), jnp.stack(distributions, axis=1) if keys is not None else None
 

@@ -14,7 +14,7 @@ import reference
 from domino_jax import cache as kv
 from domino_jax import decode
 from domino_jax.config import DraftConfig, HeadConfig, choose_target_layer_ids, default_target_layer_ids
-from domino_jax.decode import DecodeConfig, DecodeState
+from domino_jax.decode import DecodeConfig, DecodeState, Rows
 from domino_jax.drafters import block
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import domino
@@ -213,7 +213,8 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     context = append_context(pair.params.draft, config, empty, given, np.zeros(4, np.int32))
     hot = settings(4, temperature=1.0)
     none: Any = None
-    state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, none, none, hot, none, context)
+    asked = Rows(none, none, none, hot, none)
+    state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, asked, none, context)
 
     # Scanned, greedy, against the reference's walk from left to right.
     (drafts, q), _ = propose(pair.params, configs, state, None)
@@ -247,7 +248,7 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
         np.testing.assert_allclose(forced[row], spec, atol=TOLERANCE, rtol=0)
 
     # Scanned, sampled: each distribution is the softmax of the teacher-forced logits at the tokens really drawn.
-    keys = jax.random.split(jax.random.key(5), 4)
+    keys = jax.random.split(jax.random.key(5), (4, config.num_proposals))
     (drafts, q), _ = propose(pair.params, configs, state, keys)
     drafts, q = np.asarray(drafts), np.asarray(q)
     eaten = np.concatenate([tokens[:, None], drafts[:, :-1]], axis=1)

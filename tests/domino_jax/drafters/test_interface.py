@@ -11,7 +11,7 @@ import loops
 import numpy as np
 import pytest
 from factory import Pair
-from loops import NO_STOP, Output
+from loops import Output
 
 from domino_jax import decode, sharding
 from domino_jax.decode import DecodeConfig
@@ -111,11 +111,11 @@ def test_rows_may_change_between_drafts_and_plain_steps(pair, plain, name):
 
     def dispatch(state: decode.DecodeState) -> tuple[decode.DecodeState, decode.Emitted]:
         if next(numbers):
-            state, emitted = decode.speculate(*ours, state, NO_STOP, 1, True)
+            state, emitted = decode.speculate(*ours, state, 1, True)
             length.append(jax.device_get(state.emitted - emitted.counts[0]))
             drafted.append(jax.device_get((emitted.drafts[0], emitted.counts[0])))
         else:
-            state, emitted = decode.autoregress(*ours, state, NO_STOP, 1, True)
+            state, emitted = decode.autoregress(*ours, state, 1, True)
         return state, emitted
 
     outputs = loops.finish(ours.configs, state, dispatch)

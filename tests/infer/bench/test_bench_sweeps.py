@@ -153,12 +153,11 @@ def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
         running.generate([sequence], Decoding(SamplingParams(temperature)))
         assert len(sequence.tokens) == 21 and sequence.accepted == [2, 1] * 4
 
-    stop = jnp.zeros(0, jnp.int32)
     counts, configs = [], loaded.configs
     for accept in (decode.accept, told):
-        keys = jax.random.split(jax.random.key(0), 1)
-        state = decode.prefill_batch(loaded.params, configs, [[1, 2]], keys, [9], settings(1), stop, loaded.dtype)
-        program = decode.speculate.lower(loaded.params, configs, state, stop, 8, True, None, accept).compile()
+        rows = decode.new_rows(jax.random.split(jax.random.key(0), 1), [9], (), settings(1))
+        state = decode.prefill_batch(loaded.params, configs, [[1, 2]], rows, loaded.dtype)
+        program = decode.speculate.lower(loaded.params, configs, state, 8, True, None, accept).compile()
         cost: Any = program.cost_analysis()
         counts.append(cost["flops"])
     assert counts[1] == pytest.approx(counts[0], rel=0.01) and counts[1] >= counts[0]

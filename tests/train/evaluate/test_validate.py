@@ -22,6 +22,7 @@ from domino_jax import sharding
 from domino_jax.config import DraftConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
+from domino_jax.runtime.slots import Slots
 from domino_jax.weights import Params, axes, flatten, init_weights
 from train.evaluate.prompts import read_heldout_prompts, varied
 from train.evaluate.validate import (
@@ -32,7 +33,6 @@ from train.evaluate.validate import (
     main,
     measure_acceptance,
 )
-from train.generate import DecodedPrompt
 from train.loading import PairOptions, notes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -99,11 +99,11 @@ def test_later_validations_compile_nothing_and_take_the_weights_as_they_are_now(
 def test_masters_are_rounded_to_the_dtype_of_the_computation(pair, monkeypatch):
     seen = []
 
-    def decode(params, configs, prompts, *_, **__):
-        seen.append(flatten(params.draft))
-        return [DecodedPrompt(prompt, [0], [], "stop") for prompt in prompts]
+    def run(self, completions, **_):
+        seen.append(flatten(self._params.draft))
+        return iter(())
 
-    monkeypatch.setattr("train.evaluate.validate.generate", decode)
+    monkeypatch.setattr(Slots, "run", run)
     weights = flatten(pair.params.draft)
     check = Validation(pair.params.target, pair.configs, PROMPTS, STOPS, jnp.dtype("bfloat16"))
     assert check.run(weights).final.tau is None, "no answer had a cycle"

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,10 +19,10 @@ from loops import hf_greedy
 from convert import loading
 from convert.tokenizer import final_answer
 from domino_jax import target
+from domino_jax.runtime import slots
 from domino_jax.runtime.files import lock_file
+from domino_jax.runtime.slots import Completion, Request, Slots
 from domino_jax.sampling import SamplingParams, probabilities, settings
-from train import generate
-from train.generate import Request
 from train.regenerate import output, prompts
 from train.regenerate.command import main
 
@@ -160,7 +161,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path
     assert len({tuple(row["tokens"]) for row in sampled}) > 6, "samples were to be expected"
     out, words = tmp_path / "out.jsonl", [*drafted(folder), "--temperature", "1.2"]
     seen, count = set(), 0
-    update = generate.fetch
+    update = slots.fetch
 
     def interrupt(tree):
         nonlocal count
@@ -169,7 +170,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path
             os.kill(os.getpid(), signal.SIGTERM if count == 2 else signal.SIGINT)
         return update(tree)
 
-    monkeypatch.setattr(generate, "fetch", interrupt)
+    monkeypatch.setattr(slots, "fetch", interrupt)
     for _ in range(2):
         seen.add(len(run(folder, out, *words, status=130)))
         assert "the same command goes on" in capfd.readouterr().err
@@ -384,11 +385,10 @@ def pair(folder):
 def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
     """The second token after one prompt, drafted: its frequencies against the exact distribution."""
     count, choice = 1024, SamplingParams(temperature=0.5, top_k=6)
-    prompts = [Request(row, 1, [70, 71, 72], 3) for row in range(count)]
-    found = list(
-        generate.generate(pair.params, pair.configs, prompts, (), pair.dtype, batch=128, choice=choice, seed=3)
-    )
-    assert sorted(a.prompt.row for a in found) == list(range(count))
+    how = replace(choice, max_tokens=3, seed=3, sampler="rejection")
+    found = [Completion(Request([70, 71, 72], how, (row, 1))) for row in range(count)]
+    ended = list(Slots(pair.params, pair.configs, 128, pair.dtype).run(found))
+    assert len(ended) == count and set(ended) == set(found)
     assert any(m for a in found for m in a.accepted), "drafts were to be accepted"
 
     @jax.jit
@@ -408,39 +408,3 @@ def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
         chi = ((seen[likely] - count * expected[likely]) ** 2 / (count * expected[likely])).sum()
         freedom = likely.sum() - 1
         assert chi < freedom + 4 * np.sqrt(2 * freedom), place
-
-
-def test_an_answer_depends_on_its_numbers_and_the_seed_alone(pair):
-    def answer(prompts: list[Request], batch: int, seed: int = 0) -> dict[tuple[int, int], list[int]]:
-        found = generate.generate(
-            pair.params, pair.configs, prompts, STOPS, pair.dtype, batch=batch, choice=SamplingParams(1.5), seed=seed
-        )
-        return {(a.prompt.row, a.prompt.turn): a.tokens for a in found}
-
-    mine = Request(5, 2, [80, 81, 82], 12)
-    others = [Request(row, turn, [80, 81, 82, 83][: 1 + row % 4], 12) for row in range(4) for turn in range(2)]
-    alone = answer([mine], 3)[5, 2]
-    assert answer([*others, mine], 3)[5, 2] == alone
-    assert answer([mine], 3, seed=1)[5, 2] != alone
-    same = answer([mine, mine._replace(row=6), mine._replace(turn=1)], 3)
-    assert len({tuple(tokens) for tokens in same.values()}) == 3
-
-
-def test_batches_are_sorted_and_the_unwanted_are_not_run(pair):
-    prompts = [Request(row, 0, [70] * length, 4) for row, length in enumerate([3, 9, 1, 5, 7])]
-    lengths = [[len(p.ids) for p in group] for group in generate.batched_requests(prompts, 3)]
-    assert lengths == [[9, 7, 5], [3, 1]]
-    tokens = []
-    found = generate.generate(
-        pair.params,
-        pair.configs,
-        prompts,
-        STOPS,
-        pair.dtype,
-        batch=3,
-        choice=SamplingParams(1.5),
-        wanted=lambda p: p.row == 0,
-        update=lambda new, accepted: tokens.append(new),
-    )
-    assert [a.prompt.row for a in found] == [0]
-    assert tokens[0] == 2 and 2 <= sum(tokens) <= 8, "one batch, of two rows"

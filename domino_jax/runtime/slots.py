@@ -1,0 +1,539 @@
+"""The host loop: requests come and go while others decode (continuous batching).
+
+A batch has a fixed number of rows, the slots. A request waits, is prefilled beside the batch in chunks, is put into a
+free slot, and leaves it at its end. Between two dispatches of decoding at most one chunk's worth of prompt tokens is
+run, so that a long prompt does not hold up the others. Nothing is compiled anew, whatever the mix of requests.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domino_jax import cache, decode
+from domino_jax.decode import Accept, Caches, DecodeConfig, DecodeState, Rows
+from domino_jax.errors import DominoError
+from domino_jax.finite import drafter_is_finite, drafts_look_broken
+from domino_jax.runtime.memory import explain_out_of_memory
+from domino_jax.runtime.processes import broadcast_from_first
+from domino_jax.runtime.timing import compile_seconds, no_seconds, timed
+from domino_jax.sampling import Sampling, SamplingParams
+from domino_jax.sharding import fetch, row_shards, shard_copy
+from domino_jax.weights import Params
+
+CYCLES = 8  # of drafts that a dispatch may have
+# A plain step gives one token where a cycle gives several: more steps a dispatch, so that it pays no more for it.
+STEPS_PER_CYCLE = 4
+STOP_IDS = 8  # of a row that the device knows, which then ends a dispatch early; the host looks for all of them
+RESPONSE = (
+    0.25  # seconds that a dispatch takes at most, about: its tokens arrive together, and who left is run to its end
+)
+FULL = 0.5  # of a batch's prompt positions that must be tokens, for its prompts to be run as one
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to generate for a prompt.
+
+    Args:
+        prompt: ids, at least one.
+        params: how tokens are chosen, and what ends them.
+        numbers: name the request, each from 0 and below 2^32. With the seed they give its random keys.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    numbers: tuple[int, ...] = (0,)
+
+
+class Cycle(NamedTuple):
+    """One draft-and-verify cycle of one request."""
+
+    start: int  # the place of its first token in the output
+    tokens: list[int]  # what it added
+    accepted: int  # drafts accepted, counted whole even where a stop or the limit cut the output
+    drafts: list[int]
+
+
+@dataclass(eq=False)
+class Completion:
+    """A request, and what has been generated for it."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)  # a stop token is kept, at the end
+    cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
+    steps: int = 0  # plain ones, without drafts; they are none of τ's
+    reused: int = 0  # of the prompt's tokens, those that an earlier request of the slot had run
+    finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it waits or runs
+    finite: bool = True  # not where the target's logits after these tokens are not; then it ends without a reason
+    seconds: dict[str, float] = field(default_factory=no_seconds)  # its own prefill, and decoding of it with others
+    wall_seconds: float = 0.0  # since it was admitted, until it ended
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and the answer to it so far."""
+        return [*self.request.prompt, *self.tokens]
+
+    @property
+    def accepted(self) -> list[int]:
+        """Drafts accepted in each cycle."""
+        return [cycle.accepted for cycle in self.cycles]
+
+    def take(self, tokens: list[int]) -> list[int]:
+        """Append what a cycle gave; return what of it counts, and note the end."""
+        params = self.request.params
+        ends = next((i + 1 for i, token in enumerate(tokens) if token in params.stop_token_ids), len(tokens))
+        tokens = tokens[: self.count(tokens[:ends])]
+        self.tokens += tokens
+        if self.is_cut or self.tokens[-1] in params.stop_token_ids:
+            self.finish("stop")
+        elif len(self.tokens) >= params.max_tokens:
+            self.finish("length")
+        return tokens
+
+    def count(self, tokens: list[int]) -> int:
+        """How many of these new tokens count; who looks for ends that the device does not know overrides it."""
+        return len(tokens)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the output has ended without a stop token or the limit."""
+        return False
+
+    def finish(self, reason: str) -> None:
+        """Note the end."""
+        self.finish_reason = reason
+
+
+class DraftPolicy(Protocol):
+    """Decides how many draft tokens the cycles of each dispatch have. It never changes greedy output."""
+
+    def next(self, case: Hashable, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+        """Draft tokens a cycle of the next dispatch, 0 for plain steps, and its cycles.
+
+        Args:
+            case: what the time of a cycle depends on besides.
+            rows: the requests that are running.
+            longest: cycles of drafts that a dispatch may have; STEPS_PER_CYCLE times as many plain steps.
+        """
+        ...
+
+    def observe(
+        self,
+        case: Hashable,
+        drafts: int,
+        cycles: int,
+        seconds: float,
+        compiling: float,
+        accepted: Mapping[Hashable, list[int]],
+    ) -> None:
+        """Note what a dispatch did.
+
+        Args:
+            seconds: that it took, of which so many went to `compiling`.
+            accepted: by request, of each of its cycles.
+        """
+        ...
+
+    def forget(self, row: Hashable) -> None:
+        """Note that a request is at its end."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedDrafts:
+    """Always so many; 0 for plain steps."""
+
+    drafts: int
+
+    def next(self, case: Hashable, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+        return self.drafts, longest
+
+    def observe(
+        self, case: Hashable, drafts: int, cycles: int, seconds: float, compiling: float, accepted: Any
+    ) -> None:
+        pass
+
+    def forget(self, row: Hashable) -> None:
+        pass
+
+
+@dataclass
+class _Prefill:
+    """Requests whose prompts are being run beside the batch."""
+
+    completions: list[Completion]
+    steps: Generator[None, None, DecodeState]
+    width: int  # prompt positions of a step, of each row
+
+
+class Slots:
+    """A batch of rows that requests come to and leave. Everything runs in the mesh that is in context.
+
+    With one request after another in it, a batch of one row keeps what it knows: a prompt that begins with what the
+    last request's prompt and answer were runs only what follows.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        configs: DecodeConfig,
+        size: int,
+        dtype: Any,
+        *,
+        policy: DraftPolicy | None = None,
+        cycles: int = CYCLES,
+        accept: Accept = decode.accept,
+        warn: Callable[[], None] | None = None,
+    ):
+        """Args:
+        size: rows that run together; made a multiple of what the mesh divides them into.
+        dtype: of the caches.
+        policy: all drafts of a block, always, when None.
+        cycles: of drafts that a dispatch may have; output arrives after each.
+        accept: decides which drafts stand; another one than the default is for measuring speed alone.
+        warn: called when the drafter's numbers turn out not to be finite.
+        """
+        self._params, self._configs, self._dtype = params, configs, dtype
+        self._group = row_shards()
+        self.size = -(-size // self._group) * self._group
+        self._policy = policy or FixedDrafts(configs.proposals)
+        self._cycles, self._accept = cycles, accept
+        self._warn = warn if configs.drafter else None
+        self._waiting: deque[Completion] = deque()
+        self._prefill: _Prefill | None = None
+        self._running: dict[int, Completion] = {}  # by slot
+        self._state: DecodeState | None = None
+        self._pace: dict[int, float] = {}  # seconds of a cycle by its drafts, as the last dispatch had them
+        self._over = False  # the host has ended rows that the device goes on with
+        self._held: Completion | None = None  # alone in the batch, first row: whose ids the caches hold
+        self._began: dict[Completion, float] = {}
+        self.seconds = no_seconds()  # of all that ran here
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self._waiting or self._prefill or self._running)
+
+    @property
+    def held(self) -> list[int]:
+        """The ids that the first row's caches hold, for a prompt that begins like them; none in a larger batch."""
+        return self._held.ids[:-1] if self._held else []
+
+    def admit(self, completion: Completion) -> None:
+        """Let a request wait for a free slot.
+
+        Raises:
+            DominoError: its prompt is empty or too long, or has ids outside the vocabulary; or its limit is below 1.
+        """
+        check_request(self._configs, completion.request)
+        self._began[completion] = time.perf_counter()
+        self._waiting.append(completion)
+
+    def evict(self, completion: Completion, reason: str | None = "cancelled") -> None:
+        """End a request, wherever it is; of one that is at its end already nothing changes.
+
+        Args:
+            reason: its finish_reason; None for a request that failed.
+        """
+        if completion not in self._began:
+            return
+        if completion in self._waiting:
+            self._waiting.remove(completion)
+        if reason is not None:
+            completion.finish(reason)
+        self._ended(completion)
+
+    def run(
+        self,
+        completions: Iterable[Completion],
+        update: Callable[[list[Completion]], None] | None = None,
+        stopping: Callable[[], bool] | None = None,
+    ) -> Iterator[Completion]:
+        """Admit requests, and give each at its end.
+
+        Args:
+            update: called after each step with the requests that it gave tokens to.
+            stopping: asked before each step; when true nothing more is run.
+        """
+        for completion in completions:
+            self.admit(completion)
+        while self.busy and not (stopping and stopping()):
+            changed = self.step()
+            if update:
+                update(changed)
+            yield from (c for c in changed if c.finish_reason is not None or not c.finite)
+
+    def step(self) -> list[Completion]:
+        """Run what is due of the prompts, and one dispatch of decoding; return the requests that got tokens or ended.
+
+        Raises:
+            DominoError: the device's memory is exhausted.
+        """
+        memory = (
+            f"the device has too little memory for {self.size} sequences of this length; "
+            "run fewer at a time or shorter ones."
+        )
+        try:
+            with explain_out_of_memory(memory):
+                changed = self._begin()
+                if self._running:
+                    changed += self._decode()
+        except Exception:  # the device's: what its caches hold is not known
+            lost = [*self._running.values(), *(self._prefill.completions if self._prefill else ())]
+            for c in lost:
+                self.evict(c, None)
+            self._state = self._prefill = self._held = None
+            raise
+        finally:
+            if self._state and any(x.is_deleted() for x in jax.tree.leaves(self._state)):
+                self._state = self._held = None
+        return list(dict.fromkeys(changed))
+
+    def _begin(self) -> list[Completion]:
+        """Run prompts: of an idle batch all that fit as one, else one chunk's worth."""
+        if not self._running and not self._prefill:
+            found = list(self._waiting)[: self.size]
+            lengths = [len(c.request.prompt) for c in found]
+            if found and (self.size == self._group or sum(lengths) >= FULL * self.size * max(lengths)):
+                return self._fill(found)
+        changed, budget = [], decode.LARGEST_CHUNK
+        while budget > 0 and (self._prefill or (self._waiting and len(self._running) < self.size)):
+            if self._prefill is None:
+                self._prefill = self._start()
+            budget -= self._prefill.width
+            try:
+                with timed("prefill", [self.seconds, *(c.seconds for c in self._prefill.completions)]):
+                    next(self._prefill.steps)
+            except StopIteration as end:
+                done, self._prefill = self._prefill, None
+                changed += self._insert(done.completions, end.value)
+        return changed
+
+    def _fill(self, found: list[Completion]) -> list[Completion]:
+        """Run the prompts of an idle batch as one."""
+        self._waiting = deque(list(self._waiting)[len(found) :])
+        self._running = dict(enumerate(found))
+        requests = [c.request for c in found]
+        requests += [_spare(requests[0])] * (self.size - len(found))
+        held, caches = 0, None
+        if self._state is not None:
+            caches = Caches(self._state.cache, self._state.drafter)
+            if len(found) == 1:
+                held = shared(self.held, requests[0].prompt)
+        self._state = self._held = None  # programs donate the buffers
+        with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
+            rows, prompts = rows_of(requests), [r.prompt for r in requests]
+            arguments = (self._params, self._configs, prompts, rows, self._dtype, caches, held)
+            del caches
+            state = decode.prefill_batch(*arguments)
+            del arguments
+            tokens, finite = fetch((state.token, state.finite))
+        self._state = state
+        if len(found) == 1:
+            self._held = found[0]
+            found[0].reused = decode.prefill_chunks(len(requests[0].prompt), held, state.cache.capacity).start
+        self._first(found, tokens, finite)
+        return found
+
+    def _start(self) -> _Prefill:
+        """Take as many waiting requests as a small batch beside the other has rows, and begin with their prompts."""
+        count = min(self._group, self.size - len(self._running), len(self._waiting))
+        found = [self._waiting.popleft() for _ in range(count)]
+        requests = [c.request for c in found]
+        requests += [_spare(requests[0])] * (self._group - count)
+        rows, prompts = rows_of(requests), [r.prompt for r in requests]
+        steps = decode.prefill_steps(self._params, self._configs, prompts, rows, self._dtype)
+        longest = max(map(len, prompts))
+        return _Prefill(found, steps, decode.prefill_chunks(longest, 0, longest).step)
+
+    def _insert(self, found: list[Completion], new: DecodeState) -> list[Completion]:
+        """Put prefilled requests into free slots."""
+        with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
+            tokens, finite = fetch((new.token, new.finite))
+        self._first(found, tokens, finite)
+        free = iter(sorted(set(range(self.size)) - set(self._running)))
+        slots = np.full(self._group, self.size, np.int32)
+        for row, c in enumerate(found):
+            if c in self._began:
+                slots[row] = next(free)
+                self._running[int(slots[row])] = c
+        if (slots < self.size).any():
+            with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
+                self._held = None
+                state = self._resized(self._state or self._empty(new), new)
+                self._state = None
+                self._state = decode.insert(self._configs, self._host_ends(state), new, shard_copy(slots, "-"))
+        return found
+
+    def _empty(self, like: DecodeState) -> DecodeState:
+        """A batch of free slots, with rows as those of another state."""
+        caches = decode.init_caches(self._configs, self.size, like.cache.capacity, self._dtype)
+        return decode.begin(rows_of([Request([0])] * self.size), [0] * self.size, caches)
+
+    def _resized(self, state: DecodeState, new: DecodeState | None = None) -> DecodeState:
+        """The state with the positions that the requests need now, the new ones among them."""
+        lookahead = self._configs.lookahead
+        capacity = cache.length_bucket(max(len(c.ids) - 1 for c in self._running.values()) + lookahead)
+        if new is not None:
+            capacity = max(capacity, new.cache.capacity)
+        # A smaller bucket only where requests change: what grows goes on growing.
+        if capacity > state.cache.capacity or (new is not None and capacity < state.cache.capacity):
+            state = decode.grow_caches(self._configs, state, capacity)
+        return state
+
+    def _host_ends(self, state: DecodeState) -> DecodeState:
+        """The state, told of the rows that the host has ended."""
+        if self._over:
+            done = np.array([slot not in self._running for slot in range(self.size)])
+            state, self._over = state._replace(done=shard_copy(done, "B")), False
+        return state
+
+    def _decode(self) -> list[Completion]:
+        """One dispatch of the rows that are running."""
+        running = dict(self._running)
+        rows, clocks = list(running.values()), [c.seconds for c in running.values()]
+        began, compiled = time.perf_counter(), compile_seconds()
+        with timed("decode", [self.seconds, *clocks]):
+            assert self._state is not None
+            self._state = self._resized(self._state)
+            self._state = self._host_ends(self._state)
+            greedy = all(c.request.params.temperature == 0 for c in rows)
+            case = self.size, greedy, self._state.cache.capacity
+            drafts, cycles = self._policy.next(case, rows, self._cycles)
+            if drafts in self._pace:
+                cycles = max(1, min(cycles, int(RESPONSE / self._pace[drafts])))
+            self._state, emitted = self._dispatch(drafts, cycles, greedy)
+            # The state is whole, should the user lose patience here.
+            emitted, finite = fetch((emitted, self._state.finite))
+        spent = [time.perf_counter() - began, compile_seconds() - compiled]
+        if jax.process_count() == 1 and emitted.cycles:  # several would have to agree
+            units = int(emitted.cycles) / (1 if drafts else STEPS_PER_CYCLE)
+            self._pace[drafts] = (spent[0] - spent[1]) / units
+        accepted: dict[Hashable, list[int]] = {}
+        for slot, c in running.items():
+            for i in range(int(emitted.cycles)):
+                count = int(emitted.counts[i, slot])
+                if count == 0 or c.finish_reason is not None:
+                    break
+                start, tokens = len(c.tokens), c.take(emitted.tokens[i, slot, :count].tolist())
+                if drafts:
+                    stood, proposed = int(emitted.accepted[i, slot]), emitted.drafts[i, slot].tolist()
+                    c.cycles.append(Cycle(start, tokens, stood, proposed))
+                    accepted.setdefault(c, []).append(c.cycles[-1].accepted)
+                else:
+                    c.steps += 1
+            c.wall_seconds = time.perf_counter() - self._began[c]
+            c.finite = bool(finite[slot])
+            if c.finish_reason is not None or not c.finite:
+                self._ended(c)
+        if not isinstance(self._policy, FixedDrafts):
+            seconds, compiling = broadcast_from_first(spent)
+            self._policy.observe(case, drafts, int(emitted.cycles), seconds, compiling, accepted)
+        self._check_drafts(drafts, emitted)
+        return rows
+
+    def _dispatch(self, drafts: int, cycles: int, greedy: bool) -> tuple[DecodeState, decode.Emitted]:
+        """Start at most `cycles` cycles of so many drafts, or as many plain steps as take about as long."""
+        assert self._state is not None
+        if not drafts:
+            longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(cycles * STEPS_PER_CYCLE)
+            return decode.autoregress(self._params, self._configs, self._state, longest, greedy, most)
+        configs, most = dataclasses.replace(self._configs, drafts=drafts), np.int32(cycles)
+        return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept)
+
+    def _first(self, found: list[Completion], tokens: np.ndarray, finite: np.ndarray) -> None:
+        """Note the first tokens of prefilled requests."""
+        for c, token, good in zip(found, tokens.tolist(), finite.tolist(), strict=False):
+            if c not in self._began:  # it was evicted meanwhile
+                continue
+            if good:
+                c.take([token])
+            c.finite = good
+            c.wall_seconds = time.perf_counter() - self._began[c]
+            if c.finish_reason is not None or not good:
+                self._ended(c)
+
+    def _ended(self, completion: Completion) -> None:
+        """Free its slot; the device may not know yet that the row is over."""
+        self._began.pop(completion, None)
+        for slot, other in list(self._running.items()):
+            if other is completion:
+                del self._running[slot]
+                self._over = True
+        self._policy.forget(completion)
+        if not completion.finite:
+            self._held = None
+
+    def _check_drafts(self, drafts: int, emitted: decode.Emitted) -> None:
+        """Warn, once, of a drafter whose numbers are not finite."""
+        if drafts and self._warn and drafts_look_broken(emitted):
+            warn, self._warn = self._warn, None
+            configs = dataclasses.replace(self._configs, drafts=drafts)
+            if self._state is not None and not drafter_is_finite(self._params, configs, self._state):
+                warn()
+
+
+def check_request(configs: DecodeConfig, request: Request) -> None:
+    """Refuse a request that can't be run.
+
+    Raises:
+        DominoError: see `Slots.admit`.
+    """
+    config, prompt, limit = configs.target, request.prompt, request.params.max_tokens
+    if not prompt:
+        raise DominoError("the prompt is empty; give at least one token.")
+    outside = next((i for i in prompt if not 0 <= i < config.vocab_size), None)
+    if outside is not None:
+        raise DominoError(f"the prompt has id {outside}, outside the vocabulary of {config.vocab_size}.")
+    if len(prompt) > config.positions:
+        raise DominoError(
+            f"the prompt has {len(prompt)} tokens, but the model has {config.positions} positions: shorten it."
+        )
+    fits = config.positions - len(prompt) + 1  # the last token generated is never run, so it needs no position
+    if not 1 <= limit <= fits:
+        raise DominoError(f"1 to {fits} new tokens can be had after this prompt, and {limit} are asked for.")
+
+
+def longest_first(completions: Iterable[Completion]) -> list[Completion]:
+    """Requests in the order that pads least; if memory does not suffice for the longest, that is known at once."""
+    return sorted(completions, key=lambda c: (-len(c.request.prompt), c.request.numbers))
+
+
+def rows_of(requests: Sequence[Request]) -> Rows:
+    """What is asked for each row, from the host."""
+    params = [r.params for r in requests]
+    stop = np.full((len(params), STOP_IDS), -1, np.int32)
+    for row, p in zip(stop, params, strict=True):
+        row[: len(p.stop_token_ids)] = p.stop_token_ids[:STOP_IDS]
+    largest = float(np.finfo(np.float32).max)
+    sampling = Sampling(
+        jnp.array([min(p.temperature, largest) for p in params], jnp.float32),
+        jnp.array([p.top_k for p in params], jnp.int32),
+        jnp.array([p.top_p for p in params], jnp.float32),
+        jnp.array([p.min_p for p in params], jnp.float32),
+    )
+    keys = jnp.stack([request_key(p.seed or 0, r.numbers) for p, r in zip(params, requests, strict=True)])
+    return decode.new_rows(keys, [p.max_tokens for p in params], stop, sampling, [p.coupled for p in params])
+
+
+def request_key(seed: int, numbers: Iterable[int]) -> jax.Array:
+    """The random key of a request, from the seed and its own numbers alone."""
+    return reduce(jax.random.fold_in, (np.uint32(n) for n in numbers), jax.random.key(seed))
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _spare(request: Request) -> Request:
+    """What a row that only fills the batch runs: it is over after its first token."""
+    return Request(request.prompt[:1], SamplingParams(max_tokens=1))

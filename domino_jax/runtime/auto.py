@@ -1,219 +1,219 @@
-"""How many draft tokens a cycle should verify, or none: chosen from the times of real work and observed acceptance.
+"""How many drafts the next dispatch verifies, or none: chosen from measured times and observed acceptance.
 
-Verifying J draft tokens takes t[J] and gives E[J] tokens on average; a plain step takes t[0] and gives one. The best
-choice is the greatest E[J] / t[J], summed over the rows that are running. Both are learned from the dispatches of
-generation themselves, so nothing runs that is not needed: the first few cycles have all drafts of a block, the next few
-steps none, and from then on what is better goes on, while the other is tried again now and then.
-
-Everything here is arithmetic on numbers that are the same in every process, so that all take the same decisions.
+A cycle of J drafts takes t[J] and gives a row E[J] tokens on average, a plain step takes t[0] and gives one. The best
+choice is the greatest E[J] / t[J], E averaged over the rows that run now. All is learned from real work: what may not
+pay is tried only as far as an allowance of lost time goes. Every process gets the same numbers and decides the same.
 """
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, median_low
+from typing import Any
 
 import numpy as np
 
-# Before anything is seen each draft counts as accepted with this chance, and what is seen is weighed against it, or
-# against the chance of the draft before, as if that had been seen so many times.
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, BatchCase
+
+Accepted = Mapping[Any, list[int]]  # by row, drafts accepted in each of its cycles
+MOST_SETTINGS = 4  # numbers of drafts to consider, the whole block among them; each is a program to compile
+TIMINGS = 5  # of a choice, the last, of which the median counts, and of two the shorter
+TRIES = 3  # dispatches, timed or not, after which a choice is not run again for its time alone
+GUESSED_RATIO = 2.0  # a cycle of whole-block drafts over a plain step, before either is timed
+# A trial loses the tokens that the best known choice would have given beside. They are at most FIRST_LOSS for each
+# number of slots, and this share of all. Timing drafts and plain steps at first is exempt; but where a cycle gives SURE
+# tokens, plain steps can hardly win and wait for the allowance, and until they are timed a dispatch has UNSURE cycles.
+FIRST_LOSS, SHARE, SURE, UNSURE = 8.0, 0.02, 7.0, 2
+# The chance of a first draft before any is seen. It, or that of the draft before, weighs as much as so many cycles.
 FIRST_GUESS, GUESS_WEIGHT = 0.7, 2.0
-ROW_WEIGHT = 8.0  # cycles of its own after which a row is judged by itself as much as by all others
-HALF_LIFE = 512.0  # cycles of a row after which what they told counts half: prompts differ
-ENOUGH = 8  # cycles of a row to be seen before drafts are given up
-FEWEST, HOPELESS = 3, 0.6  # ... or so few, where they seem to reach no more than this share of a plain step's rate
-MARGIN = 1.03  # by how much another choice has to be better
-CLOSE = 1.25  # choices that differ by less are timed again
-TIMINGS = 5  # the last of a choice, of which the median counts
-RETIME = 0.01  # of the time of decoding that goes to timing again
-SHORT = 3  # cycles of a dispatch that may not pay
-TRIES = 4  # dispatches of a choice without a time, since programs were compiled in them, after which it is left alone
-# Dispatches of plain steps after which drafts are tried again: twice as many after each try, at most so many.
-FIRST_PROBE, LAST_PROBE = 8, 512
+ROW_WEIGHT = 8.0  # of what all rows told, in cycles, against what the row itself told
+HALF_LIFE, ROW_HALF_LIFE = 512.0, 64.0  # cycles of a row after which what they told counts half: texts differ
+ENOUGH, WELL_KNOWN = 8, 64  # cycles to be seen before drafts are given up, and before another setting is compiled
+MARGIN, CLEAR = 1.03, 1.1  # by how much another choice has to be better, and one that is yet to be compiled
+# Dispatches of plain steps before drafts are probed: SOON where half of the rows are new or the drafts were timed once,
+# else twice as many after each probe. What was seen before a probe counts half, and at most as LEFT cycles.
+SOON, FIRST_PROBE, LAST_PROBE, LEFT = 4, 32, 512, 16.0
+CLOSE, RETIMED = 1.5, 4  # plain steps so close to drafts are timed after FIRST_PROBE, else LAST_PROBE; cycles of that
 
 
-class AcceptanceEstimate:
-    """Estimates how many of J drafts are accepted, from cycles that had any number of them.
+class _Acceptance:
+    """Drafts accepted of those tried, by their place in the block: tried are those before which none was rejected."""
 
-    Draft j of a cycle is tried if it was proposed and the j - 1 before it were accepted; the chance of the j-th is
-    estimated among those. A cycle of few drafts thus says nothing about what would have come after them, and the
-    chance of a draft that was never tried is that of the one before.
-    """
-
-    def __init__(self, most: int):
-        """Args: most: J of a whole block."""
-        self.tried = np.zeros(most)
-        self.stood = np.zeros(most)
+    def __init__(self, most: int, half_life: float):
+        self.counts = np.zeros((2, most))  # drafts tried, drafts accepted
+        self.half_life = half_life
         self.seen = 0  # cycles
 
-    def add(self, accepted: Sequence[int], drafts: int) -> None:
+    def add(self, accepted: list[int], drafts: int) -> None:
         """Note cycles of `drafts` drafts each, by how many of them were accepted."""
-        self.fade(0.5 ** (len(accepted) / HALF_LIFE))
-        place, counts = np.arange(drafts), np.array(accepted)[:, None]
-        self.tried[:drafts] += (counts >= place).sum(axis=0)
-        self.stood[:drafts] += (counts > place).sum(axis=0)
+        place, counts = np.arange(drafts), np.array(accepted, np.int64)[:, None]
+        self.counts *= 0.5 ** (len(accepted) / self.half_life)
+        self.counts[:, :drafts] += [(counts >= place).sum(axis=0), (counts > place).sum(axis=0)]
         self.seen += len(accepted)
 
-    def fade(self, share: float) -> None:
-        """Let what was seen so far count less."""
-        self.tried *= share
-        self.stood *= share
-
     def chances(self) -> np.ndarray:
-        """Of each draft [J] to be accepted after those before it."""
-        chance, chances = FIRST_GUESS, []
-        for tried, stood in zip(self.tried, self.stood, strict=True):
-            chance = (stood + GUESS_WEIGHT * chance) / (tried + GUESS_WEIGHT)
-            chances.append(chance)
-        return np.array(chances)
-
-
-def expected_tokens(chances: np.ndarray) -> np.ndarray:
-    """E [..., J + 1], the tokens that a cycle of 0, 1, ..., J drafts gives: one, and the drafts accepted."""
-    one = np.ones((*chances.shape[:-1], 1))
-    return np.cumsum(np.concatenate([one, np.cumprod(chances, axis=-1)], axis=-1), axis=-1)
+        """The chance [J] of each draft, given that those before it were accepted."""
+        chances = [FIRST_GUESS]
+        for tried, accepted in self.counts.T.tolist():
+            chances.append((accepted + GUESS_WEIGHT * chances[-1]) / (tried + GUESS_WEIGHT))
+        return np.array(chances[1:])
 
 
 @dataclass
-class _Case:
-    """What is known of one kind of dispatch, such as those of eight greedy rows in one length bucket."""
+class _Times:
+    """What is known of one case's times."""
 
-    times: dict[int, deque[float]] = field(default_factory=dict)  # seconds of a cycle by its drafts, 0 for a step
-    tries: dict[int, int] = field(default_factory=dict)  # dispatches without a time
-    since: float = 0.0  # seconds since another choice was last timed
-    owed: int = 0  # cycles of a row to be seen before drafts may be given up
-    plain: int = 0  # dispatches of plain steps since drafts were last tried
-    patience: int = FIRST_PROBE  # of them before the next try
-    drafts: int = -1  # what goes on between the tries; 0 for plain steps, -1 before anything is known
+    prior: dict[int, float]  # seconds by drafts, 0 for a plain step: another case's, or a guess
+    fresh: bool  # whether no case with as many slots was timed before
+    timings: dict[int, deque[float]] = field(default_factory=dict)
+    untimed: Counter[int] = field(default_factory=Counter)  # dispatches without a time, by drafts
+    drafts: int = -1  # the choice, trials aside; -1 before the first
+
+    def known(self) -> dict[int, float]:
+        """Seconds by drafts: the medians of this case's own timings, else the prior scaled to them."""
+        own = {j: median_low(seconds) for j, seconds in self.timings.items()}
+        scale = fmean([own[j] / self.prior[j] for j in own if j in self.prior] or [1.0])
+        return {j: seconds * scale for j, seconds in self.prior.items()} | own
+
+    def timed(self, drafts: int) -> int:
+        """How often a choice was timed, at most `TIMINGS`."""
+        return len(self.timings.get(drafts, ()))
+
+    def wanted(self, drafts: int) -> bool:
+        """Whether a choice is to be run for its time at once; drafts twice, or one slow cycle could rule them out."""
+        timed = self.timed(drafts)
+        return self.fresh and timed < (2 if drafts else 1) and timed + self.untimed[drafts] < TRIES
 
 
 class AutoDrafts:
-    """A `slots.DraftPolicy` that learns what is faster."""
+    """A `slots.DraftPolicy` that takes what is faster; `most` is J of a whole block."""
 
     def __init__(self, most: int):
-        """Args: most: J of a whole block."""
-        self.most = most
-        # Each number of drafts is a program to compile: few are considered.
-        self.candidates = sorted({most, *(round(most * share) for share in (0.25, 0.5, 0.75))} - {0})
-        self._cases: dict[Hashable, _Case] = {}
-        self._overall = AcceptanceEstimate(most)
-        self._rows: dict[Hashable, AcceptanceEstimate] = {}
-        self._last: Hashable = None
-        self._decoding = self._compiling = 0.0  # seconds in all, and of the slowest program's compilation
+        self._most = most
+        self._settings = sorted({round(j) for j in np.linspace(1, most, min(most, MOST_SETTINGS))})
+        self._cases: dict[BatchCase, _Times] = {}
+        self._texts = {greedy: _Acceptance(most, HALF_LIFE) for greedy in (False, True)}
+        self._rows: dict[Hashable, _Acceptance] = {}
+        self._waited, self._patience = 0, FIRST_PROBE  # dispatches since the last trial, and plain ones before a probe
+        self._tokens = self._lost = self._allowed = 0.0  # of a row: decoded; lost by trials; that may be lost at first
+        self._last, self._trial = (0, False, 0), False  # the last dispatch's case, and whether it was to learn
+        self._expected = np.ones(most + 1)  # E when it was chosen
 
-    def next(self, case: Hashable, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
-        """Draft tokens of the next dispatch, 0 for plain steps, and its cycles; see `slots.DraftPolicy`."""
-        known, self._last = self._case(case), case
-        for drafts in (self.most, 0):
-            if self._time(case, drafts) is None and known.tries.get(drafts, 0) < TRIES:
-                # The first dispatch of all compiles its program, and says nothing about time.
-                return drafts, min(longest, SHORT if drafts and known.tries.get(drafts) else 1)
-        rates = self.rates(case, rows)
-        best = max(rates, key=lambda j: rates[j]) if rates else self.most
-        if known.drafts in rates and rates[best] <= MARGIN * rates[known.drafts]:
-            best = known.drafts
-        drafting = {j: rate for j, rate in rates.items() if j}
-        if best == 0 and drafting:
-            hopeless = max(drafting.values()) < HOPELESS * rates[0] and known.owed <= ENOUGH - FEWEST
-            if known.owed > 0 and not hopeless and self._can_pay(case):
-                return self.most, min(longest, SHORT, -(-known.owed // len(rows)))
-            known.plain += 1
-            if known.plain > known.patience and self._can_pay(case):
-                # Look again: the texts may have changed, and what they were like counts half from here on.
-                self._overall.fade(0.5)
-                known.plain, known.patience, known.owed = 0, min(2 * known.patience, LAST_PROBE), ENOUGH
-            known.drafts = 0
-            return 0, longest
-        if best:
-            known.plain, known.patience = 0, FIRST_PROBE
-            if 0 in rates and rates[best] < CLOSE * rates[0] and self._due(case, 0):
-                return 0, 1
-        known.drafts = best
-        return best, longest
+    def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+        """J of the next dispatch, 0 for plain steps, and how many cycles it may have.
 
-    def observe(
-        self,
-        case: Hashable,
-        drafts: int,
-        cycles: int,
-        seconds: float,
-        compiling: float,
-        accepted: Mapping[Hashable, list[int]],
-    ) -> None:
-        """Note what a dispatch did; see `slots.DraftPolicy`."""
-        known = self._case(case)
-        self._decoding += seconds - compiling
-        if compiling:
-            known.tries[drafts] = known.tries.get(drafts, 0) + 1
-            self._compiling = max(self._compiling, compiling)
-        elif cycles:
-            known.since = 0.0 if drafts != known.drafts else known.since + seconds
-            known.times.setdefault(drafts, deque(maxlen=TIMINGS)).append(seconds / cycles)
-        for row, counts in accepted.items():
-            if counts and drafts:
-                self._overall.add(counts, drafts)
-                self._rows.setdefault(row, AcceptanceEstimate(self.most)).add(counts, drafts)
-                known.owed = max(0, known.owed - len(counts))
+        Args:
+            case: times are those of one case, and acceptance that of greedy or of other rows.
+            rows: ids of the requests that are not finished.
+            longest: cycles that a dispatch may have, each of drafts or of `STEPS_PER_CYCLE` plain steps.
+        """
+        self._last, texts = case, self._texts[case[1]]
+        times = self._cases.get(case) or self._open(case)
+        known, expected = times.known(), self._expect(texts, rows)
+        rates = {j: float(expected[j]) / seconds for j, seconds in known.items()}
+        best = max(rates, key=lambda j: rates[j])
+        if rates[best] > MARGIN * rates.get(times.drafts, 0.0):
+            times.drafts = best
+        best, self._expected = times.drafts, expected
+        self._patience = FIRST_PROBE if best else self._patience
+        drafts, cycles = self._trial_of(times, rates, rows, texts.seen)
+        if drafts != best and not (times.wanted(drafts) and (drafts or expected[self._most] < SURE)):
+            # In tokens of the best choice, what a cycle takes beyond those it gives.
+            loss = (1 if drafts else STEPS_PER_CYCLE) * (known[drafts] * rates[best] - float(expected[drafts]))
+            left = self._allowed + SHARE * self._tokens - self._lost
+            cycles = min(cycles, max(0, int(left / loss))) if loss > 0 else cycles
+        self._trial = cycles > 0
+        self._waited = 0 if self._trial else self._waited + 1
+        if not self._trial:
+            drafts = self._promising(times, rates[best], texts.seen) or best
+            return drafts, min(longest, UNSURE) if times.wanted(0) else longest
+        if drafts > best == 0 and texts.seen >= ENOUGH:
+            self._patience = min(2 * self._patience, LAST_PROBE)
+            for told in (texts, *(self._rows[row] for row in rows if row in self._rows)):
+                told.counts *= min(0.5, LEFT / max(LEFT, told.counts[0, 0]))
+        return drafts, min(cycles, longest)
+
+    def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Accepted) -> None:
+        """Note what a dispatch did that `next` chose.
+
+        Args:
+            cycles: that ran; of plain steps, how many steps.
+            seconds: of the whole dispatch; None if a program was compiled in it.
+            accepted: not read for plain steps.
+        """
+        if not cycles:
+            return
+        times = self._cases.get(case) or self._open(case)
+        if seconds is None:
+            times.untimed[drafts] += 1
+        else:
+            times.timings.setdefault(drafts, deque(maxlen=TIMINGS)).append(seconds / cycles)
+        told = accepted if drafts else {}
+        for row, counts in told.items():
+            self._rows.setdefault(row, _Acceptance(self._most, ROW_HALF_LIFE)).add(counts, drafts)
+            self._texts[case[1]].add(counts, drafts)
+        tokens = fmean(len(counts) + sum(counts) for counts in told.values()) if told else cycles
+        self._tokens += tokens
+        known = times.known()
+        if self._trial:
+            rate = max(float(self._expected[j]) / time for j, time in known.items())
+            self._lost += max(0.0, (known[drafts] * cycles if seconds is None else seconds) * rate - tokens)
 
     def forget(self, row: Hashable) -> None:
-        """Note that a request is at its end."""
+        """Note that a request is finished."""
         self._rows.pop(row, None)
 
-    def rates(self, case: Hashable, rows: Sequence[Hashable]) -> dict[int, float]:
-        """Tokens a second of all rows for each choice that has a time, or may be worth its first."""
-        overall = self._overall.chances()
-        chances = np.tile(overall, (max(len(rows), 1), 1))
-        for i, row in enumerate(rows):
-            if (own := self._rows.get(row)) is not None:
-                chances[i] = (own.stood + ROW_WEIGHT * overall) / (own.tried + ROW_WEIGHT)
-        expected = expected_tokens(chances).sum(axis=0)
-        found = {}
-        for drafts in (0, *self.candidates):
-            seconds = self._time(case, drafts)
-            if seconds is not None:
-                found[drafts] = float(expected[drafts]) / seconds
-        return found
-
-    def _case(self, case: Hashable) -> _Case:
-        if case not in self._cases:
-            self._cases[case] = _Case(owed=max(0, ENOUGH - self._overall.seen))
-        return self._cases[case]
-
-    def _time(self, case: Hashable, drafts: int) -> float | None:
-        """Seconds of a cycle: the median of the last ones, or an estimate from other choices and other cases."""
-        known = self._cases.get(case, _Case())
-        if known.times.get(drafts):
-            return float(np.median(known.times[drafts]))
-        if known.times:  # another case tells how the two compare
-            have = next(iter(known.times))
-            for other in reversed(self._cases.values()):
-                if other is not known and other.times.get(drafts) and other.times.get(have):
-                    ratio = np.median(other.times[drafts]) / np.median(other.times[have])
-                    return float(np.median(known.times[have]) * ratio)
-        timed = known.times.get(0) and known.times.get(self.most)
-        if 0 < drafts < self.most and timed and known.tries.get(drafts, 0) < TRIES:
-            # It costs a program: in as long as was decoded so far it has to win what compiling one takes.
-            plain, whole = (float(np.median(known.times[j])) for j in (0, self.most))
-            price = 1 + self._compiling / max(self._decoding, 1e-9)
-            return price * (plain + (whole - plain) * drafts / self.most)
-        return None
-
-    def _can_pay(self, case: Hashable) -> bool:
-        """Whether drafts would beat plain steps if every one were accepted."""
-        times = {j: self._time(case, j) for j in (0, *self.candidates)}
-        plain = times.pop(0)
-        return plain is None or any(t is not None and (j + 1) * plain > t for j, t in times.items())
-
-    def _due(self, case: Hashable, drafts: int) -> bool:
-        """Whether enough was decoded since for another choice to be timed again."""
-        seconds = self._time(case, drafts)
-        return seconds is not None and SHORT * seconds < RETIME * self._cases[case].since
-
     def __str__(self) -> str:
-        known = self._cases.get(self._last)
-        if known is None or known.drafts < 0:
-            return "nothing chosen yet"
-        said = f"{known.drafts} of {self.most}" if known.drafts else "plain steps"
-        plain, whole = self._time(self._last, 0), self._time(self._last, self.most)
-        if plain is None or whole is None:
-            return said
-        return f"{said} (plain step {plain * 1e3:.2f} ms, cycle of {self.most} {whole * 1e3:.2f} ms)"
+        times = self._cases.get(self._last)
+        if not times or not times.timings:
+            return "not timed yet"
+        known, shown = times.known(), times.drafts if times.drafts > 0 else self._most
+        what = f"{times.drafts} of {self._most}" if times.drafts > 0 else "plain steps"
+        return f"{what} (plain step {known[0] * 1e3:.2f} ms, cycle of {shown} {known[shown] * 1e3:.2f} ms)"
+
+    def _open(self, case: BatchCase) -> _Times:
+        """Begin a case with the times of the one that is most like it."""
+        like = {
+            (abs(math.log(slots / case[0])), abs(math.log(capacity / case[2]))): times.known()
+            for (slots, greedy, capacity), times in self._cases.items()
+            if greedy == case[1] and (not times.fresh or {0, self._most} <= times.timings.keys())
+        }
+        fresh = not any(distance == 0 for distance, _ in like)
+        self._allowed += FIRST_LOSS * all(other[:2] != case[:2] for other in self._cases)
+        prior = like[min(like)] if like else {0: 1.0, self._most: GUESSED_RATIO}
+        return self._cases.setdefault(case, _Times(prior, fresh))
+
+    def _expect(self, texts: _Acceptance, rows: Sequence[Hashable]) -> np.ndarray:
+        """E [J + 1], tokens that a cycle of 0, 1, ..., J drafts gives the mean row: one, and the drafts accepted."""
+        nothing = np.zeros((2, self._most))
+        own = np.array([self._rows[row].counts if row in self._rows else nothing for row in rows] or [nothing])
+        chances = (own[:, 1] + ROW_WEIGHT * texts.chances()) / (own[:, 0] + ROW_WEIGHT)
+        return 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(chances, axis=1).mean(axis=0))])
+
+    def _trial_of(self, times: _Times, rates: dict[int, float], rows: Sequence[Hashable], seen: int) -> tuple[int, int]:
+        """Drafts and cycles of a dispatch that would teach something; no cycles if nothing is to be learned now."""
+        if wanted := [j for j in (self._most, 0) if times.wanted(j)]:
+            return min(wanted, key=lambda j: times.untimed[j] + times.timed(j)), 1
+        other = 0 if times.drafts else self._most
+        unsure = times.fresh and times.timed(other) < 2
+        if times.drafts:
+            rare = FIRST_PROBE if rates[0] * CLOSE > rates[times.drafts] else LAST_PROBE
+            return 0, RETIMED * (self._waited >= (SOON if unsure else rare))
+        known = times.known()
+        if not any((j + 1) * known[0] > known[j] for j in known if j):  # even if all drafts were accepted
+            return other, int(self._waited >= (LAST_PROBE if times.timed(other) > 2 else FIRST_PROBE))
+        new = 2 * sum(row not in self._rows for row in rows) >= len(rows)
+        if seen < ENOUGH or self._waited >= (SOON if new else self._patience):
+            return other, max(2, -(-ENOUGH // max(1, len(rows))))
+        return other, int(unsure and self._waited >= SOON)
+
+    def _promising(self, times: _Times, best: float, seen: int) -> int:
+        """Drafts that were never run here, if they are likely to be clearly better than this rate; else 0."""
+        known = times.known()
+        untried = [j for j in self._settings if j not in known and times.untimed[j] < TRIES]
+        if not untried or seen < WELL_KNOWN or any(times.wanted(j) for j in (0, self._most)):
+            return 0
+        likely = np.interp(untried, sorted(known), [known[j] for j in sorted(known)])
+        rates = self._expected[untried] / likely
+        return untried[int(rates.argmax())] if rates.max() > CLEAR * best else 0

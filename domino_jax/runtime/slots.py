@@ -112,14 +112,17 @@ class Completion:
         self.finish_reason = reason
 
 
+BatchCase = tuple[int, bool, int]  # slots, whether all rows are greedy, capacity of the caches
+
+
 class DraftPolicy(Protocol):
     """Decides how many draft tokens the cycles of each dispatch have. It never changes greedy output."""
 
-    def next(self, case: Hashable, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+    def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
         """Draft tokens a cycle of the next dispatch, 0 for plain steps, and its cycles.
 
         Args:
-            case: what the time of a cycle depends on besides.
+            case: what the time of a cycle depends on besides: slots, whether all rows are greedy, capacity.
             rows: the requests that are running.
             longest: cycles of drafts that a dispatch may have; STEPS_PER_CYCLE times as many plain steps.
         """
@@ -127,17 +130,17 @@ class DraftPolicy(Protocol):
 
     def observe(
         self,
-        case: Hashable,
+        case: BatchCase,
         drafts: int,
         cycles: int,
-        seconds: float,
-        compiling: float,
+        seconds: float | None,
         accepted: Mapping[Hashable, list[int]],
     ) -> None:
         """Note what a dispatch did.
 
         Args:
-            seconds: that it took, of which so many went to `compiling`.
+            cycles: that it ran; of plain steps, how many steps.
+            seconds: that it took; None where a program was compiled in it.
             accepted: by request, of each of its cycles.
         """
         ...
@@ -153,12 +156,10 @@ class FixedDrafts:
 
     drafts: int
 
-    def next(self, case: Hashable, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+    def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
         return self.drafts, longest
 
-    def observe(
-        self, case: Hashable, drafts: int, cycles: int, seconds: float, compiling: float, accepted: Any
-    ) -> None:
+    def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Any) -> None:
         pass
 
     def forget(self, row: Hashable) -> None:
@@ -436,7 +437,7 @@ class Slots:
                 self._ended(c)
         if not isinstance(self._policy, FixedDrafts):
             seconds, compiling = broadcast_from_first(spent)
-            self._policy.observe(case, drafts, int(emitted.cycles), seconds, compiling, accepted)
+            self._policy.observe(case, drafts, int(emitted.cycles), None if compiling else seconds, accepted)
         self._check_drafts(drafts, emitted)
         return rows
 

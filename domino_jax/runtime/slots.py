@@ -146,7 +146,7 @@ class DraftPolicy(Protocol):
         ...
 
     def forget(self, row: Hashable) -> None:
-        """Note that a request is at its end."""
+        """Note that a request is at its end, after its last dispatch was observed."""
         ...
 
 
@@ -433,12 +433,13 @@ class Slots:
                     c.steps += 1
             c.wall_seconds = time.perf_counter() - self._began[c]
             c.finite = bool(finite[slot])
-            if c.finish_reason is not None or not c.finite:
-                self._ended(c)
         if not isinstance(self._policy, FixedDrafts):
             seconds, compiling = broadcast_from_first(spent)
             self._policy.observe(case, drafts, int(emitted.cycles), None if compiling else seconds, accepted)
         self._check_drafts(drafts, emitted)
+        for c in rows:
+            if c.finish_reason is not None or not c.finite:
+                self._ended(c)
         return rows
 
     def _dispatch(self, drafts: int, cycles: int, greedy: bool) -> tuple[DecodeState, decode.Emitted]:

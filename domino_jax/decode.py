@@ -26,7 +26,8 @@ from domino_jax.cache import KVCache
 from domino_jax.config import TargetConfig
 from domino_jax.drafters.base import Drafter, DraftTokens, View
 from domino_jax.errors import DominoError
-from domino_jax.sampling import Sampling, finite_logits, probabilities, sample
+from domino_jax.processors import Processors, count_tokens, process_logits
+from domino_jax.sampling import Sampling, finite_logits, pick, probabilities, sample
 from domino_jax.sharding import shard_copy, zeros
 from domino_jax.weights import Params
 
@@ -45,6 +46,8 @@ class DecodeConfig:
 
     `attention` is its backend on this device (`attention.available_backends`).
 
+    `logprobs` asks for those of so many likeliest tokens at each position, and of the chosen one; of none when 0.
+
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals.
     """
@@ -53,6 +56,7 @@ class DecodeConfig:
     drafter: Drafter | None = None
     drafts: int | None = None
     attention: Backend = "xla"
+    logprobs: int = 0
 
     def __post_init__(self) -> None:
         if self.drafts is not None and not 1 <= self.drafts <= (self.drafter.most if self.drafter else 0):
@@ -99,6 +103,7 @@ class DecodeState(NamedTuple):
     done: Array  # [B] bool, a stop token was emitted, the limit reached, or a logit was not finite
     finite: Array  # [B] bool, every token was chosen by finite logits; where not, what precedes the choice was emitted
     rows: Rows  # what is asked
+    processors: Processors | None  # what changes the logits; None in programs that know of none
     cache: KVCache  # the target's keys and values
     drafter: Any  # the drafter's state of the same positions; None without a drafter
 
@@ -110,6 +115,14 @@ class Caches(NamedTuple):
     drafter: Any  # None without a drafter
 
 
+class Logprobs(NamedTuple):
+    """Log-probabilities of the target itself, before temperature, filters and penalties."""
+
+    chosen: Array  # [..., T] float32, of the tokens that were taken
+    ids: Array  # [..., T, K] int32, the likeliest tokens, the likeliest first
+    values: Array  # [..., T, K] float32
+
+
 class Emitted(NamedTuple):
     """What some cycles gave; C is the number a dispatch may run, J = 0 for autoregressive steps."""
 
@@ -118,6 +131,7 @@ class Emitted(NamedTuple):
     counts: Array  # [C, B] int32, 0 for a row that was already done
     accepted: Array  # [C, B] int32, drafts accepted, counted whole even where a stop cut the output
     drafts: Array  # [C, B, J] int32, what was proposed
+    logprobs: Logprobs | None  # [C, B, J + 1], where asked for
 
 
 def new_rows(
@@ -153,7 +167,7 @@ def init_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: jnp.dty
     return Caches(kv.init_cache(configs.target, batch, capacity, dtype), drafter)
 
 
-def begin(rows: Rows, lengths: Sequence[int], caches: Caches) -> DecodeState:
+def begin(rows: Rows, lengths: Sequence[int], caches: Caches, processors: Processors | None = None) -> DecodeState:
     """The state of rows that have prompts of these lengths; `prefill` runs them. A row of length 0 is done."""
     batch, empty = len(lengths), np.array(lengths) == 0
     return DecodeState(
@@ -163,6 +177,7 @@ def begin(rows: Rows, lengths: Sequence[int], caches: Caches) -> DecodeState:
         done=shard_copy(empty, "B"),
         finite=shard_copy(np.ones(batch, bool), "B"),
         rows=rows,
+        processors=processors,
         cache=caches.target,
         drafter=caches.drafter,
     )
@@ -183,7 +198,7 @@ def prefill_batch(
         try:
             next(steps)
         except StopIteration as end:
-            return end.value
+            return end.value[0]
 
 
 def prefill_steps(
@@ -194,7 +209,8 @@ def prefill_steps(
     dtype: jnp.dtype,
     caches: Caches | None = None,
     held: int = 0,
-) -> Generator[None, None, DecodeState]:
+    processors: Processors | None = None,
+) -> Generator[None, None, tuple[DecodeState, Logprobs | None]]:
     """Run the prompts, in chunks, and commit each row's first token, which counts as generated.
 
     Where an earlier state's caches already hold how every prompt begins, only what follows is run. At least the last
@@ -207,12 +223,13 @@ def prefill_steps(
         caches: those of an earlier state of as many rows, donated; new ones when None.
         held: positions of which `caches` hold keys and values of the prompts' own first ids, the drafter's context
             too if there is one. A row whose prompt is not longer gets a first token without meaning.
+        processors: donated; None where no row's logits are changed.
 
     Yields:
         Between chunks, so that something else can run there.
 
     Returns:
-        The state.
+        The state, and the first tokens' log-probabilities [B, 1], where asked for.
     """
     batch, longest = len(prompts), max(map(len, prompts))
     capacity = kv.length_bucket(longest + configs.lookahead)
@@ -221,7 +238,8 @@ def prefill_steps(
     for row, prompt in zip(tokens, prompts, strict=True):
         rest = prompt[offsets.start :]
         row[: len(rest)] = rest
-    state = begin(rows, [len(p) for p in prompts], caches or init_caches(configs, batch, capacity, dtype))
+    caches = caches or init_caches(configs, batch, capacity, dtype)
+    state = begin(rows, [len(p) for p in prompts], caches, processors)
     del caches  # they are the state's now
     if state.cache.capacity != capacity:
         state = grow_caches(configs, state, capacity)
@@ -280,13 +298,16 @@ def prefill(
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=2)
-def first_token(params: Params, configs: DecodeConfig, state: DecodeState, last: Array) -> DecodeState:
+def first_token(
+    params: Params, configs: DecodeConfig, state: DecodeState, last: Array
+) -> tuple[DecodeState, Logprobs | None]:
     """Commit the target's next token after the prompt: the first generated one, and the first anchor.
 
     A row whose logits are not finite is done, and its token means nothing.
     """
     sampling = state.rows.sampling
-    logits = target.logits(params.target, configs.target, last[:, None])
+    plain = target.logits(params.target, configs.target, last[:, None])
+    logits = _processed(state, plain, jnp.zeros((plain.shape[0], 0), jnp.int32))
     keys = _draw_keys(state.rows.keys, state.length[:, None])
     token = sample(keys[..., 0], probabilities(logits, sampling))[:, 0]
     token = jnp.where(sampling.temperature > 0, token, jnp.argmax(logits, axis=-1)[:, 0]).astype(jnp.int32)
@@ -294,7 +315,25 @@ def first_token(params: Params, configs: DecodeConfig, state: DecodeState, last:
     finite = finite_logits(logits, sampling.temperature)[:, 0]
     stopped = _stops(token[:, None], state.rows.stop)[:, 0]
     done = stopped | (emitted >= state.rows.limit) | ~finite
-    return state._replace(token=token, emitted=emitted, done=done, finite=finite)
+    processors = state.processors and count_tokens(state.processors, token[:, None], finite.astype(jnp.int32))
+    state = state._replace(token=token, emitted=emitted, done=done, finite=finite, processors=processors)
+    return state, _logprobs(configs, plain, token[:, None])
+
+
+def _processed(state: DecodeState, logits: Array, drafts: Array) -> Array:
+    """The logits that tokens are chosen by; see `processors.process_logits`."""
+    if state.processors is None:
+        return logits
+    return process_logits(logits, drafts, state.emitted, state.rows.stop, state.processors)
+
+
+def _logprobs(configs: DecodeConfig, logits: Array, tokens: Array) -> Logprobs | None:
+    """Of logits [B, T, V], those of tokens [B, T] and of the likeliest."""
+    if not configs.logprobs:
+        return None
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    values, ids = jax.lax.top_k(logprobs, min(configs.logprobs, configs.target.vocab_size))
+    return Logprobs(pick(logprobs, tokens), ids.astype(jnp.int32), values)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -317,12 +356,7 @@ def insert(configs: DecodeConfig, state: DecodeState, new: DecodeState, slots: A
         cache=jax.tree.map(lambda _: kv.POSITIONS, state.cache),
         drafter=_position_axes(configs.drafter, state.token.shape[0]),
     )
-    keys = jax.random.wrap_key_data(
-        put(jax.random.key_data(state.rows.keys), jax.random.key_data(new.rows.keys), -1),
-        impl=jax.random.key_impl(state.rows.keys),
-    )
-    drafted = jax.tree.map(put, state, new, axes)
-    return drafted._replace(rows=drafted.rows._replace(keys=keys))
+    return jax.tree.map(put, state, new, axes)
 
 
 def position_keys(state: DecodeState, proposals: int) -> Array:
@@ -396,12 +430,12 @@ def speculate(
     """
     assert configs.drafter is not None, "speculate needs a drafter; autoregress does without"
 
-    def cycle(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
+    def cycle(state: DecodeState) -> tuple[DecodeState, _Cycle]:
         keys = None if greedy else position_keys(state, configs.proposals)
         draft, state = propose(params, configs, state, None if keys is None else keys[:, :-1, 0])
         return _verify(params, configs, state, draft, keys, accept)
 
-    return _loop(cycle, state, cycles, most, configs.proposals, configs.lookahead)
+    return _loop(cycle, state, cycles, most, configs, configs.proposals)
 
 
 @partial(jax.jit, static_argnums=(1, 3, 4), donate_argnums=2)
@@ -419,11 +453,11 @@ def autoregress(
     the autoregressive baseline.
     """
 
-    def step(state: DecodeState) -> tuple[DecodeState, Array, Array, Array, Array]:
+    def step(state: DecodeState) -> tuple[DecodeState, _Cycle]:
         none = DraftTokens(jnp.zeros((state.token.shape[0], 0), jnp.int32), None)
         return _verify(params, configs, state, none, None if greedy else position_keys(state, 0), accept)
 
-    return _loop(step, state, cycles, most, 0, configs.lookahead)
+    return _loop(step, state, cycles, most, configs, 0)
 
 
 def propose(
@@ -455,6 +489,16 @@ def view(params: Params, configs: DecodeConfig, state: DecodeState) -> View:
     )
 
 
+class _Cycle(NamedTuple):
+    """What one cycle gave; the fields are those of Emitted, without C."""
+
+    tokens: Array
+    counts: Array
+    accepted: Array
+    drafts: Array
+    logprobs: Logprobs | None
+
+
 def _verify(
     params: Params,
     configs: DecodeConfig,
@@ -462,10 +506,11 @@ def _verify(
     draft: DraftTokens,
     keys: Array | None,
     accept: Accept,
-) -> tuple[DecodeState, Array, Array, Array, Array]:
+) -> tuple[DecodeState, _Cycle]:
     """Run the target over the drafts, accept, tell the drafter, and commit: the rest of a cycle after the proposal."""
-    logits, features, cache = run_target(params, configs, state, draft.tokens)
+    plain, features, cache = run_target(params, configs, state, draft.tokens)
     with jax.named_scope("verify"):
+        logits = _processed(state, plain, draft.tokens)
         accepted, bonus = accept(keys, draft, logits, state)
         chosen = verify.prefix_length(finite_logits(logits, state.rows.sampling.temperature))
     tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
@@ -477,8 +522,9 @@ def _verify(
     sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
     state, counts = commit(state, sequence, jnp.minimum(accepted + 1, chosen))
     broken = ~state.done & (chosen <= accepted)
-    state = state._replace(done=state.done | broken, finite=state.finite & ~broken)
-    return state, sequence, counts, accepted, draft.tokens
+    processors = state.processors and count_tokens(state.processors, sequence, counts)
+    state = state._replace(done=state.done | broken, finite=state.finite & ~broken, processors=processors)
+    return state, _Cycle(sequence, counts, accepted, draft.tokens, _logprobs(configs, plain, sequence))
 
 
 def _observe(
@@ -580,34 +626,40 @@ _resized = jax.jit(kv.resize, static_argnums=(1, 2))
 
 
 def _loop(
-    cycle, state: DecodeState, cycles: int, most: Array | np.integer | None, proposals: int, lookahead: int
+    cycle: Callable[[DecodeState], tuple[DecodeState, _Cycle]],
+    state: DecodeState,
+    cycles: int,
+    most: Array | np.integer | None,
+    configs: DecodeConfig,
+    proposals: int,
 ) -> tuple[DecodeState, Emitted]:
-    """Run `cycle` while there is work and room, collecting what it emits."""
-    batch = state.token.shape[0]
-    bound = cycles if most is None else jnp.minimum(most, cycles)
-    emitted = Emitted(
-        cycles=jnp.zeros((), jnp.int32),
-        tokens=jnp.zeros((cycles, batch, proposals + 1), jnp.int32),
-        counts=jnp.zeros((cycles, batch), jnp.int32),
-        accepted=jnp.zeros((cycles, batch), jnp.int32),
-        drafts=jnp.zeros((cycles, batch, proposals), jnp.int32),
+    """Run `cycle`, of so many proposals, while there is work and room, collecting what it emits."""
+    bound, lookahead = cycles if most is None else jnp.minimum(most, cycles), configs.lookahead
+    size = cycles, state.token.shape[0]
+    likeliest = min(configs.logprobs, configs.target.vocab_size)
+    nothing = _Cycle(
+        tokens=jnp.zeros((*size, proposals + 1), jnp.int32),
+        counts=jnp.zeros(size, jnp.int32),
+        accepted=jnp.zeros(size, jnp.int32),
+        drafts=jnp.zeros((*size, proposals), jnp.int32),
+        logprobs=Logprobs(
+            jnp.zeros((*size, proposals + 1), jnp.float32),
+            jnp.zeros((*size, proposals + 1, likeliest), jnp.int32),
+            jnp.zeros((*size, proposals + 1, likeliest), jnp.float32),
+        )
+        if likeliest
+        else None,
     )
 
-    def more(carry: tuple[DecodeState, Emitted]) -> Array:
-        state, emitted = carry
+    def more(carry: tuple[DecodeState, Array, _Cycle]) -> Array:
+        state, ran, _ = carry
         room = state.done | (state.length + lookahead <= state.cache.capacity)
-        return (emitted.cycles < bound) & ~state.done.all() & room.all()
+        return (ran < bound) & ~state.done.all() & room.all()
 
-    def body(carry: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:
-        state, emitted = carry
-        state, tokens, counts, accepted, drafts = cycle(state)
-        i = emitted.cycles
-        return state, Emitted(
-            cycles=i + 1,
-            tokens=emitted.tokens.at[i].set(tokens),
-            counts=emitted.counts.at[i].set(counts),
-            accepted=emitted.accepted.at[i].set(accepted),
-            drafts=emitted.drafts.at[i].set(drafts),
-        )
+    def body(carry: tuple[DecodeState, Array, _Cycle]) -> tuple[DecodeState, Array, _Cycle]:
+        state, ran, emitted = carry
+        state, new = cycle(state)
+        return state, ran + 1, jax.tree.map(lambda held, x: held.at[ran].set(x), emitted, new)
 
-    return jax.lax.while_loop(more, body, (state, emitted))
+    state, ran, emitted = jax.lax.while_loop(more, body, (state, jnp.zeros((), jnp.int32), nothing))
+    return state, Emitted(ran, *emitted)

@@ -20,6 +20,12 @@ class SamplingParams:
     Temperature 0 is greedy, and the filters' defaults are off. A temperature below GREEDY_BELOW becomes 0.
 
     Args:
+        repetition_penalty: of tokens of prompt and output; 1 is off.
+        presence_penalty, frequency_penalty: of tokens of the output; 0 is off.
+        logit_bias: tokens and what is added to their logits.
+        min_tokens: before which no stop id can come.
+        logprobs: so many of the likeliest tokens' log-probabilities at each position, beside the chosen one's; none
+            when None. They are the target's own, before anything above.
         max_tokens: to generate at most.
         stop_token_ids: end the output; the one that did is its last token.
         seed: of the random keys; 0 when None.
@@ -36,10 +42,22 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     sampler: Literal["rejection", "coupled"] | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
+
+    @property
+    def processed(self) -> bool:
+        """Whether logits are changed before a token is chosen (`processors`)."""
+        plain = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1, 0, 0)
+        return not plain or bool(self.logit_bias) or self.min_tokens > 0
 
     @property
     def coupled(self) -> bool:

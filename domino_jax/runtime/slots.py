@@ -21,16 +21,18 @@ from domino_jax import cache, decode
 from domino_jax.decode import Accept, Caches, DecodeConfig, DecodeState, Rows
 from domino_jax.errors import DominoError
 from domino_jax.finite import drafter_is_finite, drafts_look_broken
+from domino_jax.processors import MOST_BIASES, new_processors
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.runtime.timing import compile_seconds, no_seconds, timed
 from domino_jax.sampling import Sampling, SamplingParams
-from domino_jax.sharding import fetch, row_shards, shard_copy
+from domino_jax.sharding import fetch, model_devices, row_shards, shard_copy
 from domino_jax.weights import Params
 
 CYCLES = 8  # of drafts that a dispatch may have
 # A plain step gives one token where a cycle gives several: more steps a dispatch, so that it pays no more for it.
 STEPS_PER_CYCLE = 4
+MOST_LOGPROBS = 20  # likeliest tokens of a position, as OpenAI has it
 STOP_IDS = 8  # of a row that the device knows, which then ends a dispatch early; the host looks for all of them
 RESPONSE = (
     0.25  # seconds that a dispatch takes at most, about: its tokens arrive together, and who left is run to its end
@@ -62,6 +64,13 @@ class Cycle(NamedTuple):
     drafts: list[int]
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position of the output: the target's own."""
+
+    chosen: float
+    likeliest: list[tuple[int, float]]  # as many as were asked for, the likeliest first
+
+
 @dataclass(eq=False)
 class Completion:
     """A request, and what has been generated for it."""
@@ -69,6 +78,7 @@ class Completion:
     request: Request
     tokens: list[int] = field(default_factory=list)  # a stop token is kept, at the end
     cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, where asked for
     steps: int = 0  # plain ones, without drafts; they are none of τ's
     reused: int = 0  # of the prompt's tokens, those that an earlier request of the slot had run
     finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it waits or runs
@@ -97,6 +107,14 @@ class Completion:
         elif len(self.tokens) >= params.max_tokens:
             self.finish("length")
         return tokens
+
+    def take_logprobs(self, found: decode.Logprobs, count: int) -> None:
+        """Note those of the first `count` positions of a cycle, if they are asked for."""
+        most = self.request.params.logprobs
+        if most is None:
+            return
+        for chosen, ids, values in zip(*(x[:count].tolist() for x in found), strict=True):
+            self.logprobs.append(TokenLogprobs(chosen, list(zip(ids, values, strict=True))[:most]))
 
     def count(self, tokens: list[int]) -> int:
         """How many of these new tokens count; who looks for ends that the device does not know overrides it."""
@@ -171,7 +189,7 @@ class _Prefill:
     """Requests whose prompts are being run beside the batch."""
 
     completions: list[Completion]
-    steps: Generator[None, None, DecodeState]
+    steps: "_Steps"
     width: int  # prompt positions of a step, of each row
 
 
@@ -191,6 +209,7 @@ class Slots:
         *,
         policy: DraftPolicy | None = None,
         cycles: int = CYCLES,
+        processors: bool = False,
         accept: Accept = decode.accept,
         warn: Callable[[], None] | None = None,
     ):
@@ -199,6 +218,7 @@ class Slots:
         dtype: of the caches.
         policy: all drafts of a block, always, when None.
         cycles: of drafts that a dispatch may have; output arrives after each.
+        processors: requests may ask for penalties, biases and a minimum of tokens.
         accept: decides which drafts stand; another one than the default is for measuring speed alone.
         warn: called when the drafter's numbers turn out not to be finite.
         """
@@ -206,7 +226,7 @@ class Slots:
         self._group = row_shards()
         self.size = -(-size // self._group) * self._group
         self._policy = policy or FixedDrafts(configs.proposals)
-        self._cycles, self._accept = cycles, accept
+        self._cycles, self._accept, self._processors = cycles, accept, processors
         self._warn = warn if configs.drafter else None
         self._waiting: deque[Completion] = deque()
         self._prefill: _Prefill | None = None
@@ -235,6 +255,8 @@ class Slots:
             DominoError: its prompt is empty or too long, or has ids outside the vocabulary; or its limit is below 1.
         """
         check_request(self._configs, completion.request)
+        if completion.request.params.processed and not self._processors:
+            raise DominoError("penalties, biases and a minimum of tokens need Slots(processors=True).")
         self._began[completion] = time.perf_counter()
         self._waiting.append(completion)
 
@@ -315,7 +337,7 @@ class Slots:
                     next(self._prefill.steps)
             except StopIteration as end:
                 done, self._prefill = self._prefill, None
-                changed += self._insert(done.completions, end.value)
+                changed += self._insert(done.completions, *end.value)
         return changed
 
     def _fill(self, found: list[Completion]) -> list[Completion]:
@@ -331,18 +353,33 @@ class Slots:
                 held = shared(self.held, requests[0].prompt)
         self._state = self._held = None  # programs donate the buffers
         with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
-            rows, prompts = rows_of(requests), [r.prompt for r in requests]
-            arguments = (self._params, self._configs, prompts, rows, self._dtype, caches, held)
+            steps = self._prefilling(requests, caches, held)
             del caches
-            state = decode.prefill_batch(*arguments)
-            del arguments
-            tokens, finite = fetch((state.token, state.finite))
+            state, logprobs = _drain(steps)
+            tokens, finite, logprobs = fetch((state.token, state.finite, logprobs))
         self._state = state
         if len(found) == 1:
             self._held = found[0]
             found[0].reused = decode.prefill_chunks(len(requests[0].prompt), held, state.cache.capacity).start
-        self._first(found, tokens, finite)
+        self._first(found, tokens, finite, logprobs)
         return found
+
+    def _prefilling(self, requests: list[Request], caches: Caches | None = None, held: int = 0) -> "_Steps":
+        """Begin with the prompts of as many rows; see `decode.prefill_steps`."""
+        processors, configs = None, self._with_logprobs(requests)
+        if self._processors:
+            vocab = self._configs.target.vocab_size
+            vocab += -vocab % model_devices()
+            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], vocab)
+        prompts = [r.prompt for r in requests]
+        return decode.prefill_steps(
+            self._params, configs, prompts, rows_of(requests), self._dtype, caches, held, processors
+        )
+
+    def _with_logprobs(self, requests: Iterable[Request]) -> DecodeConfig:
+        """The configs of a dispatch, which has log-probabilities if one of these asks for them."""
+        asked = any(r.params.logprobs is not None for r in requests)
+        return dataclasses.replace(self._configs, logprobs=MOST_LOGPROBS) if asked else self._configs
 
     def _start(self) -> _Prefill:
         """Take as many waiting requests as a small batch beside the other has rows, and begin with their prompts."""
@@ -350,16 +387,14 @@ class Slots:
         found = [self._waiting.popleft() for _ in range(count)]
         requests = [c.request for c in found]
         requests += [_spare(requests[0])] * (self._group - count)
-        rows, prompts = rows_of(requests), [r.prompt for r in requests]
-        steps = decode.prefill_steps(self._params, self._configs, prompts, rows, self._dtype)
-        longest = max(map(len, prompts))
-        return _Prefill(found, steps, decode.prefill_chunks(longest, 0, longest).step)
+        longest = max(len(r.prompt) for r in requests)
+        return _Prefill(found, self._prefilling(requests), decode.prefill_chunks(longest, 0, longest).step)
 
-    def _insert(self, found: list[Completion], new: DecodeState) -> list[Completion]:
+    def _insert(self, found: list[Completion], new: DecodeState, logprobs: decode.Logprobs | None) -> list[Completion]:
         """Put prefilled requests into free slots."""
         with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
-            tokens, finite = fetch((new.token, new.finite))
-        self._first(found, tokens, finite)
+            tokens, finite, logprobs = fetch((new.token, new.finite, logprobs))
+        self._first(found, tokens, finite, logprobs)
         free = iter(sorted(set(range(self.size)) - set(self._running)))
         slots = np.full(self._group, self.size, np.int32)
         for row, c in enumerate(found):
@@ -377,7 +412,11 @@ class Slots:
     def _empty(self, like: DecodeState) -> DecodeState:
         """A batch of free slots, with rows as those of another state."""
         caches = decode.init_caches(self._configs, self.size, like.cache.capacity, self._dtype)
-        return decode.begin(rows_of([Request([0])] * self.size), [0] * self.size, caches)
+        requests, processors = [Request([0])] * self.size, None
+        if like.processors is not None:
+            vocab = like.processors.prompt.shape[1]
+            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], vocab)
+        return decode.begin(rows_of(requests), [0] * self.size, caches, processors)
 
     def _resized(self, state: DecodeState, new: DecodeState | None = None) -> DecodeState:
         """The state with the positions that the requests need now, the new ones among them."""
@@ -411,7 +450,8 @@ class Slots:
             drafts, cycles = self._policy.next(case, rows, self._cycles)
             if drafts in self._pace:
                 cycles = max(1, min(cycles, int(RESPONSE / self._pace[drafts])))
-            self._state, emitted = self._dispatch(drafts, cycles, greedy)
+            configs = self._with_logprobs(c.request for c in rows)
+            self._state, emitted = self._dispatch(configs, drafts, cycles, greedy)
             # The state is whole, should the user lose patience here.
             emitted, finite = fetch((emitted, self._state.finite))
         spent = [time.perf_counter() - began, compile_seconds() - compiled]
@@ -425,6 +465,8 @@ class Slots:
                 if count == 0 or c.finish_reason is not None:
                     break
                 start, tokens = len(c.tokens), c.take(emitted.tokens[i, slot, :count].tolist())
+                if emitted.logprobs is not None:
+                    c.take_logprobs(jax.tree.map(lambda x, i=i, slot=slot: x[i, slot], emitted.logprobs), len(tokens))
                 if drafts:
                     stood, proposed = int(emitted.accepted[i, slot]), emitted.drafts[i, slot].tolist()
                     c.cycles.append(Cycle(start, tokens, stood, proposed))
@@ -442,22 +484,28 @@ class Slots:
                 self._ended(c)
         return rows
 
-    def _dispatch(self, drafts: int, cycles: int, greedy: bool) -> tuple[DecodeState, decode.Emitted]:
+    def _dispatch(
+        self, configs: DecodeConfig, drafts: int, cycles: int, greedy: bool
+    ) -> tuple[DecodeState, decode.Emitted]:
         """Start at most `cycles` cycles of so many drafts, or as many plain steps as take about as long."""
         assert self._state is not None
         if not drafts:
             longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(cycles * STEPS_PER_CYCLE)
-            return decode.autoregress(self._params, self._configs, self._state, longest, greedy, most)
-        configs, most = dataclasses.replace(self._configs, drafts=drafts), np.int32(cycles)
+            return decode.autoregress(self._params, configs, self._state, longest, greedy, most)
+        configs, most = dataclasses.replace(configs, drafts=drafts), np.int32(cycles)
         return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept)
 
-    def _first(self, found: list[Completion], tokens: np.ndarray, finite: np.ndarray) -> None:
+    def _first(
+        self, found: list[Completion], tokens: np.ndarray, finite: np.ndarray, logprobs: decode.Logprobs | None
+    ) -> None:
         """Note the first tokens of prefilled requests."""
-        for c, token, good in zip(found, tokens.tolist(), finite.tolist(), strict=False):
+        for row, (c, token, good) in enumerate(zip(found, tokens.tolist(), finite.tolist(), strict=False)):
             if c not in self._began:  # it was evicted meanwhile
                 continue
             if good:
-                c.take([token])
+                taken = c.take([token])
+                if logprobs is not None:
+                    c.take_logprobs(jax.tree.map(lambda x, row=row: x[row], logprobs), len(taken))
             c.finite = good
             c.wall_seconds = time.perf_counter() - self._began[c]
             if c.finish_reason is not None or not good:
@@ -502,6 +550,20 @@ def check_request(configs: DecodeConfig, request: Request) -> None:
     fits = config.positions - len(prompt) + 1  # the last token generated is never run, so it needs no position
     if not 1 <= limit <= fits:
         raise DominoError(f"1 to {fits} new tokens can be had after this prompt, and {limit} are asked for.")
+    p = request.params
+    for token, _ in p.logit_bias:
+        if not 0 <= token < config.vocab_size:
+            raise DominoError(f"logit_bias has token {token}, outside the vocabulary of {config.vocab_size}.")
+    if len(p.logit_bias) > MOST_BIASES:
+        raise DominoError(f"logit_bias has {len(p.logit_bias)} tokens, of which {MOST_BIASES} can be had.")
+    if p.logprobs is not None and not 0 <= p.logprobs <= MOST_LOGPROBS:
+        raise DominoError(
+            f"logprobs of 0 to {MOST_LOGPROBS} likeliest tokens can be had, and {p.logprobs} are asked for."
+        )
+    if p.min_tokens > p.max_tokens:
+        raise DominoError(f"min_tokens is {p.min_tokens}, more than the {p.max_tokens} that are generated at most.")
+    if p.min_tokens and len(p.stop_token_ids) > STOP_IDS:
+        raise DominoError(f"min_tokens goes with {STOP_IDS} stop_token_ids at most, found {len(p.stop_token_ids)}.")
 
 
 def longest_first(completions: Iterable[Completion]) -> list[Completion]:
@@ -534,6 +596,17 @@ def request_key(seed: int, numbers: Iterable[int]) -> jax.Array:
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two sequences begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+_Steps = Generator[None, None, tuple[DecodeState, decode.Logprobs | None]]
+
+
+def _drain(steps: _Steps) -> tuple[DecodeState, decode.Logprobs | None]:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _spare(request: Request) -> Request:

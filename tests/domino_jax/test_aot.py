@@ -85,6 +85,7 @@ def state(configs: DecodeConfig, mesh: Mesh) -> DecodeState:
         row(bool),
         row(bool),
         Rows(described_keys, row(jnp.int32), described((1, 2), jnp.int32, "B -", mesh), sampling, row(bool)),
+        None,
         cache(configs.target),
         cache(configs.draft),
     )

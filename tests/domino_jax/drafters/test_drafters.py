@@ -214,7 +214,7 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     hot = settings(4, temperature=1.0)
     none: Any = None
     asked = Rows(none, none, none, hot, none)
-    state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, asked, none, context)
+    state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, asked, none, none, context)
 
     # Scanned, greedy, against the reference's walk from left to right.
     (drafts, q), _ = propose(pair.params, configs, state, None)

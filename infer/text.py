@@ -6,7 +6,7 @@ from typing import Any
 from convert.tokenizer import RefusedByTemplate, decode, encode, encode_chat, render, special_tokens
 from domino_jax.errors import DominoError
 
-__all__ = ["Detokenizer", "TextStream", "encode", "encode_chat", "knows_thinking", "unmatched_stops"]
+__all__ = ["Detokenizer", "TextStream", "encode", "encode_chat", "knows_thinking", "overlap", "unmatched_stops"]
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
 
@@ -110,8 +110,8 @@ class TextStream:
             self._give(min(found))
             self.held, self.shown, self.stopped = "", [], True
             return
-        begun = [len(self.held) - _overlap(self.held, stop) for stop in self.crossing]
-        begun += [places[-length] for stop in self.plain if (length := _overlap(text, stop))]
+        begun = [len(self.held) - overlap(self.held, stop) for stop in self.crossing]
+        begun += [places[-length] for stop in self.plain if (length := overlap(text, stop))]
         self._give(min(begun, default=len(self.held)))
 
     def _give(self, count: int) -> None:
@@ -142,6 +142,6 @@ def unmatched_stops(tokenizer: Any, stops: Sequence[str], end_ids: Sequence[int]
     return found
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest proper beginning of `stop` that `text` ends with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

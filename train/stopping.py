@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from domino_jax.runtime.interrupts import note_signal
+
 _calls = itertools.count()  # of `agreed_stop`, by which JAX tells the processes' moments apart: never twice the same
 
 
@@ -30,6 +32,7 @@ def stop_signals(several: bool = False) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
     def note(number: int, _: Any) -> None:
+        note_signal()
         event.set()
         restore()
         print("stopping after this step, and saving; once more to stop at once", file=sys.stderr)

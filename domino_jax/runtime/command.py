@@ -9,11 +9,10 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
-import threading
 import traceback
-from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
@@ -23,9 +22,9 @@ import tyro
 
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.extras import explain_missing_extra
+from domino_jax.runtime.interrupts import careful_interrupts
 
 DONE, FAILED, USAGE_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-AGAIN_SECONDS = 0.05  # until an interrupt that was ignored comes again
 
 _broken_off = False  # whether the work of this process ended by an exception
 
@@ -98,7 +97,7 @@ def exit_code(action: Callable[[], int | None]) -> int:
     _broken_off = True
     try:
         try:
-            with explain_missing_extra(), _insisting_interrupts():
+            with explain_missing_extra(), careful_interrupts():
                 code = action()
             _broken_off = False
         except SystemExit as end:
@@ -155,6 +154,8 @@ def end_process(code: int) -> NoReturn:
     A device may still run what was dispatched, and its threads must not outlive what they use. Of several processes,
     the others are told, since they would wait for this one.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the work is over: no traceback from what is left to do
     if not _broken_off:
         sys.exit(code)
     processes = sys.modules.get("domino_jax.runtime.processes")
@@ -164,26 +165,6 @@ def end_process(code: int) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-@contextmanager
-def _insisting_interrupts() -> Iterator[None]:
-    """Inside, a Ctrl-C that came while Python collected garbage, where exceptions are ignored, comes again."""
-    usual = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            again = threading.Timer(AGAIN_SECONDS, interrupt_main)  # not here, where it would be ignored as well
-            again.daemon = True
-            again.start()
-        else:
-            usual(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = usual
 
 
 def _mend_streams() -> None:

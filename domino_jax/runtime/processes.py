@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from domino_jax.errors import DominoError, first_line
+from domino_jax.runtime.interrupts import exit_on_sigterm
 
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -94,13 +94,9 @@ def join_processes(hosts: ProcessConfig | None, saves: bool = False) -> bool:
     except (RuntimeError, ValueError) as error:
         raise DominoError(f"the other processes can't be reached: {first_line(error)}.") from None
     if not saves:  # JAX has taken it
-        signal.signal(signal.SIGTERM, _terminate)
+        exit_on_sigterm()
     _watch_others()
     return jax.process_index() == 0
-
-
-def _terminate(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)
 
 
 def _store() -> Any:

@@ -224,6 +224,57 @@ def test_when_one_process_ends_early_all_do_within_seconds(words, told, number, 
     assert ended[1 - told] and not ended[told]
 
 
+JOINED = """
+import sys
+from domino_jax.runtime import processes
+from domino_jax.runtime.command import end_process
+watch_others = processes._watch_others
+def joined():
+    watch_others()
+    print("joined", file=sys.stderr, flush=True)
+processes._watch_others = joined
+from infer import __main__ as infer
+if "--coordinator" not in sys.argv:
+    start = infer.join_processes
+    infer.join_processes = lambda *given: (print("joined", file=sys.stderr, flush=True), start(*given))[1]
+end_process(infer.main(sys.argv[1:]))
+"""
+MOMENTS = [0.0, 0.3, 0.8, 1.5, 2.5, 4.0, 6.0, 9.0, 13.0]  # s after the start: loading, compiling, calibrating, decoding
+
+
+@pytest.mark.parametrize(
+    ("count", "told", "number", "moment"),
+    [
+        (1, 0, signal.SIGINT, 1.5),
+        (2, 1, signal.SIGTERM, 0.3),
+        *(pytest.param(1, 0, signal.SIGINT, moment, marks=pytest.mark.slow) for moment in MOMENTS),
+        *(
+            pytest.param(2, i % 2, number, moment, marks=pytest.mark.slow)
+            for i, moment in enumerate(MOMENTS)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        ),
+    ],
+)
+def test_a_signal_at_any_moment_ends_every_process(words, count, told, number, moment, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n' * 5000)
+    given = [*words, "--prompts", str(prompts), "--drafts", "auto", "--mesh", f"data=1,model={count}"]
+    running = start(given, count, ("-c", JOINED))
+    try:
+        stream = running[told].stderr
+        assert stream is not None and any(line == "joined\n" for line in stream)
+        time.sleep(moment)
+        running[told].send_signal(number)
+        began = time.monotonic()
+        said = [process.communicate(timeout=60) for process in running]
+        took = time.monotonic() - began
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [128 + number] * count, said
+    assert took < 25 and not any("Traceback" in err or "Exception ignored" in err for _, err in said)
+
+
 @pytest.mark.parametrize("code", [1, 130, 143])
 def test_others_are_told_and_told_apart(monkeypatch, code):
     """What a process writes for the others, and reads of them."""

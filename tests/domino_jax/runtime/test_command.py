@@ -113,12 +113,10 @@ def test_an_interrupt_that_python_ignores_comes_again(where):
         reference = weakref.ref(thing, interrupt if where == "a weak reference's callback" else None)
         if where == "a callback of the garbage collector":
             gc.callbacks.append(interrupt)
-        try:
-            del thing
-            if gc.callbacks[-1:] == [interrupt]:
-                gc.collect()
-        finally:
-            gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not interrupt]
+        del thing
+        if gc.callbacks[-1:] == [interrupt]:
+            gc.collect()
+            gc.callbacks.remove(interrupt)
         for _ in range(500):
             time.sleep(0.01)
         pytest.fail(f"the interrupt was lost; {reference}")

@@ -40,7 +40,6 @@ from convert.options import (
 from convert.values import json_kind, shown, token_ids
 from domino_jax.config import TargetConfig
 from domino_jax.runtime.command import UsageError
-from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.weights import Params
 from infer import engine
 from infer.chat import Chat
@@ -264,7 +263,6 @@ def load(
     auto = num_draft_tokens in (None, "auto")
     if not auto:
         check_count("num_draft_tokens", num_draft_tokens)
-    enable_compile_cache()
     fixed = num_draft_tokens if isinstance(num_draft_tokens, int) else None
     loaded = options.load_pair(asked, Console(stderr=True), num_draft_tokens=fixed)
     _warn(loaded.warnings)

@@ -57,3 +57,13 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def compile_cache_allowed(tmp_path, monkeypatch):
+    """JAX's compilation cache may be turned on, as in a user's process; returns the folder of our caches."""
+    update, before = jax.config.update, jax.config.values["jax_enable_compilation_cache"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    update("jax_enable_compilation_cache", True)
+    yield tmp_path / "cache" / "domino-jax"
+    update("jax_enable_compilation_cache", before)

@@ -34,8 +34,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m train") -> in
 def _train(argv: Sequence[str] | None, prog: str) -> None:
     options = parse_options(argv, prog, f"Subcommands ({prog} NAME --help):\n{list_subcommands(SUBCOMMANDS)}")
     join_processes(options.processes.resolve(), saves=True)
+    from domino_jax.runtime.compile_cache import enable_compile_cache
     from train.run import run_training  # brings in JAX, whose devices the processes must have met for
 
+    enable_compile_cache()
     try:
         run_training(options)
     except OSError as error:

@@ -34,7 +34,6 @@ from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, words_at_fault
-from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
@@ -278,7 +277,6 @@ def run_training(options: TrainConfig) -> None:
         DominoError: the settings, the data or the machine don't allow it, or the training diverged.
         KeyboardInterrupt: it was interrupted, and what was reached is saved.
     """
-    enable_compile_cache()
     chief = jax.process_index() == 0
     with lock_folder(options.out, "a training run") if chief else nullcontext():
         train_prepared(prepare(options))

@@ -16,6 +16,7 @@ MIN_COMPILE_SECONDS = 0.1  # a program that compiles in less is not written
 def enable_compile_cache() -> Path | None:
     """Turn on JAX's persistent compilation cache in the user's cache folder.
 
+    It changes settings of JAX for the whole process, so only commands call it, and users who want that.
     A folder given by JAX_COMPILATION_CACHE_DIR is kept; JAX_ENABLE_COMPILATION_CACHE=false leaves the cache off.
 
     Returns:

@@ -96,7 +96,7 @@ def _retry(number: int) -> None:
             if hasattr(signal, "pthread_kill"):
                 signal.pthread_kill(threading.main_thread().ident or 0, number)  # it ends a wait, too
             else:
-                interrupt_main(number)
+                interrupt_main(signal.Signals(number))
 
     timer = threading.Timer(RETRY_SECONDS, again)
     timer.daemon = True

@@ -5,6 +5,7 @@ from typing import Any
 
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import write_atomic
+from domino_jax.runtime.plotting import line_style
 from infer.bench.report import label, title
 from infer.bench.rows import LEAN, TRANSFORMERS, Row
 
@@ -52,8 +53,9 @@ def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> P
     plt = pyplot()
     figure, places = plt.subplots(1, len(panels), figsize=(6 * len(panels) + 2, 4.5), constrained_layout=True)
     for place, (field, name) in zip(places.flat, panels.items(), strict=True):
-        for words, points in curves(rows, axis).items():
-            place.plot([p[axis] for p in points], [p[field] for p in points], "o-", label=words, linewidth=1.2)
+        for number, (words, points) in enumerate(curves(rows, axis).items()):
+            style = line_style(number, marker=True)
+            place.plot([p[axis] for p in points], [p[field] for p in points], label=words, linewidth=1.2, **style)
         ticks = sorted({row[axis] for row in rows})
         if axis != "drafts":
             place.set_xscale("log", base=2)

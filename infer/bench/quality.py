@@ -25,6 +25,7 @@ from convert.loading import LoadedModel
 from convert.registry import locate
 from convert.tokenizer import decode, has_template
 from domino_jax.errors import DominoError
+from domino_jax.runtime.plotting import bar_style
 from infer.bench import plots
 from infer.bench.options import Bench
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
@@ -402,7 +403,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
         of = {row["set"]: row[column] for row in drafted if (row["mode"], row["drafts"]) == (mode, drafts)}
         heights = {n: of[name] for n, name in enumerate(names) if of.get(name) is not None}
         places = [n + (i - (len(bars) - 1) / 2) * 0.8 / len(bars) for n in heights]
-        drawn = axis.bar(places, list(heights.values()), 0.8 / len(bars), label=title)
+        drawn = axis.bar(places, list(heights.values()), 0.8 / len(bars), label=title, **bar_style(i))
         axis.bar_label(drawn, fmt="%.2f", fontsize=7)
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("τ, tokens a cycle (mean of answers)")
@@ -423,7 +424,8 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             lengths = range(1, row["drafts"] + 2)
             shares = [100 * row[f"length_{n}"] / row["cycles"] for n in lengths]
             places = [n + (i - (len(mine) - 1) / 2) * 0.8 / len(mine) for n in lengths]
-            axis.bar(places, shares, 0.8 / len(mine), label=f"{row['mode']} {row['drafts']}, τ {row['tau']:.2f}")
+            words = f"{row['mode']} {row['drafts']}, τ {row['tau']:.2f}"
+            axis.bar(places, shares, 0.8 / len(mine), label=words, **bar_style(i))
         axis.set_title(name)
         axis.set_xlabel("acceptance length, tokens")
         axis.set_ylabel("% of cycles")

@@ -2,11 +2,13 @@
 
 import doctest
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from factory import REPEATING, make_draft, make_target
@@ -162,6 +164,23 @@ def test_loading_refuses_what_contradicts(folder):
         load(str(folder / "target"), head_candidates=0)
     with pytest.raises(DominoError, match="drafts"):
         load(str(folder / "target"), draft=str(folder / "draft"), num_draft_tokens=9)
+
+
+def settings_of_the_process() -> list[Any]:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [dict(jax.config.values), handlers, sys.unraisablehook, np.random.get_state()[1].tolist()]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("how", [{}, {"num_draft_tokens": 2}, {"mesh": "data=1,model=2"}, {"draft": "ngram"}], ids=str)
+def test_a_users_process_keeps_its_settings(folder, how, compile_cache_allowed):
+    """Of JAX, of signals, of NumPy."""
+    before = settings_of_the_process()
+    model = load(str(folder / "target"), **{"draft": str(folder / "draft"), "dtype": "float32", **how})
+    assert model.generate([[5, 6, 7]], max_new_tokens=4)[0].tokens
+    assert "".join(model.stream([5, 6, 7], max_new_tokens=4)) is not None
+    with pytest.raises(DominoError):
+        load(str(folder / "nothing"))
+    assert settings_of_the_process() == before and not list(compile_cache_allowed.glob("jax-*"))
 
 
 @pytest.mark.e2e

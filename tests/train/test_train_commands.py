@@ -89,8 +89,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.e2e
-def test_the_example_of_train_runs_as_it_is_written(folder, monkeypatch):
+def test_the_example_of_train_runs_as_it_is_written(folder, monkeypatch, compile_cache_allowed):
+    """And changes nothing else in its user's process."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: pytest.fail(f"{name} = {value}"))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     names: dict[str, object] = {}
     with jax.numpy_dtype_promotion("standard"):
         for line in doctest.DocTestParser().get_examples(str(train.train.__doc__)):
@@ -103,6 +106,8 @@ def test_the_example_of_train_runs_as_it_is_written(folder, monkeypatch):
         train.train(target="target", data="data.jsonl", out="run")
     with pytest.raises(DominoError, match="leave out --block-size"):
         train.train(out="run", resume=True, block_size=5)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not list(compile_cache_allowed.glob("jax-*"))
 
 
 def test_settings_come_as_keywords_groups_or_whole():

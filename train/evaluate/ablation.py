@@ -22,6 +22,7 @@ from convert.options import DraftingOptions, absolute, check_count, local_source
 from domino_jax.runtime.command import UsageError, own_command, own_environment, run_command
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import lock_folder, write_atomic, write_text
+from domino_jax.runtime.plotting import line_style
 from train.begun import keep_settings
 from train.loading import PairOptions
 from train.monitor import curves
@@ -143,19 +144,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot_ablation(options: Ablation, path: Path) -> None:
-    """Cross-entropy and estimated acceptance of the final branch over the runs, a colour for each kind."""
+    """Cross-entropy and estimated acceptance of the final branch over the runs, a style for each kind."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss, acceptance = figure.subplots(1, 2)
-    colours = dict(zip(KINDS, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
     for kind, seed, folder in runs(options):
         rows = curves.read_metrics(folder / METRICS)
         steps = [row["step"] for row in rows if "final_loss" in row]
         for axis, key in ((loss, "final_loss"), (acceptance, "final_acceptance")):
             values = [row[key] for row in rows if key in row]
             label = kind if seed == options.seeds[0] else None
-            axis.plot(steps, values, color=colours[kind], label=label, linewidth=1)
+            axis.plot(steps, values, label=label, linewidth=1, **line_style(list(KINDS).index(kind)))
     for axis, title in ((loss, "cross-entropy of the final logits, nats"), (acceptance, "estimated acceptance length")):
         axis.set_title(title)
         axis.set_xlabel("step")

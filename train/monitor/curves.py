@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from domino_jax.runtime.files import read_jsonl, write_atomic, write_text
+from domino_jax.runtime.plotting import line_style
 
 Row = dict[str, Any]  # one line: "step", and whatever was measured there
 Line = tuple[list[float], list[float]]  # x and y
@@ -124,10 +125,11 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots(height, COLUMNS, squeeze=False).flat
     for panel in made:
         axis = next(axes)
-        for label, (x, y) in panel.lines.items():
-            axis.plot(x, y, label=label, linewidth=1.2, marker="o" if panel.over != "step" else None, markersize=3)
+        for number, (label, (x, y)) in enumerate(panel.lines.items()):
+            axis.plot(x, y, label=label, linewidth=1.2, markersize=3, **line_style(number, panel.over != "step"))
         for number, (label, (x, y)) in enumerate(panel.points.items()):
-            axis.plot(x, y, label=label, color=f"C{number}", linewidth=0.6, linestyle=":", marker="D", markersize=5)
+            style = line_style(number, marker=True) | {"linestyle": "dotted"}
+            axis.plot(x, y, label=label, linewidth=0.6, markersize=5, **style)
         positive = any(value > 0 for _, y in panel.lines.values() for value in y)
         axis.set(title=panel.title, xlabel=panel.over, yscale="log" if panel.log and positive else "linear")
         axis.grid(alpha=0.3)

@@ -51,7 +51,7 @@ def looks(axes: Axes) -> list[Any]:
 
 def training(folder: Path) -> None:
     keys = [key for _, lines, points in curves.PANELS for key in (*lines.values(), *points.values())]
-    rows = [{"step": s} | dict.fromkeys(keys, s / 10) for s in (1, 2, 3)]
+    rows: list[dict[str, Any]] = [{"step": s} | dict.fromkeys(keys, s / 10) for s in (1, 2, 3)]
     rows[-1] |= {name: [0.5, 0.25] for name in curves.BY_POSITION.values()}
     curves.plot_curves(rows, folder / "curves.png")
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "python -m infer": "infer.__main__",
+    "python -m infer.serve": "infer.serve.__main__",
     "python -m infer.bench": "infer.bench.command",
     "python -m infer.bench.scanned": "infer.bench.scanned",
     "python -m infer.bench.checkpoints": "infer.bench.checkpoints",
@@ -25,6 +26,10 @@ USAGE_ERRORS = [
     ("infer.__main__", ["hi", "--dtype", "int3"], "--dtype is one of bfloat16, float32, found 'int3'"),
     ("infer.__main__", ["hi", "--svg", "x.svg"], "--svg writes what --show-drafts shows"),
     ("infer.__main__", ["hi", "--num-processes", "2"], "--coordinator"),
+    ("infer.serve.__main__", ["--no-such-flag"], "unrecognized options: --no-such-flag"),
+    ("infer.serve.__main__", ["--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
+    ("infer.serve.__main__", ["--port", "70000"], "--port must be from 0 to 2^16 - 1"),
+    ("infer.serve.__main__", ["--request-timeout", "0"], "--request-timeout must be above 0"),
     ("infer.bench.command", ["--no-such-flag"], "unrecognized options: --no-such-flag"),
     ("infer.bench.command", ["--rounds", "0"], "--rounds"),
     ("infer.bench.command", ["--head-candidates", "0"], "--head-candidates must be at least 1"),

@@ -9,6 +9,7 @@ from domino_jax.runtime.command import Subcommand, UsageError, end_process, exit
 SUBCOMMANDS = {
     "generate": Subcommand("infer.__main__", "generate text; as python -m infer"),
     "chat": Subcommand("infer.__main__", "talk to a model", "main_chat"),
+    "serve": Subcommand("infer.serve.__main__", "serve OpenAI's API; as python -m infer.serve"),
     "bench": Subcommand("infer.bench.command", "measure decoding; as python -m infer.bench"),
     "convert": Subcommand("convert.__main__", "convert or check a checkpoint; as python -m convert"),
     "train": Subcommand("train.__main__", "train a drafter; as python -m train"),

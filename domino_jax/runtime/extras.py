@@ -12,8 +12,11 @@ EXTRAS = {
     "matplotlib": "plots",
     "optax": "train",
     "orbax": "orbax",
+    "prometheus_client": "serve",
+    "starlette": "serve",
     "tensorboardX": "train",
     "tomli_w": "train",
+    "uvicorn": "serve",
 }
 
 

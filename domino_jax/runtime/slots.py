@@ -244,6 +244,25 @@ class Slots:
         return bool(self._waiting or self._prefill or self._running)
 
     @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting) + (len(self._prefill.completions) if self._prefill else 0)
+
+    @property
+    def running(self) -> int:
+        """Requests in a slot."""
+        return len(self._running)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a slot; 0 before the first request."""
+        return self._state.cache.capacity if self._state else 0
+
+    def holds(self, completion: Completion) -> bool:
+        """Whether a request is waiting or running here."""
+        return completion in self._began
+
+    @property
     def held(self) -> list[int]:
         """The ids that the first row's caches hold, for a prompt that begins like them; none in a larger batch."""
         return self._held.ids[:-1] if self._held else []

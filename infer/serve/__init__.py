@@ -1,1 +1,1 @@
-"""A server that speaks OpenAI's API."""
+"""A server that speaks OpenAI's API (docs/serving.md)."""

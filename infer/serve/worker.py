@@ -1,0 +1,306 @@
+"""The thread that decodes: requests of many clients in one `Slots`, and what each is told of its answer."""
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from convert.loading import LoadedModel
+from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
+from domino_jax import cache
+from domino_jax.errors import DominoError
+from domino_jax.runtime.auto import AutoDrafts
+from domino_jax.runtime.slots import (
+    BatchCase,
+    Completion,
+    Cycle,
+    DraftPolicy,
+    FixedDrafts,
+    Request,
+    Slots,
+    TokenLogprobs,
+)
+from domino_jax.sampling import SamplingParams
+
+
+class Text(Protocol):
+    """What makes text of an answer's tokens: `text.TextStream`, or a parser of its parts."""
+
+    stopped: bool
+
+    def feed(self, tokens: list[int]) -> int: ...
+
+    def finish(self) -> None: ...
+
+    def take(self) -> list[Any]: ...
+
+
+@dataclass
+class Update:
+    """What a step gave one request."""
+
+    pieces: list[Any]  # of text; see `Text.take`
+    start: int  # tokens that came before
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    cycles: list[Cycle]
+    steps: int  # plain ones
+    finish_reason: str | None = None
+    error: DominoError | None = None  # the request failed; it is the last update
+
+
+@dataclass(eq=False)
+class Job(Completion):
+    """A request of a client."""
+
+    text: Text | None = None
+    tell: Callable[[Update], None] = lambda _: None  # called in the worker's thread
+    speculative: bool = True  # False where the client asks for plain steps
+    deadline: float = float("inf")
+    admitted: float = field(default_factory=time.monotonic)
+    first: float | None = None  # seconds until the first token
+    told: tuple[int, int, int] = (0, 0, 0)  # tokens, cycles and steps
+    inbox: Any = None  # where `tell` leaves updates for whoever waits for them
+    failed: DominoError | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        return self.failed is not None or (self.text is not None and self.text.stopped)
+
+    def count(self, tokens: list[int]) -> int:
+        if self.text is None or self.failed:
+            return len(tokens)
+        try:
+            return self.text.feed(tokens)
+        except Exception as error:  # one request's text must not end the others
+            traceback.print_exc()
+            self.failed = DominoError(f"the answer's text can't be made: {error}.")
+            return len(tokens)
+
+    def finish(self, reason: str) -> None:
+        if self.text is not None and not self.failed:
+            self.text.finish()
+        super().finish("stop" if self.is_cut and not self.failed else reason)
+
+    def update(self) -> Update:
+        """What is new since the last one."""
+        tokens, cycles, steps = self.told
+        self.told = len(self.tokens), len(self.cycles), self.steps
+        return Update(
+            self.text.take() if self.text is not None and not self.failed else [],
+            tokens,
+            self.tokens[tokens:],
+            self.logprobs[tokens:],
+            self.cycles[cycles:],
+            self.steps - steps,
+            self.finish_reason,
+            self.failed,
+        )
+
+
+@dataclass(frozen=True)
+class PlainOnRequest:
+    """A policy that takes plain steps where every request that runs asks for them."""
+
+    policy: DraftPolicy
+
+    def next(self, case: BatchCase, rows: Any, longest: int) -> tuple[int, int]:
+        if all(not row.speculative for row in rows):
+            return 0, longest
+        return self.policy.next(case, rows, longest)
+
+    def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Any) -> None:
+        self.policy.observe(case, drafts, cycles, seconds, accepted)
+
+    def forget(self, row: Any) -> None:
+        self.policy.forget(row)
+
+
+class Worker:
+    """Runs `Slots` in a thread of its own. Its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        size: int,
+        auto: bool,
+        warm_up: int,
+        say: Callable[[str], None],
+        seen: Callable[[Job, Update], None] = lambda *_: None,
+    ):
+        """Args:
+        size: requests that decode together.
+        auto: choose the draft tokens of a cycle.
+        warm_up: positions up to which programs are compiled first.
+        say: called with what takes long.
+        seen: called with every update, for metrics.
+        """
+        self._loaded, self._warm_up, self._say, self._seen = loaded, warm_up, say, seen
+        most = loaded.configs.proposals
+        policy = AutoDrafts(most) if auto and most else FixedDrafts(most)
+        with loaded.context():
+            self._slots = self._make(size, PlainOnRequest(policy))
+        self._commands: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
+        self._jobs: dict[Job, None] = {}
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self.ready = threading.Event()
+        self.failed: BaseException | None = None  # what ended the thread
+        self.size = self._slots.size
+
+    def _make(self, size: int, policy: DraftPolicy) -> Slots:
+        loaded = self._loaded
+        return Slots(
+            loaded.params,
+            loaded.configs,
+            size,
+            loaded.dtype,
+            policy=policy,
+            processors=True,
+            warn=lambda: self._say(f"warning: {NOT_FINITE_DRAFTS}"),
+        )
+
+    def start(self) -> None:
+        """Begin: compile, then take requests."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what is running ends as cancelled."""
+        self._commands.put(("stop", None))
+        self._thread.join()
+
+    def submit(self, job: Job) -> None:
+        """Let a request wait for a slot; it is told of everything by its own `tell`."""
+        self._commands.put(("admit", job))
+
+    def cancel(self, job: Job) -> None:
+        """End a request as cancelled; one that has ended stays as it is."""
+        self._commands.put(("evict", job))
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return self._commands.qsize() + self._slots.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests in a slot."""
+        return self._slots.running
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a slot."""
+        return self._slots.capacity
+
+    @property
+    def used(self) -> int:
+        """Positions of all slots that requests use."""
+        return sum(len(job.request.prompt) + len(job.tokens) for job in list(self._jobs))
+
+    def _run(self) -> None:
+        try:
+            with self._loaded.context():
+                self._compile()
+                self.ready.set()
+                while self._obey(block=not self._slots.busy):
+                    if self._slots.busy:
+                        self._step()
+        except BaseException as error:
+            self.failed = error
+            traceback.print_exc()
+            for job in list(self._jobs):
+                self._fail(job, DominoError("the server's decoding has ended."))
+
+    def _obey(self, block: bool) -> bool:
+        """Do what was asked meanwhile; False when it is to end."""
+        while True:
+            try:
+                what, job = self._commands.get(block)
+            except Empty:
+                return True
+            if job is None:
+                for other in list(self._jobs):
+                    self._slots.evict(other)
+                    self._tell(other)
+                return False
+            if what == "evict":
+                self._slots.evict(job)
+                self._tell(job)
+            else:
+                try:
+                    self._slots.admit(job)
+                    self._jobs[job] = None
+                except DominoError as error:
+                    self._fail(job, error)
+            block = False
+
+    def _step(self) -> None:
+        for job in [job for job in self._jobs if time.monotonic() > job.deadline]:
+            self._slots.evict(job, "length")
+            self._tell(job)
+        try:
+            changed: list[Any] = self._slots.step()
+        except Exception as error:  # of the device: what was running is lost, what waits is not
+            lost = [job for job in self._jobs if not self._slots.holds(job)]
+            traceback.print_exc()
+            for job in lost:
+                said = error if isinstance(error, DominoError) else DominoError("decoding failed; try again.")
+                self._fail(job, said)
+            return
+        for job in changed:
+            if not job.finite:
+                target, config = self._loaded.params.target, self._loaded.configs.target
+                self._fail(job, not_finite_error(target, config, job.ids, self._loaded.dtype))
+            else:
+                self._tell(job)
+
+    def _tell(self, job: Job) -> None:
+        """Send what is new."""
+        if job not in self._jobs:
+            return
+        if job.first is None and job.tokens:
+            job.first = time.monotonic() - job.admitted
+        update = job.update()
+        if job.failed:
+            self._slots.evict(job, None)
+        if job.failed or job.finish_reason is not None:
+            del self._jobs[job]
+        self._seen(job, update)
+        job.tell(update)
+
+    def _fail(self, job: Job, error: DominoError) -> None:
+        self._jobs.pop(job, None)
+        job.failed = error
+        update = Update([], len(job.tokens), [], [], [], 0, None, error)
+        self._seen(job, update)
+        job.tell(update)
+
+    def _compile(self) -> None:
+        """Run requests that need every program up to `warm_up` positions, by drafts and by plain steps."""
+        configs, began = self._loaded.configs, time.monotonic()
+        most = cache.length_bucket(min(self._warm_up, configs.target.positions)) if self._warm_up else 0
+        capacity = cache.SMALLEST_BUCKET
+        while capacity <= most:
+            self._say(f"compiling for {capacity} positions, up to {most}")
+            room = min(capacity, configs.target.positions) - configs.lookahead - 8
+            chunks = [1 << i for i in range(4, 10)]  # of prompts, decode.SMALLEST_CHUNK to decode.LARGEST_CHUNK
+            lengths = sorted({min(chunk, room) for chunk in chunks if chunk < 2 * room})
+            lengths = [n for n in lengths if cache.length_bucket(n + configs.lookahead) == capacity]
+            for temperature in (0.0, 1.0):
+                for drafts in {configs.proposals, 0}:
+                    for length in lengths:
+                        self._rehearse(length, temperature, drafts)
+                    lengths = lengths[-1:]  # what follows differs in its decoding alone
+            capacity *= 2
+        if most:
+            self._say(f"compiled in {time.monotonic() - began:.0f} s")
+
+    def _rehearse(self, length: int, temperature: float, drafts: int) -> None:
+        """Prompts that fill a batch, and one that joins another."""
+        batch, params = self._make(self._slots.size, FixedDrafts(drafts)), SamplingParams(temperature, max_tokens=4)
+        list(batch.run(Completion(Request([0] * length, params)) for _ in range(batch.size)))
+        batch.admit(Completion(Request([0] * length, SamplingParams(temperature, max_tokens=8))))
+        batch.step()
+        list(batch.run([Completion(Request([0] * length, params))]))

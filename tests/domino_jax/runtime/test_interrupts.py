@@ -236,7 +236,10 @@ def test_an_interrupt_in_an_unsafe_place_is_raised_outside(place, at_once):
     assert sys.gettrace() is before and time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("wait", [threading.Event().wait, lambda: time.sleep(60), lambda: input()], ids=str)
+WAITS = {"event": threading.Event().wait, "sleep": lambda: time.sleep(60), "input": lambda: input()}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_an_interrupt_ends_a_wait_at_once(wait, monkeypatch):
     reader, writer = os.pipe()
     with os.fdopen(reader) as nothing, os.fdopen(writer, "w"):

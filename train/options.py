@@ -13,6 +13,7 @@ A flag wins over the file (`--config`), and the file over the defaults.
 
 import argparse
 import dataclasses
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -73,8 +74,9 @@ def parse_options(argv: Sequence[str] | None = None, prog: str = "python -m trai
         words, _ = early.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; see {prog} --help.") from None
-    default = default_options(words.config, words.out, words.resume)
-    return check_change(default, parse_words(TrainConfig, argv, prog=prog, default=default, epilog=epilog))
+    file = settings_file(words.config, words.out, words.resume)
+    default = read_recipe(file) if file else TrainConfig()
+    return check_change(default, parse_words(TrainConfig, argv, prog=prog, default=default, epilog=epilog), file)
 
 
 def configure(options: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
@@ -87,13 +89,16 @@ def configure(options: TrainConfig | None, settings: Mapping[str, Any]) -> Train
     Raises:
         DominoError: a name is unknown, or a value of another type or without sense.
     """
+    file = None
     if options is None:
         kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
         early = {
             name: typed(kinds[name], settings.get(name, getattr(TrainConfig, name)), f"{name} is set to")
             for name in ("config", "out", "resume")
         }
-        options = default_options(early["config"], early["out"], early["resume"])
+        file = settings_file(early["config"], early["out"], early["resume"])
+        options = read_recipe(file) if file else TrainConfig()
+    default = options
     made: dict[str, dict[str, Any]] = {}
     whole: dict[str, Any] = {}
     for name, value in settings.items():
@@ -119,30 +124,33 @@ def configure(options: TrainConfig | None, settings: Mapping[str, Any]) -> Train
         group: dataclasses.replace(getattr(options, group), **values) for group, values in made.items()
     }
     options = dataclasses.replace(options, **changed)
-    return check_change(default_options(None, options.out, True) if options.resume else options, options)
+    if options.resume and (saved := settings_file(None, options.out, True)):
+        return check_change(read_recipe(saved), options, saved)
+    return check_change(default, options, file)
 
 
-def default_options(recipe: str | None, out: Path, resume: bool) -> TrainConfig:
-    """The settings that flags or keywords change: the resumed run's own, a recipe's, or the defaults.
+def settings_file(recipe: str | None, out: Path, resume: bool) -> Path | None:
+    """Where the settings stand that flags or keywords change: the resumed run's own, a recipe's; None for the defaults.
 
     Raises:
-        DominoError: there is no such run or recipe, or it can't be read.
+        DominoError: there is no such run or recipe.
     """
     if not resume:
-        return read_recipe(recipe_path(recipe)) if recipe else TrainConfig()
+        return recipe_path(recipe) if recipe else None
     if recipe:
         raise UsageError("a resumed run has its own settings: leave out --config.")
     saved = out / SETTINGS
     if not saved.exists():
         raise DominoError(f"there is no run to resume in {out}: {saved} does not exist.")
-    return read_recipe(saved)
+    return saved
 
 
-def check_change(default: TrainConfig, options: TrainConfig) -> TrainConfig:
+def check_change(default: TrainConfig, options: TrainConfig, file: Path | None = None) -> TrainConfig:
     """The options, if the run may begin, or go on, with them.
 
     Args:
         default: what they were before flags or keywords changed them.
+        file: where those stand.
 
     Raises:
         UsageError: a value makes no sense, or a resumed run would become another.
@@ -155,10 +163,24 @@ def check_change(default: TrainConfig, options: TrainConfig) -> TrainConfig:
             raise UsageError(f"a resumed run keeps its settings; leave out {', '.join(map(flag, kept))}.")
     elif (options.out / SETTINGS).exists():
         raise DominoError(f"{options.out} already holds a run; continue it with --resume, or give another --out.")
-    check_options(options)
+    try:
+        check_options(options)
+    except UsageError as error:
+        if file is not None and _is_the_files_fault(str(error), default, options):
+            raise DominoError(f"{file}: {error}") from None
+        raise
     if not options.resume:
         check_output(options.out, "a training run", read_places(options))
     return options
+
+
+def _is_the_files_fault(error: str, default: TrainConfig, options: TrainConfig) -> bool:
+    """Whether the settings that an error names are those of the file, and no word of the command line is to blame."""
+    if options.target is None or not options.data.data:  # a recipe may leave these to the command line
+        return False
+    usual, given, now = flat(TrainConfig()), flat(default), flat(options)
+    named = [name for name in now if re.search(rf"{flag(name)}(?![\w-])", error)]
+    return all(now[name] == given[name] for name in named) and any(given[name] != usual[name] for name in named)
 
 
 def with_absolute_paths(options: TrainConfig) -> TrainConfig:

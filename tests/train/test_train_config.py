@@ -7,6 +7,7 @@ import factory
 import pytest
 
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError
 from train import options as settings
 from train.config import GROUPS, TrainConfig, check_options, draft_config, flat
 from train.options import dump, parse_options, read_recipe, recipe_path, with_absolute_paths, write_recipe
@@ -119,6 +120,38 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, out, text, message):
     with pytest.raises(DominoError) as error:
         parse_options(["--config", str(tmp_path / "x.toml"), *GIVEN, *out])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "of_file", "message"),
+    [
+        ("[run]\nbatch = 0", "", True, "--batch must be at least 1, found 0."),
+        ("[optimizer]\nlr = -1.0", "--batch 4", True, "--lr must be above 0, found -1.0."),
+        ("[data]\nlength = 0", "--layers 2", True, "--length must be at least 1, found 0."),
+        ("[run]\nbatch = 8\naccumulate = 3", "", True, "--accumulate 3 does not divide --batch 8."),
+        ("[drafter]\nhead = false\nfreeze_backbone = true", "", True, "--freeze-backbone trains the head alone"),
+        ("[run]\nbatch = 8", "--accumulate 3", False, "--accumulate 3 does not divide --batch 8."),
+        ("[run]\nbatch = 0", "--batch -1", False, "--batch must be at least 1, found -1."),
+        ("[run]\nbatch = 8", "--lr 0", False, "--lr must be above 0, found 0.0."),
+        ("[run]\nbatch = 0", "--batch 4", None, ""),
+    ],
+)
+def test_a_value_of_a_file_that_makes_no_sense_is_the_files_fault(tmp_path, out, text, more, of_file, message):
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    words = ["--config", str(file), *GIVEN, *more.split(), *out]
+    if of_file is None:  # a flag is given instead
+        parse_options(words)
+        return
+    with pytest.raises(DominoError) as error:
+        parse_options(words)
+    assert str(error.value).startswith(f"{file}: {message}" if of_file else message)
+    assert isinstance(error.value, UsageError) != of_file
+
+
+def test_a_recipe_that_leaves_the_data_to_the_words_is_not_at_fault(out):
+    with pytest.raises(UsageError, match="^give --target"):
+        parse_options(["--config", "demo", *out])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.companions import TOKENIZER_FILES
+from convert.companions import TOKENIZER_FILES, text_files
 from convert.configs import TOKEN_IDS
 from convert.fields import Fields, read_json
 from convert.messages import ROLES, LeftOut, valid_unicode
@@ -37,6 +37,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its errors are of many kinds, and all mean the same here
+        for file in text_files(folder):
+            if file.suffix == ".json":
+                read_json(file)  # a file that is no JSON is named
         raise DominoError(f"the tokenizer in {folder} can't be loaded: {first_line(error)}.") from None
     older = folder / "chat_template.json"  # which transformers wrote once, and reads for processors alone
     if not has_template(tokenizer) and older.exists():

@@ -87,3 +87,26 @@ def test_a_drafter_has_no_tokenizer_and_its_card_travels(tmp_path):
     (tmp_path / "draft" / "README.md").write_text("card")
     convert_folder(tmp_path / "draft", tmp_path / "orbax")
     assert (tmp_path / "orbax" / "README.md").read_text() == "card"
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (f'{{"version": {DEEP}}}', "nested more than 200 deep"),
+        ('{"version": "1.0", ', "can't be read as JSON"),
+        ("[1, 2]", "expected a JSON object"),
+        ("", "can't be read as JSON"),
+        ("\x1f\x8b zipped", "gzip"),
+    ],
+    ids=["nested", "cut", "a list", "empty", "compressed"],
+)
+def test_a_file_of_the_tokenizer_that_is_no_json_is_named(tmp_path, file, content, says):
+    make_target(tmp_path / "target")
+    (tmp_path / "target" / file).write_bytes(content.encode("latin-1"))
+    with pytest.raises(DominoError, match=r"^[^\n]*$") as error:
+        load_tokenizer(tmp_path / "target")
+    assert str(tmp_path / "target" / file) in str(error.value) and says in str(error.value)

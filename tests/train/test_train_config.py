@@ -150,7 +150,7 @@ def test_a_value_of_a_file_that_makes_no_sense_is_the_files_fault(tmp_path, out,
 
 
 def test_a_recipe_that_leaves_the_data_to_the_words_is_not_at_fault(out):
-    with pytest.raises(UsageError, match="^give --target"):
+    with pytest.raises(UsageError, match=r"^give --target"):
         parse_options(["--config", "demo", *out])
 
 

@@ -1,17 +1,22 @@
 """A target made from text: the corpus and its split, pre-training, prompts cut for it, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from factory import BYTE_TARGET
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from domino_jax.errors import DominoError
+from domino_jax.weights import flatten, init_weights
 from train.demo import prompts
 from train.demo.corpus import model_code, read_texts
-from train.demo.pretrain import Pretrain, run_pretrain
+from train.demo.pretrain import Pretrain, pretrain_optimizer, run_pretrain
 
 SMALL = {
     "files": "*.txt",
@@ -126,3 +131,21 @@ def test_a_model_is_not_overwritten(text, model):
 def test_prompts_without_a_tokenizer_are_refused(tmp_path, capsys):
     assert prompts.main(["--tokenizer", str(tmp_path / "none"), "--out", str(tmp_path / "p.jsonl")]) == 1
     assert "neither a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"tie_word_embeddings": False}], ids=str)
+def test_matrices_of_a_target_decay_by_name_and_norms_and_biases_do_not(changes):
+    config = dataclasses.replace(BYTE_TARGET, **changes)
+    options = Pretrain(text=Path("x"), out=Path("y"), steps=2, warmup=0.0, decay=0.0, weight_decay=0.5)
+    rule = pretrain_optimizer(config, options)
+    weights = jax.tree.map(jnp.ones_like, flatten(init_weights(config, jax.random.key(0))))
+    nothing = jax.tree.map(jnp.zeros_like, weights)
+    changed = jax.jit(lambda: rule.update(nothing, rule.init(weights), weights)[0])()
+    found: dict[str, set[bool]] = {}
+    for path, step in changed.items():
+        found.setdefault(path.rpartition(".")[2], set()).add(bool(np.any(step)))
+    assert all(len(moved) == 1 for moved in found.values()), "every layer alike"
+    decayed = {name for name, moved in found.items() if True in moved}
+    matrices = {"embed", "q", "kv", "o", "gate_up", "down"} | ({"lm_head"} & set(found))
+    assert decayed == matrices, sorted(found)
+    assert {"norm", "q_norm", "k_norm"} <= set(found) - decayed

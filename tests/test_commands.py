@@ -17,6 +17,7 @@ COMMANDS = {
     "python -m infer.bench.checkpoints": "infer.bench.checkpoints",
     "python -m infer.bench.spread": "infer.bench.spread",
     "python -m infer.bench.mixed": "infer.bench.mixed",
+    "python -m infer.bench.serve": "infer.bench.serve",
     "python -m convert": "convert.__main__",
 }
 USAGE_ERRORS = [
@@ -42,6 +43,13 @@ USAGE_ERRORS = [
     ("infer.bench.checkpoints", ["--step", "make"], "--step works on the copies in --out DIR"),
     ("infer.bench.mixed", ["--new-tokens", "9", "4"], "--new-tokens takes two lengths from 1 up"),
     ("infer.bench.command", ["mixed", "--num-requests", "0"], "--num-requests must be at least 1"),
+    ("infer.bench.serve", ["--new-tokens", "9", "4"], "--new-tokens takes two lengths from 1 up"),
+    ("infer.bench.serve", ["--url", "127.0.0.1:8000"], "begins with http:// or https://, found '127.0.0.1:8000'"),
+    ("infer.bench.serve", ["--compare", "http://a/v1", "http://b/v1"], "--compare takes NAME=URL"),
+    ("infer.bench.serve", ["--compare", "a=http://a/v1", "a=http://b/v1"], "each with a name of its own"),
+    ("infer.bench.serve", ["--chat"], "--chat needs --prompts FILE"),
+    ("infer.bench.serve", ["--extra-body", "[1]"], "--extra-body takes a JSON object, found '[1]'"),
+    ("infer.bench.command", ["serve", "--rates", "0"], "--rates must be above 0"),
     ("infer.bench.spread", ["--no-such-flag"], "unrecognized options: --no-such-flag"),
     ("convert.__main__", [], "give SRC and DST, or --check DIR"),
     ("convert.__main__", ["a"], "give SRC and DST, or --check DIR"),

@@ -11,6 +11,7 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, parse_words
 from infer.bench.checkpoints import main as checkpoints
 from infer.bench.options import Bench, check_bench
+from infer.bench.serve import ServeLoad, check_serve_load
 from infer.options import Generate
 from train.config import TrainConfig
 from train.demo.pretrain import Pretrain, check_pretrain
@@ -42,6 +43,7 @@ PAIR = ["--target", "t", "--draft", "d"]
 COMMANDS: dict[str, tuple[Any, list[str], Callable[[Any], Any]]] = {
     "infer": (Generate, ["hi"], lambda options: options.check(chat=False)),
     "infer.bench": (Bench, [], check_bench),
+    "infer.bench serve": (ServeLoad, [], check_serve_load),
     "train": (TrainConfig, ["--target", "t", "--data", "d"], lambda options: None),
     "train regenerate": (Regenerate, [*PAIR, "--data", "d", "--out", "o"], check_regenerate),
     "train validate": (Validate, [*PAIR, "--prompts", "p"], check_validate),

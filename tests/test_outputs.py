@@ -48,6 +48,10 @@ FILES: dict[str, tuple[str, Callable[[Path, Path, Path], list[object]]]] = {
         lambda out, model, file: ["--model", model, "--draft", model, "--prompts", file, "--show-drafts", "--svg", out],
     ),
     "infer.bench --json": ("infer.bench.command", lambda out, model, file: ["--prompts", file, "--json", out]),
+    "infer.bench serve --json": (
+        "infer.bench.command",
+        lambda out, model, file: ["serve", "--prompts", file, "--json", out],
+    ),
     "infer.bench checkpoints --json": (
         "infer.bench.command",
         lambda out, model, file: ["checkpoints", "--model", model, "--json", out],

@@ -9,6 +9,7 @@ from domino_jax.errors import DominoError
 EXTRAS = {
     "datasets": "train",
     "grain": "train",
+    "httpx": "serve",
     "matplotlib": "plots",
     "optax": "train",
     "orbax": "orbax",

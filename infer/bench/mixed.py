@@ -74,26 +74,21 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
     from domino_jax.runtime.provenance import git_commit, processor
     from domino_jax.runtime.slots import Completion, DraftPolicy, FixedDrafts, Request, Slots
     from domino_jax.sampling import SamplingParams
+    from infer.bench.load import draw_lengths
     from infer.prompts import Encoder, read_prompts
 
     o, console = options, Console(stderr=True)
     loaded = load_pair(o.model, console)
     rng = np.random.default_rng(0)
-
-    def lengths(bounds: tuple[int, int]) -> list[int]:
-        low, high = np.log(bounds[0]), np.log(bounds[1] + 1)
-        return [min(int(n), bounds[1]) for n in np.exp(rng.uniform(low, high, o.num_requests))]
-
     prompts = read_prompts(o.prompts or DEMO_FOLDER / "prompts.jsonl")
     ids = [Encoder(loaded.tokenizer, raw=prompt.messages is None).ids(prompt) for prompt in prompts]
     ids = [prompt for prompt in ids if len(prompt) >= o.prompt_tokens[0]]
     if len(ids) < o.num_requests:
         raise DominoError(f"{len(ids)} prompts have {o.prompt_tokens[0]} tokens, {o.num_requests} are wanted.")
+    lengths = [draw_lengths(rng, bounds, o.num_requests) for bounds in (o.prompt_tokens, o.new_tokens)]
     requests = [
         Request(prompt[:length], SamplingParams(max_tokens=limit), (row,))
-        for row, (prompt, length, limit) in enumerate(
-            zip(ids[: o.num_requests], lengths(o.prompt_tokens), lengths(o.new_tokens), strict=True)
-        )
+        for row, (prompt, length, limit) in enumerate(zip(ids[: o.num_requests], *lengths, strict=True))
     ]
 
     def run(policy: DraftPolicy | None, filled_again: bool) -> tuple[float, list[Completion]]:

@@ -20,6 +20,16 @@ PANELS = {
     "drafts": {"ms_per_cycle": "ms per cycle", "speed_over_lean": "speed over the baseline"},
 }
 
+ONE, THREE = {"": "-"}, {"_p50": "-", "_p95": "--", "_p99": ":"}  # line styles of percentiles
+# Of servers under load: a field without its percentile, its label, and the percentiles that are drawn.
+LOAD_PANELS = {
+    "tokens_per_second": ("tokens/s", ONE),
+    "ttft_ms": ("time to first token, ms", THREE),
+    "tpot_ms": ("time per output token, ms", THREE),
+    "latency_ms": ("whole answer, ms", THREE),
+}
+MARKERS = "osD^vPX*"
+
 
 def plot_sweep(rows: list[Row], folder: Path) -> list[Path]:
     """Write <axis>.png for each axis that the rows have several values of; returns the files.
@@ -69,6 +79,41 @@ def _figure(rows: list[Row], axis: str, panels: dict[str, str], path: Path) -> P
     figure.suptitle(title(rows[0]), fontsize="small")
     save_plots(figure, path)
     return path
+
+
+def plot_load(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write streams.png and rates.png of servers under load, each where there are rows of it; returns the files.
+
+    Servers differ in marker and colour, percentiles in the style of their lines.
+
+    Raises:
+        DominoError: the folder can't be written.
+    """
+    written = []
+    for axis, name in {"streams": "streams", "rate": "requests a second"}.items():
+        shown = [row for row in rows if axis in row]
+        if not shown:
+            continue
+        figure, places = pyplot().subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+        for place, (field, (words, percentiles)) in zip(places.flat, LOAD_PANELS.items(), strict=True):
+            for number, server in enumerate(dict.fromkeys(row["server"] for row in shown)):
+                for percentile, style in percentiles.items():
+                    key = field + percentile
+                    points = sorted((row[axis], row[key]) for row in shown if row["server"] == server and row[key])
+                    look = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number}", "linestyle": style}
+                    look |= {"label": f"{server} {percentile.strip('_')}".strip(), "linewidth": 1.2}
+                    place.plot(*zip(*points, strict=True) if points else ((), ()), **look)
+            ticks = sorted({row[axis] for row in shown})
+            place.set_xscale("log", base=2)
+            place.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            place.minorticks_off()
+            place.set(xlabel=name, ylabel=words, ylim=(0, None))
+            place.grid(alpha=0.3)
+            place.legend(fontsize="small")
+        figure.suptitle(f"{shown[0]['model']}, median of {shown[0]['rounds']} rounds", fontsize="small")
+        written.append(folder / ("streams.png" if axis == "streams" else "rates.png"))
+        save_plots(figure, written[-1])
+    return written
 
 
 def pyplot() -> Any:

@@ -56,6 +56,7 @@ def test_text_is_generated_without_any_extra():
         (("train", "--target", str(DEMO_FOLDER / "target"), "--data", "no.jsonl", "--out", "no"), "orbax"),
         (("train.capture", "--help"), "orbax"),
         (("convert", "--check", str(DEMO_FOLDER / "target")), "orbax"),
+        (("infer.bench.serve",), "httpx"),
     ],
 )
 def test_what_needs_an_extra_names_it(words, package):

@@ -19,6 +19,7 @@ PERCENTILES = (50, 95, 99)
 TIMES = ("ttft_ms", "tpot_ms", "latency_ms")
 # vLLM's counters, under whatever prefix: drafted cycles of rows, and the drafts of them that were accepted.
 DRAFTS, ACCEPTED = "spec_decode_num_drafts_total", "spec_decode_num_accepted_tokens_total"
+LONGEST_WAIT = 60.0  # seconds that a stream waits after 429
 SHOWN_CHARACTERS = 200  # of an error
 
 
@@ -44,10 +45,11 @@ class Outcome:
     text: str = ""
     status: int = 0  # of HTTP; 0 where no answer came
     error: str = ""  # why it has no whole answer
+    wait: float = 0.0  # seconds until it may ask again, as a server says that is full
 
 
 @dataclass(frozen=True)
-class Server:
+class Endpoint:
     """A server of OpenAI's API, and how it is asked."""
 
     name: str
@@ -77,7 +79,7 @@ class Server:
         """Close all connections."""
         await asyncio.gather(*(client.aclose() for client in self.idle))
 
-    async def with_model(self, model: str | None) -> "Server":
+    async def with_model(self, model: str | None) -> "Endpoint":
         """The server with the model that it is asked for: this one, or the first that it lists.
 
         Raises:
@@ -106,7 +108,7 @@ class Server:
         import httpx
 
         began = time.perf_counter() if arrival is None else arrival
-        answer, status, error = _Answer(began), 0, ""
+        answer, status, error, wait = _Answer(began), 0, "", 0.0
         body = {"model": self.model, **body, "stream": True, "stream_options": {"include_usage": True}}
         try:
             url = f"{self.url}/{self.path}"
@@ -115,6 +117,10 @@ class Server:
                 status = reply.status_code
                 if status != 200:
                     error = f"{status}: {_said(await reply.aread())}"
+                    if status == TOO_MANY_REQUESTS and re.fullmatch(
+                        r"\d+(\.\d+)?", reply.headers.get("retry-after", "")
+                    ):
+                        wait = min(float(reply.headers["retry-after"]), LONGEST_WAIT)
                 else:
                     async for data in _events(reply):
                         answer.read(data)
@@ -126,7 +132,7 @@ class Server:
         except (ValueError, TypeError, AttributeError, LookupError):
             error = "the stream is not in OpenAI's form"
         seconds = answer.seconds or time.perf_counter() - began
-        return Outcome(seconds, answer.first, *answer.usage, "".join(answer.texts), status, error)
+        return Outcome(seconds, answer.first, *answer.usage, "".join(answer.texts), status, error, wait)
 
     async def count_drafts(self) -> tuple[float, float] | None:
         """Drafted cycles and accepted drafts so far, by the server's /metrics; None where it has none."""
@@ -217,9 +223,15 @@ def draw_lengths(rng: np.random.Generator, bounds: tuple[int, int], count: int) 
 
 
 async def run_load(
-    server: Server, bodies: Sequence[Mapping[str, Any]], load: Load, gaps: Sequence[float], outcomes: dict[int, Outcome]
+    server: Endpoint,
+    bodies: Sequence[Mapping[str, Any]],
+    load: Load,
+    gaps: Sequence[float],
+    outcomes: dict[int, Outcome],
 ) -> None:
-    """Send the requests as the load says, and wait for all of them.
+    """Send the requests as the load says, and wait for all of them. None is sent twice.
+
+    A stream that gets 429 waits as long as the server says before its next request.
 
     Args:
         gaps: seconds from each arrival to the next, for an open loop.
@@ -232,6 +244,7 @@ async def run_load(
     async def stream(places: Iterator[int]) -> None:
         for place in places:
             await ask(place)
+            await asyncio.sleep(outcomes[place].wait)
 
     async with asyncio.TaskGroup() as group:
         if load.loop == "closed":
@@ -263,6 +276,8 @@ def round_figures(
         "ttft_ms": [1e3 * o.first for o in whole if o.first is not None],
         "tpot_ms": [1e3 * (o.seconds - o.first) / (o.tokens - 1) for o in whole if o.first and o.tokens > 1],
         "latency_ms": [1e3 * o.seconds for o in whole],
+        # Where a server sends many tokens at once, this says more than the time after the first.
+        "latency_per_token_ms": [1e3 * o.seconds / o.tokens for o in whole if o.tokens],
     }
     return {
         "requests": len(outcomes),

@@ -29,7 +29,7 @@ from domino_jax.runtime.command import UsageError, end_process, run_command
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.parsing import parse_json
 from domino_jax.runtime.provenance import git_commit, processor
-from infer.bench.load import PERCENTILES, TIMES, Load, Outcome, Server, draw_lengths, round_figures, run_load
+from infer.bench.load import PERCENTILES, TIMES, Endpoint, Load, Outcome, draw_lengths, round_figures, run_load
 from infer.prompts import Prompt
 
 URL = "http://127.0.0.1:8000/v1"
@@ -197,7 +197,7 @@ async def measure_servers(options: ServeLoad, rounds: Rounds, console: Console) 
     async with AsyncExitStack() as stack:
         servers = []
         for name, url in options.servers.items():
-            server = Server(name, url, connect, path, timeout=options.timeout)
+            server = Endpoint(name, url, connect, path, timeout=options.timeout)
             stack.push_async_callback(server.close)
             servers.append(await server.with_model(options.model))
         for load in options.loads:
@@ -224,7 +224,7 @@ async def measure_servers(options: ServeLoad, rounds: Rounds, console: Console) 
 
 
 async def _measure_round(
-    server: Server, bodies: list[dict[str, Any]], load: Load, gaps: list[float], done: list[Round]
+    server: Endpoint, bodies: list[dict[str, Any]], load: Load, gaps: list[float], done: list[Round]
 ) -> None:
     """Add one round of one server to those done. One that is interrupted counts only where there is no other."""
     outcomes: dict[int, Outcome] = {}
@@ -280,7 +280,8 @@ def show_load(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_column("tokens/s over first", justify="right")
     for row in rows:
         cells = [_cell(row[f"{name}_per_second"], form) for name, form in (("tokens", ",.0f"), ("requests", ",.2f"))]
-        cells += [" / ".join(_cell(row[f"{name}_p{p}"], ",.1f") for p in PERCENTILES) for name in TIMES]
+        times = [[row[f"{name}_p{p}"] for p in PERCENTILES] for name in TIMES]
+        cells += [" / ".join(_cell(ms, ",.0f" if ms and ms >= 100 else ".1f") for ms in three) for three in times]
         cells += [_cell(row["tau"], ".2f"), str(row["errors"]), str(row["rejected"])]
         cells += [_cell(row["tokens_per_second_over_first"], ".2f")] if several else []
         load = Load(row["loop"], row["streams"] if row["loop"] == "closed" else row["rate"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("httpx")
-from infer.bench.load import Load, Outcome, Server, draw_lengths, read_counters, round_figures
+from infer.bench.load import Endpoint, Load, Outcome, draw_lengths, read_counters, round_figures
 from infer.bench.serve import main
 
 DELAY = 0.01  # seconds before the first text
@@ -33,6 +33,7 @@ class FakeServer:
         self.metrics = True
         self.word = "wörd\u2028"  # a line separator, which ends no event
         self.break_off: dict[int, str] = {}  # by number of the request
+        self.retry_after = "0"
         self.port = 0
 
     @property
@@ -46,7 +47,8 @@ class FakeServer:
         size = next((int(line.split(":")[1]) for line in head.lower().split("\r\n") if "content-length" in line), 0)
         body = json.loads(await reader.readexactly(size)) if size else {}
         status, pieces = await self.answer(path, head, body)
-        writer.write(f"HTTP/1.1 {status} x\r\nconnection: close\r\n\r\n".encode())
+        again = f"retry-after: {self.retry_after}\r\n" if status == 429 else ""
+        writer.write(f"HTTP/1.1 {status} x\r\nconnection: close\r\n{again}\r\n".encode())
         async for piece in pieces:
             writer.write(piece)
             await writer.drain()
@@ -258,6 +260,17 @@ def test_failures_are_counted_by_their_kind(tmp_path, server, capsys):
     assert "queue full" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("retry_after", "least", "most"), [("0.5", 0.5, 3.0), ("Fri, 27 Nov 2026 23:00:00 GMT", 0.0, 0.45), ("..", 0, 0.45)]
+)
+def test_a_stream_that_is_refused_waits_before_its_next_request(tmp_path, server, retry_after, least, most):
+    server.break_off, server.retry_after = {2: "429"}, retry_after
+    words = ("--url", server.url, "--streams", "1", "--num-requests", "4", "--rounds", "1")
+    (row,) = measure(tmp_path, *words)
+    assert (row["answered"], row["rejected"], len(server.bodies)) == (3, 1, 5)
+    assert least <= server.arrivals[3] - server.arrivals[2] < most
+
+
 def test_servers_take_turns_and_are_compared_with_the_first(tmp_path, server, capsys):
     with running(FakeServer()) as other:
         other.word = "other"
@@ -343,7 +356,7 @@ def test_a_load_is_said_in_words():
 
 def test_a_client_has_one_request_at_a_time_and_is_used_again():
     """One that all requests share takes longer for each than most servers do."""
-    server = Server("a", "http://127.0.0.1:9/v1", connect=object)
+    server = Endpoint("a", "http://127.0.0.1:9/v1", connect=object)
 
     async def use() -> None:
         async with server.client() as one, server.client() as other:

@@ -39,14 +39,16 @@ def words(tmp_path_factory) -> list[str]:
     return [*words, "--json", "--max-new-tokens", "20"]
 
 
-def start(words: list[str], count: int, program: tuple[str, str]) -> list[subprocess.Popen[str]]:
+def start(
+    words: list[str], count: int, program: tuple[str, str], last: list[str] | None = None
+) -> list[subprocess.Popen[str]]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     port = free_port()
     running = []
     for i in range(count):
         place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(i)]
-        command = [sys.executable, *program, *words, *(place if count > 1 else [])]
+        command = [sys.executable, *program, *words, *(place if count > 1 else []), *(last or [])]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
     return running
@@ -198,6 +200,49 @@ def test_one_process_is_told_to_stop_and_all_stop_with_a_whole_file(words, tmp_p
     lines = out.read_text().splitlines(keepends=True)
     assert 0 < len(lines) < len(rows) and all(line.endswith("}\n") for line in lines)
     assert f"interrupted: {len(lines)} answers in {out}" in done[0][1] and "interrupted" not in done[1][1]
+
+
+FAILING = """
+import sys
+from domino_jax.errors import DominoError
+from domino_jax.runtime.command import end_process
+from train.regenerate import command, output
+
+place = sys.argv.pop()
+def fails(*_):
+    raise DominoError("this one fails.")
+after = 3
+def fails_later(answers, number, values, add=getattr(output, place.split(".")[0]).__dict__.get("add")):
+    global after
+    after -= 1
+    return add(answers, number, values) if after else fails()
+whose, _, method = place.partition(".")
+setattr(getattr(output, whose), method, fails_later if method == "add" else fails)
+end_process(command.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "failing"),
+    [("Answers.__init__", 0), ("Answers.add", 0), ("FollowedAnswers.__init__", 1), ("FollowedAnswers.add", 1)],
+)
+def test_when_one_process_of_several_fails_no_other_waits(words, tmp_path, place, failing):
+    rows = [{"input_ids": [40 + i % 100, 60, 70]} for i in range(200)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--target", words[1], "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    given += ["--max-new-tokens", "30", "--batch-size", "4", "--temperature", "0", "--mesh", "data=2"]
+    running = start(given, 2, ("-c", FAILING), last=[place])
+    try:
+        said = [process.communicate(timeout=90) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [1, 1], said
+    assert not any("Traceback" in err for _, err in said)
+    assert all(err.count("error: ") == 1 for _, err in said)
+    if not place.startswith("FollowedAnswers.__init__"):  # there all say that they do not see the same file
+        assert "error: this one fails." in said[failing][1]
 
 
 @pytest.mark.slow

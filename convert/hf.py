@@ -80,8 +80,8 @@ def load_hf(
         DominoError: tensors are missing, unexpected or misshapen (all are named), one that would be left out is not
             what the model has in its place, or a file is damaged.
     """
-    table = entries(config)
-    with open_tensors(folder) as files, mesh_context(mesh):
+    table, files = entries(config), open_tensors(folder)
+    with mesh_context(mesh):
         account = account_tensors(config, files.stored)
         where, problems = account.stored, account.problems or compare_derived(config, account, files, target)
         if problems:

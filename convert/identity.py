@@ -39,8 +39,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def _tensor_pieces(folder: Path) -> Iterator[bytes]:
-    with open_tensors(folder) as files:
-        found = files.stored
+    found = open_tensors(folder).stored
     for name in sorted(found):
         tensor = found[name]
         begin, end = tensor.begin, tensor.begin + tensor.bytes

@@ -2,20 +2,19 @@
 
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from convert.values import is_whole, json_kind, shown, shown_key
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import parse_json
 
-# Files are memory-mapped, and what was read of a mapping counts as this process's memory until it is closed.
-MOST_MAPPED = 64 * 2**20
+BLOCK_BYTES = 64 * 2**20  # read at once of a tensor of which some columns are wanted
 LARGEST_HEADER = 10**8  # bytes, as the library takes them
 BITS = {
     "BOOL": 8,
@@ -26,6 +25,18 @@ BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }  # of a value, by safetensors' names of dtypes
+# Those that NumPy and JAX know; in files, all are little-endian.
+DTYPES = {
+    "BOOL": np.dtype(bool),
+    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+    "C64": np.dtype("<c8"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 
 
 class Stored(NamedTuple):
@@ -83,6 +94,8 @@ def _tensors(file: Path, header: dict[str, Any], start: int, total: int) -> list
     ends, found = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                raise ValueError(f"its __metadata__ is {shown(entry)}, and an object of texts is expected")
             continue
         key = shown_key(name)
         if not isinstance(entry, dict):
@@ -118,8 +131,10 @@ def _tensors(file: Path, header: dict[str, Any], start: int, total: int) -> list
     return found
 
 
-class TensorFiles(AbstractContextManager["TensorFiles"]):
+class TensorFiles:
     """The tensors of some files by name.
+
+    They are read, not mapped into memory: a mapping of a file that is cut short ends the process where it is touched.
 
     Raises:
         DominoError: a file is damaged, or two have a tensor of one name.
@@ -127,8 +142,6 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
 
     def __init__(self, files: Iterable[Path]):
         self.stored: dict[str, Stored] = {}
-        self._handles: dict[Path, Any] = {}
-        self._mapped = 0
         self._states: dict[Path, tuple[int, ...]] = {}
         for file in files:
             self._states[file] = _state(file)
@@ -139,49 +152,55 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
                         "which is meant. Leave only the files of one model in the folder."
                     )
                 self.stored[stored.name] = stored
-            self._open(file)
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                self._check_same(file)
-                raise DominoError(
-                    f"{file} is not a whole safetensors file: {first_line(error)}; fetch it again."
-                ) from None
-        return self._handles[file]
 
     def _check_same(self, file: Path) -> None:
         if _state(file) != self._states[file]:
             raise DominoError(f"{file} changed while it was read: try again when nothing writes it.")
 
     def read(self, tensor: Stored, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A copy of the tensor, or of the part that `index` has a slice for each axis of.
+        """The tensor, or the part that `index` has a slice of step 1 for each axis of.
 
         Raises:
             DominoError: it can't be read, or its dtype is none that NumPy and JAX know; or its file is another than
                 when this was made.
         """
-        self._check_same(tensor.file)  # before, for a mapping of a file cut short ends the process where it is touched
+        if tensor.dtype not in DTYPES:
+            raise DominoError(f"{tensor.name} in {tensor.file} can't be read: NumPy has no dtype {tensor.dtype}.")
+        self._check_same(tensor.file)
         try:
-            handle = self._open(tensor.file)
-            part = handle.get_tensor(tensor.name) if index is None else handle.get_slice(tensor.name)[index]
-        except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+            part = _read(tensor, index or (slice(None),) * len(tensor.shape))
+        except (OSError, EOFError) as error:
+            self._check_same(tensor.file)
             raise DominoError(f"{tensor.name} in {tensor.file} can't be read: {first_line(error)}.") from None
         self._check_same(tensor.file)
-        self._mapped += part.nbytes
-        if self._mapped > MOST_MAPPED:
-            self.close()
         return part
 
-    def close(self) -> None:
-        """Give the mappings back; reading opens the files again."""
-        self._handles.clear()
-        self._mapped = 0
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def _read(tensor: Stored, index: tuple[slice, ...]) -> np.ndarray:
+    """Raises: OSError, EOFError: it can't be read."""
+    dtype, shape = DTYPES[tensor.dtype], tensor.shape or (1,)
+    rows, *columns = (range(*one.indices(size)) for one, size in zip(index or (slice(None),), shape, strict=True))
+    part = np.empty((len(rows), *map(len, columns)), dtype)
+    row_bytes = prod(shape[1:]) * dtype.itemsize
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.begin + rows.start * row_bytes)
+        if part.shape[1:] == shape[1:]:
+            _fill(part, stream)
+        else:
+            for start in range(0, len(rows), step := max(1, BLOCK_BYTES // max(row_bytes, 1))):
+                block = np.empty((min(step, len(rows) - start), *shape[1:]), dtype)
+                _fill(block, stream)
+                part[start : start + len(block)] = block[:, *index[1:]]
+    return part.reshape(part.shape if tensor.shape else ())
+
+
+def _fill(array: np.ndarray, stream: RawIOBase) -> None:
+    rest = array.reshape(-1).view(np.uint8).data
+    while rest:
+        read = stream.readinto(rest)
+        if not read:
+            raise EOFError("its file ends within it")
+        rest = rest[read:]
 
 
 def _state(file: Path) -> tuple[int, ...]:

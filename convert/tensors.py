@@ -183,9 +183,9 @@ def compare_derived(
             continue
         else:
             other = f"that of {target}"
-            with open_tensors(target) as theirs:
-                known = {name.removeprefix(MODEL_PREFIX): found for name, found in theirs.stored.items()}
-                same = _same(files, stored, theirs, known.get(name) or known.get(EMBED))
+            theirs = open_tensors(target)
+            known = {name.removeprefix(MODEL_PREFIX): found for name, found in theirs.stored.items()}
+            same = _same(files, stored, theirs, known.get(name) or known.get(EMBED))
         if not same:
             tied = ", and tie_word_embeddings is true" if isinstance(config, TargetConfig) and name == LM_HEAD else ""
             problems.append(f"{stored.name} is not {other}{tied}: it would be left out, and the output be another")

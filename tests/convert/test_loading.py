@@ -144,24 +144,9 @@ def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, mon
 
     monkeypatch.setattr(TensorFiles, "read", counted)
     load_weights(tmp_path, config, mesh=make_mesh(2, 4))
-    with TensorFiles(tensor_files(tmp_path)) as files:
-        for name, stored in files.stored.items():
-            # Four devices share two KV heads: two read each, and the tensor is read twice.
-            assert read[name] == stored.bytes * (2 if "k_proj" in name or "v_proj" in name else 1), name
-
-
-def test_files_are_unmapped_as_reading_goes_on(tmp_path, monkeypatch):
-    config = MODELS["target"]
-    monkeypatch.setattr(hf, "SHARD_BYTES", 9000)
-    module = factory.random_weights(config, 0)
-    hf.save_hf(tmp_path, module, config, config.to_hf())
-    monkeypatch.setattr(safetensors, "MOST_MAPPED", 4000)
-    opened = []
-    plain = safetensors.safe_open
-    monkeypatch.setattr(safetensors, "safe_open", lambda file, **how: opened.append(file) or plain(file, **how))
-    again = flatten(hf.load_hf(tmp_path, config))
-    assert all(np.array_equal(again[path], leaf) for path, leaf in flatten(module).items())
-    assert len(opened) > 2 * len(set(opened)) > 4
+    for name, stored in TensorFiles(tensor_files(tmp_path)).stored.items():
+        # Four devices share two KV heads: two read each, and the tensor is read twice.
+        assert read[name] == stored.bytes * (2 if "k_proj" in name or "v_proj" in name else 1), name
 
 
 def test_each_step_of_a_checkpoints_way_through_every_form(tmp_path, capsys):
@@ -323,7 +308,7 @@ def test_what_infer_refuses_is_not_called_sound(tmp_path, capsys):
     (folder / "generation_config.json").unlink()
     (folder / "tokenizer.json").write_text("{")
     code, out = checked(capsys, folder)
-    assert code == 1 and "the tokenizer in" in out and "all finite" in out
+    assert code == 1 and "tokenizer.json can't be read as JSON" in out and "all finite" in out
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.float64])
@@ -386,8 +371,8 @@ def test_a_weight_above_a_gigabyte_goes_both_ways(tmp_path):
     )
     convert_folder(tmp_path / "hf", tmp_path / "orbax")
     convert_folder(tmp_path / "orbax", tmp_path / "back")
-    with TensorFiles(tensor_files(tmp_path / "back")) as files:
-        assert files.stored["model.embed_tokens.weight"].bytes > 10**9
+    files = TensorFiles(tensor_files(tmp_path / "back"))
+    assert files.stored["model.embed_tokens.weight"].bytes > 10**9
 
 
 def test_converting_can_change_the_dtype(tmp_path, capsys):

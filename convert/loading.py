@@ -48,6 +48,7 @@ class LoadedModel:
     warnings: tuple[str, ...]
     seconds: float  # what loading took
     mesh: Mesh | None = None  # where weights and caches are spread; None for one device
+    folder: Path | None = None  # of the target; None for one that is in no file
 
     @property
     def narrow(self) -> bool:
@@ -201,7 +202,8 @@ def load_model(
         )
     configs = dataclasses.replace(chosen.fitted, attention=backend)
     seconds = time.perf_counter() - began
-    return LoadedModel(configs, params, tokenizer, stop_ids, kind, (*warnings, *more, *notes), seconds, mesh)
+    said = (*warnings, *more, *notes)
+    return LoadedModel(configs, params, tokenizer, stop_ids, kind, said, seconds, mesh, target)
 
 
 def _fitted(drafter: Drafter | None, model_devices: int) -> Drafter | None:

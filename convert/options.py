@@ -7,8 +7,8 @@ so that a command can check its words first.
 import math
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -283,14 +283,14 @@ class ModelOptions:
 class SamplingOptions:
     """How tokens are chosen."""
 
-    temperature: float = 0.0
-    """0 is greedy, and so is anything below 1e-5"""
-    top_k: int = 0
-    """sample from the k likeliest tokens; 0 is off"""
-    top_p: float = 1.0
-    """sample from the likeliest tokens that together have this probability; 1 is off"""
-    min_p: float = 0.0
-    """drop tokens below this share of the likeliest token's probability; 0 is off"""
+    temperature: Annotated[float | None, DisallowNone, UNSET] = None
+    """0, the default, is greedy, and so is anything below 1e-5"""
+    top_k: Annotated[int | None, DisallowNone, UNSET] = None
+    """sample from the k likeliest tokens; 0, the default, is off"""
+    top_p: Annotated[float | None, DisallowNone, UNSET] = None
+    """sample from the likeliest tokens that together have this probability; 1, the default, is off"""
+    min_p: Annotated[float | None, DisallowNone, UNSET] = None
+    """drop tokens below this share of the likeliest token's probability; 0, the default, is off"""
     seed: Annotated[int | None, DisallowNone, UNSET] = None
     """seed of the random keys (default 0); naming one makes --sampler coupled the default"""
     sampler: Annotated[Sampler | None, DisallowNone, UNSET] = None
@@ -302,10 +302,12 @@ class SamplingOptions:
         Raises:
             UsageError: a value is out of its range.
         """
-        check_real("temperature", self.temperature, "0 or more")
-        check_real("top_p", self.top_p, "above 0 and at most 1")
-        check_real("min_p", self.min_p, "from 0 to 1")
-        check_count("top_k", self.top_k, least=0)
+        ranges = {"temperature": "0 or more", "top_p": "above 0 and at most 1", "min_p": "from 0 to 1"}
+        for name, rule in ranges.items():
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name), rule)
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, least=0)
         if self.seed is not None:
             check_count("seed", self.seed, least=0, limit=2**32)
         if self.sampler not in (None, "rejection", "coupled"):
@@ -316,11 +318,19 @@ class SamplingOptions:
         """Whether the likeliest token is always taken: at a temperature below `sampling.GREEDY_BELOW`."""
         return self.params().temperature == 0
 
+    def or_else(self, recommended: Mapping[str, float]) -> "SamplingOptions":
+        """The same, with a checkpoint's recommendation where none of temperature and filters is given."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        if any(getattr(self, name) is not None for name in names):
+            return self
+        given: dict[str, Any] = {name: recommended[name] for name in names if name in recommended}
+        return replace(self, **given)
+
     def params(self) -> "SamplingParams":
         """The parameters as decoding takes them."""
         from domino_jax.sampling import SamplingParams
 
-        filters = self.temperature, self.top_k, self.top_p, self.min_p
+        filters = self.temperature or 0.0, self.top_k or 0, 1.0 if self.top_p is None else self.top_p, self.min_p or 0.0
         return SamplingParams(*filters, seed=self.seed, sampler=self.sampler)
 
 

@@ -33,11 +33,17 @@ class Processors(NamedTuple):
     output: Array  # [B, V] int32, how often each token is in the output
 
 
-def new_processors(params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int) -> Processors:
+def new_processors(
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    vocab_size: int,
+    allowed: Sequence[np.ndarray | None] = (),
+) -> Processors:
     """What rows ask for, from the host. Their output has no tokens yet.
 
     Args:
         vocab_size: V, of the logits, padding included.
+        allowed: see `allow`.
     """
     batch = len(params)
     ids = np.full((batch, MOST_BIASES), vocab_size, np.int32)
@@ -59,10 +65,24 @@ def new_processors(params: Sequence[SamplingParams], prompts: Sequence[Sequence[
         numbers("min_tokens", np.int32),
         shard_copy(ids, "B -"),
         shard_copy(biases, "B -"),
-        shard_copy(np.full((batch, -(-vocab_size // WORD)), -1, np.int32), "B -"),
+        allowed_tokens(allowed, batch, vocab_size),
         shard_copy(seen, "B V"),
         shard_copy(np.zeros((batch, vocab_size), np.int32), "B V"),
     )
+
+
+def allowed_tokens(allowed: Sequence[np.ndarray | None], batch: int, vocab_size: int) -> Array:
+    """The field `allowed` of rows.
+
+    Args:
+        allowed: of each row, or of the first ones: a bit for each token, [W] int32 or shorter; None where all are.
+    """
+    words = np.full((batch, -(-vocab_size // WORD)), -1, np.int32)
+    for row, mask in zip(words, allowed, strict=False):
+        if mask is not None:
+            row[:] = 0
+            row[: len(mask)] = mask[: len(row)]
+    return shard_copy(words, "B -")
 
 
 def process_logits(logits: Array, drafts: Array, emitted: Array, stop: Array, given: Processors) -> Array:

@@ -155,11 +155,16 @@ class Session:
 
     def chat(self) -> None:
         """Talk until the end of input."""
+        from convert.generation import recommended_sampling
         from convert.not_finite import NotFiniteError
         from infer.chat import Chat, read_lines
+        from infer.engine import Decoding
 
         say("Chat: Ctrl-C stops an answer, Ctrl-D ends.")
-        output, how = self.options.output, self._decoding(1)
+        sampling, folder = self.options.sampling, self.loaded.folder
+        if self.options.generation_config == "auto" and folder is not None:
+            sampling = sampling.or_else(recommended_sampling(folder))
+        output, how = self.options.output, Decoding(sampling.params(), rows=1)
         chat = Chat(self.engine, self.encoder, how, output.max_new_tokens, output.stop)
         for line in read_lines():
             self.summary = RunSummary(self.loaded, self.summary.notes)

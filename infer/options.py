@@ -62,6 +62,8 @@ class Generate:
     num_draft_tokens: Annotated[NumDraftTokens | None, DisallowNone, UNSET, NUM_DRAFT_TOKENS] = None
     """draft tokens verified per cycle; auto, the default, chooses by measured time and acceptance"""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation_config: Literal["auto", "none"] = "auto"
+    """in a chat without sampling options: sample as the checkpoint's generation_config.json says, or not"""
     input: InputOptions = field(default_factory=InputOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)

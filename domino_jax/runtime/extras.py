@@ -10,6 +10,7 @@ EXTRAS = {
     "datasets": "train",
     "grain": "train",
     "httpx": "serve",
+    "llguidance": "serve",
     "matplotlib": "plots",
     "optax": "train",
     "orbax": "orbax",

@@ -21,7 +21,7 @@ from domino_jax import cache, decode
 from domino_jax.decode import Accept, Caches, DecodeConfig, DecodeState, Rows
 from domino_jax.errors import DominoError
 from domino_jax.finite import drafter_is_finite, drafts_look_broken
-from domino_jax.processors import MOST_BIASES, new_processors
+from domino_jax.processors import MOST_BIASES, allowed_tokens, new_processors
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.runtime.timing import compile_seconds, no_seconds, timed
@@ -71,11 +71,29 @@ class TokenLogprobs(NamedTuple):
     likeliest: list[tuple[int, float]]  # as many as were asked for, the likeliest first
 
 
+class Guide(Protocol):
+    """Says which tokens may come next, such as those that a grammar allows. Its state is that of one output."""
+
+    def allowed(self) -> np.ndarray:
+        """A bit for each token, [V / 32] int32."""
+        ...
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Note what has come."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more may come."""
+        ...
+
+
 @dataclass(eq=False)
 class Completion:
     """A request, and what has been generated for it."""
 
     request: Request
+    guide: Guide | None = None  # such a request takes plain steps, one a dispatch, and all beside it
     tokens: list[int] = field(default_factory=list)  # a stop token is kept, at the end
     cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, where asked for
@@ -102,7 +120,10 @@ class Completion:
         ends = next((i + 1 for i, token in enumerate(tokens) if token in params.stop_token_ids), len(tokens))
         tokens = tokens[: self.count(tokens[:ends])]
         self.tokens += tokens
-        if self.is_cut or self.tokens[-1] in params.stop_token_ids:
+        if self.guide:
+            self.guide.accept(tokens)
+        ended = self.guide is not None and self.guide.is_done
+        if self.is_cut or ended or self.tokens[-1] in params.stop_token_ids:
             self.finish("stop")
         elif len(self.tokens) >= params.max_tokens:
             self.finish("length")
@@ -233,6 +254,8 @@ class Slots:
         self._running: dict[int, Completion] = {}  # by slot
         self._state: DecodeState | None = None
         self._pace: dict[int, float] = {}  # seconds of a cycle by its drafts, as the last dispatch had them
+        self._guided = False  # a row's tokens are restricted on the device
+        self._vocab = configs.target.vocab_size + -configs.target.vocab_size % model_devices()
         self._over = False  # the host has ended rows that the device goes on with
         self._held: Completion | None = None  # alone in the batch, first row: whose ids the caches hold
         self._began: dict[Completion, float] = {}
@@ -274,8 +297,8 @@ class Slots:
             DominoError: its prompt is empty or too long, or has ids outside the vocabulary; or its limit is below 1.
         """
         check_request(self._configs, completion.request)
-        if completion.request.params.processed and not self._processors:
-            raise DominoError("penalties, biases and a minimum of tokens need Slots(processors=True).")
+        if (completion.request.params.processed or completion.guide) and not self._processors:
+            raise DominoError("penalties, biases, a minimum of tokens and guides need Slots(processors=True).")
         self._began[completion] = time.perf_counter()
         self._waiting.append(completion)
 
@@ -372,7 +395,7 @@ class Slots:
                 held = shared(self.held, requests[0].prompt)
         self._state = self._held = None  # programs donate the buffers
         with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
-            steps = self._prefilling(requests, caches, held)
+            steps = self._prefilling(requests, found, caches, held)
             del caches
             state, logprobs = _drain(steps)
             tokens, finite, logprobs = fetch((state.token, state.finite, logprobs))
@@ -383,13 +406,14 @@ class Slots:
         self._first(found, tokens, finite, logprobs)
         return found
 
-    def _prefilling(self, requests: list[Request], caches: Caches | None = None, held: int = 0) -> "_Steps":
-        """Begin with the prompts of as many rows; see `decode.prefill_steps`."""
+    def _prefilling(
+        self, requests: list[Request], found: list[Completion], caches: Caches | None = None, held: int = 0
+    ) -> "_Steps":
+        """Begin with the prompts of as many rows, the first of which are those found; see `decode.prefill_steps`."""
         processors, configs = None, self._with_logprobs(requests)
         if self._processors:
-            vocab = self._configs.target.vocab_size
-            vocab += -vocab % model_devices()
-            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], vocab)
+            masks = [c.guide.allowed() if c.guide else None for c in found]
+            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], self._vocab, masks)
         prompts = [r.prompt for r in requests]
         return decode.prefill_steps(
             self._params, configs, prompts, rows_of(requests), self._dtype, caches, held, processors
@@ -407,7 +431,7 @@ class Slots:
         requests = [c.request for c in found]
         requests += [_spare(requests[0])] * (self._group - count)
         longest = max(len(r.prompt) for r in requests)
-        return _Prefill(found, self._prefilling(requests), decode.prefill_chunks(longest, 0, longest).step)
+        return _Prefill(found, self._prefilling(requests, found), decode.prefill_chunks(longest, 0, longest).step)
 
     def _insert(self, found: list[Completion], new: DecodeState, logprobs: decode.Logprobs | None) -> list[Completion]:
         """Put prefilled requests into free slots."""
@@ -433,8 +457,7 @@ class Slots:
         caches = decode.init_caches(self._configs, self.size, like.cache.capacity, self._dtype)
         requests, processors = [Request([0])] * self.size, None
         if like.processors is not None:
-            vocab = like.processors.prompt.shape[1]
-            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], vocab)
+            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], self._vocab)
         return decode.begin(rows_of(requests), [0] * self.size, caches, processors)
 
     def _resized(self, state: DecodeState, new: DecodeState | None = None) -> DecodeState:
@@ -466,15 +489,16 @@ class Slots:
             self._state = self._host_ends(self._state)
             greedy = all(c.request.params.temperature == 0 for c in rows)
             case = self.size, greedy, self._state.cache.capacity
-            drafts, cycles = self._policy.next(case, rows, self._cycles)
-            if drafts in self._pace:
+            guided = self._allow(running)
+            drafts, cycles = (0, 0) if guided else self._policy.next(case, rows, self._cycles)
+            if drafts in self._pace and not guided:
                 cycles = max(1, min(cycles, int(RESPONSE / self._pace[drafts])))
             configs = self._with_logprobs(c.request for c in rows)
             self._state, emitted = self._dispatch(configs, drafts, cycles, greedy)
             # The state is whole, should the user lose patience here.
             emitted, finite = fetch((emitted, self._state.finite))
         spent = [time.perf_counter() - began, compile_seconds() - compiled]
-        if jax.process_count() == 1 and emitted.cycles:  # several would have to agree
+        if jax.process_count() == 1 and emitted.cycles and not guided:  # several would have to agree
             units = int(emitted.cycles) / (1 if drafts else STEPS_PER_CYCLE)
             self._pace[drafts] = (spent[0] - spent[1]) / units
         accepted: dict[Hashable, list[int]] = {}
@@ -494,7 +518,7 @@ class Slots:
                     c.steps += 1
             c.wall_seconds = time.perf_counter() - self._began[c]
             c.finite = bool(finite[slot])
-        if not isinstance(self._policy, FixedDrafts):
+        if not guided and not isinstance(self._policy, FixedDrafts):
             seconds, compiling = broadcast_from_first(spent)
             self._policy.observe(case, drafts, int(emitted.cycles), None if compiling else seconds, accepted)
         self._check_drafts(drafts, emitted)
@@ -503,13 +527,24 @@ class Slots:
                 self._ended(c)
         return rows
 
+    def _allow(self, running: dict[int, Completion]) -> bool:
+        """Tell the device what the rows' guides allow next; whether there is one, or has been."""
+        guides = {slot: c.guide for slot, c in running.items() if c.guide}
+        if not guides and not self._guided:
+            return False
+        assert self._state is not None and self._state.processors is not None
+        masks = [guide.allowed() if (guide := guides.get(slot)) else None for slot in range(self.size)]
+        processors = self._state.processors._replace(allowed=allowed_tokens(masks, self.size, self._vocab))
+        self._state, self._guided = self._state._replace(processors=processors), bool(guides)
+        return bool(guides)
+
     def _dispatch(
         self, configs: DecodeConfig, drafts: int, cycles: int, greedy: bool
     ) -> tuple[DecodeState, decode.Emitted]:
-        """Start at most `cycles` cycles of so many drafts, or as many plain steps as take about as long."""
+        """Start at most `cycles` cycles of so many drafts, or as many plain steps as take about as long; one for 0."""
         assert self._state is not None
         if not drafts:
-            longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(cycles * STEPS_PER_CYCLE)
+            longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(max(1, cycles * STEPS_PER_CYCLE))
             return decode.autoregress(self._params, configs, self._state, longest, greedy, most)
         configs, most = dataclasses.replace(configs, drafts=drafts), np.int32(cycles)
         return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept)

@@ -122,10 +122,7 @@ def circumstances(options: Bench, loaded: LoadedModel) -> Row:
         "simulated_tau": options.simulate_tau,
         "dtype": jnp.dtype(loaded.dtype).name,
         "new_tokens": options.new_tokens,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
+        **{name: getattr(sampling.params(), name) for name in ("temperature", "top_k", "top_p", "min_p")},
         "seed": sampling.seed or 0,
     }
 

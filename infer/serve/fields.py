@@ -87,10 +87,39 @@ TEMPLATE_KWARGS = Field(
     '{"enable_thinking": true or false}',
     lambda x: isinstance(x, dict) and set(x) <= {"enable_thinking"} and all(isinstance(v, bool) for v in x.values()),
 )
-TEXT_FORMAT = Field(
-    {"type": "object", "properties": {"type": {"enum": ["text"]}}, "required": ["type"]},
-    '{"type": "text"}; this server has no JSON mode yet',
-    lambda x: isinstance(x, dict) and x.get("type") == "text",
+
+
+def is_format(value: Any) -> bool:
+    """Whether a value is one of OpenAI's response formats."""
+    if not isinstance(value, dict) or value.get("type") not in ("text", "json_object", "json_schema"):
+        return False
+    schema = value.get("json_schema")
+    return value["type"] != "json_schema" or (isinstance(schema, dict) and isinstance(schema.get("schema"), dict))
+
+
+def is_structure(value: Any) -> bool:
+    """Whether a value is one of vLLM's structured outputs."""
+    kinds = {"json": (dict, str), "regex": (str,), "choice": (list,)}
+    if not isinstance(value, dict) or len(value) != 1 or not set(value) <= set(kinds):
+        return False
+    ((kind, what),) = value.items()
+    texts = kind != "choice" or (0 < len(what) <= 64 and all(isinstance(t, str) and t for t in what))
+    return isinstance(what, kinds[kind]) and texts
+
+
+RESPONSE_FORMAT = Field(
+    {
+        "type": "object",
+        "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": {"type": "object"}},
+        "required": ["type"],
+    },
+    '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}',
+    is_format,
+)
+STRUCTURED_OUTPUTS = Field(
+    {"type": "object", "properties": {"json": {"type": "object"}, "regex": {"type": "string"}}, "maxProperties": 1},
+    'one of {"json": {...}}, {"regex": "..."} and {"choice": ["...", "..."]}',
+    is_structure,
 )
 
 SAMPLING = {
@@ -120,6 +149,8 @@ COMMON = {
         "a text or a list of at most 16 texts, none of them empty",
         lambda x: is_texts(x) or x == [],
     ),
+    "response_format": RESPONSE_FORMAT,
+    "structured_outputs": STRUCTURED_OUTPUTS,
     "return_drafts": BOOLEAN,
     "speculative": BOOLEAN,
     # Of no consequence here.
@@ -175,7 +206,6 @@ CHAT = {
     "tool_choice": just("auto", "none"),
     "parallel_tool_calls": just(True),
     "chat_template_kwargs": TEMPLATE_KWARGS,
-    "response_format": TEXT_FORMAT,
     **COMMON,
 }
 RESPONSE = {

@@ -1,17 +1,16 @@
 """From a request's body to what is decoded: prompts, sampling, limits."""
 
-import json
 import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from convert.loading import LoadedModel
 from convert.tokenizer import decode, encode, encode_chat, has_template, render
-from convert.values import is_number, is_whole, shown
+from convert.values import is_whole, shown
 from domino_jax.errors import DominoError
+from domino_jax.runtime.extras import require
 from domino_jax.runtime.slots import Request, check_request
 from domino_jax.sampling import SamplingParams
 from infer.serve.fields import BadRequest
@@ -194,10 +193,27 @@ class Service:
             number: of the request's answers, from 0 on.
             text: makes text of its tokens; None for a model without a tokenizer.
         """
-        job = Job(Request(prompt, params, (number,)), text=text)
+        job = Job(Request(prompt, params, (number,)), guide=self.guide(body, params), text=text)
         job.speculative = body.get("speculative", True)
         job.deadline = time.monotonic() + self.timeout
         return job
+
+    def guide(self, body: Mapping[str, Any], params: SamplingParams) -> Any:
+        """What an answer's tokens are held to; None for nothing.
+
+        Raises:
+            BadRequest: the grammar can't be used.
+        """
+        if body.get("response_format", {"type": "text"}) == {"type": "text"} and "structured_outputs" not in body:
+            return None
+        require("llguidance")
+        from infer.serve.guides import grammar_of, make_guide
+
+        grammar = grammar_of(body)
+        ends = params.stop_token_ids
+        if grammar is None:
+            return None
+        return make_guide(self.tokenizer(), self.loaded.configs.target.vocab_size, ends, grammar)
 
     def text(self, body: Mapping[str, Any], chat: bool, in_reasoning: bool = False) -> Any:
         """What makes text of one answer's tokens."""
@@ -226,26 +242,6 @@ def logprobs_of(body: Mapping[str, Any]) -> int | None:
             raise BadRequest("top_logprobs needs logprobs: true.", "top_logprobs")
         return body.get("top_logprobs", 0) if asked else None
     return asked
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Sampling as a checkpoint's generation_config.json recommends it; nothing where there is none.
-
-    Raises:
-        DominoError: the file can't be read.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DominoError(f"{path} can't be read: {error}.") from None
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: found[name] for name in names if isinstance(found, dict) and is_number(found.get(name))}
-    if isinstance(found, dict) and found.get("do_sample") is False:
-        given["temperature"] = 0.0
-    return given
 
 
 def token_text(tokenizer: Any, token: int) -> str:

@@ -13,6 +13,7 @@ import uvicorn
 from rich.console import Console
 
 from convert import options as shared
+from convert.generation import recommended_sampling
 from convert.loading import load_model
 from convert.progress import progress_bars
 from domino_jax.errors import DominoError, first_line
@@ -20,7 +21,7 @@ from domino_jax.runtime.compile_cache import enable_compile_cache
 from infer.serve.app import Server
 from infer.serve.metrics import ServingMetrics
 from infer.serve.options import Serve
-from infer.serve.requests import Service, read_generation_config
+from infer.serve.requests import Service
 from infer.serve.worker import Worker
 
 
@@ -56,7 +57,7 @@ def run_server(options: Serve, api_key: str | None) -> None:
         for warning in loaded.warnings:
             log_line(f"warning: {warning}")
         positions = min(options.max_model_len or loaded.configs.target.positions, loaded.configs.target.positions)
-        defaults = read_generation_config(target) if options.generation_config == "auto" else {}
+        defaults = recommended_sampling(target) if options.generation_config == "auto" else {}
         name = options.served_model_name or options.model.model
         service = Service(loaded, name, defaults, positions, options.request_timeout, options.thinking)
         metrics = ServingMetrics(name, loaded.configs.proposals)

@@ -108,7 +108,7 @@ def test_what_is_no_prompt_is_refused_in_python(bad):
 
 
 SAMPLING = {
-    "temperature": ["0.5", True, None, float("nan"), float("inf"), -1e-9, 10**400],
+    "temperature": ["0.5", True, float("nan"), float("inf"), -1e-9, 10**400],
     "top_k": ["20", True, 1.5, 2.0, -1, 2**31, 10**30],
     "top_p": ["1", True, 0, float("nan"), 1.0001, -0.5],
     "min_p": ["0", False, float("nan"), -0.1, 1.1],

@@ -259,3 +259,16 @@ def test_a_model_without_a_template_goes_on_with_each_line(run, turns):
     assert result.status == 0
     assert [make_tokenizer().decode(turn.prompt) for turn in turns] == [start + "a line", start + "more"]
     assert turns[1].reused == len(start)
+
+
+def test_a_chat_samples_as_the_checkpoint_recommends(run, turns, models):
+    file = models / "thinker" / "generation_config.json"
+    before = file.read_text() if file.exists() else None
+    file.write_text('{"temperature": 1.5, "top_k": 50}')
+    try:
+        for words in ((), ("--temperature", "0"), ("--generation-config", "none")):
+            assert run("--max-new-tokens", "3", *words, lines=("hi",)).status == 0
+    finally:
+        file.unlink() if before is None else file.write_text(before)
+    used = [turn.request.params for turn in turns]
+    assert [(p.temperature, p.top_k) for p in used] == [(1.5, 50), (0.0, 0), (0.0, 0)]

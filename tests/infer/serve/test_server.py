@@ -254,6 +254,39 @@ def test_figures_for_prometheus(running):
     assert any(line.startswith("req-") and "/v1/completions 200" in line for line in running.lines)
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_structured_answers_always_parse(running, loaded, temperature):
+    """Of a model that knows no JSON; beside others, which stay as they are."""
+    client, how = running.client(), {"model": "tiny", "temperature": temperature, "max_tokens": 120}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    beside = threading.Thread(target=lambda: client.completions.create(model="tiny", prompt="hello", max_tokens=200))
+    beside.start()
+    for seed in range(4):
+        messages = [{"role": "user", "content": f"who {seed}"}]
+        answer = client.chat.completions.create(messages=messages, response_format=form, seed=seed, **how).choices[0]
+        if answer.finish_reason == "stop":
+            found = json.loads(answer.message.content)
+            assert set(found) == {"name", "age"} and len(found["name"]) <= 6 and found["age"] <= 99
+        else:
+            assert answer.message.content.lstrip().startswith("{")
+    outputs = {"structured_outputs": {"choice": ["yes", "no"]}}
+    chosen = client.completions.create(prompt="well", extra_body=outputs, **how).choices[0]
+    assert chosen.text in ("yes", "no") and chosen.finish_reason == "stop"
+    digits = client.completions.create(prompt="n", extra_body={"structured_outputs": {"regex": "[0-9]{3}"}}, **how)
+    assert digits.choices[0].text.isdigit() and len(digits.choices[0].text) == 3
+    beside.join()
+    plain = client.completions.create(model="tiny", prompt="hello", max_tokens=12).choices[0].text
+    assert plain == loaded.tokenizer.decode(solo(loaded, "hello").tokens, skip_special_tokens=True)
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
@@ -280,7 +313,9 @@ LONG = {"prompt": "x" * 500, "max_tokens": 100}
         ("chat/completions", {"messages": []}, "messages", "at least one message"),
         ("chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs", "needs"),
         ("chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice", "'auto' or 'none'"),
-        ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "response_format", "no JSON mode"),
+        ("chat/completions", {**CHAT, "response_format": {"type": "xml"}}, "response_format", '{"type": "text"}'),
+        ("completions", {"prompt": "a", "structured_outputs": {"regex": "["}}, "response_format", "grammar is wrong"),
+        ("completions", {"prompt": "a", "structured_outputs": {"lark": "x"}}, "structured_outputs", "one of"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},

@@ -25,6 +25,7 @@ RETRY_SECONDS = 0.05
 HINT_SECONDS, AGAIN_SECONDS, TERMINATE_SECONDS = 2.0, 1.0, 10.0
 
 _answered = float("-inf")  # when a signal was last raised, or noted by who stops by himself
+_at_return: int | None = None  # the signal that is raised when a call of JAX returns
 _retries = 0  # signals that are not the user's
 _watched: socket.socket | None = None  # where signals are written for the thread that watches
 
@@ -130,11 +131,17 @@ def _raise_at_return(number: int, called: FrameType) -> None:
     if called.f_code.co_flags & inspect.CO_GENERATOR:  # it may return in its middle, with things to do later
         _retry(number)
         return
+    global _at_return
+    waits, _at_return = _at_return is not None, number
+    if waits:  # a second signal within the same call
+        return
     before = sys.gettrace()  # a debugger's, say
 
     def trace(_: FrameType, event: str, __: Any) -> Any:
-        if event == "return":
+        global _at_return
+        if event == "return" and _at_return is not None:
             sys.settrace(before)
+            number, _at_return = _at_return, None
             _raise(number)
         return trace
 

@@ -193,7 +193,7 @@ def reference(seen: list[str]) -> None:
 
 def within(name: str) -> Callable[[list[str]], None]:
     def inside(seen: list[str]) -> None:
-        jax_like(name, "signal.raise_signal(signal.SIGINT)")()
+        jax_like(name, "signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)")()
         seen.append("within")
 
     return inside

@@ -132,17 +132,19 @@ class DraftPieces:
             if len(cycle.tokens) > cycle.accepted and rejected and self._stream:
                 pieces.append({"text": decode(self._tokenizer, rejected), "origin": "rejected"})
             pieces += self._kept(cycle.tokens[cycle.accepted :], "target")
-            found.append({"pieces": pieces, "accepted": cycle.accepted, "proposed": len(cycle.drafts)})
+            counts = {"accepted": cycle.accepted, "proposed": len(cycle.drafts), "tokens": len(cycle.tokens)}
+            found.append({"pieces": pieces, **counts})
             place = at + len(cycle.tokens)
         self._own(update.tokens[place:], found)
         if update.finish_reason is not None and self._stream and (rest := self._stream.finish()):
-            found.append({"pieces": [{"text": rest, "origin": "target"}], "accepted": 0, "proposed": 0})
+            found.append({"pieces": [{"text": rest, "origin": "target"}], "accepted": 0, "proposed": 0, "tokens": 0})
         return found
 
     def _own(self, tokens: Sequence[int], found: list[dict[str, Any]]) -> None:
         """The prefill's token, or plain steps."""
-        if pieces := self._kept(tokens, "target"):
-            found.append({"pieces": pieces, "accepted": 0, "proposed": 0})
+        if tokens:
+            pieces = self._kept(tokens, "target")
+            found.append({"pieces": pieces, "accepted": 0, "proposed": 0, "tokens": len(tokens)})
 
     def _kept(self, tokens: Sequence[int], origin: str) -> list[dict[str, str]]:
         text = self._stream.feed(tokens) if tokens and self._stream else ""

@@ -235,6 +235,7 @@ def test_where_tokens_came_from(running):
     kept = "".join(p["text"] for c in choice["drafts"] for p in c["pieces"] if p["origin"] != "rejected")
     assert kept == choice["text"] and max(c["accepted"] for c in choice["drafts"]) > 1
     assert found["usage"]["domino"]["tau"] > 1
+    assert sum(c["tokens"] for c in choice["drafts"]) == found["usage"]["completion_tokens"]
     plain = running.post("/v1/completions", {**body, "speculative": False}).json()
     assert plain["choices"][0]["text"] == choice["text"] and plain["usage"]["domino"]["cycles"] == 0
 

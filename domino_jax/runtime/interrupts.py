@@ -107,7 +107,8 @@ def _retry(number: int) -> None:
 def _may_raise(frame: FrameType | None) -> bool:
     """Whether an exception that begins here would reach the command: not from a finalizer, nor from within a cache."""
     while frame is not None:
-        if frame.f_code.co_name in CALLED_ANYWHERE or frame.f_globals.get("__name__") == "weakref":
+        # This module's own functions run in handlers and hooks.
+        if frame.f_code.co_name in CALLED_ANYWHERE or frame.f_globals.get("__name__") in ("weakref", __name__):
             return False
         frame = frame.f_back
     return True

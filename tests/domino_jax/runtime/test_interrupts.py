@@ -82,8 +82,10 @@ for _ in range(count):
     def send():
         sent.append(time.monotonic())
         os.kill(os.getpid(), number)
-    threading.Timer(0.01 + random.random() * 0.15, send).start()
-    code = exit_code(work)
+    def action():
+        threading.Timer(0.01 + random.random() * 0.15, send).start()
+        work()
+    code = exit_code(action)
     slowest = max(slowest, time.monotonic() - sent[0])
     found[code] = found.get(code, 0) + 1
 print(json.dumps([found, slowest]))
@@ -282,5 +284,29 @@ def test_an_interrupt_in_a_generator_that_is_collected_comes_again():
         gc.collect()
         time.sleep(20)
         pytest.fail("the interrupt was lost")
+
+    assert exit_code(action) == 130
+
+
+def test_a_retry_that_comes_before_its_own_hook_has_ended_is_not_lost(monkeypatch):
+    """On a machine so busy that the timer is faster than who set it."""
+    start = threading.Timer.start
+
+    def slow_start(timer: threading.Timer) -> None:
+        monkeypatch.setattr(threading.Timer, "start", start)
+        start(timer)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(threading.Timer, "start", slow_start)
+    monkeypatch.setattr(interrupts, "RETRY_SECONDS", 0.1)
+
+    def action() -> None:
+        thing = ModuleType("thing")
+        kept = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+        pytest.fail(f"the interrupt was lost {kept}")
 
     assert exit_code(action) == 130

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from convert.fields import (
+from domino_jax.config import DecoderConfig, MoeConfig, TargetConfig, Yarn
+from domino_jax.errors import DominoError
+from domino_jax.fields import (
     BOOLEAN,
     INTEGERS,
     OBJECT,
@@ -25,8 +27,6 @@ from convert.fields import (
     number,
     one_of,
 )
-from domino_jax.config import DecoderConfig, MoeConfig, TargetConfig, Yarn
-from domino_jax.errors import DominoError
 
 LAYERS: Final = integer(1, 1000)
 EXPERTS: Final = integer(1, 4096)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from convert.configs import CHANGING, LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, decoder_fields, refuse_others, said_of
-from convert.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
 from convert.speculators import SPECULATORS, from_speculators, is_speculators
 from domino_jax.config import DraftConfig, HeadConfig, default_target_layer_ids, last_layer_warning
 from domino_jax.errors import DominoError
+from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
 
 NESTED: Final = "dflash_config"
 # Any of them makes a config.json a drafter's.

@@ -7,8 +7,8 @@ have the defaults of transformers' Qwen3Config), and leaves out what has its own
 from collections.abc import Mapping
 from typing import Any, Final
 
-from convert.fields import BOOLEAN, INTEGERS, OBJECT, Fields, Kind, as_json, integer
 from domino_jax.errors import DominoError
+from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, Fields, Kind, as_json, integer
 
 SPECULATORS: Final = ("speculators_model_type", "speculators_config", "transformer_layer_config")  # its marks
 SIZE: Final = integer(1)

@@ -8,9 +8,10 @@ from typing import Any
 
 from convert.companions import TOKENIZER_FILES, text_files
 from convert.configs import TOKEN_IDS
-from convert.fields import Fields, read_json
+from convert.fields import read_json
 from convert.messages import ROLES, LeftOut, valid_unicode
 from domino_jax.errors import DominoError, first_line
+from domino_jax.fields import Fields
 
 THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"  # as Qwen3 writes them
 

@@ -28,6 +28,7 @@ from convert.tensors import (
 from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax import target
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
+from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError, first_line
 
 TEXT = "def greet(name):\n    return 'Hello, ' + name\n\n\nThe capital of France is"
@@ -111,10 +112,10 @@ def describe(config: TargetConfig | DraftConfig) -> str:
             shape += f", {c.moe.num_experts} experts of width {c.moe.moe_intermediate_size}, "
             shape += f"{c.moe.num_experts_per_tok} a token"
         return f"Qwen3 target: {shape}, {'tied' if c.tie_word_embeddings else 'untied'} embeddings"
-    head = f", GRU {c.head.gru_hidden_dim}, rank {c.head.emb_dim}" if c.head else ""
+    head, sizes = head_of(c).name, head_of(c).describe()
     return (
-        f"{'Domino' if c.head else 'DFlash'} drafter: {shape}, block {c.block_size} with {c.num_proposals} proposals, "
-        f"reading layers {', '.join(map(str, c.target_layer_ids))}{head}"
+        f"{head} drafter: {shape}, block {c.block_size} with {c.num_proposals} proposals, "
+        f"reading layers {', '.join(map(str, c.target_layer_ids))}" + (f", {sizes}" if sizes else "")
     )
 
 

@@ -10,7 +10,10 @@ from typing import Any, Final, NamedTuple
 
 from convert.configs import CHANGING, LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, decoder_fields, refuse_others, said_of
 from convert.speculators import SPECULATORS, from_speculators, is_speculators
-from domino_jax.config import DraftConfig, HeadConfig, default_target_layer_ids, last_layer_warning
+from domino_jax.config import DraftConfig, default_target_layer_ids, last_layer_warning
+from domino_jax.drafters.heads import HEADS
+from domino_jax.drafters.heads.base import Head
+from domino_jax.drafters.heads.none import NoHead
 from domino_jax.errors import DominoError
 from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
 
@@ -148,45 +151,40 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
     )  # before the depth, which may be taken from them
     if depth is None:
         raise DominoError(f"{where} has no num_target_layers and no target was given to take it from.")
+    target_layer_ids = _target_layer_ids(fields, depth, layers, warnings)
+    head = _head(fields, warnings)
     return DrafterFile(
         DraftConfig(
             **decoder,
             block_size=fields.get("block_size", SIZE),
             mask_token_id=fields.get("mask_token_id", integer()),
-            target_layer_ids=_target_layer_ids(fields, depth, layers, warnings),
+            target_layer_ids=target_layer_ids,
             num_target_layers=depth,
-            head=_head(fields, warnings),
-            shift_label=_shift_label(fields, warnings),
+            head=head,
+            shift_label=_shift_label(fields, head, warnings),
             windows=_windows(fields, layers),
         ),
         warnings,
     )
 
 
-def _head(fields: Fields, warnings: list[str]) -> HeadConfig | None:
-    """The causal head, None for a plain DFlash drafter."""
-    where = fields.where
-    if fields.get("projector_type", one_of("domino", "dflash"), "dflash") == "dflash":
-        if ARCHITECTURES[1] in fields.get("architectures", TEXTS, ()):
-            raise DominoError(
-                f'{where} has architectures ["{ARCHITECTURES[1]}"] and no projector_type "domino": it can\'t be told '
-                "whether the drafter has a causal head."
-            )
-        return None
-    prefix = fields.get("pure_draft_prefix_len", integer(), None)
-    if prefix is None:
-        warnings.append(f"{where} has no pure_draft_prefix_len: taken as 0, the format's default.")
-    return HeadConfig(
-        gru_hidden_dim=fields.get("gru_hidden_dim", SIZE),
-        emb_dim=fields.get("emb_dim", SIZE),
-        pure_draft_prefix_len=prefix or 0,
-    )
+def _head(fields: Fields, warnings: list[str]) -> Head | None:
+    """The head, None for a plain DFlash drafter."""
+    kind = HEADS[fields.get("projector_type", one_of(*HEADS), NoHead.projector_type)]
+    if kind is not NoHead:
+        return kind.read(fields, warnings)
+    if ARCHITECTURES[1] in fields.get("architectures", TEXTS, ()):
+        raise DominoError(
+            f'{fields.where} has architectures ["{ARCHITECTURES[1]}"] and no projector_type "domino": it can\'t be '
+            "told whether the drafter has a causal head."
+        )
+    return None
 
 
-def _shift_label(fields: Fields, warnings: list[str]) -> bool:
+def _shift_label(fields: Fields, head: Head | None, warnings: list[str]) -> bool:
     """Whether the anchor's own row proposes. Without a head a file need not say that it does not: none else can."""
     given = fields.get("shift_label", BOOLEAN, None, also=["sample_from_anchor"])
-    if given is None and fields.get("projector_type", one_of("domino", "dflash"), "dflash") == "domino":
+    if given is None and head is not None:
         warnings.append(
             f"{fields.where} has no shift_label: taken as false, the format's default. Where acceptance lengths are "
             'near 1, the drafter was trained with "shift_label": true.'

@@ -194,7 +194,8 @@ def load_model(
             if eight_bits is not None and chosen.fitted.draft:
                 params = prepare.quantize_drafter(params, chosen.fitted.draft, eight_bits)
             if not plain:
-                prepare.tabulate_head(params, 0 if mesh else prepare.LARGEST_TABLE)  # its rows are on all devices
+                # On a mesh its rows would be on all devices.
+                prepare.tabulate_head(params, chosen.fitted.draft, 0 if mesh else prepare.LARGEST_TABLE)
         jax.block_until_ready(params)
     with matmul_precision(kind):
         backend, notes = fastest_backend(
@@ -218,7 +219,7 @@ def _fitted(drafter: Drafter | None, model_devices: int) -> Drafter | None:
 
 
 def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, Params]:
-    """The pair without the causal head: the drafter's base logits alone, as plain DFlash proposes."""
+    """The pair without the drafter's head: the drafter's base logits alone, as plain DFlash proposes."""
     assert isinstance(configs.drafter, BlockDrafter)
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
     drafter.head = nnx.data(None)

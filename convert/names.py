@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from domino_jax.config import DecoderConfig, TargetConfig
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.drafters.heads import head_of
 from domino_jax.weights import axes, flatten
 
 Row = tuple[str, str, tuple[str, ...]]  # our path, Hugging Face's axes, Hugging Face's names
@@ -58,11 +59,6 @@ DRAFT: tuple[Row, ...] = (
     ("context_norm", "D", ("hidden_norm.weight",)),
     *LAYER,
     ("norm", "D", ("norm.weight",)),
-    ("head.gru_in", "GU D", ("prefix_gru.weight_ih_l0",)),
-    ("head.gru_state", "GU U", ("prefix_gru.weight_hh_l0",)),
-    ("head.proj_block", "R D", ("embed_proj.0.weight",)),
-    ("head.proj_state", "R U", ("embed_proj.0.weight",)),
-    ("head.proj_out", "V R", ("embed_proj.2.weight",)),
 )
 
 
@@ -119,6 +115,9 @@ def entries(config: DecoderConfig) -> list[Entry]:
         KeyError: a weight of ours has no row in the table (a mistake in this file).
     """
     table = TARGET if isinstance(config, TargetConfig) else DRAFT
+    if isinstance(config, DraftConfig):
+        head = head_of(config)
+        table += tuple((f"head.{path}", theirs, names) for path, theirs, names in head.tensors)
     sizes = config.sizes
     # By path and letters: a layer has one MLP or many, under the same path.
     rows = {}

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, MoeConfig, TargetConfig, default_target_layer_ids
+from domino_jax.config import DecoderConfig, DraftConfig, MoeConfig, TargetConfig, default_target_layer_ids
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.sharding import MODEL, fit_to_mesh, stored_spec
 from domino_jax.weights import axes, flatten, is_bias, unflatten
@@ -56,7 +57,7 @@ def _shape(
         target_layer_ids=default_target_layer_ids(layers, DRAFT_LAYERS),
         num_target_layers=layers,
         shift_label=True,
-        head=HeadConfig(gru_hidden_dim=1024, emb_dim=256, pure_draft_prefix_len=1),
+        head=DominoHead(gru_hidden_dim=1024, emb_dim=256, pure_draft_prefix_len=1),
     )
     return Shape(target, draft)
 

@@ -17,9 +17,12 @@ Axis legend, used in every docstring and einsum of the project:
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from domino_jax.errors import DominoError
+
+if TYPE_CHECKING:  # heads are made of what imports this file
+    from domino_jax.drafters.heads.base import Head
 
 MoeBackend = Literal["grouped", "one by one"]
 
@@ -155,17 +158,8 @@ class TargetConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class HeadConfig:
-    """The causal head (docs/algorithm.md, section 4): GRU width U, rank R, uncorrected prefix P."""
-
-    gru_hidden_dim: int
-    emb_dim: int
-    pure_draft_prefix_len: int = 0
-
-
-@dataclass(frozen=True)
 class DraftConfig(DecoderConfig):
-    """A block-parallel drafter: plain DFlash where `head` is None, Domino where it is not.
+    """A block-parallel drafter: DFlash's backbone, and its head (`domino_jax.drafters.heads`); None is plain DFlash.
 
     `windows[i]` is the sliding window of layer i in positions, or None for full attention.
     """
@@ -175,7 +169,7 @@ class DraftConfig(DecoderConfig):
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
     shift_label: bool = False
-    head: HeadConfig | None = None
+    head: "Head | None" = None
     windows: tuple[int | None, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -202,11 +196,8 @@ class DraftConfig(DecoderConfig):
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise DominoError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}.")
-        if self.head and not 0 <= self.head.pure_draft_prefix_len < self.num_proposals:
-            raise DominoError(
-                f"pure_draft_prefix_len must be from 0 to {self.num_proposals - 1} "
-                f"(one less than the proposals of a block), found {self.head.pure_draft_prefix_len}."
-            )
+        if self.head:
+            self.head.check(self.num_proposals)
 
     @property
     def num_proposals(self) -> int:
@@ -215,11 +206,8 @@ class DraftConfig(DecoderConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        sizes = {**super().sizes, "LD": len(self.target_layer_ids) * self.hidden_size}
-        if self.head:
-            width = self.head.gru_hidden_dim
-            sizes |= {"U": width, "GU": 3 * width, "R": self.head.emb_dim}
-        return sizes
+        own = {"LD": len(self.target_layer_ids) * self.hidden_size}
+        return super().sizes | own | (self.head.sizes if self.head else {})
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of the public drafters for this model."""
@@ -230,13 +218,8 @@ class DraftConfig(DecoderConfig):
         }
         top: dict[str, Any] = {}
         if self.head:
-            draft |= {
-                "projector_type": "domino",
-                "gru_hidden_dim": self.head.gru_hidden_dim,
-                "emb_dim": self.head.emb_dim,
-                "pure_draft_prefix_len": self.head.pure_draft_prefix_len,
-            }
-            top = {"emb_dim": self.head.emb_dim}  # some loaders look for it there
+            nested, top = self.head.to_hf()
+            draft |= nested
         elif self.shift_label:
             draft |= {"sample_from_anchor": True}  # without a head other loaders know this by that name alone
         raw = {

@@ -13,12 +13,12 @@ from jax import Array
 
 from domino_jax import matrix
 from domino_jax.config import DecoderConfig, DraftConfig
+from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads.base import under
 from domino_jax.matrix import Scaled
 from domino_jax.sharding import constrain
-from domino_jax.weights import Draft, Params, axes, flatten, is_matrix, lm_head
+from domino_jax.weights import Params, axes, flatten, is_matrix, lm_head
 
-# The recurrent part is not quantized: it is small, and its error would be carried from proposal to proposal.
-WHOLE = ("head.gru_in", "head.gru_state", "head.proj_block", "head.proj_state")
 LARGEST_TABLE = 32 << 20  # bytes
 
 
@@ -27,7 +27,7 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
 
     Matrices in bfloat16 stay so, all else becomes float32. Products are float32's either way. Processors that multiply
     bfloat16 matrices (Intel's AMX) have them sooner, from half the memory; elsewhere they are slow. Experts, their
-    router and the causal head become plain float32 arrays: experts are selected one by one, and the head's products are
+    router and the head become plain float32 arrays: experts are selected one by one, and the head's products are
     too small to gain.
 
     One weight at most is held twice.
@@ -54,17 +54,15 @@ def _unstacked(weight: Array, letters: str) -> tuple[Array, ...]:
     return tuple(constrain(part, letters) for part in weight)
 
 
-def tabulate_head(params: Params, largest: int = LARGEST_TABLE) -> None:
-    """Look up what a token gives the gates of the drafter's GRU, where the vocabulary is small.
+def tabulate_head(params: Params, config: DecoderConfig | None, largest: int = LARGEST_TABLE) -> None:
+    """Let the drafter's head look up what a token gives it, where the vocabulary is small; see `Head.tabulate`.
 
     Args:
+        config: the drafter's.
         largest: bytes that the table may take. At a vocabulary of 151,936 it would be a gigabyte.
     """
-    head = params.draft.head if isinstance(params.draft, Draft) else None
-    if head is None or not isinstance(head.gru_in, Array):
-        return
-    if params.target.embed.shape[0] * head.gru_in.shape[0] * head.gru_in.dtype.itemsize <= largest:
-        head.gru_in = nnx.data(jax.jit(matrix.tabulate)(params.target.embed, head.gru_in))
+    if isinstance(config, DraftConfig):
+        head_of(config).tabulate(params.draft.head, params.target.embed, largest)
 
 
 def quantize_drafter(params: Params, config: DraftConfig, kind: str) -> Params:
@@ -77,9 +75,10 @@ def quantize_drafter(params: Params, config: DraftConfig, kind: str) -> Params:
     letters = flatten(axes(config))
     leaves, form = jax.tree.flatten(params.draft)
     named = zip(flatten(params.draft), leaves, strict=True)
+    whole = under("head", head_of(config).unquantized)
 
     def stays(path: str) -> bool:
-        return path in WHOLE or not is_matrix(path, letters[path])
+        return path in whole or not is_matrix(path, letters[path])
 
     done = [leaf if stays(path) else _quantized(leaf, letters[path], kind) for path, leaf in named]
     return Params(params.target, jax.tree.unflatten(form, done), _quantized(lm_head(params.target), "V D", kind))

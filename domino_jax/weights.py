@@ -57,29 +57,15 @@ class Target(nnx.Module):
         self.lm_head: Array | None = nnx.data(None) if config.tie_word_embeddings else leaf("V D")
 
 
-class Head(nnx.Module):
-    """The causal head: a GRU over realised tokens and a low-rank correction of the logits.
-
-    Its inner projection is two matrices: one for the block's state z, one for the GRU's state h.
-    """
-
-    def __init__(self, leaf: Leaf):
-        self.gru_in: Array = leaf("GU D")
-        self.gru_state: Array = leaf("GU U")
-        self.proj_block: Array = leaf("R D")
-        self.proj_state: Array = leaf("R U")
-        self.proj_out: Array = leaf("V R")
-
-
 class Draft(nnx.Module):
-    """The block-parallel backbone, with its causal head or (plain DFlash) without."""
+    """The block-parallel backbone, and the weights of its head; None without (plain DFlash)."""
 
     def __init__(self, config: DraftConfig, leaf: Leaf):
         self.fc: Array = leaf("D LD")
         self.context_norm: Array = leaf("D")
         self.layers = nnx.List([Layer(leaf, config.attention_bias) for _ in range(config.num_hidden_layers)])
         self.norm: Array = leaf("D")
-        self.head: Head | None = Head(leaf) if config.head else nnx.data(None)
+        self.head: Any = config.head.weights(leaf) if config.head else nnx.data(None)
 
 
 def build_module(config: DecoderConfig, leaf: Leaf) -> Any:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import DisallowNone
 
 from convert.options import UNSET, Dtype, ProcessOptions, check_count, check_real
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig, choose_target_layer_ids
+from domino_jax.config import DraftConfig, TargetConfig, choose_target_layer_ids
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.runtime.command import UsageError
 
 LossKind = Literal["ce", "kl"]
@@ -280,7 +281,7 @@ def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:
         target_layer_ids=options.target_layer_ids or choose_target_layer_ids(target.num_hidden_layers, options.layers),
         num_target_layers=target.num_hidden_layers,
         shift_label=options.head if options.shift_label is None else options.shift_label,
-        head=HeadConfig(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
+        head=DominoHead(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
         if options.head
         else None,
     )

@@ -24,9 +24,10 @@ from jax import Array
 from domino_jax import attention, target
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
-from domino_jax.drafters.heads import domino
+from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads.base import Correction
 from domino_jax.sharding import constrain, gathered, row_shards
-from domino_jax.weights import Draft, Head, Target, axes, lm_head
+from domino_jax.weights import Draft, Target, axes, lm_head
 from train.config import Objective
 
 
@@ -143,16 +144,11 @@ def partial_loss(
     )
     z = block.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
     z = block.proposing(config, z)
-    rank, causal = None, None
-    if drafter.head is not None and config.head is not None:
-        causal = gathered(drafter.head, letters.head)
-        eaten = constrain(embed[tokens[..., :-1]], "B A J D")
-        rank = constrain(domino.teacher_forced(causal, z, eaten), "B A J R")
-        corrected = jnp.arange(proposals) >= config.head.pure_draft_prefix_len
-        rank = jnp.where(corrected[:, None], rank, 0)  # a zero rank vector leaves the base logits as they are
+    head = gathered(drafter.head, letters.head)
+    correction = head_of(config).teacher_forced(head, z, tokens[..., :-1], embed)
     seen = None if hidden is None else gather_positions(hidden, places[..., :-1])  # where p of each label stands
     output = gathered(lm_head(frozen), "V D")
-    final, base = chunked_scores(causal, output, z, rank, labels, seen, objective.chunk)
+    final, base = chunked_scores(correction, output, z, labels, seen, objective.chunk)
 
     final_loss, final_ce = _weighted(objective, final, supervised)
     base_loss, base_ce = _weighted(objective, base, supervised)
@@ -256,10 +252,9 @@ def d_pace(ce: Array, supervised: Array, alpha: float) -> Array:
 
 
 def chunked_scores(
-    causal: Head | None,
+    correction: Correction | None,
     output: Array,
     z: Array,
-    rank: Array | None,
     labels: Array,
     seen: Array | None,
     chunk: int,
@@ -271,8 +266,8 @@ def chunked_scores(
     cross between them: sums and maxima do.
 
     Args:
-        causal: the head, where there is one.
-        output: LM head [V, D]; z: [B, ..., J, D]; rank: [B, ..., J, R] or None; labels: [B, ..., J].
+        correction: the head's of z, its rank [B, ..., J, R]; None where nothing is corrected.
+        output: LM head [V, D]; z: [B, ..., J, D]; labels: [B, ..., J].
         seen: [B, ..., J, D], the target's states where it predicts the labels, for the KL, or None.
 
     Returns:
@@ -289,10 +284,10 @@ def chunked_scores(
         x = jnp.moveaxis(x.reshape(shards, pieces, chunk, *tail), 1, 0)
         return constrain(x, " ".join(["-", "B", "-", *("-" for _ in tail)]))
 
-    proj_out = None
-    if rank is not None and causal is not None:
+    rank, low = (None, None) if correction is None else correction
+    if low is not None:
         # One for each part of the batch, so that the parts' gradients are summed once, after the loop.
-        proj_out = constrain(jnp.broadcast_to(causal.proj_out, (shards, *causal.proj_out.shape)), "B V R")
+        low = constrain(jnp.broadcast_to(low, (shards, *low.shape)), "B V R")
 
     @jax.checkpoint
     def one(piece: tuple[Array, Array, Array | None, Array | None]) -> tuple[Scores, Scores]:
@@ -302,9 +297,9 @@ def chunked_scores(
             return constrain(jnp.einsum("XTD,VD->XTV", x, output, preferred_element_type=jnp.float32), "B - V")
 
         base = final = vocabulary(z)
-        if rank is not None and proj_out is not None:
+        if rank is not None and low is not None:
             # Cast in here: the chunks' gradients are then summed in the dtype that was given, float32.
-            added = jnp.einsum("XTR,XVR->XTV", rank, proj_out.astype(rank.dtype), preferred_element_type=jnp.float32)
+            added = jnp.einsum("XTR,XVR->XTV", rank, low.astype(rank.dtype), preferred_element_type=jnp.float32)
             final = constrain(base + added, "B - V")
         names = jnp.arange(output.shape[0], dtype=labels.dtype)
         likely = None

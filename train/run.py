@@ -31,6 +31,8 @@ from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair, last_layer_warning
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads.base import under
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, words_at_fault
@@ -261,8 +263,8 @@ def initial_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     if options.resume and checkpoints.latest() is not None:
         return checkpoints.restore(checkpoint_form(setup.recipe))
     weights = flatten(init_weights(draft, jax.random.key(options.run.seed)))
-    if draft.head:
-        weights["head.proj_out"] = jnp.zeros_like(weights["head.proj_out"])  # no correction to begin with
+    for path in under("head", head_of(draft).zero_at_first):  # no correction to begin with
+        weights[path] = jnp.zeros_like(weights[path])
     if options.drafter.init == "target-layers":
         weights = from_target(weights, draft, setup.recipe.target, fetch(setup.frozen))
     if options.drafter.init_from:

@@ -10,6 +10,8 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads.base import under
 from domino_jax.errors import DominoError
 from domino_jax.sharding import row_shards, shard_array, stored_spec
 from domino_jax.weights import Target, axes, flatten, unflatten
@@ -25,9 +27,6 @@ from train.loss import (
     supervision,
 )
 from train.optimizer import learning_rate, make_optimizer
-
-# Weights that a loop of the loss reads. It casts them itself, so that the gradients of its turns are summed in float32.
-LOOPED = ("head.proj_out", "head.gru_state")
 
 
 class TrainState(NamedTuple):
@@ -65,6 +64,13 @@ def lambda_base(recipe: Recipe, step: Array) -> Array:
 def trained(recipe: Recipe, weights: dict[str, Any]) -> dict[str, Any]:
     """Those of the drafter's weights (or of what stands in their place) that the recipe trains."""
     return {path: w for path, w in weights.items() if not recipe.freeze_backbone or path.startswith("head.")}
+
+
+def drafter_of(recipe: Recipe, weights: dict[str, Any]) -> Any:
+    """The drafter of the masters `weights`, in the recipe's dtype but for what a loop of the loss casts itself."""
+    looped = under("head", head_of(recipe.draft).looped)
+    cast = {path: w if path in looped else w.astype(recipe.dtype) for path, w in weights.items()}
+    return unflatten(recipe.draft, cast)
 
 
 def recipe_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -183,9 +189,7 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
 
     def loss(ours: dict[str, Array], piece: tuple[Inputs, Array, Array]) -> tuple[Array, Sums]:
         weights = state.weights | ours
-        drafter = unflatten(
-            recipe.draft, {path: w if path in LOOPED else w.astype(recipe.dtype) for path, w in weights.items()}
-        )
+        drafter = drafter_of(recipe, weights)
         return partial_loss(drafter, frozen, (recipe.target, recipe.draft), objective, *piece, lam, total)
 
     def differentiate(piece: tuple[Inputs, Array, Array]) -> tuple[Array, Sums, dict[str, Array]]:

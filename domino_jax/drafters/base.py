@@ -36,6 +36,15 @@ class DraftTokens(NamedTuple):
     probs: Array | None  # [B, J, V] float32, the distributions that they were drawn from; None where all is greedy
 
 
+class Product(NamedTuple):
+    """Matrices of one shape of work: what a cycle reads of them, and multiplies."""
+
+    matrices: tuple[Any, ...]  # read once for all rows
+    vectors: int  # of each row, that each matrix is multiplied by in a turn
+    turns: int = 1  # one after another; each reads anew
+    share: float = 1.0  # of the matrices, where a turn needs a part
+
+
 @runtime_checkable
 class Drafter(Protocol):
     """Proposes tokens. What it proposes never changes the output, only how many tokens a cycle commits.

@@ -18,7 +18,7 @@ from domino_jax.cache import KVCache, append_kv, init_cache
 from domino_jax.config import DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
-from domino_jax.drafters.heads import domino
+from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
 from domino_jax.sharding import constrain, gathered
@@ -27,15 +27,15 @@ from domino_jax.weights import Draft, Layer, axes
 
 @dataclass(frozen=True)
 class BlockDrafter:
-    """DFlash's backbone with its causal head, or without one: a `drafters.base.Drafter`.
+    """DFlash's backbone with a head, or without one: a `drafters.base.Drafter`.
 
     Its weights are a `weights.Draft`, its state the keys and values of the target's context.
 
     Args:
-        candidates: C, tokens of (nearly) the highest base logits that the causal head scores; the vocabulary when None.
+        candidates: C, tokens of (nearly) the highest base logits that the head scores; the vocabulary when None.
 
     Raises:
-        DominoError: `candidates` is below 1, or there is no causal head.
+        DominoError: `candidates` is below 1, or there is no head.
     """
 
     config: DraftConfig
@@ -66,9 +66,8 @@ class BlockDrafter:
     ) -> tuple[DraftTokens, KVCache, KVCache]:
         z, base, state = self.draft_block(weights, state, view, proposals)
         with jax.named_scope("head"):
-            embed, how = view.target.embed, (view.token, view.sampling, keys, self.candidates)
-            tokens, probs = domino.propose_corrected(weights, self.config, embed, z, base, *how)
-        return DraftTokens(tokens, probs), state, view.cache
+            draft = head_of(self.config).propose(weights.head, z, base, view, keys, self.candidates)
+        return draft, state, view.cache
 
     def draft_block(self, weights: Draft, state: KVCache, view: View, proposals: int) -> tuple[Array, Array, KVCache]:
         """The backbone over one block a row: z [B, J, D] and base logits [B, J, V] of the proposals; its cache."""

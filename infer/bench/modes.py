@@ -14,9 +14,10 @@ from domino_jax.decode import DecodeState
 from domino_jax.drafters.base import Drafter, DraftTokens
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.errors import DominoError
-from infer.bench.rows import ASSISTANT, DFLASH, DOMINO, NGRAM
+from infer.bench.rows import ASSISTANT, DFLASH, NGRAM
 
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
 
@@ -28,7 +29,7 @@ def with_drafts(loaded: LoadedModel, drafts: Drafts) -> LoadedModel:
 
 
 def head_off(loaded: LoadedModel) -> LoadedModel:
-    """The same drafter as plain DFlash: its causal head is left out, its proposals are the base logits'."""
+    """The same drafter as plain DFlash: its head is left out, its proposals are the base logits'."""
     configs, params = without_head(loaded.configs, loaded.params)
     return dataclasses.replace(loaded, configs=configs, params=params)
 
@@ -46,7 +47,7 @@ def drafting(
     if drafter is None:
         return {}
     views = {mode_of(drafter): loaded}
-    if DOMINO in views and headless:
+    if headless and isinstance(drafter, BlockDrafter) and drafter.config.head:
         views = {DFLASH: head_off(loaded), **views}
     return {
         (mode, drafts): with_drafts(view, drafts)
@@ -61,7 +62,7 @@ def mode_of(drafter: Drafter) -> str:
     if isinstance(drafter, CombinedDrafter):
         return f"{mode_of(drafter.model)}+{NGRAM}"
     if isinstance(drafter, BlockDrafter):
-        return DOMINO if drafter.config.head else DFLASH
+        return head_of(drafter.config).projector_type
     return NGRAM if isinstance(drafter, NgramDrafter) else ASSISTANT
 
 

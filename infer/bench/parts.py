@@ -14,7 +14,7 @@ from convert.loading import LoadedModel
 from convert.options import SamplingOptions
 from domino_jax import decode
 from domino_jax.drafters.block import BlockDrafter
-from domino_jax.drafters.heads import domino
+from domino_jax.drafters.heads import head_of
 from domino_jax.runtime.slots import Request, rows_of
 from domino_jax.weights import Params
 
@@ -123,9 +123,8 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
             return s._replace(drafter=context), (z, base)
 
         def corrected(p: Params, s: decode.DecodeState) -> Any:
-            how = s.rows.sampling, keys_of(s)[0], block.candidates
-            given = p.target.embed, anew(z, s), anew(base, s), s.token
-            return s, domino.propose_corrected(p.draft, block.config, *given, *how)
+            given = anew(z, s), anew(base, s), decode.view(p, configs, s), keys_of(s)[0]
+            return s, head_of(block.config).propose(p.draft.head, *given, block.candidates)
 
         parts = {"draft": drafted, "head": corrected}
     parts |= {"target": verified_by(draft.tokens), "verify": verified, "context": observed}

@@ -21,7 +21,8 @@ from jax import Array
 from convert.loading import LoadedModel
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.block import BlockDrafter
-from domino_jax.matrix import dot, for_cpu, operands
+from domino_jax.drafters.heads import head_of
+from domino_jax.matrix import dot, for_cpu
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import Layer, Params, lm_head
 from infer.bench.rows import LEAN
@@ -150,17 +151,10 @@ def work(
     )
     base = proposals * logits
     phases["head"] = Work(base * LOGIT_BYTES, base)
-    if config.head and drafter.head:
-        scored = min(1.0, (configs.drafter.candidates or math.inf) / vocabulary)
-        head, corrected = drafter.head, max(0, proposals - config.head.pure_draft_prefix_len)
-        phases["head"] = _sum(
-            phases["head"],
-            # Small: read once, then they stay in the cache. Of a table only rows are read.
-            products([*operands(head.gru_in), head.gru_state], proposals),
-            products([head.proj_block, head.proj_state], corrected),
-            # Each proposal scores the vocabulary or its candidates, and needs the token before it to do so.
-            *[Work(*(scored * x for x in products([head.proj_out], 1)))] * corrected,
-        )
+    scored = min(1.0, (configs.drafter.candidates or math.inf) / vocabulary)
+    for part in head_of(config).products(drafter.head, proposals, scored):
+        once = products(part.matrices, part.vectors)
+        phases["head"] = _sum(phases["head"], Work(*(part.turns * part.share * x for x in once)))
     read = tokens * logits * (2 if sampled else 1)
     phases["verify"] = Work(read * LOGIT_BYTES, read)
     phases["context"] = products([drafter.fc, drafter.context_norm, *(layer.kv for layer in drafter.layers)], tokens)

@@ -9,12 +9,13 @@ from safetensors.numpy import load_file, save_file
 from convert import hf, orbax
 from convert.__main__ import main
 from convert.folders import convert_folder, load_weights
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.runtime.files import lock_file, lock_folder
 from domino_jax.weights import flatten, init_weights
 
 TARGET = TargetConfig(31, 16, 3, 4, 2, 8, 24, 1e-6, 1e6, 64, True)
-DRAFT = DraftConfig(31, 16, 2, 4, 2, 8, 24, 1e-6, 1e6, 64, 4, 30, (0, 2), 3, True, HeadConfig(8, 6, 1))
+DRAFT = DraftConfig(31, 16, 2, 4, 2, 8, 24, 1e-6, 1e6, 64, 4, 30, (0, 2), 3, True, DominoHead(8, 6, 1))
 MODELS = {
     "tied target": TARGET,
     "untied target": TargetConfig(31, 16, 3, 4, 2, 8, 24, 1e-6, 1e6, 64, False),

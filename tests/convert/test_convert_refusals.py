@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from convert import hf
 from convert.draft_configs import read_draft_config
 from convert.tensors import tensor_files
-from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig, check_pair
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten
 
@@ -348,7 +349,7 @@ def test_absent_fields_have_the_specs_defaults():
     assert isinstance(config, DraftConfig)
     assert config.target_layer_ids == (1, 33)
     assert config.shift_label is False and config.num_proposals == 4
-    assert config.head == HeadConfig(14, 7, 0)
+    assert config.head == DominoHead(14, 7, 0)
     assert config.windows == (None, None)
     assert config.num_target_layers == 36
     raw = TARGET.to_hf()

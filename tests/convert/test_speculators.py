@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from convert import folders, hf
 from convert.check import check_folder
 from convert.draft_configs import export_warnings, is_drafter, least_depth, read_draft_config
-from domino_jax.config import DraftConfig, HeadConfig
+from domino_jax.config import DraftConfig
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten
 
@@ -82,7 +83,7 @@ def test_a_drafter_is_read_as_the_same_in_the_other_form(config):
 def test_what_is_left_out_has_the_librarys_defaults():
     config = factory.draft_config(
         hidden_size=4096, vocab_size=151936, num_attention_heads=32, head_dim=128, block_size=8, rms_norm_eps=1e-6,
-        head=HeadConfig(1024, 256, 1),
+        head=DominoHead(1024, 256, 1),
     )  # fmt: skip
     names = ("block_size", "gru_hidden_dim", "logits_correction_emb_dim", "pure_draft_prefix_len")
     raw = theirs(config, **dict.fromkeys(names, ...))

@@ -17,9 +17,9 @@ from loops import NO_STOP, Output
 
 from domino_jax import cache as kv
 from domino_jax import decode, target
-from domino_jax.config import HeadConfig
 from domino_jax.decode import DecodeConfig, DecodeState, Emitted
 from domino_jax.drafters import block
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.sampling import Sampling, settings
 from domino_jax.weights import Params
 
@@ -66,7 +66,7 @@ def cut(tokens: list[int], limit: int, stop: int) -> list[int]:
 
 # --- Greedy output is the target's own ------------------------------------------------------------------------
 
-NARROW = HeadConfig(0, 0, 0)  # P = 0; good_pair sets the widths
+NARROW = DominoHead(0, 0, 0)  # P = 0; good_pair sets the widths
 PAIRS = {
     "M=2": {"block_size": 2, "shift_label": False, "head": NARROW},
     "M=2, shifted": {"block_size": 2},

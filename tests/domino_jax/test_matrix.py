@@ -16,7 +16,9 @@ from loops import Output
 from domino_jax import decode, layers, matrix, prepare
 from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.drafters.block import BlockDrafter
-from domino_jax.drafters.heads import domino
+from domino_jax.drafters.heads.base import under
+from domino_jax.drafters.heads.choosing import likeliest
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.matrix import CpuBfloat16, CpuFloat32, Scaled, Separate, Tabulated
 from domino_jax.sampling import settings
@@ -26,6 +28,7 @@ TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
 COUNT = 24
 good = partial(factory.good_pair, TARGET, 1, num_hidden_layers=1)
+UNQUANTIZED = under("head", DominoHead.unquantized)
 
 
 def in_dtype(pair: Pair, dtype) -> Pair:
@@ -56,7 +59,7 @@ def test_every_matrix_comes_back_to_within_its_columns_step(config: DecoderConfi
     sizes = config.sizes
     seen = set()
     for path, letters in flatten(axes(config)).items():
-        if not is_matrix(path, letters) or path in prepare.WHOLE or letters in seen:
+        if not is_matrix(path, letters) or path in UNQUANTIZED or letters in seen:
             continue
         seen.add(letters)
         weight = jax.random.normal(jax.random.key(len(seen)), tuple(sizes[a] for a in letters.split()))
@@ -91,7 +94,7 @@ def test_the_recurrent_part_and_the_norms_stay_as_they_are():
     small = eight_bits(pair, "int8")
     before, after = flatten(pair.params.draft), flatten(small.params.draft)
     for path, weight in before.items():
-        stays = weight.ndim == 1 or path in prepare.WHOLE
+        stays = weight.ndim == 1 or path in UNQUANTIZED
         assert (path in after) == stays
         assert not stays or after[path] is weight
     assert isinstance(small.params.output, Scaled)
@@ -250,15 +253,17 @@ def test_experts_stay_float32_beside_narrow_matrices():
 def test_a_tabulated_head_proposes_the_same(kind, largest):
     whole = factory.narrow(good()) if kind == "narrow" else eight_bits(good(), "int8") if kind == "int8" else good()
     expected = run(whole)
-    prepare.tabulate_head(whole.params, largest)
+    prepare.tabulate_head(whole.params, whole.configs.draft, largest)
     head = whole.params.draft.head if whole.params.draft else None
     assert head is not None and isinstance(head.gru_in, Tabulated) == (largest > 0)
     assert run(whole) == expected
     assert tau(expected) > 1.4
-    prepare.tabulate_head(whole.params, largest)  # there is nothing left to do, nor is there without a head
+    prepare.tabulate_head(
+        whole.params, whole.configs.draft, largest
+    )  # there is nothing left to do, nor is there without a head
     plain = good(head=None, shift_label=False)
-    prepare.tabulate_head(plain.params)
-    prepare.tabulate_head(plain.params.without_drafter)
+    prepare.tabulate_head(plain.params, plain.configs.draft)
+    prepare.tabulate_head(plain.params.without_drafter, None)
     assert plain.params.draft is not None and plain.params.draft.head is None
 
 
@@ -269,12 +274,12 @@ def test_candidates_are_the_highest_logits():
     """Exactly where the vocabulary is small; nearly, and always with the highest of all, where it is in buckets."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 3, 96)).astype(np.float32)
-    values, ids = jax.jit(domino.likeliest, static_argnums=1)(logits, 10)
+    values, ids = jax.jit(likeliest, static_argnums=1)(logits, 10)
     np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[..., :10])
     np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[..., :10])
 
     logits = rng.normal(size=(2, 3, 4096)).astype(np.float32)
-    values, ids = jax.jit(domino.likeliest, static_argnums=1)(logits, 16)
+    values, ids = jax.jit(likeliest, static_argnums=1)(logits, 16)
     np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(ids), axis=-1), values)
     np.testing.assert_array_equal(ids[..., 0], logits.argmax(axis=-1))
     best = np.argsort(-logits, axis=-1)[..., :16]
@@ -303,9 +308,8 @@ def block(params: Params, pair: Pair, state: decode.DecodeState) -> tuple[jax.Ar
 def test_the_head_scores_its_candidates_alone(candidates):
     """Proposal for proposal what a walk over the masked logits gives; the tokens do not change."""
     pair = good()
-    config = pair.configs.draft
+    head = pair.configs.draft.head
     few = with_candidates(pair, candidates)
-    assert config is not None and pair.params.draft is not None
     state = loops.begin(pair.params, pair.configs, PROMPTS, COUNT)
 
     @jax.jit
@@ -318,11 +322,9 @@ def test_the_head_scores_its_candidates_alone(candidates):
     lowest = -np.sort(-base, axis=-1)[..., min(candidates, 89) - 1 :][..., :1]
     masked = np.where(base >= lowest, base, -np.inf)
     z = jax.jit(lambda p, s: block(p, pair, s)[0])(pair.params, state)
-    embed = pair.params.target.embed
-    plain = jax.jit(partial(domino.propose_corrected, config=config, keys=None))
     masked[:, 0] = base[:, 0]  # P = 1
-    how = {"embed": embed, "z": z, "base": masked, "anchor": state.token, "sampling": state.rows.sampling}
-    expected, _ = plain(pair.params.draft, **how)
+    plain = jax.jit(lambda p, s, *given: head.propose(p.draft.head, *given, decode.view(p, pair.configs, s), None))
+    expected, _ = plain(pair.params, state, z, masked)
     np.testing.assert_array_equal(drafts, expected)
     outputs, whole = run(few), run(pair)
     assert [o.tokens for o in outputs] == [o.tokens for o in whole]
@@ -342,10 +344,9 @@ def test_a_draw_from_candidates_says_what_it_was_drawn_from():
         z, base = block(params, pair, state)
         kept = base >= -jnp.sort(-base, axis=-1)[..., 5:6]
         masked = jnp.where(kept | (jnp.arange(5) == 0)[:, None], base, -jnp.inf)  # P = 1
-        how = params.target.embed, z, masked, state.token, state.rows.sampling, keys
         return (
             kept,
-            domino.propose_corrected(params.draft, configs.draft, *how),
+            configs.draft.head.propose(params.draft.head, z, masked, decode.view(params, configs, state), keys),
             decode.propose(params, configs, state, keys)[0],
         )
 

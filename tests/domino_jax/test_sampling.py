@@ -19,11 +19,11 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from domino_jax import cache as kv
 from domino_jax import decode, sampling, verify
-from domino_jax.config import HeadConfig
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.sampling import Sampling, SamplingParams, mass_above_reaches, probabilities, sample, settings
 from domino_jax.weights import Params
@@ -233,7 +233,7 @@ TARGET = dataclasses.replace(
     intermediate_size=8,
 )
 DRAFTERS = {
-    "Domino": {"block_size": 3, "head": HeadConfig(5, 4, 1)},
+    "Domino": {"block_size": 3, "head": DominoHead(5, 4, 1)},
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
 }
 OTHERS = ("n-gram", "assistant", "Domino and n-gram")

@@ -18,7 +18,8 @@ import pytest
 
 from convert import hf
 from convert.folders import convert_folder
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.runtime.files import lock_folder
 from domino_jax.weights import flatten, init_weights
@@ -81,7 +82,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (settings["steps"], settings["dtype"], settings["mask_token_id"]) == (20, "float32", 39)
     raw = hf.read_json(finished / "drafter" / "config.json")
     draft = hf.parse_config(raw)
-    assert isinstance(draft, DraftConfig) and draft.head == HeadConfig(8, 6, 1)
+    assert isinstance(draft, DraftConfig) and draft.head == DominoHead(8, 6, 1)
     assert raw["architectures"] == ["DFlashDraftModel"] and raw["torch_dtype"] == "bfloat16"
     assert np.any(np.asarray(hf.load_hf(finished / "drafter", draft, jnp.float32).head.proj_out))
 

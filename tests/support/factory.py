@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from convert.hf import save_hf, write_json
 from convert.names import entries, export
 from domino_jax import prepare, sharding, weights
-from domino_jax.config import DecoderConfig, DraftConfig, HeadConfig, TargetConfig
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.weights import Params
 
 # Every size differs from the others, so that a swapped axis can't go unseen.
@@ -53,7 +54,7 @@ def draft_config(target: TargetConfig = TARGET, **changes: Any) -> DraftConfig:
         "target_layer_ids": (1, 0),
         "num_target_layers": target.num_hidden_layers,
         "shift_label": True,
-        "head": HeadConfig(gru_hidden_dim=14, emb_dim=7, pure_draft_prefix_len=1),
+        "head": DominoHead(gru_hidden_dim=14, emb_dim=7, pure_draft_prefix_len=1),
     }
     return DraftConfig(**(fields | changes))
 
@@ -81,7 +82,7 @@ BYTE_DRAFT = draft_config(
     block_size=4,
     mask_token_id=MASK_ID,
     target_layer_ids=(0, 1),
-    head=HeadConfig(gru_hidden_dim=16, emb_dim=8, pure_draft_prefix_len=1),
+    head=DominoHead(gru_hidden_dim=16, emb_dim=8, pure_draft_prefix_len=1),
 )
 
 # With weights this small every layer adds next to nothing: the target repeats its last token, and a
@@ -215,7 +216,7 @@ def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> P
     correction is the LM head over that token's embedding.
     """
     width = target.hidden_size
-    head = changes.pop("head", HeadConfig(width, 2 * width, 1))
+    head = changes.pop("head", DominoHead(width, 2 * width, 1))
     draft = draft_config(
         target, head=head and dataclasses.replace(head, gru_hidden_dim=width, emb_dim=2 * width), **changes
     )

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 from training import change_recipe
 
 from convert import folders, hf, orbax
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.sharding import stored_spec
 from domino_jax.weights import axes, flatten, init_weights
@@ -30,7 +31,7 @@ DRAFT = DraftConfig(
     target_layer_ids=(0, 2),
     num_target_layers=3,
     shift_label=True,
-    head=HeadConfig(8, 6, 1),
+    head=DominoHead(8, 6, 1),
 )
 
 

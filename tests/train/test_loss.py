@@ -12,13 +12,14 @@ from training import curriculum
 from convert.names import export
 from domino_jax import target
 from domino_jax.attention import attend_without_cache
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import training_attention
+from domino_jax.drafters.heads.base import Correction, under
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, init_weights, unflatten
+from domino_jax.weights import flatten, init_weights
 from train import anchors
 from train.loss import chunked_scores, d_pace
-from train.step import LOOPED
 
 TARGET = TargetConfig(23, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, 64, True)
 LENGTH = 19
@@ -26,7 +27,7 @@ D_PACE = {"position_weights": "d-pace", "d_pace_alpha": 0.3}
 
 
 def make_draft(shift: bool, prefix: int | None, block: int = 4, window: int | None = None) -> DraftConfig:
-    head = None if prefix is None else HeadConfig(6, 5, prefix)
+    head = None if prefix is None else DominoHead(6, 5, prefix)
     return DraftConfig(
         23, 16, 2, 2, 1, 8, 20, 1e-6, 1e4, 64, block, 22, (0, 2), 3, shift, head, (None, window) if window else ()
     )
@@ -315,7 +316,7 @@ def temporary_bytes(config, draft, batch: int, length: int, count: int, chunk: i
 def test_no_full_set_of_logits_exists(kind):
     """With chunks, no buffer of the compiled step is as large as all logits."""
     config = TargetConfig(4001, 16, 2, 2, 1, 8, 16, 1e-6, 1e4, 64, True)
-    draft = DraftConfig(4001, 16, 1, 2, 1, 8, 16, 1e-6, 1e4, 64, 8, 3, (0,), 2, True, HeadConfig(8, 4, 1))
+    draft = DraftConfig(4001, 16, 1, 2, 1, 8, 16, 1e-6, 1e4, 64, 8, 3, (0,), 2, True, DominoHead(8, 4, 1))
     whole = 4 * 16 * 8 * 4001 * 4
     few = temporary_bytes(config, draft, 4, 64, 16, chunk=32, loss=kind)
     assert few < whole < temporary_bytes(config, draft, 4, 64, 16, chunk=4 * 16 * 8, loss=kind)
@@ -376,10 +377,9 @@ def test_the_chunks_gradients_are_summed_in_float32():
 
     def gradient(dtype, kept: bool) -> np.ndarray:
         def loss(proj_out):
-            given = leaves | {"head.proj_out": proj_out if kept else proj_out.astype(dtype)}
-            causal = unflatten(config, given).head
+            given = proj_out if kept else proj_out.astype(dtype)
             z, rank, labels = cast
-            return chunked_scores(causal, output.astype(dtype), z, rank, labels, None, 1)[0].ce.sum()
+            return chunked_scores(Correction(rank, given), output.astype(dtype), z, labels, None, 1)[0].ce.sum()
 
         cast = z.astype(dtype), rank.astype(dtype), labels
         return np.asarray(jax.jit(jax.grad(loss))(leaves["head.proj_out"]))
@@ -388,7 +388,7 @@ def test_the_chunks_gradients_are_summed_in_float32():
     error, rounded = (np.linalg.norm(gradient(jnp.bfloat16, kept) - exact) for kept in (True, False))
     assert error < 0.01 * np.linalg.norm(exact)
     assert rounded > 3 * error, "the case does not tell"
-    assert set(LOOPED) <= set(leaves)
+    assert under("head", DominoHead.looped) <= set(leaves)
 
 
 def test_nothing_supervised_is_a_loss_of_zero():

@@ -17,7 +17,8 @@ import pytest
 from training import change_recipe
 
 from convert import hf
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.sharding import parse_training_mesh
 from domino_jax.weights import flatten, init_weights
@@ -28,7 +29,7 @@ from train.step import TrainState, exported_weights, init_state, lambda_base, st
 
 # Every mesh of eight devices divides these; the MLP widths differ so that axes can't be mistaken.
 TARGET = TargetConfig(96, 16, 1, 8, 4, 6, 24, 1e-6, 1e4, 64, True)
-DRAFT = DraftConfig(96, 16, 1, 4, 4, 6, 40, 1e-6, 1e4, 64, 4, 95, (0,), 1, True, HeadConfig(8, 8, 1))
+DRAFT = DraftConfig(96, 16, 1, 4, 4, 6, 40, 1e-6, 1e4, 64, 4, 95, (0,), 1, True, DominoHead(8, 8, 1))
 ROWS, LENGTH = 8, 20
 RECIPE = Recipe(
     TARGET,
@@ -187,7 +188,7 @@ def test_no_logits_cross_between_devices():
     """Of a vocabulary larger than everything else, only the weights that are as long are moved whole, over fsdp."""
     vocab = 4096
     target = TargetConfig(vocab, 16, 1, 4, 2, 8, 16, 1e-6, 1e4, 64, False)
-    draft = DraftConfig(vocab, 16, 1, 4, 2, 8, 16, 1e-6, 1e4, 64, 4, 3, (0,), 1, True, HeadConfig(8, 8, 1))
+    draft = DraftConfig(vocab, 16, 1, 4, 2, 8, 16, 1e-6, 1e4, 64, 4, 3, (0,), 1, True, DominoHead(8, 8, 1))
     recipe = change_recipe(RECIPE, target=target, draft=draft, chunk=20, anchors=8)
     made = mesh.make_training_mesh("data=2,fsdp=2,model=2", (target, draft))
     with jax.set_mesh(made):

@@ -22,18 +22,19 @@ from convert.registry import DEMO_FOLDER, read_configs
 from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
 from domino_jax.sharding import mesh_context, parse_training_mesh
-from domino_jax.weights import flatten, unflatten
+from domino_jax.weights import flatten
 from train import anchors, mesh
 from train.bench.flops import flops
 from train.config import Objective, OptimizerConfig, Recipe
 from train.loss import Inputs, gather_positions, loss_denominator, partial_loss, supervision, target_states
-from train.step import LOOPED, TrainState, init_state, train_step
+from train.step import TrainState, drafter_of, init_state, train_step
 
 DEMO_SHAPE = "demo"
 # Dense bfloat16 TFLOP/s of a device, as its maker states them, by what JAX calls it.
@@ -92,7 +93,7 @@ def configs(options: TrainBench) -> tuple[TargetConfig, DraftConfig]:
         assert isinstance(drafter, DraftConfig)
     else:
         target, drafter = find_shape(options.shapes)
-    assert drafter.head is not None
+    assert isinstance(drafter.head, DominoHead)
     head = replace(
         drafter.head,
         gru_hidden_dim=options.gru_hidden_dim or drafter.head.gru_hidden_dim,
@@ -132,10 +133,6 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     chosen, valid = jax.jit(lambda mask: anchors.draw_anchors(jax.random.key(0), mask, objective.anchors))(given.mask)
     lam = jnp.float32(0.5)
 
-    def drafter(weights: Any) -> Any:
-        cast = {path: w if path in LOOPED else w.astype(recipe.dtype) for path, w in weights.items()}
-        return unflatten(recipe.draft, cast)
-
     def states(frozen: Any, given: Inputs) -> Any:
         return target_states(frozen, *pair, given, objective)
 
@@ -150,11 +147,12 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
         form = training_attention.resolve_block_backend(
             objective.block_attention, recipe.draft, chosen.shape[1], recipe.dtype
         )
-        return block.training_blocks(drafter(weights), recipe.draft, x, chosen, features, backend=form), hidden
+        drafter = drafter_of(recipe, weights)
+        return block.training_blocks(drafter, recipe.draft, x, chosen, features, backend=form), hidden
 
     def loss(weights: Any, frozen: Any, given: Inputs) -> Any:
         total = loss_denominator(objective, supervision(recipe.draft, given, chosen, valid))
-        return partial_loss(drafter(weights), frozen, pair, objective, given, chosen, valid, lam, total)
+        return partial_loss(drafter_of(recipe, weights), frozen, pair, objective, given, chosen, valid, lam, total)
 
     programs = {
         "target": target_only,

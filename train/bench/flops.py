@@ -3,6 +3,7 @@
 import math
 
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.drafters.heads import head_of
 from domino_jax.weights import axes, flatten, is_matrix
 
 
@@ -12,8 +13,8 @@ def flops(target: TargetConfig, config: DraftConfig, rows: int, length: int, cou
     target    A forward pass: 2 · (weights of the layers) a token, and attention's two products over the T / 2
               positions that a query sees on average, 2 · 2 · N·H · T / 2 a token and layer.
     forward   The drafter's: its layers over A·M rows, fc and each layer's keys and values over the context, attention
-              over T / 2 + M positions (anchors are anywhere), the GRU over A·J tokens, and over A·J proposals the LM
-              head and the head's two projections.
+              over T / 2 + M positions (anchors are anywhere), and over A·J proposals the LM head and the head's
+              matrices.
     backward  One product for the input and one for the weight of each product of the forward pass, less the frozen LM
               head's weight and fc's input.
     """
@@ -36,8 +37,7 @@ def flops(target: TargetConfig, config: DraftConfig, rows: int, length: int, cou
     layers = config.num_hidden_layers * ((2 * layer(config) + attention) * block_rows + 2 * keys_values * tokens)
     lm_head = 2 * target_sizes["V"] * target_sizes["D"] * proposals
     head = 0
-    if config.head:
-        gru = (sizes["D"] + sizes["U"]) * sizes["GU"]
-        head = 2 * (gru + (sizes["D"] + sizes["U"]) * sizes["R"] + sizes["R"] * target_sizes["V"]) * proposals
+    for product in head_of(config).products(axes(config).head, config.num_proposals):
+        head += sum(2 * math.prod(sizes[x] for x in letters.split()) for letters in product.matrices) * proposals
     forward = fc + layers + head + lm_head
     return {"target": of_target, "forward": forward, "backward": fc + 2 * (layers + head) + lm_head}

@@ -1,1 +1,14 @@
-"""Heads that correct the logits of a block drafter."""
+"""Heads: what makes proposals of a block's logits, left to right. Another one is a file here and a line of `HEADS`."""
+
+from domino_jax.config import DraftConfig
+from domino_jax.drafters.heads.base import Head
+from domino_jax.drafters.heads.domino import DominoHead
+from domino_jax.drafters.heads.none import NoHead
+
+NO_HEAD = NoHead()
+HEADS: dict[str, type[Head]] = {head.projector_type: head for head in (DominoHead, NoHead)}
+
+
+def head_of(config: DraftConfig) -> Head:
+    """The head of a block drafter; `NO_HEAD` where the config has none."""
+    return config.head or NO_HEAD

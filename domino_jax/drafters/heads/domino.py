@@ -1,21 +1,173 @@
-"""The causal head: a GRU over realised tokens corrects the block's logits left to right (docs/algorithm.md, section 4).
+"""Domino's head: a GRU over realised tokens corrects a block's logits left to right (docs/algorithm.md, section 4)."""
 
-Two forms of one computation: `teacher_forced` for training, where the tokens are known, and
-`propose_corrected` for decoding, where each correction depends on the token chosen before it.
-"""
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
-from domino_jax.config import DraftConfig
+from domino_jax import matrix
+from domino_jax.drafters.base import DraftTokens, Product, View
+from domino_jax.drafters.heads.base import Correction
+from domino_jax.drafters.heads.choosing import choose_token, likeliest, stacked
+from domino_jax.errors import DominoError
+from domino_jax.fields import Fields, integer
 from domino_jax.layers import unembed
-from domino_jax.matrix import AnyMatrix, dot, dot_rows, take
-from domino_jax.sampling import Sampling, probabilities, sample
-from domino_jax.sharding import constrain, model_devices
-from domino_jax.weights import Draft, Head
+from domino_jax.matrix import AnyMatrix, dot, dot_rows, operands, take
+from domino_jax.sharding import constrain
+from domino_jax.weights import Leaf
 
-SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
+
+class DominoWeights(nnx.Module):
+    """A GRU over realised tokens and a low-rank correction of the logits.
+
+    The inner projection is two matrices: one for the block's state z, one for the GRU's state h.
+    """
+
+    def __init__(self, leaf: Leaf):
+        self.gru_in: Array = leaf("GU D")
+        self.gru_state: Array = leaf("GU U")
+        self.proj_block: Array = leaf("R D")
+        self.proj_state: Array = leaf("R U")
+        self.proj_out: Array = leaf("V R")
+
+
+@dataclass(frozen=True)
+class DominoHead:
+    """The causal head: a `heads.base.Head`.
+
+    Args:
+        gru_hidden_dim: U, width of the GRU.
+        emb_dim: R, rank of the correction.
+        pure_draft_prefix_len: P, so many proposals at first are not corrected.
+    """
+
+    name: ClassVar[str] = "Domino"
+    projector_type: ClassVar[str] = "domino"
+    tensors: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+        ("gru_in", "GU D", ("prefix_gru.weight_ih_l0",)),
+        ("gru_state", "GU U", ("prefix_gru.weight_hh_l0",)),
+        ("proj_block", "R D", ("embed_proj.0.weight",)),
+        ("proj_state", "R U", ("embed_proj.0.weight",)),
+        ("proj_out", "V R", ("embed_proj.2.weight",)),
+    )
+    # The recurrent part is not quantized: it is small, and its error would be carried from proposal to proposal.
+    unquantized: ClassVar[tuple[str, ...]] = ("gru_in", "gru_state", "proj_block", "proj_state")
+    looped: ClassVar[tuple[str, ...]] = ("proj_out", "gru_state")
+    zero_at_first: ClassVar[tuple[str, ...]] = ("proj_out",)
+
+    gru_hidden_dim: int
+    emb_dim: int
+    pure_draft_prefix_len: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"U": self.gru_hidden_dim, "GU": 3 * self.gru_hidden_dim, "R": self.emb_dim}
+
+    @classmethod
+    def read(cls, fields: Fields, warnings: list[str]) -> "DominoHead":
+        prefix = fields.get("pure_draft_prefix_len", integer(), None)
+        if prefix is None:
+            warnings.append(f"{fields.where} has no pure_draft_prefix_len: taken as 0, the format's default.")
+        return cls(
+            gru_hidden_dim=fields.get("gru_hidden_dim", integer(1)),
+            emb_dim=fields.get("emb_dim", integer(1)),
+            pure_draft_prefix_len=prefix or 0,
+        )
+
+    def to_hf(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        nested = {
+            "projector_type": self.projector_type,
+            "gru_hidden_dim": self.gru_hidden_dim,
+            "emb_dim": self.emb_dim,
+            "pure_draft_prefix_len": self.pure_draft_prefix_len,
+        }
+        return nested, {"emb_dim": self.emb_dim}  # some loaders look for it there
+
+    def check(self, proposals: int) -> None:
+        if not 0 <= self.pure_draft_prefix_len < proposals:
+            raise DominoError(
+                f"pure_draft_prefix_len must be from 0 to {proposals - 1} (one less than the proposals of a block), "
+                f"found {self.pure_draft_prefix_len}."
+            )
+
+    def describe(self) -> str:
+        return f"GRU {self.gru_hidden_dim}, rank {self.emb_dim}"
+
+    def weights(self, leaf: Leaf) -> DominoWeights:
+        return DominoWeights(leaf)
+
+    def tabulate(self, weights: DominoWeights, embed: AnyMatrix, largest: int) -> None:
+        """Look up what a token gives the gates of the GRU, where the vocabulary is small."""
+        gru_in = weights.gru_in
+        if isinstance(gru_in, Array) and embed.shape[0] * gru_in.shape[0] * gru_in.dtype.itemsize <= largest:
+            weights.gru_in = nnx.data(jax.jit(matrix.tabulate)(embed, gru_in))
+
+    def propose(
+        self,
+        weights: DominoWeights,
+        z: Array,
+        base: Array,
+        view: View,
+        keys: Array | None,
+        candidates: int | None = None,
+    ) -> DraftTokens:
+        """See `heads.base.Head`.
+
+        The first proposal and every corrected one are drawn from their distributions. The others, of the uncorrected
+        prefix, would be drawn independently of their neighbours: they are the argmax, with a one-hot distribution.
+        """
+        token, vocab, prefix, made, few = view.token, base.shape[-1], self.pure_draft_prefix_len, [], None
+        state = jnp.zeros((token.shape[0], weights.gru_state.shape[1]), z.dtype)
+        recurrent = jnp.zeros((token.shape[0], 3 * state.shape[1]), z.dtype)  # what a state of zeros gives the gates
+        part = dot(z, weights.proj_block)  # no token changes it, so a block needs it once
+        from_state = jnp.concatenate([weights.gru_state, weights.proj_state])  # one product with a state, not two
+        if candidates is not None and candidates < vocab:
+            best, ids = likeliest(base, candidates)  # [B, J, C]
+            few = best, ids, take(weights.proj_out, ids)  # the last [B, J, C, R]
+        # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
+        for j in range(base.shape[1]):
+            logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
+            state = gru_cell(dot_rows(view.target.embed, token, weights.gru_in), recurrent, state)
+            recurrent, inner = jnp.split(dot(state, from_state), [recurrent.shape[1]], axis=1)
+            if j >= prefix:
+                rank = jax.nn.silu(part[:, j] + inner)
+                if few:
+                    logits, names, rows = (x[:, j] for x in few)
+                    logits += jnp.einsum("BR,BCR->BC", rank, rows, preferred_element_type=jnp.float32)
+                else:
+                    logits = constrain(logits + unembed(rank, weights.proj_out), "B V")
+            made.append(choose_token(logits, keys, j, view.sampling, vocab, j == 0 or j >= prefix, names))
+            token = made[-1][0]
+        return stacked(made)
+
+    def teacher_forced(self, weights: DominoWeights, z: Array, tokens: Array, embed: Array) -> Correction:
+        embedded = constrain(embed[tokens], "B A J D")
+        gates = jnp.moveaxis(dot(embedded, weights.gru_in), -2, 0)  # [J, B, A, GU]
+        start = jnp.zeros((*gates.shape[1:-1], weights.gru_state.shape[1]), z.dtype)
+
+        def step(state: Array, x: Array) -> tuple[Array, Array]:
+            state = gru_cell(x, dot(state, weights.gru_state.astype(state.dtype)), state)
+            return state, state
+
+        _, states = jax.lax.scan(step, start, gates)
+        inner = dot(z, weights.proj_block) + dot(jnp.moveaxis(states, 0, -2), weights.proj_state)
+        rank = constrain(jax.nn.silu(inner), "B A J R")
+        corrected = jnp.arange(z.shape[-2]) >= self.pure_draft_prefix_len
+        rank = jnp.where(corrected[:, None], rank, 0)  # a zero rank vector leaves the base logits as they are
+        return Correction(rank, weights.proj_out)
+
+    def products(self, weights: DominoWeights, proposals: int, scored: float = 1.0) -> tuple[Product, ...]:
+        corrected = max(0, proposals - self.pure_draft_prefix_len)
+        return (
+            # Small: read once, then they stay in the cache. Of a table only rows are read.
+            Product((*operands(weights.gru_in), weights.gru_state), proposals),
+            Product((weights.proj_block, weights.proj_state), corrected),
+            # Each proposal scores the vocabulary or its candidates, and needs the token before it to do so.
+            Product((weights.proj_out,), 1, turns=corrected, share=scored),
+        )
 
 
 def gru_cell(inputs: Array, recurrent: Array, state: Array) -> Array:
@@ -28,132 +180,3 @@ def gru_cell(inputs: Array, recurrent: Array, state: Array) -> Array:
     update = jax.nn.sigmoid(update_x + update_h)
     new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
     return (1 - update) * new + update * state
-
-
-def teacher_forced(head: Head, z: Array, embedded: Array) -> Array:
-    """The low-rank part of the correction of every proposal, given the true tokens.
-
-    Args:
-        z: [..., J, D] of the proposing rows.
-        embedded: [..., J, D] embeddings of t_a, t_{a+1}, ..., t_{a+J-1}: the GRU's inputs.
-
-    Returns:
-        [..., J, R]; the logits' correction is this times embed_proj.2.
-    """
-    gates = jnp.moveaxis(dot(embedded, head.gru_in), -2, 0)  # [J, ..., GU]
-    start = jnp.zeros((*gates.shape[1:-1], head.gru_state.shape[1]), z.dtype)
-
-    def step(state: Array, x: Array) -> tuple[Array, Array]:
-        # Training keeps this matrix in float32, so that its gradient is summed over the steps in float32.
-        state = gru_cell(x, dot(state, head.gru_state.astype(state.dtype)), state)
-        return state, state
-
-    _, states = jax.lax.scan(step, start, gates)
-    return jax.nn.silu(dot(z, head.proj_block) + dot(jnp.moveaxis(states, 0, -2), head.proj_state))
-
-
-def propose_corrected(
-    params: Draft,
-    config: DraftConfig,
-    embed: AnyMatrix,
-    z: Array,
-    base: Array,
-    anchor: Array,
-    sampling: Sampling,
-    keys: Array | None,
-    candidates: int | None = None,
-) -> tuple[Array, Array | None]:
-    """Choose the proposals of a block, or its first J, each corrected by those before it.
-
-    A proposal whose logits know the tokens before it (the first, and every corrected one) is drawn
-    from its distribution. The others (plain DFlash, and the head's uncorrected prefix after its first)
-    would be drawn independently of their neighbours, which wrecks acceptance: they are the argmax, with
-    a one-hot distribution.
-
-    Args:
-        embed: the target's embeddings [V, D].
-        z: [B, J, D] block states of the proposing rows; base: [B, J, V] their logits.
-        anchor: [B].
-        keys: [B, J] random keys, or None for greedy proposals.
-        candidates: C, tokens that the head scores and one of which is proposed; the whole vocabulary when None.
-
-    Returns:
-        drafts [B, J] int32; the distributions they were drawn from [B, J, V], None if greedy.
-    """
-    proposals = z.shape[1]
-    head = params.head
-    prefix = config.head.pure_draft_prefix_len if config.head else proposals
-    token, drafts, distributions = anchor, [], []
-    state, recurrent, part, from_state, few = z, z, z, z, None
-    if head:
-        state = jnp.zeros((anchor.shape[0], head.gru_state.shape[1]), z.dtype)
-        recurrent = jnp.zeros((anchor.shape[0], 3 * state.shape[1]), z.dtype)  # what a state of zeros gives the gates
-        part = dot(z, head.proj_block)  # no token changes it, so a block needs it once
-        from_state = jnp.concatenate([head.gru_state, head.proj_state])  # one product with a state instead of two
-    if head and candidates is not None and candidates < base.shape[-1]:
-        best, ids = likeliest(base, candidates)  # [B, J, C]
-        few = best, ids, take(head.proj_out, ids)  # the last [B, J, C, R]
-    # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
-    for j in range(proposals):
-        logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
-        if head:
-            state = gru_cell(dot_rows(embed, token, head.gru_in), recurrent, state)
-            recurrent, inner = jnp.split(dot(state, from_state), [recurrent.shape[1]], axis=1)
-            if j >= prefix:
-                rank = jax.nn.silu(part[:, j] + inner)
-                if few:
-                    logits, names, weights = (x[:, j] for x in few)
-                    logits += jnp.einsum("BR,BCR->BC", rank, weights, preferred_element_type=jnp.float32)
-                else:
-                    logits = constrain(logits + unembed(rank, head.proj_out), "B V")
-        distribution = None
-        if keys is not None and (j == 0 or j >= prefix):
-            distribution = _spread(probabilities(logits[:, None], sampling)[:, 0], names, base.shape[-1])
-            token = sample(keys[:, j], distribution)  # of the whole vocabulary, as the target draws
-        else:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            if names is not None:
-                token = jnp.take_along_axis(names, token[:, None], axis=1)[:, 0]
-            if keys is not None:
-                distribution = jax.nn.one_hot(token, base.shape[-1], dtype=jnp.float32)
-        if distribution is not None:
-            distributions.append(distribution)
-        drafts.append(token)
-    return jnp.stack(drafts, axis=1), jnp.stack(distributions, axis=1) if keys is not None else None
-
-
-def likeliest(logits: Array, count: int) -> tuple[Array, Array]:
-    """The `count` highest of logits [B, J, V], or nearly: values and ids, each [B, J, count], highest first.
-
-    A large vocabulary is first divided into many more buckets than are wanted, and the best of each bucket kept (the
-    partial reduction of Chern et al. 2022, "TPU-KNN"): sorting all of it would cost more than the head saves. The
-    highest of all is always there, and a bucket seldom holds two of the others. Devices that share the vocabulary
-    send each other the buckets' best alone.
-    """
-    batch, rows, vocab = logits.shape
-    shards = model_devices()
-    part = vocab // shards
-    depth = max(1, vocab // (SPARE * count))  # tokens of a bucket
-    width = -(-part // depth)  # buckets of a device
-    cells = logits.reshape(batch, rows, shards, part)
-    cells = jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, depth * width - part)), constant_values=-jnp.inf)
-    cells = cells.reshape(batch, rows, shards, depth, width)
-    places = jnp.argmax(cells, axis=3).astype(jnp.int32) * width + jnp.arange(width, dtype=jnp.int32)
-    ids = jnp.arange(shards, dtype=jnp.int32)[:, None] * part + places
-    best = jnp.max(cells, axis=3)
-    best, ids = (constrain(x.reshape(batch, rows, -1), "B J -") for x in (best, ids))
-    # Sorted, since jax.lax.top_k would gather the rows of the other devices' batches first.
-    lowest, ids = jax.lax.sort((-best, ids), num_keys=1)
-    return -lowest[..., :count], ids[..., :count]
-
-
-def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:
-    """A distribution over the tokens `names` [B, C], or over all, as one over the vocabulary: [B, V]."""
-    if names is None:
-        return distribution
-    if model_devices() == 1:
-        rows = jnp.arange(names.shape[0])[:, None]
-        return jnp.zeros((names.shape[0], vocab), distribution.dtype).at[rows, names].set(distribution)
-    # A masked sum: a scatter into a sharded vocabulary would gather it.
-    here = jnp.arange(vocab) == names[..., None]
-    return constrain(jnp.sum(jnp.where(here, distribution[..., None], 0), axis=1), "B V")

@@ -13,11 +13,12 @@ import reference
 
 from domino_jax import cache as kv
 from domino_jax import decode
-from domino_jax.config import DraftConfig, HeadConfig, choose_target_layer_ids, default_target_layer_ids
+from domino_jax.config import DraftConfig, choose_target_layer_ids, default_target_layer_ids
 from domino_jax.decode import DecodeConfig, DecodeState, Rows
 from domino_jax.drafters import block
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import domino
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.sampling import settings
 from domino_jax.weights import Params
 
@@ -25,7 +26,7 @@ TOLERANCE = 1e-4
 S = 12  # positions with features
 ANCHORS = [0, 1, 5, 12]
 
-HEAD = HeadConfig(gru_hidden_dim=14, emb_dim=7, pure_draft_prefix_len=0)
+HEAD = DominoHead(gru_hidden_dim=14, emb_dim=7, pure_draft_prefix_len=0)
 BACKBONES = {
     "M=2": {"block_size": 2},
     "M=5": {"block_size": 5},
@@ -196,10 +197,9 @@ def teacher_forced_logits(params: Params, config: DraftConfig, z, base, eaten):
     assert params.draft is not None
     if params.draft.head is None or config.head is None:
         return base
-    rank = domino.teacher_forced(params.draft.head, z, params.target.embed[eaten])
-    correction = rank @ params.draft.head.proj_out.T
-    corrected = jnp.arange(config.num_proposals)[:, None] >= config.head.pure_draft_prefix_len
-    return base + jnp.where(corrected, correction, 0.0)
+    found = config.head.teacher_forced(params.draft.head, z[:, None], eaten[:, None], params.target.embed)
+    assert found is not None
+    return base + (found.rank @ found.output.T)[:, 0]
 
 
 @pytest.mark.parametrize("changes", cases(HEADS))

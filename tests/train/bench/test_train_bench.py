@@ -10,7 +10,8 @@ import pytest
 from training import curriculum
 
 from convert.shapes import SHAPES, Shape
-from domino_jax.config import DraftConfig, HeadConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.weights import init_weights
 from train.bench import command
 from train.bench.command import main
@@ -30,7 +31,7 @@ def tiny(monkeypatch):
         target_layer_ids=(1,),
         num_target_layers=2,
         shift_label=True,
-        head=HeadConfig(16, 8, 1),
+        head=DominoHead(16, 8, 1),
     )
     monkeypatch.setitem(SHAPES, "tiny", Shape(target, draft))
     with jax.numpy_dtype_promotion("standard"):
@@ -87,7 +88,7 @@ def test_flops_are_those_of_the_products():
             target_layer_ids=(0, 1),
             num_target_layers=2,
             shift_label=True,
-            head=HeadConfig(16, 8, 0),
+            head=DominoHead(16, 8, 0),
         )
     rows, length, count = 2, 64, 16
     counted = flops(target, config, rows, length, count)

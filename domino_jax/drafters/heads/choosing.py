@@ -1,0 +1,85 @@
+"""How heads choose: a token from its logits, and the few candidates that are worth scoring."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from domino_jax.drafters.base import DraftTokens
+from domino_jax.sampling import Sampling, probabilities, sample
+from domino_jax.sharding import constrain, model_devices
+
+SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
+
+
+def choose_token(
+    logits: Array,
+    keys: Array | None,
+    place: int,
+    sampling: Sampling,
+    vocab: int,
+    drawn: bool = True,
+    names: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """The proposal at a place of a block, from its logits.
+
+    Args:
+        logits: [B, V], or [B, C] of the tokens `names`.
+        keys: [B, J] of the block; None where all is greedy.
+        place: j, static, from 0 on.
+        vocab: V.
+        drawn: static; False takes the argmax whatever the sampling is.
+        names: [B, C], the tokens that the logits are of; all in their order when None.
+
+    Returns:
+        tokens [B] int32; where keys are given, the distributions [B, V] that they were drawn from.
+    """
+    if keys is not None and drawn:
+        distribution = _spread(probabilities(logits[:, None], sampling)[:, 0], names, vocab)
+        return sample(keys[:, place], distribution), distribution  # of the whole vocabulary, as the target draws
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if names is not None:
+        token = jnp.take_along_axis(names, token[:, None], axis=1)[:, 0]
+    return token, None if keys is None else jax.nn.one_hot(token, vocab, dtype=jnp.float32)
+
+
+def stacked(chosen: list[tuple[Array, Array | None]]) -> DraftTokens:
+    """What `choose_token` gave at the places of a block, as one."""
+    probs = [distribution for _, distribution in chosen if distribution is not None]
+    return DraftTokens(jnp.stack([token for token, _ in chosen], axis=1), jnp.stack(probs, axis=1) if probs else None)
+
+
+def likeliest(logits: Array, count: int) -> tuple[Array, Array]:
+    """The `count` highest of logits [B, J, V], or nearly: values and ids, each [B, J, count], highest first.
+
+    A large vocabulary is first divided into many more buckets than are wanted, and the best of each bucket kept (the
+    partial reduction of Chern et al. 2022, "TPU-KNN"): sorting all of it would cost more than the head saves. The
+    highest of all is always there, and a bucket seldom holds two of the others. Devices that share the vocabulary
+    send each other the buckets' best alone.
+    """
+    batch, rows, vocab = logits.shape
+    shards = model_devices()
+    part = vocab // shards
+    depth = max(1, vocab // (SPARE * count))  # tokens of a bucket
+    width = -(-part // depth)  # buckets of a device
+    cells = logits.reshape(batch, rows, shards, part)
+    cells = jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, depth * width - part)), constant_values=-jnp.inf)
+    cells = cells.reshape(batch, rows, shards, depth, width)
+    places = jnp.argmax(cells, axis=3).astype(jnp.int32) * width + jnp.arange(width, dtype=jnp.int32)
+    ids = jnp.arange(shards, dtype=jnp.int32)[:, None] * part + places
+    best = jnp.max(cells, axis=3)
+    best, ids = (constrain(x.reshape(batch, rows, -1), "B J -") for x in (best, ids))
+    # Sorted, since jax.lax.top_k would gather the rows of the other devices' batches first.
+    lowest, ids = jax.lax.sort((-best, ids), num_keys=1)
+    return -lowest[..., :count], ids[..., :count]
+
+
+def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:
+    """A distribution over the tokens `names` [B, C], or over all, as one over the vocabulary: [B, V]."""
+    if names is None:
+        return distribution
+    if model_devices() == 1:
+        rows = jnp.arange(names.shape[0])[:, None]
+        return jnp.zeros((names.shape[0], vocab), distribution.dtype).at[rows, names].set(distribution)
+    # A masked sum: a scatter into a sharded vocabulary would gather it.
+    here = jnp.arange(vocab) == names[..., None]
+    return constrain(jnp.sum(jnp.where(here, distribution[..., None], 0), axis=1), "B V")

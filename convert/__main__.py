@@ -65,7 +65,7 @@ def run_convert(options: Convert) -> int:
     import jax.numpy as jnp
 
     from convert.check import FolderReport, check_folder
-    from convert.draft_configs import export_warnings, is_drafter
+    from convert.drafters import form_of
     from convert.folders import convert_folder
     from convert.hf import read_json
     from convert.progress import progress_bars
@@ -91,7 +91,7 @@ def run_convert(options: Convert) -> int:
         print(f"{options.source} ({was}) -> {options.destination} ({now})")
         file = options.destination / "config.json"
         raw = read_json(file)
-        for warning in export_warnings(raw, file=file) if is_drafter(raw) else ():
+        for warning in form_of(raw).warnings(raw, None, file):
             print(f"warning: {warning}", file=sys.stderr)
         return DONE
     print_report(report)

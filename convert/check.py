@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import hf, orbax
-from convert.draft_configs import export_warnings, least_depth
+from convert.draft_configs import least_depth
+from convert.drafters import form_of
 from convert.folders import HF, folder_format, load_weights, read_config
 from convert.tensors import (
     FLOATS,
@@ -27,7 +28,7 @@ from convert.tensors import (
 )
 from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax import target
-from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig, check_pair
+from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig, check_pair
 from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError, first_line
 
@@ -71,7 +72,7 @@ def check_folder(
     file = folder / "config.json"
     raw, depth = hf.read_json(file), other.num_hidden_layers if other else None
     config = hf.parse_config(raw, depth or least_depth(raw), file)
-    if other and not (isinstance(config, DraftConfig) and isinstance(other, TargetConfig)):
+    if other and (isinstance(config, TargetConfig) or not isinstance(other, TargetConfig)):
         raise DominoError("--target takes the target's folder, and --check then its drafter's.")
     report, of = FolderReport() if report is None else report, folder_format(folder)
     report.say("what", describe(config))
@@ -80,8 +81,8 @@ def check_folder(
     report.say("parameters", f"{count:,} ({count / 1e9:.2f} B)")
     tensors = _safetensors(folder, config, report, target_folder) if of == HF else _orbax(folder, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
-    if isinstance(config, DraftConfig):
-        report.warnings += export_warnings(raw, depth, file)
+    if not isinstance(config, TargetConfig):
+        report.warnings += form_of(raw).warnings(raw, depth, file)
         report.say("target", _fit(config, other, report) if other else "not given: --target DIR says if they fit")
         return report
     tokenizer = None
@@ -96,8 +97,10 @@ def check_folder(
     return report
 
 
-def describe(config: TargetConfig | DraftConfig) -> str:
+def describe(config: TargetConfig | DraftConfig | CustomDraftConfig) -> str:
     """A model in a line."""
+    if isinstance(config, CustomDraftConfig):
+        return config.describe()
     c = config
     shape = (
         f"{c.num_hidden_layers} layers of width {c.hidden_size}, {c.num_attention_heads} query and "
@@ -199,7 +202,7 @@ def _tokenizer(tokenizer: Any, config: TargetConfig, report: FolderReport) -> st
     return f"{len(tokenizer)} tokens, {template}"
 
 
-def _fit(config: DraftConfig, other: DecoderConfig, report: FolderReport) -> str:
+def _fit(config: DraftConfig | CustomDraftConfig, other: DecoderConfig, report: FolderReport) -> str:
     """Whether a drafter fits its target."""
     assert isinstance(other, TargetConfig)
     try:
@@ -207,6 +210,8 @@ def _fit(config: DraftConfig, other: DecoderConfig, report: FolderReport) -> str
     except DominoError as error:
         report.problems.append(str(error).rstrip("."))
         return "does not fit"
+    if isinstance(config, CustomDraftConfig):
+        return "fits"
     return f"fits: width, vocabulary, {other.num_hidden_layers} layers, target layers, mask token"
 
 

@@ -4,19 +4,20 @@ A field stands in `dflash_config`, or at top level, or in both alike. What the f
 guessed, and fields that are not known here, are warnings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from convert.configs import CHANGING, LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, decoder_fields, refuse_others, said_of
 from convert.speculators import SPECULATORS, from_speculators, is_speculators
-from domino_jax.config import DraftConfig, default_target_layer_ids, last_layer_warning
+from domino_jax.config import CustomDraftConfig, DraftConfig, default_target_layer_ids, last_layer_warning
 from domino_jax.drafters.heads import HEADS
 from domino_jax.drafters.heads.base import Head
 from domino_jax.drafters.heads.none import NoHead
 from domino_jax.errors import DominoError
 from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
 
+Custom = TypeVar("Custom", bound=CustomDraftConfig)
 NESTED: Final = "dflash_config"
 # Any of them makes a config.json a drafter's.
 DRAFTER_FIELDS: Final = (NESTED, "block_size", "num_target_layers", "target_layer_ids", *SPECULATORS)
@@ -97,13 +98,24 @@ def read_draft_config(
         config, guesses = _read_draft(fields, num_target_layers)
     warnings += guesses
     _check_directions(fields, config)
-    unknown = _unknown(fields)
-    if unknown:
-        warnings.append(
-            f"{where} has fields that are not read here: {', '.join(unknown)}. If acceptance is low, one of them may "
-            "be the reason."
-        )
-    return DrafterFile(config, warnings)
+    known = INERT | NEUTRAL.keys() | NEUTRAL_IN_A_DRAFTER.keys() | {NESTED}
+    return DrafterFile(config, warnings + _unread(fields, known))
+
+
+def read_custom_config(
+    kind: type[Custom], raw: Mapping[str, Any], file: Path | None = None
+) -> tuple[Custom, list[str]]:
+    """The config of a drafter whose own file says how it is read, and warnings.
+
+    Raises:
+        DominoError: see `read_draft_config`.
+    """
+    where, warnings = str(file or "the drafter's config.json"), []
+    refuse_others(where, raw, NEUTRAL)
+    fields = Fields(where, ("", raw), null_is_absent=True)
+    with said_of(where):
+        config = kind.read(fields, decoder_fields(fields), warnings)
+    return config, warnings + _unread(fields, INERT | NEUTRAL.keys())
 
 
 def export_warnings(
@@ -253,10 +265,15 @@ def _check_directions(fields: Fields, config: DraftConfig) -> None:
             )
 
 
-def _unknown(fields: Fields) -> list[str]:
-    """Fields of which nothing is known here."""
-    known = INERT | NEUTRAL.keys() | NEUTRAL_IN_A_DRAFTER.keys() | {NESTED}
-    return [label for label, name in fields.unread() if name not in known and not CHANGING.search(name)]
+def _unread(fields: Fields, known: Set[str]) -> list[str]:
+    """A warning, if there are fields of which nothing is known here."""
+    unknown = [label for label, name in fields.unread() if name not in known and not CHANGING.search(name)]
+    if not unknown:
+        return []
+    return [
+        f"{fields.where} has fields that are not read here: {', '.join(unknown)}. If acceptance is low, one of them "
+        "may be the reason."
+    ]
 
 
 def _refuse_other_drafters(where: str, raw: Mapping[str, Any]) -> None:

@@ -1,13 +1,65 @@
-"""Which drafter runs: by the config of its weights, and by the name of one that has none."""
+"""Which drafter runs: the forms of checkpoints and the drafters that they make, and the one that has no weights."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.configs import read_target_config
+from convert.draft_configs import export_warnings, is_drafter, read_custom_config, read_draft_config
 from convert.registry import NGRAM
-from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import LONG_MATCHES, CombinedDrafter
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.errors import DominoError
+
+Raw = Mapping[str, Any]  # a parsed config.json
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of checkpoint, and the drafter that it makes."""
+
+    config: type[DecoderConfig]  # of its weights
+    drafter: Callable[[Any, int | None], Drafter]  # of a config, and of the tokens a cycle that were asked for
+    holds: Callable[[Raw], bool]  # whether a config.json has this form
+    read: Callable[[Raw, int | None, Path | None], tuple[Any, list[str]]]  # config and warnings: `read_draft_config`
+    warnings: Callable[[Raw, int | None, Path | None], list[str]]  # before others are given it: `export_warnings`
+
+
+def custom(config: type[CustomDraftConfig], drafter: Callable[[Any], Drafter]) -> Form:
+    """The form of a drafter whose own file says all of it."""
+
+    def holds(raw: Raw) -> bool:
+        names = raw.get("architectures")
+        return isinstance(names, list) and config.architecture in names
+
+    def read(raw: Raw, num_target_layers: int | None, file: Path | None) -> tuple[CustomDraftConfig, list[str]]:
+        return read_custom_config(config, raw, file)
+
+    return Form(config, lambda config, asked: drafter(config), holds, read, lambda *given: read(*given)[1])
+
+
+# The first that holds a config.json is its form. A new drafter is a file of its own and, before these, the line
+# custom(ItsConfig, ItsDrafter).
+FORMS: tuple[Form, ...] = (
+    Form(DraftConfig, lambda config, asked: BlockDrafter(config), is_drafter, read_draft_config, export_warnings),
+    Form(
+        TargetConfig,  # an ordinary model, as assistant
+        lambda config, asked: AssistantDrafter(config, asked or AssistantDrafter.most),
+        lambda raw: True,
+        lambda raw, num_target_layers, file: (read_target_config(raw, file), []),
+        lambda *given: [],
+    ),
+)
+
+
+def form_of(raw: Raw) -> Form:
+    """The form of a config.json; that of a target where it is no drafter's."""
+    return next(form for form in FORMS if form.holds(raw))
 
 
 def make_drafter(
@@ -22,22 +74,22 @@ def make_drafter(
     """The drafter, None where there is neither a config nor n-gram drafting.
 
     Args:
-        config: of its weights: a DraftConfig of a block drafter, a TargetConfig of an assistant; None for none.
+        config: of its weights, of one of `FORMS`; None for none.
         ngram: n-gram drafting, alone or for long matches beside the other.
-        num_draft_tokens: J; a block's when None, and 5 or 7 for an assistant and n-grams.
-        candidates: tokens that a causal head scores.
+        num_draft_tokens: J; all that a drafter makes when None, 5 of an assistant and 7 of n-grams.
+        candidates: tokens that a head scores.
         prompt_lookup_max, prompt_lookup_min: tokens of the longest and shortest match of n-grams.
 
     Raises:
         DominoError: a setting does not fit the drafter.
     """
     made: Drafter | None = None
-    if isinstance(config, DraftConfig):
-        made = BlockDrafter(config, candidates)
-    elif candidates is not None:
-        raise DominoError("head candidates need a drafter with a causal head: give one with --draft DIR.")
-    if isinstance(config, TargetConfig):
-        made = AssistantDrafter(config, num_draft_tokens or AssistantDrafter.most)
+    if config is not None:
+        made = next(form for form in FORMS if isinstance(config, form.config)).drafter(config, num_draft_tokens)
+    if candidates is not None:
+        if not isinstance(made, BlockDrafter):
+            raise DominoError("head candidates need a drafter with a causal head: give one with --draft DIR.")
+        made = BlockDrafter(made.config, candidates)
     if not ngram:
         if prompt_lookup_max is not None or prompt_lookup_min is not None:
             raise DominoError(f"prompt_lookup_max and prompt_lookup_min are for n-grams: --draft {NGRAM}.")

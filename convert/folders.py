@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from convert import hf, orbax
 from convert.draft_configs import least_depth
-from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import check_output, lock_file, lock_folder
 
@@ -20,7 +20,7 @@ PARTIAL = ".partial"
 HF, ORBAX, RUN = "Hugging Face", "Orbax", "training run"
 
 
-def read_config(folder: Path, num_target_layers: int | None = None) -> TargetConfig | DraftConfig:
+def read_config(folder: Path, num_target_layers: int | None = None) -> TargetConfig | DraftConfig | CustomDraftConfig:
     """The config of the model in `folder`.
 
     Raises:
@@ -97,7 +97,7 @@ def _convert(
     config = hf.parse_config(raw, least_depth(raw), source / "config.json")
     was = folder_format(source)
     now = ORBAX if was == HF else HF
-    if was == RUN:
+    if was == RUN and not isinstance(config, CustomDraftConfig):  # none of them is trained here
         raw, dtype = config.to_hf(), dtype or jnp.bfloat16  # in today's names, whatever version began the run
     try:
         partial.mkdir()

@@ -20,12 +20,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert.companions import companions
-from convert.configs import read_target_config
-from convert.draft_configs import is_drafter, read_draft_config
+from convert.drafters import form_of
 from convert.fields import read_json as read_json  # hf.read_json reads a model's files
 from convert.names import Entry, entries, to_hf, units
 from convert.tensors import INDEX, SINGLE, account_tensors, compare_derived, open_tensors, some
-from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import write_text
 from domino_jax.sharding import mesh_context, shard_stored
@@ -40,7 +39,7 @@ Leaves = Callable[[list[str]], Mapping[str, Any]]  # paths of some weights -> th
 
 def parse_config(
     raw: Mapping[str, Any], num_target_layers: int | None = None, file: Path | None = None
-) -> TargetConfig | DraftConfig:
+) -> TargetConfig | DraftConfig | CustomDraftConfig:
     """The config of a target or of a drafter, by what a config.json holds.
 
     Args:
@@ -50,9 +49,7 @@ def parse_config(
     Raises:
         DominoError: a field is missing or of another kind, or asks for what is not supported.
     """
-    if is_drafter(raw):
-        return read_draft_config(raw, num_target_layers, file).config
-    return read_target_config(raw, file)
+    return form_of(raw).read(raw, num_target_layers, file)[0]
 
 
 def load_hf(

@@ -81,7 +81,7 @@ class LoadPlan(NamedTuple):
 
 def plan_load(
     config: TargetConfig,
-    draft_config: DraftConfig | TargetConfig | None,
+    draft_config: DecoderConfig | None,
     dtype: str | None = None,
     *,
     drafts: int | None = None,
@@ -97,7 +97,7 @@ def plan_load(
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
     Args:
-        draft_config: of the drafter's weights: a block drafter's, or an ordinary model's, which is then an assistant.
+        draft_config: of the drafter's weights, of one of `drafters.FORMS`.
         dtype: "float32" or "bfloat16"; by default float32 on CPU (where bfloat16 is slow), else bfloat16.
         drafts: proposals a cycle verifies; all that the drafter makes when None.
         ngram, prompt_lookup_max, prompt_lookup_min: see `convert.drafters.make_drafter`.

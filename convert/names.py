@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.drafters.heads import head_of
-from domino_jax.weights import axes, flatten
+from domino_jax.weights import TensorRow, axes, flatten
 
-Row = tuple[str, str, tuple[str, ...]]  # our path, Hugging Face's axes, Hugging Face's names
 Index = tuple[slice, ...]  # one slice for each axis
 
-LAYER: tuple[Row, ...] = (
+LAYER: tuple[TensorRow, ...] = (
     ("layers.{i}.input_norm", "D", ("layers.{i}.input_layernorm.weight",)),
     ("layers.{i}.q", "(N H) D", ("layers.{i}.self_attn.q_proj.weight",)),
     ("layers.{i}.kv", "(K H) D", ("layers.{i}.self_attn.k_proj.weight", "layers.{i}.self_attn.v_proj.weight")),
@@ -39,7 +38,7 @@ LAYER: tuple[Row, ...] = (
     ("layers.{i}.gate_up", "F D", ("layers.{i}.mlp.gate_proj.weight", "layers.{i}.mlp.up_proj.weight")),
     ("layers.{i}.down", "D F", ("layers.{i}.mlp.down_proj.weight",)),
 )
-EXPERTS: tuple[Row, ...] = (
+EXPERTS: tuple[TensorRow, ...] = (
     ("layers.{i}.router", "RE D", ("layers.{i}.mlp.gate.weight",)),
     (
         "layers.{i}.gate_up",
@@ -48,13 +47,13 @@ EXPERTS: tuple[Row, ...] = (
     ),
     ("layers.{i}.down", "D I", ("layers.{i}.mlp.experts.{e}.down_proj.weight",)),
 )
-TARGET: tuple[Row, ...] = (
+TARGET: tuple[TensorRow, ...] = (
     ("embed", "V D", ("model.embed_tokens.weight",)),
     *((path, theirs, tuple(f"model.{name}" for name in names)) for path, theirs, names in (*LAYER, *EXPERTS)),
     ("norm", "D", ("model.norm.weight",)),
     ("lm_head", "V D", ("lm_head.weight",)),
 )
-DRAFT: tuple[Row, ...] = (
+DRAFT: tuple[TensorRow, ...] = (
     ("fc", "D LD", ("fc.weight",)),
     ("context_norm", "D", ("hidden_norm.weight",)),
     *LAYER,
@@ -112,12 +111,14 @@ def entries(config: DecoderConfig) -> list[Entry]:
     """Every weight that a model of this config has, in our tree's order.
 
     Raises:
-        KeyError: a weight of ours has no row in the table (a mistake in this file).
+        KeyError: a weight of ours has no row in the table (a mistake in this file, or in a drafter's).
     """
     table = TARGET if isinstance(config, TargetConfig) else DRAFT
     if isinstance(config, DraftConfig):
         head = head_of(config)
         table += tuple((f"head.{path}", theirs, names) for path, theirs, names in head.tensors)
+    if isinstance(config, CustomDraftConfig):
+        table = config.tensors
     sizes = config.sizes
     # By path and letters: a layer has one MLP or many, under the same path.
     rows = {}

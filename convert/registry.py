@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # slow to import, and the command line is checked before
     from rich.console import Console
 
     from convert.hub import Snapshot
-    from domino_jax.config import DraftConfig, TargetConfig
+    from domino_jax.config import DecoderConfig, TargetConfig
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 NO_DRAFT = "none"
@@ -119,7 +119,7 @@ def resolve_folders(
     console: "Console",
     revision: str | None = None,
     draft_revision: str | None = None,
-    check: "Callable[[TargetConfig, DraftConfig | TargetConfig | None], object] | None" = None,
+    check: "Callable[[TargetConfig, DecoderConfig | None], object] | None" = None,
     flag: str = "--model",
 ) -> tuple[Path, Path | None]:
     """The folders of a target and its drafter, fetched from the Hub where needed.
@@ -162,10 +162,10 @@ def resolve_folders(
 
 def read_configs(
     target: Path, draft: Path | None, flag: str = "--model"
-) -> "tuple[dict[str, Any], TargetConfig, DraftConfig | TargetConfig | None, list[str]]":
+) -> "tuple[dict[str, Any], TargetConfig, DecoderConfig | None, list[str]]":
     """The config.json files of a pair: the target's as it is and parsed, the drafter's parsed, and warnings.
 
-    The drafter's is a DraftConfig, or of an ordinary model, which is to be an assistant, a TargetConfig.
+    The drafter's is of one of `drafters.FORMS`: a TargetConfig where an ordinary model is to be an assistant.
 
     Args:
         flag: of the command line for the target, for errors.
@@ -175,19 +175,20 @@ def read_configs(
     """
     from convert import hf
     from convert.configs import read_target_config
-    from convert.draft_configs import is_drafter, read_draft_config
-    from domino_jax.config import check_pair
+    from convert.drafters import form_of
+    from domino_jax.config import TargetConfig, check_pair
 
     file = target / "config.json"
     raw = hf.read_json(file)
-    if is_drafter(raw):
+    if form_of(raw).config is not TargetConfig:
         raise DominoError(f"{target} holds a drafter; {flag} takes the target that it is a drafter of.")
     config = read_target_config(raw, file)
     if draft is None:
         return raw, config, None, []
     file = draft / "config.json"
     raw_draft = hf.read_json(file)
-    if not is_drafter(raw_draft):
+    form = form_of(raw_draft)
+    if form.config is TargetConfig:
         if draft.resolve() == target.resolve():
             raise DominoError(f"{draft} is the target itself; --draft takes its drafter, or a smaller model.")
         assistant = read_target_config(raw_draft, file)
@@ -197,7 +198,7 @@ def read_configs(
                 f"{config.vocab_size}; they must be the same."
             )
         return raw, config, assistant, []
-    draft_config, warnings = read_draft_config(raw_draft, config.num_hidden_layers, file)
+    draft_config, warnings = form.read(raw_draft, config.num_hidden_layers, file)
     return raw, config, draft_config, [*warnings, *check_pair(config, draft_config)]
 
 

@@ -155,9 +155,9 @@ def _prefixed(config: DecoderConfig, found: Mapping[str, Stored]) -> Iterator[tu
 def _is_derived(config: DecoderConfig, name: str) -> bool:
     if name.endswith(FREQUENCIES):
         return True
-    if isinstance(config, DraftConfig):
-        return name in (EMBED, LM_HEAD)
-    return isinstance(config, TargetConfig) and config.tie_word_embeddings and name == LM_HEAD
+    if isinstance(config, TargetConfig):
+        return config.tie_word_embeddings and name == LM_HEAD
+    return name in (EMBED, LM_HEAD)
 
 
 def compare_derived(

@@ -15,14 +15,17 @@ Axis legend, used in every docstring and einsum of the project:
     NH  query heads side by side, N·H    2   K and V, or gate and up
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from domino_jax.errors import DominoError
+from domino_jax.fields import Fields
 
-if TYPE_CHECKING:  # heads are made of what imports this file
+if TYPE_CHECKING:  # they import this file
     from domino_jax.drafters.heads.base import Head
+    from domino_jax.weights import TensorRow
 
 MoeBackend = Literal["grouped", "one by one"]
 
@@ -236,6 +239,50 @@ class DraftConfig(DecoderConfig):
         return raw | ({"use_sliding_window": True, "sliding_window": window} if window else {})
 
 
+@dataclass(frozen=True)
+class CustomDraftConfig(DecoderConfig, ABC):
+    """A drafter whose weights are of its own kind: a subclass says all of them (docs/adding-a-drafter.md).
+
+    The fields of DecoderConfig stand at the top level of its config.json.
+    """
+
+    architecture: ClassVar[str]
+    """By which its config.json is known: one of `architectures`"""
+    tensors: ClassVar[tuple["TensorRow", ...]]
+    """Its rows of the table in `convert.names`"""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, fields: Fields, decoder: dict[str, Any], warnings: list[str]) -> Self:
+        """The config of a config.json.
+
+        Args:
+            fields: the file's; those that are never asked for become a warning.
+            decoder: the fields of DecoderConfig, read.
+            warnings: for what had to be guessed.
+
+        Raises:
+            DominoError: a field is missing, of another kind, or asks for what is not supported.
+        """
+
+    @abstractmethod
+    def weights(self, leaf: Callable[[str], Any]) -> Any:
+        """The module of its weights, each made by `leaf` from its axis letters."""
+
+    def check_target(self, target: TargetConfig) -> list[str]:
+        """Refuse a drafter made for another target; return warnings about settings that merely look wrong.
+
+        Raises:
+            DominoError: width or vocabulary differ.
+        """
+        _refuse_other_target(target, self)
+        return []
+
+    def describe(self) -> str:
+        """The drafter in a line."""
+        return f"{self.architecture}: width {self.hidden_size}, vocabulary {self.vocab_size}"
+
+
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     """The target layers that a drafter reads whose config.json does not list them (docs/algorithm.md, section 2).
 
@@ -269,22 +316,15 @@ def last_layer_warning(target_layer_ids: Sequence[int], num_target_layers: int) 
     ]
 
 
-def check_pair(target: TargetConfig, draft: DraftConfig) -> list[str]:
+def check_pair(target: TargetConfig, draft: DraftConfig | CustomDraftConfig) -> list[str]:
     """Refuse a drafter made for another target; return warnings about settings that merely look wrong.
 
     Raises:
         DominoError: width, vocabulary or number of layers differ.
     """
-    for label, ours, theirs in (
-        ("hidden_size", target.hidden_size, draft.hidden_size),
-        ("vocab_size", target.vocab_size, draft.vocab_size),
-        ("number of layers", target.num_hidden_layers, draft.num_target_layers),
-    ):
-        if ours != theirs:
-            raise DominoError(
-                f"the drafter was made for another target: its target's {label} is {theirs}, this target's is {ours}; "
-                "give the drafter that belongs to this target with --draft, or --draft none."
-            )
+    if isinstance(draft, CustomDraftConfig):
+        return draft.check_target(target)
+    _refuse_other_target(target, draft, ("number of layers", target.num_hidden_layers, draft.num_target_layers))
     warnings = []
     if target.rope_theta != draft.rope_theta:
         warnings.append(
@@ -297,6 +337,19 @@ def check_pair(target: TargetConfig, draft: DraftConfig) -> list[str]:
             f"the drafter's rope_scaling ({theirs}) differs from the target's ({ours}); acceptance may be low."
         )
     return warnings
+
+
+def _refuse_other_target(target: TargetConfig, draft: DecoderConfig, *more: tuple[str, int, int]) -> None:
+    for label, ours, theirs in (
+        ("hidden_size", target.hidden_size, draft.hidden_size),
+        ("vocab_size", target.vocab_size, draft.vocab_size),
+        *more,
+    ):
+        if ours != theirs:
+            raise DominoError(
+                f"the drafter was made for another target: its target's {label} is {theirs}, this target's is {ours}; "
+                "give the drafter that belongs to this target with --draft, or --draft none."
+            )
 
 
 def _hf_fields(config: DecoderConfig) -> dict[str, Any]:

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.matrix import AnyMatrix
 
 Leaf = Callable[[str], Any]  # axis letters, separated by spaces -> what to put there
+# A row of the table between a file's tensors and ours (`convert.names`): our path, the axes of the file's, its names.
+TensorRow = tuple[str, str, tuple[str, ...]]
 
 
 class Layer(nnx.Module):
@@ -69,13 +71,15 @@ class Draft(nnx.Module):
 
 
 def build_module(config: DecoderConfig, leaf: Leaf) -> Any:
-    """The module of `config` (Target or Draft), every weight being `leaf(its axis letters)`."""
+    """The module of `config` (Target, Draft, or a drafter's own), every weight being `leaf(its axis letters)`."""
 
     def data(letters: str) -> Any:
         return nnx.data(leaf(letters))
 
     if isinstance(config, TargetConfig):
         return Target(config, data)
+    if isinstance(config, CustomDraftConfig):
+        return config.weights(data)
     return Draft(cast(DraftConfig, config), data)
 
 

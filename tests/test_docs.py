@@ -181,3 +181,11 @@ def test_the_table_of_models_is_the_registry():
     for model, public in registry.TABLE.items():
         assert f"| `{model}`" in table
         assert all(repository in table for repository in public[:3] if repository and model != "demo")
+
+
+def test_the_table_of_drafters_has_all_of_them():
+    page = read(ROOT / "docs" / "drafters.md")
+    sources = "\n".join(read(path) for path in (ROOT / "domino_jax" / "drafters").rglob("*.py"))
+    classes = re.findall(r"^class (\w+(?:Drafter|Head))\b(?!\(Protocol)", sources, re.MULTILINE)
+    assert {"BlockDrafter", "NgramDrafter", "DominoHead", "NoHead"} <= set(classes)
+    assert not [one for one in classes if f"| `{one}`" not in page]

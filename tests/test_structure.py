@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "infer": {"domino_jax", "convert"},
 }
 # domino_jax is pure functions over arrays: no files, no arguments, no tokenizers.
-CORE_MAY_USE = {"collections", "contextlib", "dataclasses", "functools", "json", "math", "typing"}
+CORE_MAY_USE = {"abc", "collections", "contextlib", "dataclasses", "functools", "json", "math", "typing"}
 CORE_MAY_USE |= {"flax", "jax", "numpy"}
 OPENERS = {"Path", "files", "joinpath", "with_name", "open"}  # calls whose arguments are paths
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -4,6 +4,7 @@ A drafter is a frozen dataclass: it is static to every program, so it is hashabl
 arrays. Its weights and its state are pytrees that decoding passes through.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
@@ -114,4 +115,13 @@ class Drafter(Protocol):
             features: [B, T, LD], the target's hidden states there after `target_layer_ids`.
             proposed: static; all tokens but the first of each row are what `propose` has just returned with this state.
         """
+        ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A drafter that says what it multiplies, for the roofline of `infer.bench`."""
+
+    def products(self, weights: Any, proposals: int) -> Sequence[Product]:
+        """What proposing so many tokens multiplies."""
         ...

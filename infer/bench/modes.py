@@ -11,6 +11,7 @@ from jax import Array
 from convert.loading import LoadedModel, without_head
 from domino_jax import decode
 from domino_jax.decode import DecodeState
+from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter, DraftTokens
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
@@ -63,7 +64,8 @@ def mode_of(drafter: Drafter) -> str:
         return f"{mode_of(drafter.model)}+{NGRAM}"
     if isinstance(drafter, BlockDrafter):
         return head_of(drafter.config).projector_type
-    return NGRAM if isinstance(drafter, NgramDrafter) else ASSISTANT
+    known = {NgramDrafter: NGRAM, AssistantDrafter: ASSISTANT}
+    return known.get(type(drafter), type(drafter).__name__)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jax import Array
 
 from convert.loading import LoadedModel
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.base import Counted, Product
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
 from domino_jax.matrix import dot, for_cpu
@@ -140,6 +141,14 @@ def work(
             attending(target, tokens, context + tokens),
         )
     }
+
+    def multiplied(parts: Iterable[Product]) -> Work:
+        """What a drafter or a head says that it multiplies."""
+        each = [(part.turns * part.share, products(part.matrices, part.vectors)) for part in parts]
+        return _sum(Work(0, 0), *[Work(*(times * x for x in once)) for times, once in each])
+
+    if isinstance(configs.drafter, Counted):
+        phases["draft"] = multiplied(configs.drafter.products(params.draft, proposals))
     if not isinstance(configs.drafter, BlockDrafter):
         return phases
     config, drafter = configs.drafter.config, params.draft
@@ -150,11 +159,9 @@ def work(
         attending(config, block, context + block),
     )
     base = proposals * logits
-    phases["head"] = Work(base * LOGIT_BYTES, base)
     scored = min(1.0, (configs.drafter.candidates or math.inf) / vocabulary)
-    for part in head_of(config).products(drafter.head, proposals, scored):
-        once = products(part.matrices, part.vectors)
-        phases["head"] = _sum(phases["head"], Work(*(part.turns * part.share * x for x in once)))
+    head = multiplied(head_of(config).products(drafter.head, proposals, scored))
+    phases["head"] = _sum(Work(base * LOGIT_BYTES, base), head)
     read = tokens * logits * (2 if sampled else 1)
     phases["verify"] = Work(read * LOGIT_BYTES, read)
     phases["context"] = products([drafter.fc, drafter.context_norm, *(layer.kv for layer in drafter.layers)], tokens)

@@ -31,7 +31,7 @@ CONFIGS: dict[str, TargetConfig | DraftConfig] = {"dense": DENSE, "experts": EXP
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def parse(raw: dict[str, Any]) -> TargetConfig | DraftConfig:
+def parse(raw: dict[str, Any]) -> Any:
     """The config, from what JSON would make of `raw`."""
     return hf.parse_config(json.loads(json.dumps(raw)), file=FILE)
 

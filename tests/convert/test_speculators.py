@@ -49,7 +49,7 @@ def theirs(config: DraftConfig, **changes: Any) -> dict[str, Any]:
         "transformer_layer_config": {name: ours[name] for name in OF_LAYERS},
         "transformers_version": "5.5.3",
     }
-    if config.head:
+    if isinstance(config.head, DominoHead):
         raw |= {"gru_hidden_dim": config.head.gru_hidden_dim, "logits_correction_emb_dim": config.head.emb_dim}
         raw |= {"pure_draft_prefix_len": config.head.pure_draft_prefix_len}
         raw |= {"lambda_base_start": 1.0, "lambda_base_decay_ratio": 0.5}

@@ -12,7 +12,7 @@ from jax import Array
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.fields import Fields
 from domino_jax.matrix import AnyMatrix
-from domino_jax.weights import Leaf
+from domino_jax.weights import Leaf, TensorRow
 
 
 class Correction(NamedTuple):
@@ -33,7 +33,7 @@ class Head(Protocol):
     """Of a drafter with this head, for people"""
     projector_type: ClassVar[str]
     """Of a config.json whose drafter has this head"""
-    tensors: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]]
+    tensors: ClassVar[tuple[TensorRow, ...]]
     """Rows of the table in `convert.names`, with paths within the head"""
     unquantized: ClassVar[tuple[str, ...]]
     """Matrices that stay as they are in an 8-bit drafter, by their paths"""

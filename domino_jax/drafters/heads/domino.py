@@ -17,7 +17,7 @@ from domino_jax.fields import Fields, integer
 from domino_jax.layers import unembed
 from domino_jax.matrix import AnyMatrix, dot, dot_rows, operands, take
 from domino_jax.sharding import constrain
-from domino_jax.weights import Leaf
+from domino_jax.weights import Leaf, TensorRow
 
 
 class DominoWeights(nnx.Module):
@@ -46,7 +46,7 @@ class DominoHead:
 
     name: ClassVar[str] = "Domino"
     projector_type: ClassVar[str] = "domino"
-    tensors: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+    tensors: ClassVar[tuple[TensorRow, ...]] = (
         ("gru_in", "GU D", ("prefix_gru.weight_ih_l0",)),
         ("gru_state", "GU U", ("prefix_gru.weight_hh_l0",)),
         ("proj_block", "R D", ("embed_proj.0.weight",)),

@@ -10,7 +10,7 @@ from domino_jax.drafters.heads.base import Correction
 from domino_jax.drafters.heads.choosing import choose_token, stacked
 from domino_jax.fields import Fields
 from domino_jax.matrix import AnyMatrix
-from domino_jax.weights import Leaf
+from domino_jax.weights import Leaf, TensorRow
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class NoHead:
 
     name: ClassVar[str] = "DFlash"
     projector_type: ClassVar[str] = "dflash"
-    tensors: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
+    tensors: ClassVar[tuple[TensorRow, ...]] = ()
     unquantized: ClassVar[tuple[str, ...]] = ()
     looped: ClassVar[tuple[str, ...]] = ()
     zero_at_first: ClassVar[tuple[str, ...]] = ()

@@ -100,7 +100,7 @@ def test_we_read_what_transformers_writes_and_give_it_back_bit_for_bit(tmp_path,
     read = hf.parse_config(hf.read_json(tmp_path / "theirs" / "config.json"))
     assert read == config == hf.parse_config(config.to_hf())
     module = hf.load_hf(tmp_path / "theirs", read)
-    hf.save_hf(tmp_path / "again", module, read, read.to_hf())
+    hf.save_hf(tmp_path / "again", module, read, config.to_hf())
     before, after = (load_file(tmp_path / name / hf.SINGLE) for name in ("theirs", "again"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -360,6 +360,7 @@ def test_cos_and_sin_are_transformers(spelling, scaling):
         if scaling and "type" in scaling:
             del raw["rope_parameters"]["rope_type"]
     config = hf.parse_config(raw)
+    assert isinstance(config, TargetConfig)
     assert hf.parse_config(config.to_hf()) == config
     positions = np.concatenate([np.arange(0, 70), [4095, 32767, 32768, 40959, 131071]])
     theirs = Qwen3RotaryEmbedding(Qwen3Config.from_dict(dict(raw)))

@@ -180,7 +180,10 @@ def _is_the_files_fault(error: str, default: TrainConfig, options: TrainConfig) 
         return False
     usual, given, now = flat(TrainConfig()), flat(default), flat(options)
     named = [name for name in now if re.search(rf"{flag(name)}(?![\w-])", error)]
-    return all(now[name] == given[name] for name in named) and any(given[name] != usual[name] for name in named)
+    # By what they look like: NaN is not equal to itself.
+    return all(repr(now[name]) == repr(given[name]) for name in named) and any(
+        given[name] != usual[name] for name in named
+    )
 
 
 def with_absolute_paths(options: TrainConfig) -> TrainConfig:

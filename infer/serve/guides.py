@@ -94,5 +94,5 @@ def make_guide(tokenizer: Any, vocab_size: int, ends: Sequence[int], grammar: st
         raise BadRequest(f"this tokenizer can't be used with a grammar: {first_line(error)}.") from None
     wrong = llguidance.LLMatcher.validate_grammar(grammar, wrapped)
     if wrong:
-        raise BadRequest(f"the grammar is wrong: {first_line(wrong)}.", "response_format")
+        raise BadRequest(f"the grammar is wrong: {wrong.splitlines()[0]}.", "response_format")
     return Grammar(wrapped, grammar)

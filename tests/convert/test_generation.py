@@ -39,5 +39,11 @@ def test_any_option_of_the_command_line_sets_it_aside():
     recommended = {"temperature": 0.6, "top_k": 20}
     assert SamplingOptions().or_else(recommended).params() == SamplingParams(0.6, 20)
     assert SamplingOptions(seed=3).or_else(recommended).params() == SamplingParams(0.6, 20, seed=3)
-    for given in ({"temperature": 0.0}, {"top_k": 0}, {"top_p": 1.0}, {"min_p": 0.0}):
-        assert SamplingOptions(**given).or_else(recommended).params() == SamplingParams()
+    off = (
+        SamplingOptions(temperature=0.0),
+        SamplingOptions(top_k=0),
+        SamplingOptions(top_p=1.0),
+        SamplingOptions(min_p=0.0),
+    )
+    for given in off:
+        assert given.or_else(recommended).params() == SamplingParams()

@@ -186,14 +186,15 @@ def test_settings_of_a_training_are_refused_alike_as_flag_keyword_and_in_a_file(
     (tmp_path / "x.toml").write_text(f'target = "t"\n[data]\ndata = ["d"]\n[{group}]\n{name} = {bad}\n')
     given = ["--out", str(tmp_path / "run"), "--target", "t", "--data", "d"]
     flag = f"--{name.replace('_', '-')}"
-    ways = (
+    for way in (
         lambda: parse_options([*given, f"{flag}={bad}"]),
-        lambda: parse_options([*given, "--config", str(tmp_path / "x.toml")]),
         lambda: configure(None, {"target": "t", "data": "d", name: bad}),
-    )
-    for way in ways:
+    ):
         with pytest.raises(UsageError, match=f"^{flag} must be [^\n]*$"):
             way()
+    with pytest.raises(DominoError, match=f"^[^\n]*x.toml: {flag} must be [^\n]*$") as found:  # the file's fault
+        parse_options([*given, "--config", str(tmp_path / "x.toml")])
+    assert not isinstance(found.value, UsageError)
 
 
 LOOSE = [("steps", '"3"'), ("steps", "3.0"), ("steps", "true"), ("lr", '"1e-3"'), ("lr", "[1e-3]"), ("lr", "true")]

@@ -12,7 +12,6 @@ from tyro.conf import DisallowNone
 
 from convert.options import UNSET, Dtype, ProcessOptions, check_count, check_real
 from domino_jax.config import DraftConfig, TargetConfig, choose_target_layer_ids
-from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.runtime.command import UsageError
 
 LossKind = Literal["ce", "kl"]
@@ -270,6 +269,8 @@ def check_options(options: TrainConfig) -> TrainConfig:
 
 def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:
     """The drafter's config, once its mask token is known: its layers have the target's geometry."""
+    from domino_jax.drafters.heads.domino import DominoHead  # imports JAX, which settings are read without
+
     assert options.mask_token_id is not None
     return DraftConfig(
         **target.geometry(

@@ -296,8 +296,17 @@ def sample_rows(pair: Pair, loop: Any, seed: int = 0, coupled: bool = False) -> 
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("coupled", [False, True], ids=["rejection", "coupled"])
-@pytest.mark.parametrize("drafter", [*DRAFTERS, *OTHERS])
+@pytest.mark.parametrize(
+    ("drafter", "coupled"),
+    [
+        *(pytest.param(name, False, id=f"{name}, rejection") for name in (*DRAFTERS, *OTHERS)),
+        pytest.param("Domino", True, id="Domino, coupled"),
+        *(
+            pytest.param(name, True, id=f"{name}, coupled", marks=pytest.mark.slow)
+            for name in ("DFlash", "n-gram", "assistant", "Domino and n-gram")
+        ),
+    ],
+)
 def test_sampled_output_is_distributed_as_the_targets(exact, drafter, coupled):
     samples, accepted = sample_rows(make(drafter), decode.speculate, coupled=coupled)
     least = 0.05 if drafter == "n-gram" else 0.2  # a text of three tokens seldom repeats itself

@@ -93,7 +93,7 @@ MIX = [
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("size", [1, 3, pytest.param(17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(17, marks=pytest.mark.slow)])
 def test_every_answer_is_the_one_that_the_request_has_alone(pair, small, size):
     """Greedy and sampled rows of any settings, in any order, arriving at any time, in slots that others have used."""
     expected = [result(alone(pair, c)) for c in requests(MIX * 3)]
@@ -140,8 +140,10 @@ def drafters(pair: Pair) -> dict[str, Pair]:
     "name",
     [
         "Domino",
-        "one token",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("random", "n-gram", "Domino and n-gram", "assistant")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("one token", "random", "n-gram", "Domino and n-gram", "assistant")
+        ),
     ],
 )
 def test_neither_the_drafter_nor_the_number_of_drafts_changes_an_answer(pair, small, name):

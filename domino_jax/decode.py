@@ -193,12 +193,19 @@ def prefill_batch(
     held: int = 0,
 ) -> DecodeState:
     """Run the prompts to their ends; see `prefill_steps`."""
-    steps = prefill_steps(params, configs, prompts, rows, dtype, caches, held)
+    return finish_prefill(prefill_steps(params, configs, prompts, rows, dtype, caches, held))[0]
+
+
+PrefillSteps = Generator[None, None, tuple[DecodeState, Logprobs | None]]
+
+
+def finish_prefill(steps: PrefillSteps) -> tuple[DecodeState, Logprobs | None]:
+    """Run the rest of a prefill at once; what `prefill_steps` returns."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            return end.value[0]
+            return end.value
 
 
 def prefill_steps(
@@ -210,7 +217,7 @@ def prefill_steps(
     caches: Caches | None = None,
     held: int = 0,
     processors: Processors | None = None,
-) -> Generator[None, None, tuple[DecodeState, Logprobs | None]]:
+) -> PrefillSteps:
     """Run the prompts, in chunks, and commit each row's first token, which counts as generated.
 
     Where an earlier state's caches already hold how every prompt begins, only what follows is run. At least the last

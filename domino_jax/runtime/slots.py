@@ -8,7 +8,7 @@ run, so that a long prompt does not hold up the others. Nothing is compiled anew
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
@@ -210,7 +210,7 @@ class _Prefill:
     """Requests whose prompts are being run beside the batch."""
 
     completions: list[Completion]
-    steps: "_Steps"
+    steps: decode.PrefillSteps
     width: int  # prompt positions of a step, of each row
 
 
@@ -397,7 +397,7 @@ class Slots:
         with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
             steps = self._prefilling(requests, found, caches, held)
             del caches
-            state, logprobs = _drain(steps)
+            state, logprobs = decode.finish_prefill(steps)
             tokens, finite, logprobs = fetch((state.token, state.finite, logprobs))
         self._state = state
         if len(found) == 1:
@@ -408,7 +408,7 @@ class Slots:
 
     def _prefilling(
         self, requests: list[Request], found: list[Completion], caches: Caches | None = None, held: int = 0
-    ) -> "_Steps":
+    ) -> decode.PrefillSteps:
         """Begin with the prompts of as many rows, the first of which are those found; see `decode.prefill_steps`."""
         processors, configs = None, self._with_logprobs(requests)
         if self._processors:
@@ -650,17 +650,6 @@ def request_key(seed: int, numbers: Iterable[int]) -> jax.Array:
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two sequences begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-_Steps = Generator[None, None, tuple[DecodeState, decode.Logprobs | None]]
-
-
-def _drain(steps: _Steps) -> tuple[DecodeState, decode.Logprobs | None]:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def _spare(request: Request) -> Request:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.loading import LoadedModel
-from convert.tokenizer import decode, encode, encode_chat, has_template, render
+from convert.tokenizer import decode, encode, encode_chat, has_template
 from convert.values import is_whole, shown
 from domino_jax.errors import DominoError
 from domino_jax.runtime.extras import require
@@ -25,6 +25,7 @@ from infer.serve.manners import (
 from infer.serve.worker import Job, Update
 from infer.text import TextStream
 
+ENDING = 16  # tokens of a prompt, which tell whether it has opened the thoughts
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat may go on to the end of its room
 
 
@@ -118,10 +119,10 @@ class Service:
         try:
             messages = messages_for_template(body["messages"])
             ids = encode_chat(self.loaded.tokenizer, messages, thinking, tools or None)
-            opened = opens_reasoning(render(self.loaded.tokenizer, messages, thinking=thinking, tools=tools or None))
+            ending = self.loaded.tokenizer.decode(ids[-ENDING:], skip_special_tokens=False)
         except DominoError as error:
             raise BadRequest(str(error), "messages") from None
-        return ids, opened
+        return ids, opens_reasoning(ending)
 
     def prompts(self, prompt: Any) -> list[list[int]]:
         """The ids of a completion's prompt or prompts.

@@ -245,6 +245,16 @@ def test_when_one_process_of_several_fails_no_other_waits(words, tmp_path, place
         assert "error: this one fails." in said[failing][1]
 
 
+def signal_one(
+    running: list[subprocess.Popen[str]], told: int, number: signal.Signals
+) -> tuple[list[tuple[str, str]], float]:
+    """Send a signal to one of several processes, and wait for all: what they said, and the seconds it took."""
+    running[told].send_signal(number)
+    began = time.monotonic()
+    said = [process.communicate(timeout=60) for process in running]
+    return said, time.monotonic() - began
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("told", "number", "code"), [(1, signal.SIGINT, 130), (0, signal.SIGINT, 130), (1, signal.SIGTERM, 143)]
@@ -256,10 +266,7 @@ def test_when_one_process_ends_early_all_do_within_seconds(words, told, number, 
     running = start([*words, "--prompts", str(prompts), "--mesh", "data=1,model=2"], 2, ("-m", "infer"))
     try:
         assert running[0].stdout is not None and running[0].stdout.readline(), "it writes, and will for minutes"
-        running[told].send_signal(number)
-        began = time.monotonic()
-        said = [process.communicate(timeout=60) for process in running]
-        took = time.monotonic() - began
+        said, took = signal_one(running, told, number)
     finally:
         for process in running:
             process.kill()
@@ -309,10 +316,7 @@ def test_a_signal_at_any_moment_ends_every_process(words, count, told, number, m
         stream = running[told].stderr
         assert stream is not None and any(line == "joined\n" for line in stream)
         time.sleep(moment)
-        running[told].send_signal(number)
-        began = time.monotonic()
-        said = [process.communicate(timeout=60) for process in running]
-        took = time.monotonic() - began
+        said, took = signal_one(running, told, number)
     finally:
         for process in running:
             process.kill()

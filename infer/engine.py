@@ -12,7 +12,7 @@ from domino_jax import decode
 from domino_jax.decode import Accept
 from domino_jax.errors import DominoError
 from domino_jax.runtime.auto import AutoDrafts
-from domino_jax.runtime.slots import Completion, Request, Slots, check_request
+from domino_jax.runtime.slots import Completion, Request, Slots, check_request, room_after
 from domino_jax.runtime.timing import no_seconds
 from domino_jax.sampling import SamplingParams
 from infer.text import TextStream
@@ -143,7 +143,7 @@ class Engine:
         """
         loaded, found = self.loaded, []
         positions = loaded.configs.target.positions
-        fits = max(positions - len(prompt) + 1, 1)  # the last token generated is never run, so it needs no position
+        fits = max(room_after(prompt, positions), 1)
         params = SamplingParams(max_tokens=min(max_new_tokens, fits), stop_token_ids=loaded.stop_ids)
         request = Request(list(prompt), params, (row,))
         check_request(loaded.configs, request)

@@ -601,7 +601,7 @@ def check_request(configs: DecodeConfig, request: Request) -> None:
         raise DominoError(
             f"the prompt has {len(prompt)} tokens, but the model has {config.positions} positions: shorten it."
         )
-    fits = config.positions - len(prompt) + 1  # the last token generated is never run, so it needs no position
+    fits = room_after(prompt, config.positions)
     if not 1 <= limit <= fits:
         raise DominoError(f"1 to {fits} new tokens can be had after this prompt, and {limit} are asked for.")
     p = request.params
@@ -618,6 +618,11 @@ def check_request(configs: DecodeConfig, request: Request) -> None:
         raise DominoError(f"min_tokens is {p.min_tokens}, more than the {p.max_tokens} that are generated at most.")
     if p.min_tokens and len(p.stop_token_ids) > STOP_IDS:
         raise DominoError(f"min_tokens goes with {STOP_IDS} stop_token_ids at most, found {len(p.stop_token_ids)}.")
+
+
+def room_after(prompt: Sequence[int], positions: int) -> int:
+    """New tokens that so many positions have room for after a prompt: the last one is never run, and needs none."""
+    return positions - len(prompt) + 1
 
 
 def longest_first(completions: Iterable[Completion]) -> list[Completion]:

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from convert.tokenizer import decode, encode
 from domino_jax.errors import DominoError
 from domino_jax.runtime.parsing import parse_json
+from domino_jax.runtime.slots import room_after
 from infer.serve import fields, replies
 from infer.serve.description import describe_api
 from infer.serve.fields import BadRequest, check_body
@@ -282,7 +283,7 @@ class Server:
         return JSONResponse({**head, "choices": choices, "usage": replies.usage(jobs)})
 
     def _default_tokens(self, prompt: Sequence[int]) -> int:
-        return max(1, min(DEFAULT_TOKENS, self.service.positions - len(prompt) + 1))
+        return max(1, min(DEFAULT_TOKENS, room_after(prompt, self.service.positions)))
 
     async def chat_completions(self, request: HttpRequest) -> Response:
         body = await self._body(request, fields.CHAT)

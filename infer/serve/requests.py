@@ -11,7 +11,7 @@ from convert.tokenizer import decode, encode, encode_chat, has_template
 from convert.values import is_whole, shown
 from domino_jax.errors import DominoError
 from domino_jax.runtime.extras import require
-from domino_jax.runtime.slots import Request, check_request
+from domino_jax.runtime.slots import Request, check_request, room_after
 from domino_jax.sampling import SamplingParams
 from infer.serve.fields import BadRequest
 from infer.serve.manners import (
@@ -155,7 +155,7 @@ class Service:
         Raises:
             BadRequest: the prompt and its answer can never fit, or a value can't be honoured.
         """
-        room = self.positions - len(prompt) + 1  # the last token generated needs no position
+        room = room_after(prompt, self.positions)
         if room < 1 or (limit is not None and limit > room):
             asked = f" and {limit} new ones" if limit is not None else ""
             raise BadRequest(

@@ -12,7 +12,7 @@ from convert.not_finite import check_finite
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
-from domino_jax.runtime.slots import Completion, Request, Slots
+from domino_jax.runtime.slots import Completion, Request, Slots, room_after
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params
 from train.regenerate.prompts import Lines, encode_turn
@@ -38,7 +38,7 @@ def read_heldout_prompts(
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
-        if len(ids) + new_tokens - 1 <= positions:  # the last new token is never run
+        if new_tokens <= room_after(ids, positions):
             prompts.append(ids)
         else:
             left_out[f"have no room for {new_tokens} new tokens in {positions} positions"] += 1

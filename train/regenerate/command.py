@@ -42,7 +42,7 @@ from domino_jax.runtime.command import run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.processes import join_processes, wait_for_others
-from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
+from domino_jax.runtime.slots import Completion, Request, Slots, longest_first, room_after
 from train.loading import PairOptions, notes
 from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.output import Answers, FollowedAnswers, open_answers
@@ -238,8 +238,7 @@ class Writer:
         positions = self.pair.configs.target.positions
         if len(ids) > positions:
             raise LeftOut(f"are too long for the target's {positions} positions")
-        # The last token of an answer is never run, so it needs no position.
-        limit = min(self.options.max_new_tokens, positions - len(ids) + 1)
+        limit = min(self.options.max_new_tokens, room_after(ids, positions))
         how = replace(self.options.sampling.params(), max_tokens=limit, stop_token_ids=tuple(self.pair.stop_ids))
         return Request(ids, how, (row, turn))
 

@@ -6,11 +6,13 @@ are small pytree classes with the same operations:
     Scaled      8-bit values and a scale for each output
     CpuFloat32  float32 on a CPU, multiplied as the left factor
     CpuBfloat16 bfloat16 in a float32 run on a CPU, multiplied exactly in three pieces
+    ForTpu      any of those that a TPU has, whose product with one row is one with several
     Separate    a stack of matrices of one input, held one by one
+    Beside      the outputs of several matrices of one input
     Tabulated   products with every row of a vocabulary's matrix, made in advance
 
-The rest of the project calls `dot`, `dot_each`, `take`, `dot_rows`, `dot_grouped` and `select`, and does not ask which
-form it has.
+The rest of the project calls `dot`, `dot_each`, `take`, `dot_rows`, `dot_grouped`, `select` and `beside`, and does not
+ask which form it has.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+TPU_ROWS = 8  # the height of a TPU's registers: so many rows of a product take no longer than one
 FEW_PIECES = 192  # rows of bfloat16 pieces, three for each of x: up to here they are the right factor of a product
 
 
@@ -100,6 +103,12 @@ def select(matrix: AnyMatrix, index: Array) -> AnyMatrix:
     return matrix.select(index) if isinstance(matrix, Matrix) else matrix[index]
 
 
+def beside(*matrices: AnyMatrix) -> AnyMatrix:
+    """Matrices [out, in] of one input as one of all their outputs; arrays are copied into one."""
+    arrays = [matrix for matrix in matrices if isinstance(matrix, Array)]
+    return jnp.concatenate(arrays) if len(arrays) == len(matrices) else Beside(matrices)
+
+
 def operands(matrix: AnyMatrix) -> list[Array]:
     """The arrays that a product reads whole: of a table none."""
     return [] if isinstance(matrix, Tabulated) else jax.tree.leaves(matrix)
@@ -137,6 +146,43 @@ class Separate(Matrix):
     """
 
     parts: tuple[Matrix, ...]  # each [out..., in]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beside(Matrix):
+    """Matrices of one input, held one by one; made in a program, by `beside`."""
+
+    parts: tuple[AnyMatrix, ...]  # each [out, in]
+
+    def dot(self, x: Array, out_dtype: Any = None) -> Array:
+        return jnp.concatenate([dot(x, part, out_dtype) for part in self.parts], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForTpu(Matrix):
+    """A matrix on a TPU: its product with one row is computed as one with TPU_ROWS, of which the others are zeros.
+
+    With one row libtpu's compiler leaves the matrix unit for the vector unit, and estimates several times as many
+    cycles (docs/performance.md). The rows that are added cost no memory: registers have them in any case.
+    """
+
+    values: AnyMatrix  # type: ignore[assignment]  # [out..., in], a plain array or Scaled
+    groups: int = dataclasses.field(default=1, metadata={"static": True})
+    """of devices that have rows of their own"""
+
+    def dot(self, x: Array, out_dtype: Any = None) -> Array:
+        if x.size > x.shape[-1] * self.groups:
+            return dot(x, self.values, out_dtype)
+        rows = jnp.pad(x[..., None, :], [(0, 0)] * (x.ndim - 1) + [(0, TPU_ROWS - 1), (0, 0)])
+        # The barrier keeps the compiler from making one row of it again.
+        return jax.lax.index_in_dim(
+            dot(jax.lax.optimization_barrier(rows), self.values, out_dtype), 0, x.ndim - 1, keepdims=False
+        )
+
+    def take(self, ids: Array) -> Array:
+        return take(self.values, ids)
 
 
 @jax.tree_util.register_dataclass

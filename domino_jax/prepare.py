@@ -1,4 +1,4 @@
-"""Weights made ready for decoding: in the form that a CPU multiplies fastest, and the drafter in 8 bits.
+"""Weights made ready for decoding: in the form that a CPU or TPU multiplies fastest, and the drafter in 8 bits.
 
 None of it changes the output: the products are the same sums, up to float32's rounding, and an 8-bit drafter only
 proposes other tokens (docs/algorithm.md, section 8).
@@ -15,7 +15,7 @@ from domino_jax import matrix
 from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
-from domino_jax.matrix import Scaled
+from domino_jax.matrix import ForTpu, Scaled, Tabulated
 from domino_jax.sharding import constrain
 from domino_jax.weights import Params, axes, flatten, is_matrix, lm_head
 
@@ -46,6 +46,31 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
         else:
             prepared = matrix.for_cpu(weight)
         setattr(owner, name, nnx.data(jax.block_until_ready(prepared)))
+
+
+def prepare_for_tpu(params: Params, target: DecoderConfig, draft: DecoderConfig | None, groups: int = 1) -> Params:
+    """The params with matrices that a TPU multiplies fastest with one row: `matrix.ForTpu`. Nothing is computed.
+
+    Experts and their router stay plain arrays, and so does what is a table.
+
+    Args:
+        groups: of devices that have rows of their own: the mesh's `data`.
+    """
+
+    def wrapped(module: Any, config: DecoderConfig) -> Any:
+        letters = flatten(axes(config))
+        plain = {path for path, names in letters.items() if not is_matrix(path, names) or "E" in names.split()}
+        plain |= {path for path in letters if path.rpartition(".")[2] == "router"}
+
+        def one(path: Any, leaf: Any) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return leaf if name in plain or isinstance(leaf, Tabulated) else ForTpu(leaf, groups)
+
+        return jax.tree_util.tree_map_with_path(one, module, is_leaf=lambda leaf: isinstance(leaf, matrix.Matrix))
+
+    output = None if params.output is None else ForTpu(params.output, groups)
+    drafter = params.draft if draft is None else wrapped(params.draft, draft)
+    return Params(wrapped(params.target, target), drafter, output)
 
 
 @partial(jax.jit, static_argnums=1)

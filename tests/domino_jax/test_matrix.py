@@ -20,7 +20,7 @@ from domino_jax.drafters.heads.base import under
 from domino_jax.drafters.heads.choosing import likeliest
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
-from domino_jax.matrix import CpuBfloat16, CpuFloat32, Scaled, Separate, Tabulated
+from domino_jax.matrix import CpuBfloat16, CpuFloat32, ForTpu, Scaled, Separate, Tabulated
 from domino_jax.sampling import settings
 from domino_jax.weights import Params, axes, flatten, is_matrix
 
@@ -243,6 +243,70 @@ def test_experts_stay_float32_beside_narrow_matrices():
     assert isinstance(layer.q, CpuBfloat16) and layer.router is not None
     assert layer.gate_up.dtype == layer.router.dtype == jnp.float32
     assert [o.tokens for o in run(narrow)] == [o.tokens for o in run(whole)]
+
+
+# --- A TPU's form -----------------------------------------------------------------------------------------------
+
+
+def multiplied(run: Any, x: jax.Array) -> list[int]:
+    """The rows of each product of a traced function."""
+    products = [e for e in jax.make_jaxpr(run)(x).eqns if e.primitive.name == "dot_general"]
+    return [e.invars[0].aval.size // e.invars[0].aval.shape[-1] for e in products]
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8"])
+@pytest.mark.parametrize(
+    ("shape", "groups", "rows"),
+    [((1, 20), 1, 8), ((1, 1, 20), 1, 8), ((20,), 1, 8), ((2, 20), 1, 2), ((1, 5, 20), 1, 5), ((4, 1, 20), 4, 32)],
+)
+def test_a_tpus_form_multiplies_one_row_as_several(shape, groups, rows, kind):
+    """Also where each of several groups of devices has one."""
+    weight = jax.random.normal(jax.random.key(0), (3, 7, 20))
+    x = jax.random.normal(jax.random.key(1), shape)
+    held = weight if kind == "plain" else matrix.quantize(weight, kind)
+    form = ForTpu(held, groups)
+    np.testing.assert_allclose(matrix.dot(x, form), matrix.dot(x, held), atol=1e-5)
+    assert matrix.dot(x, form, jnp.float32).shape == (*shape[:-1], 3, 7) and form.shape == weight.shape
+    assert multiplied(lambda x: matrix.dot(x, form), x) == [rows]
+    for one, other in zip(matrix.dot_each(x, form), matrix.dot_each(x, held), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_matrices_beside_each_other_are_one_of_all_their_outputs():
+    weights = [jax.random.normal(jax.random.key(i), (n, 6)) for i, n in enumerate((5, 3))]
+    x = jax.random.normal(jax.random.key(9), (2, 6))
+    for held in (weights, [ForTpu(w) for w in weights], [weights[0], matrix.quantize(weights[1], "int8")]):
+        found = matrix.dot(x, matrix.beside(*held))
+        expected = jnp.concatenate([matrix.dot(x, w) for w in held], axis=1)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert isinstance(matrix.beside(*weights), jax.Array)
+
+
+FORMS_OF_DRAFTERS = ["alone", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "candidates", "no head"))]
+
+
+@pytest.mark.parametrize("more", FORMS_OF_DRAFTERS)
+def test_a_tpus_form_changes_no_token(more):
+    pair = good(head=None, shift_label=False) if more == "no head" else good()
+    pair = eight_bits(pair, "int8") if more == "int8" else with_candidates(pair, 7) if more == "candidates" else pair
+    made = prepare.prepare_for_tpu(pair.params, pair.configs.target, pair.configs.draft)
+    forms = {path.removesuffix(".values") for path in flatten(made.target) if path.endswith(".values")}
+    letters = flatten(axes(pair.configs.target))
+    assert forms == {path for path, names in letters.items() if is_matrix(path, names)}
+    state = loops.begin(made, pair.configs, PROMPTS[1:2], COUNT)
+    plain = loops.begin(pair.params, pair.configs, PROMPTS[1:2], COUNT)
+    expected = loops.speculate(pair.params, pair.configs, plain)
+    assert loops.speculate(made, pair.configs, state) == expected
+
+
+@pytest.mark.slow
+def test_experts_and_routers_stay_as_they_are_on_a_tpu():
+    pair = Pair.make(None, dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True)))
+    made = prepare.prepare_for_tpu(pair.params, pair.configs.target, None)
+    layer = made.target.layers[0]
+    assert isinstance(layer.q, ForTpu) and isinstance(made.target.embed, ForTpu)
+    assert layer.router is pair.params.target.layers[0].router
+    assert layer.gate_up is pair.params.target.layers[0].gate_up
 
 
 # --- A table of the GRU's inputs ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from domino_jax.drafters.heads.choosing import choose_token, likeliest, stacked
 from domino_jax.errors import DominoError
 from domino_jax.fields import Fields, integer
 from domino_jax.layers import unembed
-from domino_jax.matrix import AnyMatrix, dot, dot_rows, operands, take
+from domino_jax.matrix import AnyMatrix, beside, dot, dot_rows, operands, take
 from domino_jax.sharding import constrain
 from domino_jax.weights import Leaf, TensorRow
 
@@ -123,7 +123,7 @@ class DominoHead:
         state = jnp.zeros((token.shape[0], weights.gru_state.shape[1]), z.dtype)
         recurrent = jnp.zeros((token.shape[0], 3 * state.shape[1]), z.dtype)  # what a state of zeros gives the gates
         part = dot(z, weights.proj_block)  # no token changes it, so a block needs it once
-        from_state = jnp.concatenate([weights.gru_state, weights.proj_state])  # one product with a state, not two
+        from_state = beside(weights.gru_state, weights.proj_state)  # one product with a state, not two
         if candidates is not None and candidates < vocab:
             best, ids = likeliest(base, candidates)  # [B, J, C]
             few = best, ids, take(weights.proj_out, ids)  # the last [B, J, C, R]

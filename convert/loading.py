@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from domino_jax.runtime.autotune import fastest_backend
 from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.memory import default_mesh_sizes, explain_out_of_memory
 from domino_jax.runtime.precision import Matrices, keeps_bfloat16, matmul_precision, resolve_dtype
-from domino_jax.sharding import config_of_device, fit_to_mesh, make_mesh, mesh_context
+from domino_jax.sharding import DATA, config_of_device, fit_to_mesh, make_mesh, mesh_context
 from domino_jax.weights import Draft, Params
 
 
@@ -93,6 +93,7 @@ def plan_load(
     candidates: int | None = None,
     draft_dtype: str | None = None,
     matrices: Matrices = "auto",
+    devices: Sequence[Any] | None = None,
 ) -> LoadPlan:
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
@@ -106,11 +107,15 @@ def plan_load(
         candidates: tokens that the causal head scores; the whole vocabulary when None.
         draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
         matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.prepare_for_cpu`).
+        devices: of a topology that is compiled for, which need not be here; `mesh` is then given. This process's when
+            None.
 
     Raises:
         DominoError: a setting does not fit the pair or these devices.
     """
-    config = resolve_moe_backend(config)
+    device = None if devices is None else devices[0]
+    platform = device and device.platform
+    config = resolve_moe_backend(config, platform)
     drafter = make_drafter(
         draft_config,
         ngram=ngram,
@@ -122,17 +127,18 @@ def plan_load(
     if draft_dtype is not None and not isinstance(draft_config, DraftConfig):
         raise DominoError("8-bit weights are for a drafter of the target's blocks: give one with --draft DIR.")
     configs = DecodeConfig(config, drafter, drafts if drafter else None)
-    kind = resolve_dtype(dtype)
+    kind = resolve_dtype(dtype, platform)
     models = [c for c in (configs.target, configs.draft) if c]
     sizes = mesh or default_mesh_sizes(models, kind)
-    spread = make_mesh(*sizes) if sizes != (1, 1) else None
+    spread = make_mesh(*sizes, devices=devices) if sizes != (1, 1) else None
     fitted = dataclasses.replace(
         configs,
         target=fit_to_mesh(configs.target, sizes[1]),
         drafter=_fitted(configs.drafter, sizes[1]),
     )
-    backends = available_backends(attention, [c.head_dim for c in models], kind)
-    return LoadPlan(configs, fitted, kind, spread, backends, keeps_bfloat16(matrices, kind), draft_dtype)
+    backends = available_backends(attention, [c.head_dim for c in models], kind, device)
+    narrow = keeps_bfloat16(matrices, kind, platform)
+    return LoadPlan(configs, fitted, kind, spread, backends, narrow, draft_dtype)
 
 
 def load_model(
@@ -196,6 +202,9 @@ def load_model(
             if not plain:
                 # On a mesh its rows would be on all devices.
                 prepare.tabulate_head(params, chosen.fitted.draft, 0 if mesh else prepare.LARGEST_TABLE)
+        if not plain and jax.default_backend() == "tpu":
+            groups = mesh.shape[DATA] if mesh else 1
+            params = prepare.prepare_for_tpu(params, chosen.fitted.target, chosen.fitted.draft, groups)
         jax.block_until_ready(params)
     with matmul_precision(kind):
         backend, notes = fastest_backend(

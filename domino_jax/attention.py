@@ -35,34 +35,37 @@ WIDEST_CUDNN_HEAD = 128  # 256 from Hopper on; every model of the table has 128
 LARGEST_ALONE = 1024  # queries whose scores exist at a time where tokens attend among themselves
 
 
-def available_backends(asked: BackendChoice, head_dims: Iterable[int], dtype: Any) -> tuple[Backend, ...]:
-    """The backends to choose from on this process's devices: the one asked for; with "auto" xla, then tested kernels.
+def available_backends(
+    asked: BackendChoice, head_dims: Iterable[int], dtype: Any, device: Any = None
+) -> tuple[Backend, ...]:
+    """The backends to choose from on a device: the one asked for; with "auto" xla, then tested kernels.
 
     Args:
         head_dims: H of each model that will run.
         dtype: of queries and caches.
+        device: one of those that programs are compiled for; this process's first when None.
 
     Raises:
         DominoError: the backend asked for can't run here; it is never replaced by another one.
     """
     head_dims = tuple(head_dims)
+    device = jax.devices()[0] if device is None else device
     if asked == "auto":
-        tested = TESTED_KINDS.get(jax.devices()[0].device_kind, ())
-        return ("xla", *(backend for backend in tested if not _refusal(backend, head_dims, dtype)))
-    refusal = _refusal(asked, head_dims, dtype)
+        tested = TESTED_KINDS.get(device.device_kind, ())
+        return ("xla", *(backend for backend in tested if not _refusal(backend, head_dims, dtype, device)))
+    refusal = _refusal(asked, head_dims, dtype, device)
     if refusal:
         raise DominoError(f"{refusal}: give --attention auto or xla.")
     return (asked,)
 
 
-def _refusal(backend: Backend, head_dims: Iterable[int], dtype: Any) -> str | None:
-    """Why a backend can't run here, or None."""
-    device = jax.devices()[0]
+def _refusal(backend: Backend, head_dims: Iterable[int], dtype: Any, device: Any) -> str | None:
+    """Why a backend can't run on a device, or None."""
     if backend == "pallas" and device.platform != "tpu":
         return f"the Pallas attention kernel needs a TPU, found {device.device_kind}"
     if backend != "cudnn":
         return None
-    if "cuda" not in device.client.platform_version.lower():
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
         return f"cuDNN's attention needs an NVIDIA GPU, found {device.device_kind}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's attention takes bfloat16, found {jnp.dtype(dtype).name}"

@@ -296,7 +296,8 @@ def prefill(
         The state with both caches filled, and `last` updated.
     """
     start = jnp.broadcast_to(offset, state.length.shape)
-    hidden, features, cache = _forward(params, configs, state.cache, tokens, start)
+    with jax.named_scope("target"):
+        hidden, features, cache = _forward(params, configs, state.cache, tokens, start)
     state = _observe(params, configs, state._replace(cache=cache), tokens, features, start)
     index = state.length - 1 - offset
     here = (index >= 0) & (index < tokens.shape[1])

@@ -36,18 +36,22 @@ RULES = {"B": DATA, "N": MODEL, "NH": MODEL, "K": MODEL, "F": MODEL, "E": MODEL,
 DIVIDED = ("D", "U", "R")
 
 
-def make_mesh(data: int, model: int, fsdp: int | None = None) -> Mesh:
+def make_mesh(data: int, model: int, fsdp: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data x model devices, or for training of data x fsdp x model, the first of those there are.
+
+    Args:
+        devices: to take them from, as of a topology that programs are compiled for; this process's when None.
 
     Raises:
         DominoError: there are fewer devices.
     """
-    devices = jax.devices()
+    here = devices is None
+    devices = jax.devices() if devices is None else devices
     sizes = {DATA: data, MODEL: model} if fsdp is None else {DATA: data, FSDP: fsdp, MODEL: model}
     count, words = math.prod(sizes.values()), ", ".join(f"{name}={size}" for name, size in sizes.items())
     if min(sizes.values()) < 1 or count > len(devices):
         raise DominoError(f"a mesh of {words} needs {count} devices; found {len(devices)}.")
-    if jax.process_count() > 1 and count != len(devices):
+    if here and jax.process_count() > 1 and count != len(devices):
         raise DominoError(
             f"a mesh of several processes has all their {len(devices)} devices; {words} has {count}: give another with "
             "--mesh."

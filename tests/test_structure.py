@@ -111,6 +111,49 @@ def test_slow_tests_run_only_where_the_expression_names_them(request, expression
     assert [item.name for item in items if item.get_closest_marker("e2e")] == ["e2e"]
 
 
+QUESTIONS = {f"jax.{name}" for name in ("devices", "local_devices", "device_count", "default_backend")}
+
+
+def device_questions(source: str) -> list[str]:
+    """Functions that ask for this process's devices and can't be told of others."""
+    found = []
+
+    def visit(node: ast.AST, told: bool, name: str) -> None:
+        if isinstance(node, ast.FunctionDef):
+            given = {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+            told, name = told or bool(given & {"device", "devices", "platform"}), node.name
+        called = node.func if isinstance(node, ast.Call) else None
+        asks = {"devices", "local_devices", "default_backend", "device_count", "local_device_count"}
+        if (
+            isinstance(called, ast.Attribute)
+            and called.attr in asks
+            and ast.unparse(called.value) == "jax"
+            and not told
+        ):
+            found.append(name)
+        for child in ast.iter_child_nodes(node):
+            visit(child, told, name)
+
+    visit(ast.parse(source), False, "")
+    return found
+
+
+def test_the_finder_finds_questions():
+    assert device_questions("def f(x):\n    return jax.devices()[0]") == ["f"]
+    assert device_questions("class A:\n    def f(self):\n        if jax.default_backend() == 'cpu': pass") == ["f"]
+    assert not device_questions("def f(x, platform=None):\n    return platform or jax.default_backend()")
+    assert device_questions("x = jax.local_devices()") == [""]
+
+
+TRACED = [path for path in MODULES if "domino_jax" in path.parts and "runtime" not in path.parts]
+
+
+@pytest.mark.parametrize("path", [*TRACED, ROOT / "train" / "loss.py"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_traced_does_not_ask_which_devices_are_here(path):
+    """Programs are compiled for other devices too: what they are for is told, or follows the arrays and the mesh."""
+    assert device_questions(path.read_text(encoding="utf-8")) == []
+
+
 def test_a_public_name_is_defined_once():
     """`grep` for a public function or class finds one definition; every command has its `main`."""
     places = defaultdict(list)

@@ -15,7 +15,7 @@ Position weights:
                  each branch has the weights of its own probabilities. Rows without supervision are passed over.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +139,7 @@ def partial_loss(
     letters = axes(config)
     embed = gathered(frozen.embed, "V D")
     x = constrain(block.block_inputs(embed, config, tokens[..., 0]), "B A M D")
-    form = training_attention.resolve_block_backend(
-        objective.block_attention, config, anchors.shape[1], frozen.embed.dtype
-    )
+    form = training_attention.resolve_block_backend(objective.block_attention, config, anchors.shape[1])
     z = block.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
     z = block.proposing(config, z)
     head = gathered(drafter.head, letters.head)
@@ -169,16 +167,35 @@ def partial_loss(
     return ((1 - lam) * final_loss + lam * base_loss) / total, sums
 
 
+def check_attention(
+    objective: Objective,
+    target: TargetConfig,
+    draft: DraftConfig,
+    dtype: Any,
+    captured: bool = False,
+    device: Any = None,
+) -> None:
+    """Refuse backends of attention that can't run, before a step is traced.
+
+    Args:
+        dtype: that the step computes in.
+        captured: the target does not run.
+        device: one of those that the step is compiled for; this process's first when None.
+
+    Raises:
+        DominoError: one can't.
+    """
+    training_attention.check_block_backend(objective.block_attention, draft, dtype, device)
+    if not captured:
+        attention.available_backends(objective.target_attention, (target.head_dim,), dtype, device)
+
+
 def target_states(
     frozen: Target, config: TargetConfig, drafter: DraftConfig, inputs: Inputs, objective: Objective
 ) -> tuple[Array, Array | None]:
     """The features [B, S, LD] and, for the KL, the states after the final norm [B, S, D]: captured, or computed."""
     features, hidden, kind = inputs.features, inputs.hidden, objective.loss
     if features is None or (kind == "kl" and hidden is None):
-        if objective.target_attention != "xla":
-            attention.available_backends(
-                objective.target_attention, (config.head_dim,), frozen.embed.dtype
-            )  # refuses, or not
         hidden, features, _ = target.forward(
             frozen,
             config,

@@ -31,8 +31,11 @@ from domino_jax.weights import axes, flatten, unflatten
 from train.loss import Inputs
 
 
-def make_training_mesh(text: str, configs: Sequence[DecoderConfig]) -> Mesh:
+def make_training_mesh(text: str, configs: Sequence[DecoderConfig], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of "data=1,fsdp=4,model=2" for models of these configs.
+
+    Args:
+        devices: see `domino_jax.sharding.make_mesh`.
 
     Raises:
         DominoError: it is not of this form, there are too few devices, or a size does not divide what lies over it.
@@ -40,7 +43,7 @@ def make_training_mesh(text: str, configs: Sequence[DecoderConfig]) -> Mesh:
     data, fsdp, model = parse_training_mesh(text)
     for config in configs:
         check_mesh(config, fsdp, model)
-    return make_mesh(data, model, fsdp)
+    return make_mesh(data, model, fsdp, devices)
 
 
 def check_mesh(config: DecoderConfig, fsdp: int, model: int) -> None:

@@ -56,6 +56,7 @@ from train.evaluate.validate import Stopped, Validation
 from train.features.store import Captured, Features
 from train.init import check_target_layers, from_drafter, from_target, read_first_drafter
 from train.loading import find
+from train.loss import check_attention
 from train.monitor import curves
 from train.monitor.divergence import USUAL, DivergenceMonitor
 from train.monitor.log import METRICS, Log
@@ -118,6 +119,7 @@ def prepare(options: TrainConfig) -> Setup:
     for warning in warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     dtype = resolve_dtype(options.run.dtype)
+    check_attention(options.objective, target, draft, dtype, captured=wanted.features is not None)
     corpus, summary = dataset.read_corpus(
         wanted.data,
         wanted.length,

@@ -36,24 +36,33 @@ BlockBackendChoice = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a time
 
 
-def resolve_block_backend(asked: BlockBackendChoice, config: DraftConfig, count: int, dtype: Any) -> BlockBackend:
-    """The backend for `count` blocks a sequence: "auto" is chunked where there is more than one group of them.
-
-    Raises:
-        DominoError: the backend asked for can't run here; it is never replaced by another one.
-    """
+def resolve_block_backend(asked: BlockBackendChoice, config: DraftConfig, count: int) -> BlockBackend:
+    """The backend for `count` blocks a sequence: "auto" is chunked where there is more than one group of them."""
     # On a device compare `python -m train.bench --block-attention` chunked with cudnn or pallas: both save the half of
     # all scores that chunked computes and masks, and keep scores on the chip.
     if asked == "auto":
         return "dense" if count * config.block_size <= ROWS else "chunked"
-    if asked == "cudnn":
-        attention.available_backends("cudnn", (config.head_dim,), dtype)
-    if asked == "pallas" and jax.devices()[0].platform != "tpu":
-        raise DominoError(
-            f"the blocks' Pallas kernel needs a TPU, found {jax.devices()[0].device_kind}: give --block-attention auto "
-            "or chunked."
-        )
     return asked
+
+
+def check_block_backend(asked: BlockBackendChoice, config: DraftConfig, dtype: Any, device: Any = None) -> None:
+    """Refuse a backend that can't run on a device; it is never replaced by another one.
+
+    Args:
+        dtype: of queries and keys.
+        device: one of those that programs are compiled for; this process's first when None.
+
+    Raises:
+        DominoError: it can't.
+    """
+    device = jax.devices()[0] if device is None else device
+    if asked == "cudnn":
+        attention.available_backends("cudnn", (config.head_dim,), dtype, device)
+    if asked == "pallas" and device.platform != "tpu":
+        raise DominoError(
+            f"the blocks' Pallas kernel needs a TPU, found {device.device_kind}: give --block-attention auto or "
+            "chunked."
+        )
 
 
 def attend_blocks(

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from domino_jax.attention import apart, side_by_side
+from domino_jax.kernels.platforms import call_kernel
 
 LARGEST_QUERY_BLOCK = 512  # rows of queries (T · G) that the kernel holds at once
 LARGEST_KEY_BLOCK = 512  # cache positions likewise
@@ -33,7 +34,7 @@ def attend_tpu(
     query sees is replaced by its neighbour, which has been fetched already. The last axis ends with the longest row.
 
     Args:
-        interpret: run the kernel as XLA operations, for tests; by default on a CPU.
+        interpret: run the kernel as XLA operations, for tests; when None where the program is compiled for a CPU.
     """
     tokens, heads, width = q.shape[1:]
     batch, kv_heads, capacity, _ = k.shape
@@ -103,7 +104,7 @@ def attend_tpu(
     cache_spec = pl.BlockSpec((1, 1, keys, width), cache_block)
     parts = rows.shape[2] // most
     longest = live(start.max(), parts - 1)[1] + 1
-    out = pl.pallas_call(
+    out = call_kernel(
         kernel,
         out_shape=jax.ShapeDtypeStruct(rows.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -114,7 +115,7 @@ def attend_tpu(
             scratch_shapes=[pltpu.VMEM((most, LANES), jnp.float32)] * 2 + [pltpu.VMEM((most, width), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        interpret=jax.default_backend() == "cpu" if interpret is None else interpret,
+        interpret=interpret,
         name="attend",
     )(start, rows, k, v)
     return apart(out[:, :, : tokens * group], tokens)

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from domino_jax.attention import in_window
+from domino_jax.kernels.platforms import call_kernel
 from domino_jax.sharding import spec
 
 ROWS = 512  # queries of a tile (blocks · M · G)
@@ -47,9 +48,9 @@ def attend_blocks_tpu(
     """`training_attention.attend_blocks` by the kernel. On a mesh each device runs it over its own rows and heads.
 
     Args:
-        interpret: run the kernel as XLA operations, for tests; by default on a CPU.
+        interpret: run the kernel as XLA operations, for tests; when None where the program is compiled for a CPU.
     """
-    run = partial(_attend, window=window, interpret=jax.default_backend() == "cpu" if interpret is None else interpret)
+    run = partial(_attend, window=window, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         of_blocks, of_context, places = spec("B A M N H"), spec("B S K H"), spec("B A")
         # No check of what varies over which axis: it does not look into custom calls.
@@ -69,7 +70,7 @@ def _attend(
     anchors: Array,
     first: Array,
     window: int | None,
-    interpret: bool,
+    interpret: bool | None,
 ) -> Array:
     batch, count, size, heads, width = q.shape
     kv_heads = own[0].shape[3]
@@ -138,7 +139,7 @@ def visitors(begin: Array, end: Array, count: int) -> tuple[Array, Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _context(q: Array, k: Array, v: Array, bounds: Array, interpret: bool) -> tuple[Array, Array]:
+def _context(q: Array, k: Array, v: Array, bounds: Array, interpret: bool | None) -> tuple[Array, Array]:
     """Attention over the context alone, and its log-sum-exp.
 
     Args:
@@ -152,7 +153,7 @@ def _context(q: Array, k: Array, v: Array, bounds: Array, interpret: bool) -> tu
     return _forward(q, k, v, bounds, interpret)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, bounds: Array, interpret: bool) -> tuple[Any, Any]:
+def _forward(q: Array, k: Array, v: Array, bounds: Array, interpret: bool | None) -> tuple[Any, Any]:
     width, rows = q.shape[3:]
     keys = math.gcd(k.shape[2], KEYS)
     begin, end = spans(bounds, keys)
@@ -186,7 +187,7 @@ def _forward(q: Array, k: Array, v: Array, bounds: Array, interpret: bool) -> tu
             sums[...] = jnp.where(some, most[...] + jnp.log(of), LEAST)
 
     at = _specs(_over_keys, width, rows, keys)
-    out, sums = pl.pallas_call(
+    out, sums = call_kernel(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1, rows), jnp.float32)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -204,7 +205,7 @@ def _forward(q: Array, k: Array, v: Array, bounds: Array, interpret: bool) -> tu
     return (out, sums), (q, k, v, bounds, out, sums)
 
 
-def _backward(interpret: bool, kept: Any, gradients: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
+def _backward(interpret: bool | None, kept: Any, gradients: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
     q, k, v, bounds, out, sums = kept
     d_out, d_sums = gradients
     width, rows = q.shape[3:]
@@ -265,7 +266,7 @@ def _backward(interpret: bool, kept: Any, gradients: tuple[Array, Array]) -> tup
             dv[...] = acc_v[...].astype(dv.dtype)
 
     at = _specs(_over_keys, width, rows, keys)
-    dq = pl.pallas_call(
+    dq = call_kernel(
         of_queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -280,7 +281,7 @@ def _backward(interpret: bool, kept: Any, gradients: tuple[Array, Array]) -> tup
         name="blocks_backward_queries",
     )(begin, end, bounds, known, q, d_out, k, k.swapaxes(2, 3), v)
     at = _specs(_over_tiles, width, rows, keys)
-    dk, dv = pl.pallas_call(
+    dk, dv = call_kernel(
         of_keys,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         grid_spec=pltpu.PrefetchScalarGridSpec(

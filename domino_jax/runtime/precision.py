@@ -13,9 +13,13 @@ Matrices = Literal["auto", "float32", "bfloat16"]
 CPUS = Path("/proc/cpuinfo")
 
 
-def resolve_dtype(asked: str | None) -> Any:
-    """The dtype `asked` for; when None float32 on a CPU, where XLA's bfloat16 products are slow, else bfloat16."""
-    return jnp.dtype(asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+def resolve_dtype(asked: str | None, platform: str | None = None) -> Any:
+    """The dtype `asked` for; when None float32 on a CPU, where XLA's bfloat16 products are slow, else bfloat16.
+
+    Args:
+        platform: that programs are compiled for ("cpu", "gpu", "tpu"); this process's when None.
+    """
+    return jnp.dtype(asked or ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"))
 
 
 def matmul_precision(dtype: Any) -> AbstractContextManager[Any]:
@@ -26,12 +30,13 @@ def matmul_precision(dtype: Any) -> AbstractContextManager[Any]:
     return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
 
 
-def keeps_bfloat16(asked: Matrices, dtype: Any) -> bool:
+def keeps_bfloat16(asked: Matrices, dtype: Any, platform: str | None = None) -> bool:
     """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `prepare.prepare_for_cpu`).
 
     Args:
         asked: "auto": in float32, on a CPU with units for bfloat16 matrices, where it was measured to be faster. Not
             with several processes: their CPUs may differ, and all must run the same program.
+        platform: see `resolve_dtype`.
 
     Raises:
         DominoError: asked for in another dtype than float32, in which there is nothing to choose.
@@ -42,7 +47,7 @@ def keeps_bfloat16(asked: Matrices, dtype: Any) -> bool:
         return False
     if asked != "auto":
         return asked == "bfloat16"
-    return jax.default_backend() == "cpu" and jax.process_count() == 1 and has_amx()
+    return (platform or jax.default_backend()) == "cpu" and jax.process_count() == 1 and has_amx()
 
 
 def has_amx() -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import factory
@@ -18,7 +19,7 @@ from convert.folders import convert_folder, load_weights
 from convert.registry import read_configs
 from convert.safetensors import TensorFiles
 from convert.tensors import tensor_files
-from domino_jax.config import DecoderConfig
+from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime import precision
 from domino_jax.sharding import fit_to_mesh, make_mesh, spec
@@ -129,6 +130,25 @@ def test_where_matrices_stay_narrow(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "CPUS", tmp_path / "True fpu amx_bf16 amx_tile")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert not precision.keeps_bfloat16("auto", jnp.float32), "all processes run the same program"
+
+
+def test_a_plan_follows_the_devices_that_it_is_for(tmp_path, monkeypatch):
+    """On a CPU with units for bfloat16 matrices, of a TPU that is described: nothing is asked of this process's."""
+    (tmp_path / "cpus").write_text("processor : 0\nflags\t\t: fpu amx_bf16\n")
+    monkeypatch.setattr(precision, "CPUS", tmp_path / "cpus")
+    config = dataclasses.replace(TARGET, moe=MoeConfig(8, 3, 20, norm_topk_prob=True))
+    tpu = SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+    here = loading.plan_load(config, None, mesh=(1, 1))
+    there = loading.plan_load(config, None, mesh=(1, 1), attention="pallas", devices=[tpu])
+    assert here.configs.target.moe and there.configs.target.moe
+    assert (here.dtype, here.narrow, here.configs.target.moe.backend) == (jnp.float32, True, "one by one")
+    assert (there.dtype, there.narrow, there.configs.target.moe.backend) == (jnp.bfloat16, False, "grouped")
+    assert there.backends == ("pallas",)
+    assert not loading.plan_load(config, None, "float32", mesh=(1, 1), devices=[tpu]).narrow
+    with pytest.raises(DominoError, match="needs an NVIDIA GPU, found TPU v6 lite"):
+        loading.plan_load(config, None, mesh=(1, 1), attention="cudnn", devices=[tpu])
+    with pytest.raises(DominoError, match="needs 4 devices; found 1"):
+        loading.plan_load(config, None, mesh=(1, 4), devices=[tpu])
 
 
 def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, monkeypatch):

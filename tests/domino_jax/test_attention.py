@@ -191,6 +191,9 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
         class client:
             platform_version = "PJRT C API\ncuda 13000"
 
+    for asked in ("cudnn", "auto"):  # of another device than this process's
+        assert "xla" in available_backends("auto", [128], jnp.bfloat16, Gpu)
+        assert available_backends(asked, [128], jnp.bfloat16, Gpu)
     monkeypatch.setattr(jax, "devices", lambda: [Gpu])
     assert available_backends("auto", [128], jnp.bfloat16) == ("xla",), "no kernel was tested on this kind of device"
     monkeypatch.setitem(attention.TESTED_KINDS, "NVIDIA H200", ("cudnn", "pallas"))

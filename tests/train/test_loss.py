@@ -358,12 +358,12 @@ def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form
     for name, a, b in zip(shapes, expected, found, strict=True):
         assert np.abs(a).max() > 1e-3 and np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
     config = make_draft(True, None)
-    assert [training_attention.resolve_block_backend("auto", config, n, jnp.float32) for n in (2, 3)] == [
+    assert [training_attention.resolve_block_backend("auto", config, n) for n in (2, 3)] == [
         "dense",
         "chunked",
     ]
     with pytest.raises(DominoError, match="needs an NVIDIA GPU"):
-        training_attention.resolve_block_backend("cudnn", config, 3, jnp.bfloat16)
+        training_attention.check_block_backend("cudnn", config, jnp.bfloat16)
 
 
 def test_the_chunks_gradients_are_summed_in_float32():

@@ -209,27 +209,28 @@ def test_it_lowers_for_tpus_and_no_scores_exist_outside_of_it(heads, kv_heads, l
 
 
 def test_what_cannot_run_here_is_refused(monkeypatch):
-    assert [training_attention.resolve_block_backend("auto", CONFIG, n, jnp.bfloat16) for n in (32, 33)] == [
+    assert [training_attention.resolve_block_backend("auto", CONFIG, n) for n in (32, 33)] == [
         "dense",
         "chunked",
     ]
     with pytest.raises(DominoError, match=r"Pallas kernel needs a TPU, found cpu: .* auto or chunked"):
-        training_attention.resolve_block_backend("pallas", CONFIG, 256, jnp.bfloat16)
+        training_attention.check_block_backend("pallas", CONFIG, jnp.bfloat16)
 
     class Tpu:
         platform, device_kind = "tpu", "TPU v5 lite"
 
+    training_attention.check_block_backend("pallas", CONFIG, jnp.bfloat16, Tpu)
+    with pytest.raises(DominoError, match=r"needs an NVIDIA GPU, found TPU v5 lite"):
+        training_attention.check_block_backend("cudnn", CONFIG, jnp.bfloat16, Tpu)
     monkeypatch.setattr(jax, "devices", lambda: [Tpu])
-    assert training_attention.resolve_block_backend("pallas", CONFIG, 256, jnp.bfloat16) == "pallas"
-    assert training_attention.resolve_block_backend("auto", CONFIG, 256, jnp.bfloat16) == "chunked", (
-        "nobody has measured the kernel"
-    )
+    training_attention.check_block_backend("pallas", CONFIG, jnp.bfloat16)
+    assert training_attention.resolve_block_backend("auto", CONFIG, 256) == "chunked", "nobody has measured the kernel"
 
 
 def test_compiled_on_a_device(monkeypatch):
     """On a TPU, at sizes and in the type that training has there."""
     try:
-        training_attention.resolve_block_backend("pallas", CONFIG, 256, jnp.bfloat16)
+        training_attention.check_block_backend("pallas", CONFIG, jnp.bfloat16)
     except DominoError as error:
         pytest.skip(str(error))
     for name, value in (("ROWS", 512), ("KEYS", 512), ("LANES", 128)):

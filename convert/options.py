@@ -6,6 +6,7 @@ so that a command can check its words first.
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -85,6 +86,19 @@ def check_real(name: str, value: Any, rule: str) -> None:
         raise UsageError(f"{flag(name)} must be a number, found {shown(value)}.")
     if not RANGES[rule](value) or value > sys.float_info.max:
         raise UsageError(f"{flag(name)} must be {rule}, found {shown(value)}.")
+
+
+def check_topology(name: str, value: str) -> None:
+    """Refuse what is not the name of a topology of TPUs; which there are, libtpu knows.
+
+    Args:
+        name: of the option.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not re.fullmatch(r"v\d[a-z]?:\d{1,3}x\d{1,3}(x\d{1,3})?", value):
+        raise UsageError(f"{flag(name)} is given as v5e:2x4, v5p:2x2x1 or v6e:2x2, found {shown(value)}.")
 
 
 def check_file(name: str, path: Path | None, *sources: str | Path | None) -> None:

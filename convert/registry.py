@@ -121,6 +121,7 @@ def resolve_folders(
     draft_revision: str | None = None,
     check: "Callable[[TargetConfig, DecoderConfig | None], object] | None" = None,
     flag: str = "--model",
+    weights: bool = True,
 ) -> tuple[Path, Path | None]:
     """The folders of a target and its drafter, fetched from the Hub where needed.
 
@@ -132,6 +133,7 @@ def resolve_folders(
         revision, draft_revision: branch, tag or commit of a Hub repository; its main branch when None.
         check: raises if the pair can't run as asked; called before weights are fetched.
         flag: of the command line for the target, for errors.
+        weights: fetch those too; else only what is needed to read the configs.
 
     Raises:
         DominoError: nothing is found under one of them, the two do not fit, or fetching fails.
@@ -154,7 +156,8 @@ def resolve_folders(
         _, config, draft_config, _ = read_configs(target, drafter, flag)
         if check:
             check(config, draft_config)
-        hub.download(remote, console)
+        if weights:
+            hub.download(remote, console)
     if drafter is None and draft is None:
         console.print(_plainly(model, target), markup=False, highlight=False, soft_wrap=True)
     return target, drafter

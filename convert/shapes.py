@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from domino_jax.config import DecoderConfig, DraftConfig, MoeConfig, TargetConfig, default_target_layer_ids
 from domino_jax.drafters.heads.domino import DominoHead
@@ -88,18 +88,36 @@ def find_shape(name: str) -> Shape:
 def random_weights(config: DecoderConfig, dtype: Any, mesh: Mesh | None = None) -> Any:
     """A module (Target or Draft) of random weights, each made where it belongs: nothing crosses from the host.
 
-    Norms are ones and biases zeros, the rest is uniform with standard deviation `STD`. On a mesh they have the shapes
-    that `domino_jax.sharding.shard_stored` gives: KV heads for each device, the vocabulary padded.
+    Norms are ones and biases zeros, the rest is uniform with standard deviation `STD`. Their shapes are those of
+    `described_weights`.
+    """
+    leaves = {}
+    for number, (path, leaf) in enumerate(flatten(described_weights(config, dtype, mesh)).items()):
+        constant = 0 if is_bias(path) else 1 if len(leaf.shape) == 1 else None
+        make = _maker(leaf.shape, dtype, constant, leaf.sharding)
+        leaves[path] = make(jax.random.fold_in(jax.random.key(0), number))
+    return unflatten(config, leaves)
+
+
+def described_weights(config: DecoderConfig, dtype: Any, mesh: Mesh | None = None, device: Any = None) -> Any:
+    """A module (Target or Draft) with a jax.ShapeDtypeStruct for each weight, laid out as loaded weights are.
+
+    On a mesh they have the shapes that `domino_jax.sharding.shard_stored` gives: KV heads for each device, the
+    vocabulary padded.
+
+    Args:
+        mesh: its devices need not be here.
+        device: of a module on one device; None leaves it open.
     """
     model = mesh.shape[MODEL] if mesh else 1
     sizes = fit_to_mesh(config, model).sizes
     sizes["V"] = -(-sizes["V"] // model) * model
+    alone = None if device is None else SingleDeviceSharding(device)
     leaves = {}
-    for number, (path, letters) in enumerate(flatten(axes(config)).items()):
+    for path, letters in flatten(axes(config)).items():
         shape = tuple(sizes[letter] for letter in letters.split())
-        constant = 0 if is_bias(path) else 1 if len(shape) == 1 else None
-        make = _maker(shape, dtype, constant, NamedSharding(mesh, stored_spec(letters, mesh)) if mesh else None)
-        leaves[path] = make(jax.random.fold_in(jax.random.key(0), number))
+        sharding = NamedSharding(mesh, stored_spec(letters, mesh)) if mesh else alone
+        leaves[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return unflatten(config, leaves)
 
 

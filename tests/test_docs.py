@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 
 from convert import registry
+from infer.bench.compile import compiled_table
 from infer.bench.spread import spread_tables
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def inline_code(page: Path) -> list[str]:
 class Command(NamedTuple):
     """A `python -m ...` of a page."""
 
-    words: tuple[str, ...]  # the module, and a subcommand of `train`
+    words: tuple[str, ...]  # the module, and a subcommand of `train` or `infer.bench`
     flags: set[str]
 
 
@@ -67,7 +68,7 @@ def commands(page: Path) -> list[Command]:
         for line in re.sub(r"\\\n\s*|&&\n\s*", " ", block).split("\n"):
             match = re.search(r"python -m ((\w+)\S*)( [a-z]+(?= |$))?(.*?)(?: \| | > | >> | && |  #|$)", line)
             if match and match[2] in ROOMS:
-                subcommand = match[3].split() if match[3] and match[1] == "train" else []
+                subcommand = match[3].split() if match[3] and match[1] in ("train", "infer.bench") else []
                 found.append(Command((match[1], *subcommand), flags_of(match[4])))
     return found
 
@@ -155,6 +156,14 @@ def test_speed_tables_are_what_the_result_files_say():
     first = tables.split("\n\n")[1]
     assert first in read(README), f"README should hold\n\n{first}"
     assert tables in read(ROOT / "docs" / "results.md"), f"docs/results.md should hold\n\n{tables}"
+
+
+def test_the_table_of_compiled_programs_is_what_the_result_files_say():
+    runs = [path for path in RESULTS if path.match("compile-*.json")]
+    if not runs:
+        pytest.skip("no programs compiled at a clean commit yet")
+    table = compiled_table(runs)
+    assert table in read(ROOT / "docs" / "performance.md"), f"docs/performance.md should hold\n\n{table}"
 
 
 def test_the_map_of_the_rooms_names_every_package_and_module():

@@ -10,6 +10,7 @@ import pytest
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, parse_words
 from infer.bench.checkpoints import main as checkpoints
+from infer.bench.compile import Compile, check_compile
 from infer.bench.options import Bench, check_bench
 from infer.bench.serve import ServeLoad, check_serve_load
 from infer.options import Generate
@@ -43,6 +44,7 @@ PAIR = ["--target", "t", "--draft", "d"]
 COMMANDS: dict[str, tuple[Any, list[str], Callable[[Any], Any]]] = {
     "infer": (Generate, ["hi"], lambda options: options.check(chat=False)),
     "infer.bench": (Bench, [], check_bench),
+    "infer.bench compile": (Compile, ["--shapes", "qwen3-8b", "--topology", "v5e:2x2"], check_compile),
     "infer.bench serve": (ServeLoad, [], check_serve_load),
     "train": (TrainConfig, ["--target", "t", "--data", "d"], lambda options: None),
     "train regenerate": (Regenerate, [*PAIR, "--data", "d", "--out", "o"], check_regenerate),

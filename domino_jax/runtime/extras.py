@@ -10,6 +10,7 @@ EXTRAS = {
     "datasets": "train",
     "grain": "train",
     "httpx": "serve",
+    "libtpu": "aot",
     "llguidance": "serve",
     "matplotlib": "plots",
     "optax": "train",

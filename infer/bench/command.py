@@ -8,6 +8,7 @@ from infer.bench.options import Bench, check_bench
 SUBCOMMANDS = {
     "scan": Subcommand("infer.bench.scanned", "unrolled layers against scanned ones"),
     "mixed": Subcommand("infer.bench.mixed", "requests of mixed lengths: slots against closed batches"),
+    "compile": Subcommand("infer.bench.compile", "programs for TPUs that are not here: copies, memory, estimated cost"),
     "serve": Subcommand("infer.bench.serve", "servers of OpenAI's API under load, several in turn"),
     "checkpoints": Subcommand("infer.bench.checkpoints", "a checkpoint through all its forms: memory and rate"),
     "spread": Subcommand("infer.bench.spread", "the spread of figures over several runs, as Markdown"),

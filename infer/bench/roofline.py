@@ -95,6 +95,7 @@ def work(
     context: int,
     mesh: tuple[int, int] = (1, 1),
     sampled: bool = False,
+    chunk: int | None = None,
 ) -> dict[str, Work]:
     """What each phase of one cycle needs at least; the target alone (the baseline's step) without a drafter.
 
@@ -104,10 +105,11 @@ def work(
         context: live positions of each row.
         mesh: sizes of its axes data and model; what counts is one device's part.
         sampled: the drafter's distributions are read in verifying too.
+        chunk: positions of a prompt's part that is run in place of a cycle, the last of `context`.
     """
     target, rows = configs.target, batch / mesh[0]
     itemsize = params.target.norm.dtype.itemsize  # the caches are of the dtype that is computed in
-    proposals, tokens = configs.proposals, configs.proposals + 1
+    proposals, tokens = configs.proposals, chunk or configs.proposals + 1
     output = lm_head(params.target)
     vocabulary = _shape(jax.tree.leaves(output)[0])[0]
 
@@ -136,11 +138,17 @@ def work(
     experts, others = _parted(params.target.layers)
     phases = {
         "target": _sum(
-            products([*others, params.target.norm, output], tokens),
+            products([*others, params.target.norm, *([] if chunk else [output])], tokens),
             expert_products(experts, tokens),
-            attending(target, tokens, context + tokens),
+            attending(target, tokens, context if chunk else context + tokens),
         )
     }
+    observed = Work(0, 0)
+    if isinstance(configs.drafter, BlockDrafter):
+        draft = params.draft
+        observed = products([draft.fc, draft.context_norm, *(layer.kv for layer in draft.layers)], tokens)
+    if chunk:
+        return phases | {"context": observed}
 
     def multiplied(parts: Iterable[Product]) -> Work:
         """What a drafter or a head says that it multiplies."""
@@ -164,8 +172,7 @@ def work(
     phases["head"] = _sum(Work(base * LOGIT_BYTES, base), head)
     read = tokens * logits * (2 if sampled else 1)
     phases["verify"] = Work(read * LOGIT_BYTES, read)
-    phases["context"] = products([drafter.fc, drafter.context_norm, *(layer.kv for layer in drafter.layers)], tokens)
-    return phases
+    return phases | {"context": observed}
 
 
 def _parted(layers: Iterable[Layer]) -> tuple[list[Any], list[Any]]:

@@ -17,15 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert.options import Dtype, check_count, check_file, check_real
+from convert.options import Dtype, check_count, check_file, check_real, check_topology
 from convert.registry import DEMO_FOLDER, read_configs
 from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
+from domino_jax.moe import resolve_moe_backend
+from domino_jax.runtime.ahead import Place, leave_devices, topology_devices
 from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.devices import device_of_kind
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
 from domino_jax.sharding import mesh_context, parse_training_mesh
@@ -33,21 +36,18 @@ from domino_jax.weights import flatten
 from train import anchors, mesh
 from train.bench.flops import flops
 from train.config import Objective, OptimizerConfig, Recipe
-from train.loss import Inputs, gather_positions, loss_denominator, partial_loss, supervision, target_states
+from train.loss import (
+    Inputs,
+    check_attention,
+    gather_positions,
+    loss_denominator,
+    partial_loss,
+    supervision,
+    target_states,
+)
 from train.step import TrainState, drafter_of, init_state, train_step
 
 DEMO_SHAPE = "demo"
-# Dense bfloat16 TFLOP/s of a device, as its maker states them, by what JAX calls it.
-PEAKS = {
-    "NVIDIA H200": 989.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5p": 459.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class TrainBench:
     """timed; the median counts"""
     phases: bool = True
     """time the parts as well, each a program of its own"""
+    compile: str | None = None
+    """only compile the step, for TPUs that are not here, such as v5e:2x4: what it holds and is estimated to cost"""
     peak_tflops: float | None = None
     """of one device: from a table, or measured by a large product where that has none"""
     objective: Objective = field(default_factory=Objective)
@@ -144,9 +146,7 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     def backbone(weights: Any, frozen: Any, given: Inputs) -> Any:
         features, hidden = states(frozen, given)
         x = block.block_inputs(frozen.embed, recipe.draft, gather_positions(given.ids, chosen[..., None])[..., 0])
-        form = training_attention.resolve_block_backend(
-            objective.block_attention, recipe.draft, chosen.shape[1], recipe.dtype
-        )
+        form = training_attention.resolve_block_backend(objective.block_attention, recipe.draft, chosen.shape[1])
         drafter = drafter_of(recipe, weights)
         return block.training_blocks(drafter, recipe.draft, x, chosen, features, backend=form), hidden
 
@@ -187,9 +187,25 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
     if options.mesh:
         with words_at_fault():
             parse_training_mesh(options.mesh)
-    dtype = resolve_dtype(options.dtype)
-    made = mesh.make_training_mesh(options.mesh, (target, config)) if options.mesh else None
+    if options.compile is not None:
+        check_topology("compile", options.compile)
+    devices = device = None
+    if options.compile is not None:
+        leave_devices()
+        with words_at_fault():
+            devices = topology_devices(options.compile)
+        device = devices[0]
+        target = resolve_moe_backend(target, device.platform)
+    dtype = resolve_dtype(options.dtype, device.platform if device else None)
+    check_attention(options.objective, target, config, dtype, options.captured, device)
+    made = mesh.make_training_mesh(options.mesh, (target, config), devices) if options.mesh else None
     recipe = Recipe(target, config, options.objective, options.optimizer, 1000, dtype.name, options.accumulate)
+    if device is not None:
+        from train.bench.ahead import compile_step
+
+        shapes = jax.eval_shape(lambda: _random_inputs(options, target, config, dtype))
+        place = Place(made, device)
+        return flat_options(options) | {"dtype": dtype.name} | compile_step(recipe, shapes, place, options.captured)
     with mesh_context(made), matmul_precision(dtype):
         return _run(options, recipe, made)
 
@@ -200,7 +216,7 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     drafted = random_weights(config, jnp.float32, made)
     state = init_state(recipe, flatten(drafted), 0)
     del drafted
-    inputs = _inputs(options, target, config, dtype, made)
+    inputs = mesh.laid_rows(jax.jit(lambda: _random_inputs(options, target, config, dtype))(), made)
     began = time.perf_counter()
     program = train_step.lower(recipe, state, frozen, inputs).compile()
     compile_s = time.perf_counter() - began
@@ -219,7 +235,8 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     if parts:
         parts["optimizer_ms"] = took * 1e3 - sum(parts.values())
     device, devices = jax.devices()[0], 1 if made is None else made.size
-    peak, source = options.peak_tflops or PEAKS.get(device.device_kind), "stated"
+    known = device_of_kind(device.device_kind)
+    peak, source = options.peak_tflops or (known and known.flops / 1e12), "stated"
     if peak is None:
         peak, source = measured_peak(dtype), "measured"
     counted = flops(target, config, options.batch, options.length, options.objective.anchors)
@@ -263,18 +280,14 @@ def flat_options(options: TrainBench) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _inputs(options: TrainBench, target: TargetConfig, config: DraftConfig, dtype: Any, made: Any) -> Inputs:
+def _random_inputs(options: TrainBench, target: TargetConfig, config: DraftConfig, dtype: Any) -> Inputs:
     shape = options.batch, options.length
-
-    def make() -> Inputs:
-        ids = jax.random.randint(jax.random.key(0), shape, 0, target.vocab_size - 1, jnp.int32)
-        features = hidden = None
-        if options.captured:
-            features = jax.random.normal(jax.random.key(1), (*shape, config.sizes["LD"]), dtype)
-            hidden = jax.random.normal(jax.random.key(2), (*shape, target.hidden_size), dtype)
-        return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.objective.loss == "kl" else None)
-
-    return mesh.laid_rows(jax.jit(make)(), made)
+    ids = jax.random.randint(jax.random.key(0), shape, 0, target.vocab_size - 1, jnp.int32)
+    features = hidden = None
+    if options.captured:
+        features = jax.random.normal(jax.random.key(1), (*shape, config.sizes["LD"]), dtype)
+        hidden = jax.random.normal(jax.random.key(2), (*shape, target.hidden_size), dtype)
+    return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.objective.loss == "kl" else None)
 
 
 def show_bench(row: dict[str, Any]) -> str:
@@ -296,17 +309,38 @@ def show_bench(row: dict[str, Any]) -> str:
     )
 
 
+def show_compiled(row: dict[str, Any]) -> str:
+    """The figures of a step that was compiled and not run, in a few lines."""
+    held = [f"{row[f'{name}_bytes'] / 2**30:,.2f} GiB" for name in ("argument", "temporary", "device")]
+    sent = ", ".join(f"{x['count']} {kind} of {x['bytes'] / 1e6:,.0f} MB" for kind, x in row["collectives"].items())
+    copied = ", ".join(f"{row[kind]['count']} of {row[kind]['bytes'] / 1e6:,.0f} MB" for kind in COPIES)
+    unknown = row["kernels_without_estimate"]
+    return "\n".join(
+        [
+            f"{row['shapes']} shape, {row['dtype']}, on {row['devices']} of {row['compile']} ({row['device']}), batch "
+            f"{row['batch']}, length {row['length']}, {row['anchors']} anchors. Estimated by libtpu {row['libtpu']}, "
+            "for one device; nothing was run.",
+            f"{row['estimated_ms']:,.1f} ms a step by estimate, {row['floor_ms']:,.1f} ms by its products alone"
+            + (f"; without {unknown} kernels, of which the compiler estimates nothing" if unknown else ""),
+            f"memory: arguments {held[0]}, temporaries {held[1]} of {held[2]}: {'fits' if row['fits'] else 'too much'}",
+            f"between devices: {sent or 'nothing'}; copies of weights and of the state: {copied}",
+        ]
+    )
+
+
+COPIES = ("weight_copies", "state_copies")
 PHASES = ("target_ms", "drafter_ms", "loss_ms", "backward_ms", "optimizer_ms")
 
 
 def print_bench(options: TrainBench) -> None:
     """Measure, write the figures if a file was named, and print them."""
     check_file("out", options.out)
-    enable_compile_cache()
+    if options.compile is None:
+        enable_compile_cache()
     row = run_train_bench(options)
     if options.out:
         options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    print(show_bench(row))
+    print(show_compiled(row) if options.compile else show_bench(row))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m train bench") -> int:

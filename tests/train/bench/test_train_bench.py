@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -63,6 +64,21 @@ def test_on_a_mesh_with_captured_states(tiny, capsys, quick_compilation):
     assert "4 x cpu" in capsys.readouterr().out
 
 
+@pytest.mark.e2e
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[aot]'")
+@pytest.mark.parametrize("words", [["v5e:2x2", "--mesh", "fsdp=2,model=2"], ["v6e:1x1", "--captured", "--loss", "kl"]])
+def test_a_step_is_compiled_for_tpus_that_are_not_here(tiny, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # libtpu ends the process where it does not know a CPU's flag
+    out = tmp_path / "row.json"
+    assert main([*tiny, "--compile", *words, "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert row["estimated"] and row["dtype"] == "bfloat16" and row["fits"] and row["estimated_cycles"] > 0
+    assert row["devices"] == (4 if "--mesh" in words else 1) and bool(row["collectives"]) == ("--mesh" in words)
+    assert row["tflop"] > 0 and {"weight_copies", "state_copies"} <= row.keys()
+    assert "Estimated by libtpu" in capsys.readouterr().out
+
+
 def products(jaxpr: Any) -> float:
     """Operations of all matrix products of a program, loops unrolled."""
     total = 0.0
@@ -118,6 +134,7 @@ def test_refusals(tiny, capsys):
         (["--dtype", "float16"], "--dtype is one of bfloat16, float32"),
         (["--gamma", "nan"], "--gamma must be above 0"),
         (["--steps", "-1"], "--steps must be at least 1"),
+        (["--compile", "v5e-8"], "--compile is given as v5e:2x4"),
     ):
         assert main([*tiny, *words]) == 2
         assert says in capsys.readouterr().err

@@ -13,6 +13,9 @@ answer, and not one a conversation, because templates render earlier answers oth
 drops the empty thought that comes before an answer with thinking off): so the drafter is trained on what it will meet.
 `messages` are for people. An answer that reached --max-new-tokens has no end token and finish_reason "length".
 
+Several workers, each with `--shard I/N`, share the lines and write files of their own: data-00000-of-00004.jsonl, ...
+All of them together are what one worker would have written; `python -m train --data data-*-of-00004.jsonl` takes them.
+
 The same command goes on where it was interrupted. The answers are then those of an undisturbed run, to rounding:
 beside which others a prompt runs, --batch-size, --mesh and the device change them by what rounding does to a draw.
 """
@@ -27,18 +30,19 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
+from tyro.conf import DisallowNone
 
 from convert.identity import model_fingerprint, text_fingerprint
 from convert.loading import LoadedModel, load_model
 from convert.messages import LeftOut, left_out_words
 from convert.not_finite import check_finite, warn_of_drafts
-from convert.options import GROUP, ProcessOptions, SamplingOptions, check_count, check_not_source
+from convert.options import GROUP, UNSET, ProcessOptions, SamplingOptions, check_count, check_not_source
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
 from domino_jax.runtime.auto import AutoDrafts
-from domino_jax.runtime.command import run_command
+from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.processes import join_processes, wait_for_others
@@ -46,7 +50,7 @@ from domino_jax.runtime.slots import Completion, Request, Slots, longest_first, 
 from train.loading import PairOptions, notes
 from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.output import Answers, FollowedAnswers, open_answers
-from train.regenerate.prompts import Lines, Source, encode_turn
+from train.regenerate.prompts import WHOLE, Lines, RowShard, Source, encode_turn, parse_shard
 from train.stopping import agreed_stop, stop_signals
 
 WINDOW_BATCHES = (
@@ -62,6 +66,8 @@ class Regenerate:
     """JSONL of conversations (messages, ShareGPT's conversations, TRL's prompts) or prompts (prompt, input_ids)"""
     out: Path
     """JSONL file to write, for --data of python -m train"""
+    shard: Annotated[str | None, DisallowNone, UNSET] = None
+    """I/N: every N-th line of the data alone, from line I (from 0) on, into a file of its own beside --out"""
     pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(0.7, 20, 0.95))
     max_new_tokens: int = 2048
@@ -71,6 +77,21 @@ class Regenerate:
     thinking: bool = False
     """let a model think before it answers, if it can; public drafters are trained without"""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
+
+    @property
+    def part(self) -> RowShard:
+        """The lines to answer.
+
+        Raises:
+            UsageError: --shard is not of the form I/N.
+        """
+        with words_at_fault():
+            return WHOLE if self.shard is None else parse_shard(self.shard)
+
+    @property
+    def file(self) -> Path:
+        """The file to write: with --shard one of several."""
+        return self.part.path(self.out)
 
 
 def check_regenerate(options: Regenerate) -> None:
@@ -84,7 +105,7 @@ def check_regenerate(options: Regenerate) -> None:
     o.sampling.check()
     check_count("max_new_tokens", o.max_new_tokens)
     check_count("batch_size", o.batch_size)
-    check_not_source("out", o.out, o.data, o.pair.target, o.pair.drafting.draft)
+    check_not_source("out", o.file, o.data, o.pair.target, o.pair.drafting.draft)
 
 
 def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines) -> dict[str, Any]:
@@ -98,6 +119,7 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
         "head_candidates": how.model().head_candidates,
         "draft_dtype": how.drafting.draft_dtype,
         "data_sha256": lines.sha256,
+        **({"shard": str(o.part)} if o.part.count > 1 else {}),
         **{name: getattr(o.sampling.params(), name) for name in ("temperature", "top_k", "top_p", "min_p")},
         "max_new_tokens": o.max_new_tokens,
         "thinking": o.thinking,
@@ -122,7 +144,7 @@ def run_regenerate(options: Regenerate) -> None:
     _, config, _, warnings = read_configs(target, draft, "--target")
     for warning in warnings if first else ():
         print(f"warning: {warning}", file=sys.stderr)
-    lines = Lines(options.data, config.vocab_size)
+    lines = Lines(options.data, config.vocab_size, options.part)
     tokenizer = load_tokenizer(target)
     source = next(lines.sources(0, len(lines)))[1]
     encode_some(
@@ -130,14 +152,14 @@ def run_regenerate(options: Regenerate) -> None:
     )  # a tokenizer or a template that is missing is known before a weight is read
     given = {"target": target, "draft": draft, "data": options.data}
     places = {name: str(path and path.absolute()) for name, path in given.items()}
-    with open_answers(options.out, decisive(options, target, draft, lines), places) as answers:
+    with open_answers(options.file, decisive(options, target, draft, lines), places) as answers:
         missing = int(lines.turns.sum()) - len(answers)
         if not missing:
             if first:
-                print(f"{options.out} has all {len(answers)} answers already")
+                print(f"{options.file} has all {len(answers)} answers already")
             return
         if len(answers) and first:
-            print(f"{options.out} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
+            print(f"{options.file} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
         with progress_bars(console) as loading:
             pair = load_model(target, draft, options.pair.device.dtype, loading, **options.pair.model().plan())
         size = min(options.batch_size, int((lines.turns > 0).sum()))
@@ -148,13 +170,13 @@ def run_regenerate(options: Regenerate) -> None:
         ):
             stopping = agreed_stop(signalled)
             writer = Writer(options, pair, lines, answers, tally, stopping, size)
-            window = size * WINDOW_BATCHES
+            window = size * WINDOW_BATCHES * options.part.count
             for start in range(0, len(lines), window):
                 if not stopping():
                     writer.window(start, min(start + window, len(lines)))
         interrupted = stopping()
         left_out = left_out_words(lines.left_out + writer.left_out)
-        summary = f"{len(answers)} answers in {options.out}{tally.summary()}{left_out}"
+        summary = f"{len(answers)} answers in {options.file}{tally.summary()}{left_out}"
         if interrupted:
             if first:
                 print(f"interrupted: {summary}; the same command goes on", file=sys.stderr)
@@ -270,7 +292,7 @@ def _regenerate(options: Regenerate) -> None:
     try:
         run_regenerate(options)
     except OSError as error:
-        raise DominoError(f"{error}; the answers in {options.out} are kept.") from None
+        raise DominoError(f"{error}; the answers in {options.file} are kept.") from None
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m train regenerate") -> int:

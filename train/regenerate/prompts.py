@@ -15,6 +15,7 @@ them, and what is not to be learned (`weight` 0, and TRL's prompts).
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,41 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.files import JsonLine, read_jsonl, read_line
 
 NEITHER = "no conversation and no prompt"
+
+
+class RowShard(NamedTuple):
+    """Every `count`-th line, from line `index` on: what one worker of several answers."""
+
+    index: int
+    count: int
+
+    def has(self, number: int) -> bool:
+        """Whether a line is in it."""
+        return number % self.count == self.index
+
+    def path(self, path: Path) -> Path:
+        """The file of this shard's answers, in the place of the file of all: data-00001-of-00004.jsonl."""
+        name = f"{path.stem}-{self.index:05}-of-{self.count:05}{path.suffix}"
+        return path.parent / name if self.count > 1 else path
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = RowShard(0, 1)
+
+
+def parse_shard(text: str) -> RowShard:
+    """The shard of "1/4".
+
+    Raises:
+        DominoError: it is not of this form.
+    """
+    found = re.fullmatch("([0-9]{1,5})/([0-9]{1,5})", text)
+    shard = RowShard(*map(int, found.groups())) if found else RowShard(0, 0)
+    if not shard.index < shard.count:
+        raise DominoError(f"a shard is given as I/N, with I from 0 to N - 1, such as 0/4; found {text[:80]!r}.")
+    return shard
 
 
 class Source(NamedTuple):
@@ -131,8 +167,11 @@ class Lines:
     Lines are counted from 0 without the blank ones; that is the number by which an answer's line is known.
     """
 
-    def __init__(self, path: Path, vocab_size: int):
+    def __init__(self, path: Path, vocab_size: int, shard: RowShard = WHOLE):
         """Reads the whole file.
+
+        Args:
+            shard: of the lines; to the others nothing is to be answered.
 
         Raises:
             DominoError: it can't be read, a line is of no known form, or none can be answered.
@@ -141,14 +180,15 @@ class Lines:
         self.left_out: Counter[str] = Counter()  # reasons
         starts, turns = [], []
         for line in read_jsonl(path, invalid=NEITHER):
+            turns.append(self._check(line) if shard.has(len(starts)) else 0)
             starts.append(line.start)
-            turns.append(self._check(line))
         with path.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.turns = np.array(turns, np.int32)  # [lines] answers to write
         self._starts = np.array(starts, np.int64)
         if not self.turns.any():
-            raise DominoError(f"{path} has nothing to answer" + left_out_words(self.left_out) + ".")
+            of = f" in shard {shard}" if shard.count > 1 else ""
+            raise DominoError(f"{path} has nothing to answer{of}" + left_out_words(self.left_out) + ".")
 
     def _check(self, line: JsonLine) -> int:
         try:

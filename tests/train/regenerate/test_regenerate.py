@@ -194,6 +194,39 @@ def test_a_killed_run_goes_on(folder, sampled, tmp_path, kept):
     assert run(folder, out, *words) == sampled
 
 
+@pytest.mark.e2e
+def test_workers_share_the_lines_and_together_write_what_one_would(folder, greedy, tmp_path):
+    out, rows = tmp_path / "out.jsonl", []
+    files = [tmp_path / f"out-0000{i}-of-00002.jsonl" for i in range(2)]
+    for i in range(2):
+        run(folder, out, "--temperature", "0", "--shard", f"{i}/2")
+        rows.append(files[i].read_bytes().splitlines(keepends=True))
+        assert {json.loads(line)["row"] % 2 for line in rows[i]} == {i}
+    files[1].write_bytes(b"".join(rows[1][:2]) + rows[1][2][:-5])  # killed
+    run(folder, out, "--temperature", "0", "--shard", "1/2")
+    found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert sorted(found, key=lambda row: (row["row"], row["turn"])) == greedy
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_line_is_in_one_shard(folder, count):
+    parts = [prompts.Lines(folder / "data.jsonl", 260, prompts.RowShard(i, count)) for i in range(count)]
+    assert np.sum([part.turns for part in parts], axis=0).tolist() == TURNS
+    assert all((part.turns > 0).tolist() == [row % count == i for row in range(6)] for i, part in enumerate(parts))
+
+
+@pytest.mark.parametrize("text", ["", "4", "4/4", "5/4", "-1/4", "0/0", "a/b", "0/4/1", "1.0/4", "٣/4", "0 /4"])
+def test_what_is_no_shard_is_refused(folder, tmp_path, capsys, text):
+    run(folder, tmp_path / "out.jsonl", f"--shard={text}", status=2)
+    assert "a shard is given as I/N" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_shard_without_a_line_says_so(folder, tmp_path, capsys):
+    run(folder, tmp_path / "out.jsonl", "--shard", "7/9", status=1)
+    assert "data.jsonl has nothing to answer in shard 7/9" in capsys.readouterr().err
+
+
 def test_two_processes_do_not_write_into_one_file(folder, tmp_path, capsys, monkeypatch):
     """Each would read the other's answers as its own."""
     monkeypatch.setattr("train.regenerate.command.load_model", lambda *_, **__: pytest.fail("loaded"))

@@ -1,7 +1,9 @@
 """Several processes that run one model: `jax.distributed`, set up by flags, the environment or a TPU pod."""
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,9 +25,13 @@ VARIABLES = {
 ENDED = "domino_jax/ended"  # the exit code of a process that ended early, for the others
 LEFT = "domino_jax/left"  # by number, those that have heard of it and end
 ENDED_EARLY = "another process of this run has ended early, so this one ends too."
+LOST = "JAX has aborted, as it does when another process of this run has vanished: its own words are above."
 WATCH_SECONDS, GRACE_SECONDS = 0.5, 2.0
+HEARTBEAT_SECONDS = 100  # JAX's own default
+FORGET = 64  # messages after which those that all have read are forgotten
 
 _joined = _ending = False
+_on_abort: Any = None  # kept, since C calls it
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,13 @@ def resolve_processes(
     return hosts
 
 
-def join_processes(hosts: ProcessConfig | None, saves: bool = False) -> bool:
+def join_processes(hosts: ProcessConfig | None, saves: bool = False, heartbeat: int = HEARTBEAT_SECONDS) -> bool:
     """Join the other processes, before JAX looks for devices; returns whether this is the first one, which prints.
 
     Args:
         saves: SIGTERM is left to JAX, and all processes stop after the same step (`train.stopping`); else it ends this
             process, and so all.
+        heartbeat: seconds after which a process that says nothing, because it was killed, say, ends all others.
 
     Raises:
         DominoError: the coordinator can't be reached.
@@ -87,16 +94,37 @@ def join_processes(hosts: ProcessConfig | None, saves: bool = False) -> bool:
     import jax
 
     try:
-        if hosts is None:
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(hosts.coordinator, hosts.num_processes, hosts.process_id)
+        jax.distributed.initialize(
+            hosts.coordinator if hosts else None,
+            hosts.num_processes if hosts else None,
+            hosts.process_id if hosts else None,
+            heartbeat_timeout_seconds=heartbeat,
+        )
     except (RuntimeError, ValueError) as error:
         raise DominoError(f"the other processes can't be reached: {first_line(error)}.") from None
     if not saves:  # JAX has taken it
         exit_on_sigterm()
+    _end_on_abort()
     _watch_others()
     return jax.process_index() == 0
+
+
+def _end_on_abort() -> None:
+    """From now on SIGABRT ends this process with a sentence and exit code 1.
+
+    With it JAX ends a process when another one has vanished; its own callback for that can't be one of Python's (it
+    fails on what it is called with), nor can a handler of Python's, which runs after a signal and not within it.
+    """
+    global _on_abort
+
+    def end(_: int) -> None:
+        with suppress(OSError):
+            os.write(2, f"error: {LOST}\n".encode())
+        os._exit(1)
+
+    with suppress(OSError, AttributeError, TypeError):  # not POSIX
+        _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def _store() -> Any:
@@ -165,6 +193,56 @@ def end_others(code: int) -> None:
             if len(_store().key_value_dir_get(LEFT)) == jax.process_count():
                 return
             time.sleep(WATCH_SECONDS / 2)
+
+
+def publish(name: str, text: str) -> None:
+    """Let all processes know a text of this one under a name; another one of it takes its place."""
+    import jax
+
+    _store().key_value_set(f"domino_jax/{name}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def read_published(name: str) -> list[str]:
+    """The texts of all processes that have one under a name."""
+    return [text for _, text in _store().key_value_dir_get(f"domino_jax/{name}")]
+
+
+class Messages:
+    """Texts of the first process, which every other one reads in their order."""
+
+    def __init__(self, name: str):
+        """Args: name: the same in all processes, and used once."""
+        self._name, self._count = name, 0
+        self._forgotten = 0
+
+    def send(self, text: str) -> None:
+        """Send one: the first process alone does."""
+        import jax
+
+        _store().key_value_set(self._key(self._count), text)
+        self._count += 1
+        if self._count % FORGET == 0:
+            read = list(map(int, read_published(f"{self._name}/read")))
+            if len(read) >= max(1, jax.process_count() - 1):
+                for number in range(self._forgotten, min(read)):
+                    _store().key_value_delete(self._key(number))
+                self._forgotten = min(read)
+
+    def receive(self, seconds: float) -> str | None:
+        """The next one; None where none comes within so many seconds."""
+        try:
+            text = _store().blocking_key_value_get(self._key(self._count), int(seconds * 1000))
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            return None
+        self._count += 1
+        if self._count % FORGET == 0:
+            publish(f"{self._name}/read", str(self._count))
+        return text
+
+    def _key(self, number: int) -> str:
+        return f"domino_jax/{self._name}/{number}"
 
 
 def wait_for_others(name: str) -> None:

@@ -26,6 +26,7 @@ from domino_jax.runtime.slots import room_after
 from infer.serve import fields, replies
 from infer.serve.description import describe_api
 from infer.serve.fields import BadRequest, check_body
+from infer.serve.followers import Asked, make_job
 from infer.serve.metrics import ServingMetrics
 from infer.serve.requests import DEFAULT_TOKENS, Service, Total
 from infer.serve.responses import ResponseStream, response_body, response_messages
@@ -259,7 +260,7 @@ class Server:
         for prompt in prompts:
             params = self.service.sampling(body, prompt, body.get("max_tokens", self._default_tokens(prompt)))
             for number in range(body.get("n", 1)):
-                jobs.append(self.service.job(prompt, params, number, self.service.text(body, chat=False), body))
+                jobs.append(make_job(self.service, Asked(prompt, params, number, body)))
         begin = [replies.tokens_before(body, tokenizer, job.request.prompt) for job in jobs]
         head = replies.head("text_completion", f"cmpl-{secrets.token_hex(12)}", self.service.name)
         said, drafts = [len(text) for text in begin], [replies.DraftPieces(tokenizer) for _ in jobs]
@@ -293,7 +294,7 @@ class Server:
         prompt, in_reasoning = self.service.chat_ids(body)
         params = self.service.sampling(body, prompt, limit)
         jobs = [
-            self.service.job(prompt, params, number, self.service.text(body, True, in_reasoning), body)
+            make_job(self.service, Asked(prompt, params, number, body, True, in_reasoning))
             for number in range(body.get("n", 1))
         ]
         tokenizer, called = self.service.loaded.tokenizer, [False] * len(jobs)
@@ -328,7 +329,7 @@ class Server:
         chat = {"messages": response_messages(body), **{k: v for k, v in body.items() if k == "chat_template_kwargs"}}
         prompt, in_reasoning = self.service.chat_ids(chat)
         params = self.service.sampling(body, prompt, body.get("max_output_tokens"))
-        job = self.service.job(prompt, params, 0, self.service.text(body, True, in_reasoning), body)
+        job = make_job(self.service, Asked(prompt, params, 0, body, True, in_reasoning))
         identity = secrets.token_hex(12)
         if body.get("stream"):
             stream = ResponseStream(identity, self.service.name, body)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import DisallowNone, arg
 
-from convert.options import GROUP, UNSET, Flag, ModelOptions, check_count, check_real
+from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, check_count, check_real
 from domino_jax.runtime.command import UsageError
 
 
@@ -45,6 +45,7 @@ class Serve:
     """positions up to which programs are compiled before the server is ready; 0 compiles at the first request"""
     profile: Annotated[Path | None, DisallowNone, UNSET] = None
     """folder for traces: POST /start_profile and /stop_profile"""
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
 
     def check(self) -> None:
         """Check the options before anything is loaded.
@@ -53,6 +54,7 @@ class Serve:
             UsageError: a value is out of its range.
         """
         self.model.check()
+        self.processes.resolve()
         for name in ("max_num_seqs", "max_queue", "max_body"):
             check_count(name, getattr(self, name))
         check_count("port", self.port, least=0, limit=1 << 16)

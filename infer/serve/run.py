@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -18,11 +19,17 @@ from convert.loading import load_model
 from convert.progress import progress_bars
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.interrupts import note_signal
+from domino_jax.runtime.processes import ENDED_EARLY, among_others, code_of_others, join_processes
 from infer.serve.app import Server
+from infer.serve.followers import Follower, Leader
 from infer.serve.metrics import ServingMetrics
 from infer.serve.options import Serve
 from infer.serve.requests import Service
-from infer.serve.worker import Worker
+from infer.serve.worker import Link, Worker
+
+HEARTBEAT_SECONDS = 20  # of silence after which another process counts as gone
+FOLLOW_SECONDS = 0.2  # between two looks at what other processes say
 
 
 def log_line(line: str) -> None:
@@ -40,47 +47,108 @@ class Listener(uvicorn.Server):
 
 
 def run_server(options: Serve, api_key: str | None) -> None:
-    """Serve until a signal.
+    """Serve until a signal. Of several processes the first one has the clients.
 
     Raises:
-        DominoError: the model can't be loaded, or the port is taken.
+        DominoError: the model can't be loaded, the port is taken, or another process has ended.
         KeyboardInterrupt: it was Ctrl-C.
     """
+    first = join_processes(options.processes.resolve(), heartbeat=HEARTBEAT_SECONDS)
     enable_compile_cache()
-    console = Console(stderr=True)
+    if not first:
+        _follow(options)
+        return
+    leader = Leader(options) if among_others() else None
     with listening(options.host, options.port) as sock:  # known before a weight is read
-        target, draft = shared.resolve(options.model, console)
-        fixed = options.num_draft_tokens if isinstance(options.num_draft_tokens, int) else None
-        with progress_bars(console) as progress:
-            how = options.model.plan(fixed)
-            loaded = load_model(target, draft, options.model.device.dtype, progress, **how)
-        for warning in loaded.warnings:
-            log_line(f"warning: {warning}")
-        positions = min(options.max_model_len or loaded.configs.target.positions, loaded.configs.target.positions)
-        defaults = recommended_sampling(target) if options.generation_config == "auto" else {}
-        name = options.served_model_name or options.model.model
-        service = Service(loaded, name, defaults, positions, options.request_timeout, options.thinking)
-        metrics = ServingMetrics(name, loaded.configs.proposals)
-        worker = Worker(
-            loaded, options.max_num_seqs, options.num_draft_tokens == "auto", options.warm_up, log_line, metrics.seen
-        )
-        server = Server(
-            service,
-            worker,
-            metrics,
-            api_key=api_key,
-            max_queue=options.max_queue,
-            max_body=options.max_body,
-            profile=options.profile,
-            log=log_line,
-        )
+        server = make_server(options, load_service(options), api_key, leader)
+        worker = server.worker
         host, port = sock.getsockname()[:2]
-        log_line(f"{name} at http://{host}:{port}/ (compiling; /health says when it is ready)")
+        log_line(f"{server.service.name} at http://{host}:{port}/ (compiling; /health says when it is ready)")
         worker.start()
-        interrupted = asyncio.run(_listen(server, worker, sock, options.shutdown_timeout))
+        interrupted = asyncio.run(_listen(server, worker, sock, options.shutdown_timeout, leader))
+        if leader is not None:
+            leader.interrupted = interrupted
         worker.stop()
+    _end(worker, interrupted)
+
+
+def _follow(options: Serve) -> None:
+    """Decode what the first process decodes, until it ends. A signal is passed on to it, and a second one ends all.
+
+    Raises:
+        DominoError: the model can't be loaded, the options differ, or decoding has failed.
+        KeyboardInterrupt: the first process had a Ctrl-C.
+    """
+    follower = Follower(options)
+    follower.service = load_service(options, quiet=True)
+    worker = _worker(options, follower.service, lambda line: None, lambda *_: None, follower)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous, told = {number: signal.getsignal(number) for number in numbers}, False
+
+    def note(number: int, _: Any) -> None:
+        nonlocal told
+        note_signal()
+        told = True
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in numbers:
+        signal.signal(number, note)
+    worker.start()
+    log_line("following the first process")
+    while not worker.wait(FOLLOW_SECONDS):
+        if told:
+            told = False
+            follower.ask_to_end()
+    _end(worker, follower.interrupted)
+
+
+def make_server(options: Serve, service: Service, api_key: str | None, link: Link | None = None) -> Server:
+    """What answers requests; its worker is to be started."""
+    metrics = ServingMetrics(service.name, service.loaded.configs.proposals)
+    return Server(
+        service,
+        _worker(options, service, log_line, metrics.seen, link),
+        metrics,
+        api_key=api_key,
+        max_queue=options.max_queue,
+        max_body=options.max_body,
+        profile=options.profile,
+        log=log_line,
+    )
+
+
+def load_service(options: Serve, quiet: bool = False) -> Service:
+    """The model, and what requests are made for.
+
+    Raises:
+        DominoError: it can't be loaded.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    target, draft = shared.resolve(options.model, console)
+    fixed = options.num_draft_tokens if isinstance(options.num_draft_tokens, int) else None
+    with progress_bars(console) as progress:
+        loaded = load_model(target, draft, options.model.device.dtype, progress, **options.model.plan(fixed))
+    for warning in () if quiet else loaded.warnings:
+        log_line(f"warning: {warning}")
+    positions = min(options.max_model_len or loaded.configs.target.positions, loaded.configs.target.positions)
+    defaults = recommended_sampling(target) if options.generation_config == "auto" else {}
+    name = options.served_model_name or options.model.model
+    return Service(loaded, name, defaults, positions, options.request_timeout, options.thinking)
+
+
+def _worker(options: Serve, service: Service, say: Any, seen: Any, link: Link | None) -> Worker:
+    auto = options.num_draft_tokens == "auto"
+    return Worker(service.loaded, options.max_num_seqs, auto, options.warm_up, say, seen, link)
+
+
+def _end(worker: Worker, interrupted: bool) -> None:
+    """Raises: DominoError: decoding has ended by itself. KeyboardInterrupt: it was Ctrl-C."""
     if worker.failed is not None:
-        raise DominoError(f"decoding has ended: {first_line(worker.failed)}.")
+        if among_others() and code_of_others() is not None:
+            raise DominoError(ENDED_EARLY)
+        alone = "" if not among_others() else ", as it does when another process is gone"
+        raise DominoError(f"decoding has ended{alone}: {first_line(worker.failed)}.")
     log_line("ended")
     if interrupted:
         raise KeyboardInterrupt
@@ -105,8 +173,14 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield sock
 
 
-async def _listen(server: Server, worker: Worker, sock: socket.socket, patience: float) -> bool:
-    """Answer requests until a signal, then until the last answer or for so many seconds; whether it was Ctrl-C."""
+async def _listen(
+    server: Server, worker: Worker, sock: socket.socket, patience: float, leader: Leader | None = None
+) -> bool:
+    """Answer requests until a signal, then until the last answer or for so many seconds; whether it was Ctrl-C.
+
+    Args:
+        leader: of several processes; a signal to any of them counts, and so does the end of decoding.
+    """
     config = uvicorn.Config(
         server.app(), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1, ws="none"
     )
@@ -131,12 +205,15 @@ async def _listen(server: Server, worker: Worker, sock: socket.socket, patience:
         listener.should_exit = True
 
     async def announce() -> None:
-        while not worker.ready.is_set():
-            if worker.failed is not None:
+        said = False
+        while not (said and leader is None):
+            await asyncio.sleep(FOLLOW_SECONDS if said else 0.05)
+            if worker.ready.is_set() and not said:
+                said = True
+                log_line("ready")
+            if worker.failed is not None or (leader is not None and leader.asked_to_end):
                 ending.set()
                 return
-            await asyncio.sleep(0.05)
-        log_line("ready")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)

@@ -4,6 +4,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -64,6 +65,8 @@ class Job(Completion):
     first: float | None = None  # seconds until the first token
     told: tuple[int, int, int] = (0, 0, 0)  # tokens, cycles and steps
     inbox: Any = None  # where `tell` leaves updates for whoever waits for them
+    asked: Any = None  # a `followers.Asked`, of which the other processes make the same
+    place: int = -1  # by which they know it
     failed: DominoError | None = None
 
     @property
@@ -119,6 +122,19 @@ class PlainOnRequest:
         self.policy.forget(row)
 
 
+Command = tuple[str, Job | None]  # admit, evict or expire a job; or stop
+
+
+class Link(Protocol):
+    """What several processes that decode together do alike."""
+
+    leads: bool  # it is the first one's, which has the clients
+
+    def exchange(self, commands: list[Command]) -> list[Command]:
+        """The first process's commands, in every process; it waits for them in the others."""
+        ...
+
+
 class Worker:
     """Runs `Slots` in a thread of its own. Its methods may be called from any thread."""
 
@@ -130,6 +146,7 @@ class Worker:
         warm_up: int,
         say: Callable[[str], None],
         seen: Callable[[Job, Update], None] = lambda *_: None,
+        link: Link | None = None,
     ):
         """Args:
         size: requests that decode together.
@@ -137,13 +154,15 @@ class Worker:
         warm_up: positions up to which programs are compiled first.
         say: called with what takes long.
         seen: called with every update, for metrics.
+        link: to the other processes that run the model with this one; None without any.
         """
+        self._link = link
         self._loaded, self._warm_up, self._say, self._seen = loaded, warm_up, say, seen
         most = loaded.configs.proposals
         policy = AutoDrafts(most) if auto and most else FixedDrafts(most)
         with loaded.context():
             self._slots = self._make(size, PlainOnRequest(policy))
-        self._commands: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
+        self._commands: SimpleQueue[Command] = SimpleQueue()
         self._jobs: dict[Job, None] = {}
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self.ready = threading.Event()
@@ -170,6 +189,11 @@ class Worker:
         """End the thread; what is running ends as cancelled."""
         self._commands.put(("stop", None))
         self._thread.join()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the thread has ended, within so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
         """Let a request wait for a slot; it is told of everything by its own `tell`."""
@@ -215,34 +239,40 @@ class Worker:
 
     def _obey(self, block: bool) -> bool:
         """Do what was asked meanwhile; False when it is to end."""
-        while True:
-            try:
-                what, job = self._commands.get(block)
-            except Empty:
-                return True
+        for what, job in self._asked(block):
             if job is None:
                 for other in list(self._jobs):
                     self._slots.evict(other)
                     self._tell(other)
                 return False
-            if what == "evict":
-                self._slots.evict(job)
-                self._tell(job)
-            else:
+            if what == "admit":
                 try:
                     self._slots.admit(job)
                     self._jobs[job] = None
                 except DominoError as error:
                     self._fail(job, error)
-            block = False
+            else:
+                self._slots.evict(job, "length" if what == "expire" else "cancelled")
+                self._tell(job)
+        return True
+
+    def _asked(self, block: bool) -> list[Command]:
+        """What was asked meanwhile, the same in all processes; something at least where it is to `block`."""
+        found: list[Command] = []
+        if self._link is None or self._link.leads:
+            with suppress(Empty):
+                while True:
+                    found.append(self._commands.get(block and not found))
+            now = time.monotonic()
+            found += [("expire", job) for job in self._jobs if now > job.deadline]
+        return found if self._link is None else self._link.exchange(found)
 
     def _step(self) -> None:
-        for job in [job for job in self._jobs if time.monotonic() > job.deadline]:
-            self._slots.evict(job, "length")
-            self._tell(job)
         try:
             changed: list[Any] = self._slots.step()
         except Exception as error:  # of the device: what was running is lost, what waits is not
+            if self._link is not None:  # what the other processes hold is not known
+                raise
             lost = [job for job in self._jobs if not self._slots.holds(job)]
             traceback.print_exc()
             for job in lost:

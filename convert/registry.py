@@ -141,7 +141,7 @@ def resolve_folders(
     check_revisions(model, draft, revision, draft_revision)
     places = locate(model, draft)
     found = [
-        _open(place, asked or model, flag, which, console)
+        open_place(place, asked or model, flag, which, console)
         for place, asked, flag, which in zip(
             places, (model, draft), (flag, "--draft"), (revision, draft_revision), strict=True
         )
@@ -212,8 +212,12 @@ def _is_folder(place: str) -> bool:
         raise DominoError(f"{place} can't be read: {first_line(error)}.") from None
 
 
-def _open(place: str, asked: str, flag: str, revision: str | None, console: "Console") -> "Path | Snapshot":
-    """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote."""
+def open_place(place: str, asked: str, flag: str, revision: str | None, console: "Console") -> "Path | Snapshot":
+    """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote.
+
+    Raises:
+        DominoError: it is neither, or the Hub does not have it.
+    """
     if _is_folder(place):
         return Path(place)
     if place.startswith(str(DEMO_FOLDER)):

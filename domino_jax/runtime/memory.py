@@ -39,24 +39,34 @@ def default_mesh_sizes(configs: Sequence[DecoderConfig], dtype: Any) -> tuple[in
         dtype: of weights and caches.
     """
 
-    def divides(model: int) -> bool:
-        try:
-            return all(fit_to_mesh(config, model) for config in configs)
-        except DominoError:
-            return False
+    several = jax.process_count() > 1
+    return smallest_mesh(configs, dtype, len(jax.devices()), 0 if several else _memory_limit())
 
-    if jax.process_count() == 1 and _fits_one_device(configs, dtype):
+
+def smallest_mesh(configs: Sequence[DecoderConfig], dtype: Any, devices: int, limit: float | None) -> tuple[int, int]:
+    """The mesh (data, model) of the fewest devices: one where the models fit, else all that they can be divided over.
+
+    Args:
+        devices: that there are.
+        limit: bytes that one of them has for us; None where it does not count.
+    """
+    if limit is None or sum(_needed_bytes(config, dtype) for config in configs) <= SHARE * limit:
         return 1, 1
-    return 1, max(filter(divides, range(1, len(jax.devices()) + 1)))
+    return 1, max(model for model in range(1, devices + 1) if divides(configs, model))
 
 
-def _fits_one_device(configs: Sequence[DecoderConfig], dtype: Any) -> bool:
-    """Whether one device has the memory for these models; True on a CPU, whose devices share one memory."""
+def divides(configs: Sequence[DecoderConfig], model: int) -> bool:
+    """Whether models can be divided over so many devices."""
+    try:
+        return all(fit_to_mesh(config, model) for config in configs)
+    except DominoError:
+        return False
+
+
+def _memory_limit() -> int | None:
+    """Bytes that a device gives us; None on a CPU, whose devices share one memory, and where it does not say."""
     device = jax.devices()[0]
-    if device.platform == "cpu":
-        return True
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return limit is None or sum(_needed_bytes(config, dtype) for config in configs) <= SHARE * limit
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _needed_bytes(config: DecoderConfig, dtype: Any) -> int:

@@ -10,6 +10,7 @@ SUBCOMMANDS = {
     "mixed": Subcommand("infer.bench.mixed", "requests of mixed lengths: slots against closed batches"),
     "compile": Subcommand("infer.bench.compile", "programs for TPUs that are not here: copies, memory, estimated cost"),
     "serve": Subcommand("infer.bench.serve", "servers of OpenAI's API under load, several in turn"),
+    "plan": Subcommand("infer.bench.plan", "what fits on devices that need not be here: weights, caches, streams"),
     "checkpoints": Subcommand("infer.bench.checkpoints", "a checkpoint through all its forms: memory and rate"),
     "spread": Subcommand("infer.bench.spread", "the spread of figures over several runs, as Markdown"),
 }

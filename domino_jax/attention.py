@@ -3,7 +3,8 @@
 Row b's T queries stand at positions start[b] ... start[b] + T - 1, where their own keys have been written. The live
 part of its cache is start[b] + T positions long; everything behind it is stale. What a query sees follows from that and
 two settings: with `causal`, the positions up to its own; without, the whole live part (a drafter's block); with a
-`window` W, the W positions up to its own, whatever `causal` is (docs/algorithm.md, section 3).
+`window` W, the W positions up to its own, whatever `causal` is (docs/algorithm.md, section 3). Where the queries are
+the nodes of a tree, `sees` says which of each other they see, and the cache before them they see whole.
 
     xla     Products over the whole length bucket and a mask: any device, any dtype. Its cost follows the bucket, at
             most twice the live length.
@@ -15,7 +16,6 @@ with xla there (`domino_jax.runtime.autotune`).
 """
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -36,7 +36,7 @@ LARGEST_ALONE = 1024  # queries whose scores exist at a time where tokens attend
 
 
 def available_backends(
-    asked: BackendChoice, head_dims: Iterable[int], dtype: Any, device: Any = None
+    asked: BackendChoice, head_dims: Iterable[int], dtype: Any, device: Any = None, trees: bool = False
 ) -> tuple[Backend, ...]:
     """The backends to choose from on a device: the one asked for; with "auto" xla, then tested kernels.
 
@@ -44,6 +44,7 @@ def available_backends(
         head_dims: H of each model that will run.
         dtype: of queries and caches.
         device: one of those that programs are compiled for; this process's first when None.
+        trees: queries will be the nodes of trees.
 
     Raises:
         DominoError: the backend asked for can't run here; it is never replaced by another one.
@@ -52,15 +53,17 @@ def available_backends(
     device = jax.devices()[0] if device is None else device
     if asked == "auto":
         tested = TESTED_KINDS.get(device.device_kind, ())
-        return ("xla", *(backend for backend in tested if not _refusal(backend, head_dims, dtype, device)))
-    refusal = _refusal(asked, head_dims, dtype, device)
+        return ("xla", *(backend for backend in tested if not _refusal(backend, head_dims, dtype, device, trees)))
+    refusal = _refusal(asked, head_dims, dtype, device, trees)
     if refusal:
         raise DominoError(f"{refusal}: give --attention auto or xla.")
     return (asked,)
 
 
-def _refusal(backend: Backend, head_dims: Iterable[int], dtype: Any, device: Any) -> str | None:
+def _refusal(backend: Backend, head_dims: Iterable[int], dtype: Any, device: Any, trees: bool) -> str | None:
     """Why a backend can't run on a device, or None."""
+    if backend == "pallas" and trees:
+        return "the Pallas attention kernel has no mask for trees of drafts"
     if backend == "pallas" and device.platform != "tpu":
         return f"the Pallas attention kernel needs a TPU, found {device.device_kind}"
     if backend != "cudnn":
@@ -76,7 +79,14 @@ def _refusal(backend: Backend, head_dims: Iterable[int], dtype: Any, device: Any
 
 
 def attend(
-    q: Array, k: Array, v: Array, start: Array, causal: bool = True, window: int | None = None, backend: Backend = "xla"
+    q: Array,
+    k: Array,
+    v: Array,
+    start: Array,
+    causal: bool = True,
+    window: int | None = None,
+    backend: Backend = "xla",
+    sees: Array | None = None,
 ) -> Array:
     """softmax(q·k / √H) · v over what each query sees, the softmax in float32.
 
@@ -88,23 +98,31 @@ def attend(
         k, v: [B, K, S, H], as the cache holds them; row b's from start[b] to start[b] + T - 1 are the queries' own.
         start: [B] int32, or [1] for all rows alike (xla). A row with start + T > S is computed and means nothing.
         causal, window: see the module.
+        sees: [B, T, T] bool of queries and their own keys, which stand in the cache in the order of the queries; None
+            for those that follow each other. Not with a window, nor with pallas.
 
     Returns:
         [B, T, N, H].
     """
-    assert backend in get_args(Backend)
+    assert backend in get_args(Backend) and (sees is None or (window is None and backend != "pallas"))
     if backend == "xla":
-        return attend_xla(q, k, v, start, causal, window)
+        return attend_xla(q, k, v, start, causal, window, sees=sees)
     # Imported here: the kernels use this module's helpers, and xla does without Pallas.
     from domino_jax.kernels import attention_cudnn, attention_tpu
 
-    kernel = attention_cudnn.attend_cudnn if backend == "cudnn" else attention_tpu.attend_tpu
-    run = partial(kernel, causal=causal, window=window)
+    def run(q: Array, k: Array, v: Array, start: Array, *sees: Array) -> Array:
+        how: dict[str, Any] = {"causal": causal, "window": window}
+        if backend == "cudnn":
+            return attention_cudnn.attend_cudnn(q, k, v, start, **how, sees=sees[0] if sees else None)
+        return attention_tpu.attend_tpu(q, k, v, start, **how)
+
+    arguments, letters = [q, k, v, start], ["B T N H", "B K S H", "B K S H", "B"]
+    if sees is not None:
+        arguments, letters = [*arguments, sees], [*letters, "B T T"]
     if not jax.sharding.get_abstract_mesh().empty:
-        queries, cache = spec("B T N H"), spec("B K S H")
         # No check of what varies over which axis: it does not look into custom calls.
-        run = jax.shard_map(run, in_specs=(queries, cache, cache, spec("B")), out_specs=queries, check_vma=False)
-    return run(q, k, v, start)
+        run = jax.shard_map(run, in_specs=tuple(map(spec, letters)), out_specs=spec("B T N H"), check_vma=False)
+    return run(*arguments)
 
 
 def attend_without_cache(
@@ -144,9 +162,15 @@ def in_window(distance: Array, window: int | None) -> Array:
     return (distance >= 0) & (distance < window)
 
 
-def visible(start: Array, tokens: int, capacity: int, causal: bool, window: int | None) -> Array:
+def visible(
+    start: Array, tokens: int, capacity: int, causal: bool, window: int | None, sees: Array | None = None
+) -> Array:
     """What each query sees: start [B] -> [B, T, S] bool."""
     seen = jnp.arange(capacity, dtype=jnp.int32)
+    if sees is not None:
+        place = seen - start[:, None]  # [B, S], among the queries
+        own = jnp.take_along_axis(sees, jnp.clip(place, 0, tokens - 1)[:, None], axis=2)
+        return (place < 0)[:, None] | (own & (place < tokens)[:, None])
     positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
     if window is not None:
         return in_window(positions[:, :, None] - seen, window)
@@ -169,17 +193,25 @@ def apart(rows: Array, tokens: int) -> Array:
 
 
 def attend_xla(
-    q: Array, k: Array, v: Array, start: Array, causal: bool, window: int | None, since: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    start: Array,
+    causal: bool,
+    window: int | None,
+    since: Array | None = None,
+    sees: Array | None = None,
 ) -> Array:
     """`attend` as plain matrix products: any other order of axes and XLA on a CPU transposes the cache.
 
     Args:
         since: [B, T], positions before which a query sees nothing; 0 when None.
+        sees: see `attend`.
     """
     tokens, kv_heads = q.shape[1], k.shape[1]
     rows = side_by_side(q, kv_heads)
     scores = jnp.einsum("BKXH,BKSH->BKXS", rows, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    seen = visible(start, tokens, k.shape[2], causal, window)
+    seen = visible(start, tokens, k.shape[2], causal, window, sees)
     if since is not None:
         seen &= jnp.arange(k.shape[2], dtype=jnp.int32) >= since[:, :, None]
     seen = jnp.repeat(seen, q.shape[2] // kv_heads, axis=1)[:, None]

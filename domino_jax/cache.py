@@ -73,6 +73,25 @@ def append_kv(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> K
     return KVCache(put(cache.k, k), put(cache.v, v))
 
 
+def compact(cache: KVCache, start: Array, places: Array) -> KVCache:
+    """The cache with what row b holds at start[b] + places[b, i] at start[b] + i; as it is where all is there already.
+
+    Args:
+        start: [B] int32.
+        places: [B, T] int32.
+    """
+    moved = places != jnp.arange(places.shape[1], dtype=jnp.int32)
+
+    def move(cache: KVCache) -> KVCache:
+        def row(buffer: Array, start: Array, places: Array) -> Array:
+            taken = jnp.take(buffer, start + places, axis=1, mode="clip")
+            return jax.lax.dynamic_update_slice(buffer, taken, (0, start, 0))
+
+        return jax.tree.map(lambda buffer: constrain(jax.vmap(row)(buffer, start, places), "B K S H"), cache)
+
+    return jax.lax.cond(moved.any(), move, lambda cache: cache, cache)
+
+
 def resize(buffer: Array, capacity: int, axis: int = POSITIONS) -> Array:
     """A buffer whose `axis` of positions has the size `capacity`: new ones are zero, those beyond it are dropped."""
     extra = capacity - buffer.shape[axis]

@@ -21,14 +21,16 @@ from jax.core import Tracer
 
 from domino_jax import cache as kv
 from domino_jax import target, verify
+from domino_jax import tree as trees
 from domino_jax.attention import Backend
 from domino_jax.cache import KVCache
 from domino_jax.config import TargetConfig
-from domino_jax.drafters.base import Drafter, DraftTokens, View
+from domino_jax.drafters.base import Branching, Drafter, DraftTokens, View
 from domino_jax.errors import DominoError
 from domino_jax.processors import Processors, count_tokens, process_logits
 from domino_jax.sampling import Sampling, finite_logits, pick, probabilities, sample
 from domino_jax.sharding import shard_copy, zeros
+from domino_jax.tree import Tree
 from domino_jax.weights import Params
 
 LARGEST_CHUNK = 512  # prompt tokens a prefill program runs at once; bounds its memory
@@ -79,6 +81,16 @@ class DecodeConfig:
         return self.drafts or (self.drafter.most if self.drafter else 0)
 
     @property
+    def branching(self) -> bool:
+        """Whether the drafts of a cycle are a tree."""
+        return isinstance(self.drafter, Branching)
+
+    @property
+    def depth(self) -> int:
+        """P, drafts that a cycle can accept at most: all, or of a tree a path."""
+        return min(self.proposals, self.drafter.depth) if isinstance(self.drafter, Branching) else self.proposals
+
+    @property
     def lookahead(self) -> int:
         """Positions from a row's last token on that one cycle may write; 2 at least."""
         return max(self.drafter.scratch(self.proposals) if self.drafter else 0, self.proposals + 1, 2)
@@ -124,14 +136,14 @@ class Logprobs(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What some cycles gave; C is the number a dispatch may run, J = 0 for autoregressive steps."""
+    """What some cycles gave; C is the number a dispatch may run, J = P = 0 for autoregressive steps."""
 
     cycles: Array  # [] int32, how many of the C entries count
-    tokens: Array  # [C, B, J + 1] int32, of which the first `counts` are new output
+    tokens: Array  # [C, B, P + 1] int32, of which the first `counts` are new output
     counts: Array  # [C, B] int32, 0 for a row that was already done
     accepted: Array  # [C, B] int32, drafts accepted, counted whole even where a stop cut the output
-    drafts: Array  # [C, B, J] int32, what was proposed
-    logprobs: Logprobs | None  # [C, B, J + 1], where asked for
+    drafts: Array  # [C, B, J] int32, what was proposed, those accepted first; -1 is a tree's place without a node
+    logprobs: Logprobs | None  # [C, B, P + 1], where asked for
 
 
 def new_rows(
@@ -328,11 +340,11 @@ def first_token(
     return state, _logprobs(configs, plain, token[:, None])
 
 
-def _processed(state: DecodeState, logits: Array, drafts: Array) -> Array:
+def _processed(state: DecodeState, logits: Array, drafts: Array, tree: Tree | None = None) -> Array:
     """The logits that tokens are chosen by; see `processors.process_logits`."""
     if state.processors is None:
         return logits
-    return process_logits(logits, drafts, state.emitted, state.rows.stop, state.processors)
+    return process_logits(logits, drafts, state.emitted, state.rows.stop, state.processors, tree)
 
 
 def _logprobs(configs: DecodeConfig, logits: Array, tokens: Array) -> Logprobs | None:
@@ -418,6 +430,20 @@ def accept(keys: Array | None, draft: DraftTokens, logits: Array, state: DecodeS
     return count, token
 
 
+def choices_at_nodes(keys: Array | None, tree: Tree, logits: Array, sampling: Sampling) -> Array:
+    """The target's own token after each node of a tree, drawn with the key of its position: [B, T] int32.
+
+    Whatever the nodes are, the output is distributed as the target's, and it is the sample of `verify.accept_coupled`.
+
+    Args:
+        keys: [B, P + 1, 2], see `position_keys`; None where every row is greedy.
+        logits: [B, T, V] of the target.
+    """
+    if keys is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return sample(jnp.take_along_axis(keys[..., 0], tree.depth, axis=1), probabilities(logits, sampling))
+
+
 @partial(jax.jit, static_argnums=(1, 3, 4, 6), donate_argnums=2)
 def speculate(
     params: Params,
@@ -434,16 +460,16 @@ def speculate(
         cycles: C; the loop ends before that when all rows are done or one has no room left.
         greedy: every row has temperature 0, so no distribution needs to be formed.
         most: [] int32, ends it sooner without another program; C when None.
-        accept: decides which drafts stand. Another one is for measuring speed: its output is worthless.
+        accept: decides which drafts of a chain stand. Another one is for measuring speed: its output is worthless.
     """
     assert configs.drafter is not None, "speculate needs a drafter; autoregress does without"
 
     def cycle(state: DecodeState) -> tuple[DecodeState, _Cycle]:
-        keys = None if greedy else position_keys(state, configs.proposals)
+        keys = None if greedy else position_keys(state, configs.depth)
         draft, state = propose(params, configs, state, None if keys is None else keys[:, :-1, 0])
         return _verify(params, configs, state, draft, keys, accept)
 
-    return _loop(cycle, state, cycles, most, configs, configs.proposals)
+    return _loop(cycle, state, cycles, most, configs, configs.proposals, configs.depth)
 
 
 @partial(jax.jit, static_argnums=(1, 3, 4), donate_argnums=2)
@@ -465,7 +491,7 @@ def autoregress(
         none = DraftTokens(jnp.zeros((state.token.shape[0], 0), jnp.int32), None)
         return _verify(params, configs, state, none, None if greedy else position_keys(state, 0), accept)
 
-    return _loop(step, state, cycles, most, configs, 0)
+    return _loop(step, state, cycles, most, configs, 0, 0)
 
 
 def propose(
@@ -474,7 +500,7 @@ def propose(
     """What the drafter proposes for one cycle, and the state with what it wrote.
 
     Args:
-        keys: [B, J]; None where every row is greedy.
+        keys: [B, J], of a tree [B, P]; None where every row is greedy.
     """
     assert configs.drafter is not None
     draft, drafter, cache = configs.drafter.propose(
@@ -516,11 +542,13 @@ def _verify(
     accept: Accept,
 ) -> tuple[DecodeState, _Cycle]:
     """Run the target over the drafts, accept, tell the drafter, and commit: the rest of a cycle after the proposal."""
+    if draft.parents is not None:
+        return _verify_tree(params, configs, state, draft, keys)
     plain, features, cache = run_target(params, configs, state, draft.tokens)
     with jax.named_scope("verify"):
         logits = _processed(state, plain, draft.tokens)
         accepted, bonus = accept(keys, draft, logits, state)
-        chosen = verify.prefix_length(finite_logits(logits, state.rows.sampling.temperature))
+        finite = finite_logits(logits, state.rows.sampling.temperature)
     tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
     # Rejected positions are written too; they lie beyond the new length and are never seen.
     state = _observe(
@@ -528,11 +556,58 @@ def _verify(
     )
     sequence = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
     sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
+    return _end_cycle(configs, state, sequence, accepted, finite, draft.tokens, plain)
+
+
+def _verify_tree(
+    params: Params, configs: DecodeConfig, state: DecodeState, draft: DraftTokens, keys: Array | None
+) -> tuple[DecodeState, _Cycle]:
+    """`_verify` for a tree. What its path has left in the cache, and of hidden states, is put in the path's order."""
+    assert draft.parents is not None
+    tree = trees.tree_of(draft.parents, configs.depth)
+    drafts = jnp.maximum(draft.tokens, 0)  # what runs where there is no node
+    plain, features, cache = run_target(params, configs, state, drafts, tree)
+    with jax.named_scope("verify"):
+        logits = _processed(state, plain, drafts, tree)
+        choices = choices_at_nodes(keys, tree, logits, state.rows.sampling)
+        tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
+        path = trees.walk(tree, tokens, choices, configs.depth)
+        sequence = trees.along(choices, path.nodes)  # a node's choice is the next one's token; the last is the bonus
+        finite = trees.along(finite_logits(logits, state.rows.sampling.temperature), path.nodes)
+        standing_first = jnp.argsort(~path.stands[:, 1:], axis=1, stable=True)
+        drafts = jnp.take_along_axis(draft.tokens, standing_first, axis=1)
+    with jax.named_scope("context"):
+        cache = kv.compact(cache, state.length, path.nodes)
+        tokens, features = trees.along(tokens, path.nodes), trees.along(features, path.nodes)
+    state = _observe(params, configs, state._replace(cache=cache), tokens, features, state.length)
+    if configs.logprobs:
+        plain = trees.along(plain, path.nodes)
+    return _end_cycle(configs, state, sequence, path.accepted, finite, drafts, plain)
+
+
+def _end_cycle(
+    configs: DecodeConfig,
+    state: DecodeState,
+    sequence: Array,
+    accepted: Array,
+    finite: Array,
+    drafts: Array,
+    plain: Array,
+) -> tuple[DecodeState, _Cycle]:
+    """Commit what a cycle gave.
+
+    Args:
+        sequence: [B, P + 1], of which `accepted` [B] drafts and the token after them are new output.
+        finite: [B, P + 1], whether each was chosen by finite logits.
+        drafts: [B, J], as in `Emitted`.
+        plain: [B, P + 1, V], the target's logits before each; not read where no log-probabilities are asked for.
+    """
+    chosen = verify.prefix_length(finite)
     state, counts = commit(state, sequence, jnp.minimum(accepted + 1, chosen))
     broken = ~state.done & (chosen <= accepted)
     processors = state.processors and count_tokens(state.processors, sequence, counts)
     state = state._replace(done=state.done | broken, finite=state.finite & ~broken, processors=processors)
-    return state, _Cycle(sequence, counts, accepted, draft.tokens, _logprobs(configs, plain, sequence))
+    return state, _Cycle(sequence, counts, accepted, drafts, _logprobs(configs, plain, sequence))
 
 
 def _observe(
@@ -552,21 +627,25 @@ def _observe(
 
 
 def run_target(
-    params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array
+    params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array, tree: Tree | None = None
 ) -> tuple[Array, Array, KVCache]:
-    """The target over [last token, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache."""
+    """The target over [last token, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache.
+
+    Args:
+        tree: of the last token and the drafts; they follow each other when None.
+    """
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     with jax.named_scope("target"):
-        hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length)
+        hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length, tree)
         return target.logits(params.target, configs.target, hidden), features, cache
 
 
 def _forward(
-    params: Params, configs: DecodeConfig, cache: KVCache, tokens: Array, start: Array
+    params: Params, configs: DecodeConfig, cache: KVCache, tokens: Array, start: Array, tree: Tree | None = None
 ) -> tuple[Array, Array, KVCache]:
     target_layer_ids = configs.drafter.target_layer_ids if configs.drafter else ()
     hidden, features, written = target.forward(
-        params.target, configs.target, tokens, start, cache, target_layer_ids, configs.attention
+        params.target, configs.target, tokens, start, cache, target_layer_ids, configs.attention, tree=tree
     )
     assert written is not None
     return hidden, features, written
@@ -640,20 +719,21 @@ def _loop(
     most: Array | np.integer | None,
     configs: DecodeConfig,
     proposals: int,
+    depth: int,
 ) -> tuple[DecodeState, Emitted]:
-    """Run `cycle`, of so many proposals, while there is work and room, collecting what it emits."""
+    """Run `cycle`, of so many proposals of that depth, while there is work and room, collecting what it emits."""
     bound, lookahead = cycles if most is None else jnp.minimum(most, cycles), configs.lookahead
     size = cycles, state.token.shape[0]
     likeliest = min(configs.logprobs, configs.target.vocab_size)
     nothing = _Cycle(
-        tokens=jnp.zeros((*size, proposals + 1), jnp.int32),
+        tokens=jnp.zeros((*size, depth + 1), jnp.int32),
         counts=jnp.zeros(size, jnp.int32),
         accepted=jnp.zeros(size, jnp.int32),
         drafts=jnp.zeros((*size, proposals), jnp.int32),
         logprobs=Logprobs(
-            jnp.zeros((*size, proposals + 1), jnp.float32),
-            jnp.zeros((*size, proposals + 1, likeliest), jnp.int32),
-            jnp.zeros((*size, proposals + 1, likeliest), jnp.float32),
+            jnp.zeros((*size, depth + 1), jnp.float32),
+            jnp.zeros((*size, depth + 1, likeliest), jnp.int32),
+            jnp.zeros((*size, depth + 1, likeliest), jnp.float32),
         )
         if likeliest
         else None,

@@ -14,6 +14,7 @@ from jax import Array
 
 from domino_jax.sampling import SamplingParams
 from domino_jax.sharding import constrain, shard_copy
+from domino_jax.tree import Tree
 
 MOST_BIASES = 256  # of a row
 WORD = 32  # tokens of an entry of `allowed`
@@ -85,7 +86,9 @@ def allowed_tokens(allowed: Sequence[np.ndarray | None], batch: int, vocab_size:
     return shard_copy(words, "B -")
 
 
-def process_logits(logits: Array, drafts: Array, emitted: Array, stop: Array, given: Processors) -> Array:
+def process_logits(
+    logits: Array, drafts: Array, emitted: Array, stop: Array, given: Processors, tree: Tree | None = None
+) -> Array:
     """The logits that tokens are chosen by.
 
     Args:
@@ -93,13 +96,18 @@ def process_logits(logits: Array, drafts: Array, emitted: Array, stop: Array, gi
         drafts: [B, J].
         emitted: [B], tokens generated so far.
         stop: [B, E] ids that end the rows.
+        tree: of the last token and the drafts; they follow each other when None.
     """
     penalised = (given.repetition != 1) | (given.presence != 0) | (given.frequency != 0)
     vocab = logits.shape[-1]
 
     def penalise(logits: Array) -> Array:
-        drafted = jnp.cumsum(jax.nn.one_hot(drafts, vocab, dtype=jnp.int32), axis=1)
-        counts = given.output[:, None] + jnp.pad(drafted, ((0, 0), (1, 0), (0, 0)))
+        drafted = jax.nn.one_hot(drafts, vocab, dtype=jnp.int32)
+        if tree is None:
+            counts = jnp.pad(jnp.cumsum(drafted, axis=1), ((0, 0), (1, 0), (0, 0)))
+        else:  # of those on the way to each node
+            counts = jnp.einsum("BTJ,BJV->BTV", tree.sees[:, :, 1:].astype(jnp.int32), drafted)
+        counts = given.output[:, None] + counts
         there = counts > 0
         repetition, presence, frequency = (
             x[:, None, None] for x in (given.repetition, given.presence, given.frequency)
@@ -116,7 +124,7 @@ def process_logits(logits: Array, drafts: Array, emitted: Array, stop: Array, gi
         return logits + added[:, None]
 
     logits = jax.lax.cond((given.biases != 0).any(), add, lambda logits: logits, logits)
-    place = emitted[:, None] + jnp.arange(logits.shape[1])
+    place = emitted[:, None] + (jnp.arange(logits.shape[1]) if tree is None else tree.depth)
     early = place < given.min_tokens[:, None]  # [B, J + 1]
 
     def hold(logits: Array) -> Array:

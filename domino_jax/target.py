@@ -9,6 +9,7 @@ from domino_jax.cache import KVCache, append_kv
 from domino_jax.config import TargetConfig
 from domino_jax.matrix import AnyMatrix
 from domino_jax.sharding import constrain, gathered
+from domino_jax.tree import Tree
 from domino_jax.weights import Target, axes, lm_head
 
 
@@ -21,6 +22,7 @@ def forward(
     target_layer_ids: tuple[int, ...] = (),
     attention: Backend = "xla",
     starts: Array | None = None,
+    tree: Tree | None = None,
 ) -> tuple[Array, Array, KVCache | None]:
     """Run T tokens per row, after what the cache already holds.
 
@@ -32,6 +34,8 @@ def forward(
         attention: its backend; without a cache xla, which can be differentiated, or cudnn.
         starts: [B, T], without a cache: the first position that each token sees, where rows hold several sequences
             (packing); 0 when None.
+        tree: with a cache: the tokens are its nodes, the first the anchor. Each stands at the anchor's position plus
+            its depth; its keys and values are written in the order of the tokens all the same.
 
     Returns:
         Hidden states after the final norm [B, T, D]; features [B, T, LD], the residual stream after
@@ -39,7 +43,8 @@ def forward(
         `hidden_states`); the cache with T positions written from `start`.
     """
     begin = jnp.zeros(1, jnp.int32) if start is None else start
-    positions = begin[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [B or 1, T]
+    ahead = jnp.arange(tokens.shape[1], dtype=jnp.int32) if tree is None else tree.depth
+    positions = begin[:, None] + ahead  # [B or 1, T]
     angles = layers.rotary(positions, config)
     letters = axes(config)
     x = constrain(layers.embed(gathered(params.embed, letters.embed), tokens), "B T D")
@@ -54,7 +59,8 @@ def forward(
         else:
             assert start is not None, "a cache needs the rows' start positions"
             cache = append_kv(cache, i, k, v, start)
-            attended = attend(q, cache.k[i], cache.v[i], begin, backend=attention)
+            sees = None if tree is None else tree.sees
+            attended = attend(q, cache.k[i], cache.v[i], begin, backend=attention, sees=sees)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
         outputs[i] = x
     x = outputs[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)

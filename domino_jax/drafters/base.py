@@ -31,10 +31,13 @@ class View(NamedTuple):
 
 
 class DraftTokens(NamedTuple):
-    """What a drafter proposes for the J positions after each row's last token."""
+    """What a drafter proposes for the J positions after each row's last token, or J nodes of a tree of them."""
 
-    tokens: Array  # [B, J] int32, each in the target's vocabulary
+    tokens: Array  # [B, J] int32, each in the target's vocabulary; in a tree -1 is a place without a node
     probs: Array | None  # [B, J, V] float32, the distributions that they were drawn from; None where all is greedy
+    # A tree alone, whose nodes are chosen and not drawn (`probs` is None): [B, J] int32, the node that each follows, 0
+    # for the row's last token and i + 1 for tokens[:, i]. Parents stand before children, and siblings differ.
+    parents: Array | None = None
 
 
 class Product(NamedTuple):
@@ -115,6 +118,16 @@ class Drafter(Protocol):
             features: [B, T, LD], the target's hidden states there after `target_layer_ids`.
             proposed: static; all tokens but the first of each row are what `propose` has just returned with this state.
         """
+        ...
+
+
+@runtime_checkable
+class Branching(Protocol):
+    """A drafter whose tokens are the nodes of a tree."""
+
+    @property
+    def depth(self) -> int:
+        """Nodes of the longest path, at most: so many of a cycle's tokens can be accepted."""
         ...
 
 

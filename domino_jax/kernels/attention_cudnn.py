@@ -14,13 +14,21 @@ from domino_jax.attention import apart, side_by_side, visible
 
 
 def attend_cudnn(
-    q: Array, k: Array, v: Array, start: Array, causal: bool, window: int | None, implementation: Any = "cudnn"
+    q: Array,
+    k: Array,
+    v: Array,
+    start: Array,
+    causal: bool,
+    window: int | None,
+    implementation: Any = "cudnn",
+    sees: Array | None = None,
 ) -> Array:
     """`attention.attend` by `jax.nn.dot_product_attention`.
 
     That function takes keys as [B, S, K, H], which would transpose the cache. Each KV head with its G query heads is
     passed as a row of its own instead, [BK, S, 1, H]: the cache as it lies in memory. Its causal mask is aligned to
-    position 0 and not to each row's start, so several causal queries need an explicit mask, [BK, 1, T, S].
+    position 0 and not to each row's start, so several causal queries need an explicit mask, [BK, 1, T, S], and so do
+    the nodes of a tree.
 
     Args:
         implementation: of jax.nn.dot_product_attention; "xla" is JAX's reference, for tests.
@@ -31,7 +39,7 @@ def attend_cudnn(
     keys, values = (x.reshape(batch * kv_heads, capacity, 1, width) for x in (k, v))
     mask = None
     if window is not None or (causal and tokens > 1):
-        mask = jnp.repeat(visible(start, tokens, capacity, causal, window)[:, None], kv_heads, axis=0)
+        mask = jnp.repeat(visible(start, tokens, capacity, causal, window, sees)[:, None], kv_heads, axis=0)
     out = jax.nn.dot_product_attention(
         rows,
         keys,

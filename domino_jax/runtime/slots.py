@@ -511,7 +511,8 @@ class Slots:
                 if emitted.logprobs is not None:
                     c.take_logprobs(jax.tree.map(lambda x, i=i, slot=slot: x[i, slot], emitted.logprobs), len(tokens))
                 if drafts:
-                    stood, proposed = int(emitted.accepted[i, slot]), emitted.drafts[i, slot].tolist()
+                    stood = int(emitted.accepted[i, slot])
+                    proposed = [token for token in emitted.drafts[i, slot].tolist() if token >= 0]
                     c.cycles.append(Cycle(start, tokens, stood, proposed))
                     accepted.setdefault(c, []).append(c.cycles[-1].accepted)
                 else:

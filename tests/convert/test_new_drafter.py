@@ -284,7 +284,7 @@ def test_a_heads_two_forms_agree():
         assert isinstance(drafter, BlockDrafter)
         view = decode.view(params, pair.configs, state)
         z, base, _ = drafter.draft_block(params.draft, state.drafter, view, drafter.most)
-        drafts, _ = head.propose(params.draft.head, z, base, view, None)
+        drafts = head.propose(params.draft.head, z, base, view, None).tokens
         before = jnp.concatenate([state.token[:, None], drafts[:, :-1]], axis=1)
         forced = head.teacher_forced(params.draft.head, z[:, None], before[:, None], params.target.embed)
         return drafts, base, base + (forced.rank @ forced.output.T)[:, 0]

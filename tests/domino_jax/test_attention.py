@@ -217,7 +217,7 @@ def test_auto_is_the_fastest_backend_with_the_same_output(monkeypatch):
     """Measured: xla is made slow, and the other backends are what a device might turn out to have."""
     plain, config = attention.attend_xla, dataclasses.replace(factory.TARGET, head_dim=16)
 
-    def slow(*args: Any) -> Array:
+    def slow(*args: Any, **_: Any) -> Array:
         return sum((plain(*args) for _ in range(8)), start=jnp.float32(0)) / 8
 
     def right(q: Array, k: Array, v: Array, start: Array, **how: Any) -> Array:

@@ -22,6 +22,29 @@ class Correction(NamedTuple):
     output: Array  # [V, R], a weight
 
 
+class Paths(Protocol):
+    """What a head says along the paths of one block: its state after some tokens, and the logits of what follows.
+
+    Rows have L paths each, which share the block's states and base logits. All of it is traced into the program.
+    """
+
+    def start(self) -> Any:
+        """The state at the anchor: a pytree of arrays [B, 1, ...]."""
+        ...
+
+    def logits(self, state: Any, place: int) -> tuple[Array, Array | None]:
+        """Of the proposal at a place of the block, from 0 on, after the tokens of the paths.
+
+        Returns:
+            [B, L, V], or [B, 1, V] where all paths have the same; [B, L, C] with the tokens [B, C] that they are of.
+        """
+        ...
+
+    def advance(self, state: Any, tokens: Array) -> Any:
+        """The state after one token more of each path: tokens [B, L]."""
+        ...
+
+
 class Head(Protocol):
     """Proposes the tokens of a block from left to right, each knowing those before it, or none of them.
 
@@ -93,6 +116,10 @@ class Head(Protocol):
             candidates: C, tokens of (nearly) the highest base logits, which alone are scored and of which one is
                 proposed; the vocabulary when None.
         """
+        ...
+
+    def paths(self, weights: Any, z: Array, base: Array, view: View, candidates: int | None = None) -> Paths:
+        """What a tree of proposals is grown by (`drafters.tree`); see `propose`."""
         ...
 
     def teacher_forced(self, weights: Any, z: Array, tokens: Array, embed: Array) -> Correction | None:

@@ -6,7 +6,7 @@ from jax import Array
 
 from domino_jax.drafters.base import DraftTokens
 from domino_jax.sampling import Sampling, probabilities, sample
-from domino_jax.sharding import constrain, model_devices
+from domino_jax.sharding import MODEL, constrain, model_devices, spec
 
 SPARE = 16  # buckets of the vocabulary for each candidate wanted: that many keep nearly all of the true best
 
@@ -46,6 +46,34 @@ def stacked(chosen: list[tuple[Array, Array | None]]) -> DraftTokens:
     """What `choose_token` gave at the places of a block, as one."""
     probs = [distribution for _, distribution in chosen if distribution is not None]
     return DraftTokens(jnp.stack([token for token, _ in chosen], axis=1), jnp.stack(probs, axis=1) if probs else None)
+
+
+def largest(x: Array, count: int, divided: bool = False) -> tuple[Array, Array]:
+    """The `count` largest of x [B, L, V], and their places, each [B, L, count]: largest first, of equals the first.
+
+    Args:
+        divided: devices may share the last axis. They send each other their own best alone.
+    """
+
+    def best(x: Array) -> tuple[Array, Array]:
+        most = min(count, x.shape[-1])
+        values, places = jax.lax.top_k(x.reshape(-1, x.shape[-1]), most)
+        return values.reshape(*x.shape[:-1], most), places.reshape(*x.shape[:-1], most)
+
+    def best_of_part(part: Array) -> tuple[Array, Array]:
+        values, places = best(part)
+        return values, places + jax.lax.axis_index(MODEL) * part.shape[-1]
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return best(x)
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, 2)
+    if divided:
+        letters = spec("B L V")
+        x, places = jax.shard_map(best_of_part, in_specs=letters, out_specs=(letters, letters), check_vma=False)(x)
+        x, places = (constrain(found, "B L -") for found in (x, places))
+    # Sorted, since jax.lax.top_k would gather the rows of the other devices' batches first.
+    lowest, places = jax.lax.sort((-x, places), num_keys=1, is_stable=True)
+    return -lowest[..., :count], places[..., :count]
 
 
 def likeliest(logits: Array, count: int) -> tuple[Array, Array]:

@@ -119,29 +119,21 @@ class DominoHead:
         The first proposal and every corrected one are drawn from their distributions. The others, of the uncorrected
         prefix, would be drawn independently of their neighbours: they are the argmax, with a one-hot distribution.
         """
-        token, vocab, prefix, made, few = view.token, base.shape[-1], self.pure_draft_prefix_len, [], None
-        state = jnp.zeros((token.shape[0], weights.gru_state.shape[1]), z.dtype)
-        recurrent = jnp.zeros((token.shape[0], 3 * state.shape[1]), z.dtype)  # what a state of zeros gives the gates
-        part = dot(z, weights.proj_block)  # no token changes it, so a block needs it once
-        from_state = beside(weights.gru_state, weights.proj_state)  # one product with a state, not two
-        if candidates is not None and candidates < vocab:
-            best, ids = likeliest(base, candidates)  # [B, J, C]
-            few = best, ids, take(weights.proj_out, ids)  # the last [B, J, C, R]
+        paths, vocab, made = self.paths(weights, z, base, view, candidates), base.shape[-1], []
+        state = paths.start()
         # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
         for j in range(base.shape[1]):
-            logits, names = base[:, j], None  # names: the tokens that the logits are of, where not all
-            state = gru_cell(dot_rows(view.target.embed, token, weights.gru_in), recurrent, state)
-            recurrent, inner = jnp.split(dot(state, from_state), [recurrent.shape[1]], axis=1)
-            if j >= prefix:
-                rank = jax.nn.silu(part[:, j] + inner)
-                if few:
-                    logits, names, rows = (x[:, j] for x in few)
-                    logits += jnp.einsum("BR,BCR->BC", rank, rows, preferred_element_type=jnp.float32)
-                else:
-                    logits = constrain(logits + unembed(rank, weights.proj_out), "B V")
-            made.append(choose_token(logits, keys, j, view.sampling, vocab, j == 0 or j >= prefix, names))
-            token = made[-1][0]
+            if j > 0:
+                state = paths.advance(state, made[-1][0][:, None])
+            logits, names = paths.logits(state, j)
+            drawn = j == 0 or j >= self.pure_draft_prefix_len
+            made.append(choose_token(logits[:, 0], keys, j, view.sampling, vocab, drawn, names))
         return stacked(made)
+
+    def paths(
+        self, weights: DominoWeights, z: Array, base: Array, view: View, candidates: int | None = None
+    ) -> "DominoPaths":
+        return DominoPaths(weights, self.pure_draft_prefix_len, z, base, view, candidates)
 
     def teacher_forced(self, weights: DominoWeights, z: Array, tokens: Array, embed: Array) -> Correction:
         embedded = constrain(embed[tokens], "B A J D")
@@ -168,6 +160,44 @@ class DominoHead:
             # Each proposal scores the vocabulary or its candidates, and needs the token before it to do so.
             Product((weights.proj_out,), 1, turns=corrected, share=scored),
         )
+
+
+class DominoPaths:
+    """The GRU along paths: a `heads.base.Paths`. A state is the GRU's, and what the gates and the rank get of it."""
+
+    def __init__(self, weights: DominoWeights, prefix: int, z: Array, base: Array, view: View, candidates: int | None):
+        """Args: prefix: proposals that are not corrected; the others: see `heads.base.Head.propose`."""
+        self._weights, self._prefix, self._base, self._view = weights, prefix, base, view
+        self._part = dot(z, weights.proj_block)  # no token changes it, so a block needs it once
+        self._from_state = beside(weights.gru_state, weights.proj_state)  # one product with a state, not two
+        self._few = None
+        if candidates is not None and candidates < base.shape[-1]:
+            best, ids = likeliest(base, candidates)  # [B, J, C]
+            self._few = best, ids, take(weights.proj_out, ids)  # the last [B, J, C, R]
+
+    def start(self) -> tuple[Array, Array, Array]:
+        batch, width = self._view.token.shape[0], self._weights.gru_state.shape[1]
+        state = jnp.zeros((batch, 1, width), self._part.dtype)
+        recurrent = jnp.zeros((batch, 1, 3 * width), self._part.dtype)  # what a state of zeros gives the gates
+        return self.advance((state, recurrent, None), self._view.token[:, None])
+
+    def advance(self, state: tuple[Array, Array, Array | None], tokens: Array) -> tuple[Array, Array, Array]:
+        before, recurrent, _ = state
+        gates = dot_rows(self._view.target.embed, tokens, self._weights.gru_in)
+        after = gru_cell(gates, recurrent, before)
+        recurrent, inner = jnp.split(dot(after, self._from_state), [recurrent.shape[-1]], axis=-1)
+        return after, recurrent, inner
+
+    def logits(self, state: tuple[Array, Array, Array], place: int) -> tuple[Array, Array | None]:
+        base = self._base[:, place, None]
+        if place < self._prefix:
+            return base, None
+        rank = jax.nn.silu(self._part[:, place, None] + state[2])  # [B, L, R]
+        if self._few is None:
+            return constrain(base + unembed(rank, self._weights.proj_out), "B L V"), None
+        best, names, rows = (x[:, place] for x in self._few)
+        added = jnp.einsum("BLR,BCR->BLC", rank, rows, preferred_element_type=jnp.float32)
+        return best[:, None] + added, names
 
 
 def gru_cell(inputs: Array, recurrent: Array, state: Array) -> Array:

@@ -6,11 +6,27 @@ from typing import Any, ClassVar
 from jax import Array
 
 from domino_jax.drafters.base import DraftTokens, Product, View
-from domino_jax.drafters.heads.base import Correction
+from domino_jax.drafters.heads.base import Correction, Paths
 from domino_jax.drafters.heads.choosing import choose_token, stacked
 from domino_jax.fields import Fields
 from domino_jax.matrix import AnyMatrix
 from domino_jax.weights import Leaf, TensorRow
+
+
+@dataclass(frozen=True)
+class SamePaths:
+    """Every path is as any other: the base logits [B, J, V] alone."""
+
+    base: Array
+
+    def start(self) -> tuple[()]:
+        return ()
+
+    def logits(self, state: tuple[()], place: int) -> tuple[Array, None]:
+        return self.base[:, place, None], None
+
+    def advance(self, state: tuple[()], tokens: Array) -> tuple[()]:
+        return state
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,9 @@ class NoHead:
     ) -> DraftTokens:
         places, vocab = range(base.shape[1]), base.shape[-1]
         return stacked([choose_token(base[:, j], keys, j, view.sampling, vocab, drawn=j == 0) for j in places])
+
+    def paths(self, weights: Any, z: Array, base: Array, view: View, candidates: int | None = None) -> Paths:
+        return SamePaths(base)
 
     def teacher_forced(self, weights: Any, z: Array, tokens: Array, embed: Array) -> Correction | None:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from convert.configs import read_target_config
 from convert.draft_configs import export_warnings, is_drafter, read_custom_config, read_draft_config
+from convert.options import TreeSettings
 from convert.registry import NGRAM
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.drafters.assistant import AssistantDrafter
@@ -14,7 +15,9 @@ from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import LONG_MATCHES, CombinedDrafter
 from domino_jax.drafters.ngram import NgramDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError
 
 Raw = Mapping[str, Any]  # a parsed config.json
 
@@ -70,6 +73,7 @@ def make_drafter(
     candidates: int | None = None,
     prompt_lookup_max: int | None = None,
     prompt_lookup_min: int | None = None,
+    tree: TreeSettings | None = None,
 ) -> Drafter | None:
     """The drafter, None where there is neither a config nor n-gram drafting.
 
@@ -79,9 +83,11 @@ def make_drafter(
         num_draft_tokens: J; all that a drafter makes when None, 5 of an assistant and 7 of n-grams.
         candidates: tokens that a head scores.
         prompt_lookup_max, prompt_lookup_min: tokens of the longest and shortest match of n-grams.
+        tree: of a block drafter's proposals; a chain when None.
 
     Raises:
         DominoError: a setting does not fit the drafter.
+        UsageError: it makes no trees, or a tree and a number of drafts were asked for.
     """
     made: Drafter | None = None
     if config is not None:
@@ -90,6 +96,13 @@ def make_drafter(
         if not isinstance(made, BlockDrafter):
             raise DominoError("head candidates need a drafter with a causal head: give one with --draft DIR.")
         made = BlockDrafter(made.config, candidates)
+    if tree is not None:
+        if ngram or not isinstance(made, BlockDrafter):
+            what = "n-grams" if ngram else "no drafter" if made is None else "another model as drafter"
+            raise UsageError(f"--tree needs a block drafter alone, found {what}: give one with --draft DIR.")
+        if num_draft_tokens is not None:
+            raise UsageError("--tree says how many drafts a cycle verifies: leave --num-draft-tokens out.")
+        made = TreeDrafter(made.config, tree.candidates, tree.nodes, tree.lanes, tree.correction)
     if not ngram:
         if prompt_lookup_max is not None or prompt_lookup_min is not None:
             raise DominoError(f"prompt_lookup_max and prompt_lookup_min are for n-grams: --draft {NGRAM}.")

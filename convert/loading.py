@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from convert import hf
 from convert.drafters import make_drafter
-from convert.options import PlanOptions
+from convert.options import PlanOptions, TreeSettings
 from convert.registry import read_configs
 from convert.tokenizer import check_same_tokens, end_tokens, load_tokenizer
 from domino_jax import prepare
@@ -26,6 +26,7 @@ from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
@@ -94,6 +95,7 @@ def plan_load(
     draft_dtype: str | None = None,
     matrices: Matrices = "auto",
     devices: Sequence[Any] | None = None,
+    tree: TreeSettings | None = None,
 ) -> LoadPlan:
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
@@ -109,6 +111,7 @@ def plan_load(
         matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.prepare_for_cpu`).
         devices: of a topology that is compiled for, which need not be here; `mesh` is then given. This process's when
             None.
+        tree: of drafts; a chain when None.
 
     Raises:
         DominoError: a setting does not fit the pair or these devices.
@@ -123,6 +126,7 @@ def plan_load(
         candidates=candidates,
         prompt_lookup_max=prompt_lookup_max,
         prompt_lookup_min=prompt_lookup_min,
+        tree=tree,
     )
     if draft_dtype is not None and not isinstance(draft_config, DraftConfig):
         raise DominoError("8-bit weights are for a drafter of the target's blocks: give one with --draft DIR.")
@@ -136,7 +140,7 @@ def plan_load(
         target=fit_to_mesh(configs.target, sizes[1]),
         drafter=_fitted(configs.drafter, sizes[1]),
     )
-    backends = available_backends(attention, [c.head_dim for c in models], kind, device)
+    backends = available_backends(attention, [c.head_dim for c in models], kind, device, configs.branching)
     narrow = keeps_bfloat16(matrices, kind, platform)
     return LoadPlan(configs, fitted, kind, spread, backends, narrow, draft_dtype)
 
@@ -228,11 +232,17 @@ def _fitted(drafter: Drafter | None, model_devices: int) -> Drafter | None:
 
 
 def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, Params]:
-    """The pair without the drafter's head: the drafter's base logits alone, as plain DFlash proposes."""
+    """The pair without the drafter's head: the drafter's base logits alone, as plain DFlash proposes.
+
+    A tree stays one, of the same number of nodes.
+    """
     assert isinstance(configs.drafter, BlockDrafter)
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
     drafter.head = nnx.data(None)
-    plain = BlockDrafter(dataclasses.replace(configs.drafter.config, head=None))
+    changes: dict[str, Any] = {"config": dataclasses.replace(configs.drafter.config, head=None), "candidates": None}
+    if isinstance(configs.drafter, TreeDrafter):
+        changes["correction"] = "path"
+    plain = dataclasses.replace(configs.drafter, **changes)
     return dataclasses.replace(configs, drafter=plain), params._replace(draft=drafter)
 
 

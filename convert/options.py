@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict
 
 from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
 
@@ -33,7 +33,9 @@ DraftDtype = Literal["int8", "float8"]
 Matrices = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn", "pallas"]
 Sampler = Literal["rejection", "coupled"]
+TreeCorrection = Literal["path", "depth"]
 
+FEW_CANDIDATES = 64  # of a depth: with the public Domino drafters no node worth having is lost (arXiv 2607.08642)
 UNSET = arg(help_behavior_hint="")  # the help says in words what an option without a value does
 Flag = Annotated[bool, FlagCreatePairsOff, UNSET]
 GROUP = arg(name="")  # the fields of a nested dataclass belong to the group around it
@@ -151,6 +153,15 @@ def absolute(given: str | Path | None) -> str | None:
     return str(local_sources(given)[0].absolute()) if local_sources(given) else None if given is None else str(given)
 
 
+class TreeSettings(NamedTuple):
+    """A tree of drafts: fields of `domino_jax.drafters.tree.TreeDrafter`, which describes them."""
+
+    nodes: int
+    lanes: int | None = None
+    candidates: int | None = None
+    correction: TreeCorrection = "path"
+
+
 class PlanOptions(TypedDict, total=False):
     """How a pair runs: keywords of `loading.plan_load`, which describes them."""
 
@@ -163,6 +174,7 @@ class PlanOptions(TypedDict, total=False):
     candidates: int | None
     draft_dtype: DraftDtype | None
     matrices: Matrices
+    tree: TreeSettings | None
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,24 @@ class DraftingOptions:
     """n-grams: tokens of the longest match that is looked for (default: 5; 8 beside another drafter)"""
     prompt_lookup_min: Annotated[int | None, DisallowNone, UNSET] = None
     """n-grams: tokens of the shortest match that counts (default: 2; 4 beside another drafter)"""
+    tree: Annotated[int | None, DisallowNone, UNSET] = None
+    """verify a tree of so many drafts a cycle, the likeliest ones; other drafters than a block's can't make one"""
+    tree_lanes: Annotated[int | None, DisallowNone, UNSET] = None
+    """--tree: paths followed from depth to depth; fewer are cheaper (default: as many as drafts, the best tree)"""
+    tree_candidates: Annotated[int | Literal["all"] | None, DisallowNone, UNSET] = None
+    """--tree: highest base logits that drafts are made of, or all (default: all; 64 for the public Domino drafters)"""
+    tree_correction: TreeCorrection = "path"
+    """--tree: what the head goes by: each node's own path, or one path that all nodes of a depth share"""
+
+    @property
+    def tree_flags(self) -> list[str]:
+        """The flags given that say how a tree is made."""
+        given = {
+            "--tree-lanes": self.tree_lanes is not None,
+            "--tree-candidates": self.tree_candidates is not None,
+            "--tree-correction": self.tree_correction != "path",
+        }
+        return [name for name, there in given.items() if there]
 
 
 @dataclass(frozen=True)
@@ -242,6 +272,17 @@ class ModelOptions:
         """Tokens that the causal head scores; None for the whole vocabulary."""
         return None if self.drafting.head_candidates == "all" else self.drafting.head_candidates
 
+    @property
+    def tree(self) -> TreeSettings | None:
+        """The tree that --tree asks for; None without it."""
+        o = self.drafting
+        if o.tree is None:
+            return None
+        candidates = None if o.tree_candidates == "all" else o.tree_candidates
+        if o.tree_candidates is None and registry.is_public_domino(self.model, self.draft):
+            candidates = FEW_CANDIDATES
+        return TreeSettings(o.tree, o.tree_lanes, candidates, o.tree_correction)
+
     def plan(self, num_draft_tokens: int | None = None) -> PlanOptions:
         """The options as `loading.plan_load` and `loading.load_model` take them.
 
@@ -261,6 +302,7 @@ class ModelOptions:
             "candidates": self.head_candidates,
             "draft_dtype": self.drafting.draft_dtype,
             "matrices": self.device.matrices,
+            "tree": self.tree,
         }
 
     def check(self) -> None:
@@ -275,7 +317,11 @@ class ModelOptions:
         with words_at_fault():
             split_draft(drafting.draft)
         if self.plain or (self.ngram and self.draft == registry.NO_DRAFT):
-            used = {"--head-candidates": self.head_candidates, "--draft-dtype": drafting.draft_dtype}
+            used = {
+                "--head-candidates": self.head_candidates,
+                "--draft-dtype": drafting.draft_dtype,
+                "--tree": drafting.tree,
+            }
             for flag in (flag for flag, value in used.items() if value is not None):
                 raise UsageError(f"{flag} needs a drafter with weights, and --draft {drafting.draft} has none.")
         for name in ("prompt_lookup_max", "prompt_lookup_min"):
@@ -284,6 +330,7 @@ class ModelOptions:
                 check_count(name, value)
                 if not self.ngram:
                     raise UsageError(f"--{name.replace('_', '-')} is for n-gram drafting: add --draft ngram.")
+        self._check_tree()
         longest, shortest = drafting.prompt_lookup_max, drafting.prompt_lookup_min
         if longest is not None and shortest is not None and shortest > longest:
             raise UsageError(f"--prompt-lookup-min {shortest} is above --prompt-lookup-max {longest}.")
@@ -291,6 +338,24 @@ class ModelOptions:
             with words_at_fault():
                 registry.check_revisions(self.model, self.draft, self.revision, drafting.draft_revision)
         self.device.mesh_sizes()
+
+    def _check_tree(self) -> None:
+        """Raises: UsageError: what is said of a tree makes no sense."""
+        drafting = self.drafting
+        for name in ("tree", "tree_lanes", "tree_candidates"):
+            value = getattr(drafting, name)
+            if value not in (None, "all"):
+                check_count(name, value)
+        if drafting.tree is None:
+            for given in drafting.tree_flags:
+                raise UsageError(f"{given} says how a tree of drafts is made: add --tree N.")
+            return
+        if self.ngram:
+            raise UsageError(f"--tree needs a block drafter alone, and --draft {drafting.draft} has n-grams.")
+        if drafting.head_candidates != "all":
+            raise UsageError("--head-candidates is for chains of drafts: with --tree give --tree-candidates.")
+        if drafting.tree_lanes is not None and drafting.tree_lanes > drafting.tree:
+            raise UsageError(f"--tree-lanes {drafting.tree_lanes} is more than the {drafting.tree} nodes of --tree.")
 
 
 @dataclass(frozen=True)

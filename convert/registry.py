@@ -81,6 +81,11 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
     return target, DRAFTERS.get(draft, draft)
 
 
+def is_public_domino(model: str, draft: str | None) -> bool:
+    """Whether the values of --model and --draft name a Domino drafter that is published for its target."""
+    return locate(model, draft)[1] in {public.domino for public in TABLE.values() if public.dflash}
+
+
 def split_draft(draft: str | None) -> tuple[str | None, bool]:
     """What --draft says of a drafter with weights, and whether it asks for n-grams; (None, True) is n-grams alone.
 

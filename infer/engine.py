@@ -110,7 +110,8 @@ class Engine:
         """
         self.loaded = loaded
         self.cycles = cycles
-        self.auto = AutoDrafts(loaded.configs.proposals) if auto and loaded.configs.drafter is not None else None
+        configs = loaded.configs
+        self.auto = AutoDrafts(configs.proposals, configs.branching) if auto and configs.drafter is not None else None
         self.seconds = no_seconds()  # of each phase of the newest call of `stream` or `generate`
         self._accept = accept
         self._warn: Callable[[str], None] | None = warn

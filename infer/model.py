@@ -35,6 +35,7 @@ from convert.options import (
     ModelOptions,
     Sampler,
     SamplingOptions,
+    TreeCorrection,
     check_count,
 )
 from convert.values import json_kind, shown, token_ids
@@ -235,6 +236,10 @@ def load(
     matrices: Matrices = "auto",
     attention: Attention = "auto",
     mesh: str | None = None,
+    tree: int | None = None,
+    tree_lanes: int | None = None,
+    tree_candidates: int | Literal["all"] | None = None,
+    tree_correction: TreeCorrection = "path",
 ) -> Model:
     """A target and its drafter, fetched from the Hub where needed. The keywords are the flags of `python -m infer`.
 
@@ -249,6 +254,9 @@ def load(
         matrices: how a float32 run holds weights that are stored in bfloat16.
         attention: the backend.
         mesh: devices to spread over, such as "data=2,model=4".
+        tree: verify a tree of so many drafts a cycle, in place of a chain; --num-draft-tokens auto then chooses between
+            it and plain steps.
+        tree_lanes, tree_candidates, tree_correction: how it is made, see `domino_jax.drafters.tree.TreeDrafter`.
 
     Raises:
         DominoError: a model is not found, not supported, or can't run here; UsageError: the values contradict.
@@ -256,7 +264,16 @@ def load(
     asked = ModelOptions(
         model,
         revision,
-        DraftingOptions(draft, draft_revision, head_candidates, draft_dtype),
+        DraftingOptions(
+            draft,
+            draft_revision,
+            head_candidates,
+            draft_dtype,
+            tree=tree,
+            tree_lanes=tree_lanes,
+            tree_candidates=tree_candidates,
+            tree_correction=tree_correction,
+        ),
         DeviceOptions(dtype, matrices, attention, mesh),
     )
     asked.check()

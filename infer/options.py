@@ -106,6 +106,10 @@ class Generate:
             (output.svg and chat, "--svg needs a prompt"),
             (without and output.compare, "--compare needs a drafter, and --draft none has none"),
             (without and few is not None, "--num-draft-tokens (--drafts) needs a drafter, and --draft none has none"),
+            (
+                isinstance(few, int) and self.model.drafting.tree is not None,
+                "--tree says how many drafts a cycle verifies: leave --num-draft-tokens (--drafts) out",
+            ),
             (without and output.show_drafts, "--show-drafts needs a drafter, and --draft none has none"),
             (chat and self.has_prompt, "a chat reads its prompts line by line: leave the prompt out"),
             (chat and output.json, "--json needs a prompt"),
@@ -134,5 +138,6 @@ class Generate:
             "--num-draft-tokens": self.num_draft_tokens is not None,
             "--head-candidates": drafting.head_candidates != "all",
             "--draft-dtype": drafting.draft_dtype is not None,
+            "--tree": drafting.tree is not None,
         }
         return [flag for flag, given in flags.items() if given]

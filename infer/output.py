@@ -162,7 +162,7 @@ class RunSummary:
         accepted = [n for s in sequences for n in s.accepted]
         if accepted:
             show(f"τ = [bold]{tau(accepted):.2f}[/] tokens a cycle, over {len(accepted)} cycles; drafts accepted:")
-            for line in histogram(accepted, self.loaded.configs.proposals):
+            for line in histogram(accepted, self.loaded.configs.depth):
                 show(line)
         if self.comparisons:
             self._show_comparisons()

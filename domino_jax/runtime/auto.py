@@ -87,11 +87,16 @@ class _Times:
 
 
 class AutoDrafts:
-    """A `slots.DraftPolicy` that takes what is faster; `most` is J of a whole block."""
+    """A `slots.DraftPolicy` that takes what is faster."""
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, whole: bool = False):
+        """Args:
+        most: J of a whole block, or N of a tree.
+        whole: no cycles of fewer drafts: those of a tree are no beginning of it.
+        """
         self._most = most
-        self._settings = sorted({round(j) for j in np.linspace(1, most, min(most, MOST_SETTINGS))})
+        some = [most] if whole else np.linspace(1, most, min(most, MOST_SETTINGS))
+        self._settings = sorted({round(j) for j in some})
         self._cases: dict[BatchCase, _Times] = {}
         self._texts = {greedy: _Acceptance(most, HALF_LIFE) for greedy in (False, True)}
         self._rows: dict[Hashable, _Acceptance] = {}

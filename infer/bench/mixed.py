@@ -108,7 +108,7 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
     most = loaded.configs.proposals
     modes: dict[str, DraftPolicy | None] = {"plain": None}
     if most:
-        modes |= {"drafts": FixedDrafts(most), "auto": AutoDrafts(most)}
+        modes |= {"drafts": FixedDrafts(most), "auto": AutoDrafts(most, loaded.configs.branching)}
     seconds: dict[tuple[str, bool], list[float]] = {(mode, again): [] for mode in modes for again in (False, True)}
     outputs: dict[tuple[str, bool], list[list[int]]] = {}
     with loaded.context(), console.status("warming up") as status:

@@ -17,8 +17,9 @@ from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.ngram import NgramDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
-from infer.bench.rows import ASSISTANT, DFLASH, NGRAM
+from infer.bench.rows import ASSISTANT, DFLASH, NGRAM, TREE
 
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
 
@@ -40,13 +41,22 @@ def drafting(
 ) -> dict[tuple[str, Drafts], LoadedModel]:
     """The model for each way of drafting, without the head and with it, by the proposals of a cycle; {} if none.
 
+    Where the model drafts trees, those are the last, after the chains of the same drafter.
+
     Args:
-        counts: proposals; all that the drafter makes when empty. "auto" is for the drafter as it is.
+        counts: proposals of a chain; all that the drafter makes when empty. "auto" is for the drafter as it is.
         headless: also without its head.
     """
     drafter = loaded.configs.drafter
     if drafter is None:
         return {}
+    if isinstance(drafter, TreeDrafter):
+        chain = dataclasses.replace(loaded.configs, drafter=BlockDrafter(drafter.config), drafts=None)
+        found = drafting(dataclasses.replace(loaded, configs=chain), counts, headless)
+        found[mode_of(drafter), drafter.nodes] = loaded
+        if "auto" in counts:
+            found[mode_of(drafter), "auto"] = loaded
+        return found
     views = {mode_of(drafter): loaded}
     if headless and isinstance(drafter, BlockDrafter) and drafter.config.head:
         views = {DFLASH: head_off(loaded), **views}
@@ -63,7 +73,8 @@ def mode_of(drafter: Drafter) -> str:
     if isinstance(drafter, CombinedDrafter):
         return f"{mode_of(drafter.model)}+{NGRAM}"
     if isinstance(drafter, BlockDrafter):
-        return head_of(drafter.config).projector_type
+        head = head_of(drafter.config).projector_type
+        return f"{head}-{TREE}" if isinstance(drafter, TreeDrafter) else head
     known = {NgramDrafter: NGRAM, AssistantDrafter: ASSISTANT}
     return known.get(type(drafter), type(drafter).__name__)
 

@@ -118,6 +118,8 @@ def check_bench(options: Bench) -> None:
         raise UsageError(f"--num-prompts {options.num_prompts} is less than the largest of --batch-sizes.")
     if options.simulate_tau is not None and "auto" in options.drafts:
         raise UsageError("--drafts auto goes by what is accepted, which --simulate-tau makes up: give numbers.")
+    if options.simulate_tau is not None and options.model.drafting.tree is not None:
+        raise UsageError("--simulate-tau makes up how far a chain of drafts stands: leave --tree out.")
     if options.contexts and options.prompt_tokens != Bench.prompt_tokens:
         raise UsageError("--contexts and --prompt-tokens both say how long prompts are: leave one of them out.")
     if options.shapes and not options.random_weights:

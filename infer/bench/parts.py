@@ -13,9 +13,12 @@ import numpy as np
 from convert.loading import LoadedModel
 from convert.options import SamplingOptions
 from domino_jax import decode
+from domino_jax import tree as trees
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.runtime.slots import Request, rows_of
+from domino_jax.tree import Tree
 from domino_jax.weights import Params
 
 REPEATS = 20  # runs of a phase inside one program, so that dispatching is not what is measured
@@ -78,9 +81,9 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
             times.append((time.perf_counter() - began) / REPEATS)
         return statistics.median(times) * 1e3
 
-    def verified_by(drafts: jax.Array) -> Callable[[Params, decode.DecodeState], Any]:
+    def verified_by(drafts: jax.Array, tree: Tree | None = None) -> Callable[[Params, decode.DecodeState], Any]:
         def run(p: Params, s: decode.DecodeState) -> Any:
-            logits, features, cache = decode.run_target(p, configs, s, drafts)
+            logits, features, cache = decode.run_target(p, configs, s, drafts, tree)
             return s._replace(cache=cache), (logits, features)
 
         return run
@@ -90,23 +93,29 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
 
     def keys_of(s: decode.DecodeState) -> tuple[jax.Array | None, jax.Array | None]:
         """To draw drafts with, and to verify them."""
-        keys = None if greedy else decode.position_keys(s, configs.proposals)
+        keys = None if greedy else decode.position_keys(s, configs.depth)
         return (None, None) if keys is None else (keys[:, :-1, 0], keys)
 
     draft, _ = decode.propose(params, configs, state, keys_of(state)[0])
-    logits, features, _ = decode.run_target(params, configs, state, draft.tokens)
+    tree = None if draft.parents is None else trees.tree_of(draft.parents, configs.depth)
+    drafts = jnp.maximum(draft.tokens, 0)
+    logits, features, _ = decode.run_target(params, configs, state, drafts, tree)
 
     def anew(x: jax.Array, s: decode.DecodeState) -> jax.Array:
         """`x`, in a form that the compiler must take for another one in each repetition."""
         return x + 0 * s.token.astype(x.dtype)[:, None, None]
 
     def verified(p: Params, s: decode.DecodeState) -> Any:
+        if tree is not None:
+            choices = decode.choices_at_nodes(keys_of(s)[1], tree, anew(logits, s), s.rows.sampling)
+            path = trees.walk(tree, jnp.concatenate([s.token[:, None], draft.tokens], axis=1), choices, configs.depth)
+            return s, decode.commit(s, trees.along(choices, path.nodes), path.accepted + 1)[1]
         count, bonus = decode.accept(keys_of(s)[1], draft, anew(logits, s), s)
         return s, decode.commit(s, jnp.concatenate([draft.tokens, bonus[:, None]], axis=1), count + 1)[1]
 
     def observed(p: Params, s: decode.DecodeState) -> Any:
-        tokens = jnp.concatenate([s.token[:, None], draft.tokens], axis=1)
-        seen = drafter.observe(p.draft, s.drafter, tokens, anew(features, s), s.length)
+        tokens = jnp.concatenate([s.token[:, None], drafts], axis=1)[:, : configs.depth + 1]
+        seen = drafter.observe(p.draft, s.drafter, tokens, anew(features, s)[:, : configs.depth + 1], s.length)
         return s._replace(drafter=seen), ()
 
     def proposed(p: Params, s: decode.DecodeState) -> Any:
@@ -115,7 +124,7 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
 
     parts: dict[str, Callable[[Params, decode.DecodeState], Any]] = {"draft": proposed}
     if isinstance(drafter, BlockDrafter):  # whose two parts are told apart
-        block, proposals = drafter, configs.proposals
+        block, proposals = drafter, configs.depth
         z, base, _ = block.draft_block(params.draft, state.drafter, decode.view(params, configs, state), proposals)
 
         def drafted(p: Params, s: decode.DecodeState) -> Any:
@@ -124,8 +133,10 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
 
         def corrected(p: Params, s: decode.DecodeState) -> Any:
             given = anew(z, s), anew(base, s), decode.view(p, configs, s), keys_of(s)[0]
+            if isinstance(block, TreeDrafter):
+                return s, block.grow(p.draft, *given[:3], configs.proposals, sampled=not greedy)
             return s, head_of(block.config).propose(p.draft.head, *given, block.candidates)
 
         parts = {"draft": drafted, "head": corrected}
-    parts |= {"target": verified_by(draft.tokens), "verify": verified, "context": observed}
+    parts |= {"target": verified_by(drafts, tree), "verify": verified, "context": observed}
     return {f"{name}_ms": timed(run) for name, run in parts.items()}

@@ -286,7 +286,7 @@ def quality_figures(one: Measured, options: Bench, whole: Mode, about: dict[str,
         lengths = Counter(m + 1 for m in tally.accepted)
         asked, drafting = options.model, options.model.drafting
         as_it_is = drafting.head_candidates == "all" and drafting.draft_dtype is None and not options.drafts
-        as_it_is &= asked.revision is None and drafting.draft_revision is None
+        as_it_is &= drafting.tree is None and asked.revision is None and drafting.draft_revision is None
         comparable = key == whole and options.sampling.greedy and as_it_is
         theirs = published(asked.model, asked.draft, one.set.name) if comparable else None
         ours, rate = tally.tau_per_answer, tally.tokens_per_second

@@ -23,6 +23,7 @@ from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.base import Counted, Product
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.matrix import dot, for_cpu
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import Layer, Params, lm_head
@@ -146,7 +147,9 @@ def work(
     observed = Work(0, 0)
     if isinstance(configs.drafter, BlockDrafter):
         draft = params.draft
-        observed = products([draft.fc, draft.context_norm, *(layer.kv for layer in draft.layers)], tokens)
+        observed = products(
+            [draft.fc, draft.context_norm, *(layer.kv for layer in draft.layers)], chunk or configs.depth + 1
+        )
     if chunk:
         return phases | {"context": observed}
 
@@ -163,12 +166,16 @@ def work(
     block = config.block_size
     phases["draft"] = _sum(
         products([*_parted(drafter.layers)[1], drafter.norm], block),
-        products([output if params.output is None else params.output], proposals),
+        products([output if params.output is None else params.output], configs.depth),
         attending(config, block, context + block),
     )
-    base = proposals * logits
+    base = configs.depth * logits
     scored = min(1.0, (configs.drafter.candidates or math.inf) / vocabulary)
-    head = multiplied(head_of(config).products(drafter.head, proposals, scored))
+    parts = head_of(config).products(drafter.head, configs.depth, scored)
+    if isinstance(configs.drafter, TreeDrafter) and configs.drafter.correction == "path":
+        lanes = configs.drafter.lanes or configs.drafter.nodes
+        parts = [part._replace(vectors=part.vectors * lanes) for part in parts]
+    head = multiplied(parts)
     phases["head"] = _sum(Work(base * LOGIT_BYTES, base), head)
     read = tokens * logits * (2 if sampled else 1)
     phases["verify"] = Work(read * LOGIT_BYTES, read)

@@ -4,4 +4,4 @@ from typing import Any
 
 Row = dict[str, Any]
 LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"  # lean: the autoregressive baseline
-NGRAM, ASSISTANT = "ngram", "assistant"
+NGRAM, ASSISTANT, TREE = "ngram", "assistant", "tree"

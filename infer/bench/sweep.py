@@ -102,7 +102,7 @@ def build(options: Bench, loaded: LoadedModel) -> dict[Key, Engine]:
 
 def circumstances(options: Bench, loaded: LoadedModel) -> Row:
     """What every row says of the run, whatever it measures."""
-    drafting, sampling = options.model.drafting, options.sampling
+    drafting, sampling, tree = options.model.drafting, options.sampling, options.model.tree
     return {
         "commit": git_commit(),
         "device": jax.devices()[0].device_kind,
@@ -111,6 +111,7 @@ def circumstances(options: Bench, loaded: LoadedModel) -> Row:
         "attention": loaded.configs.attention,
         "head_candidates": str(drafting.head_candidates),
         "draft_dtype": drafting.draft_dtype or "",
+        **({f"tree_{name}": value for name, value in tree._asdict().items()} if tree else {}),
         "matrices": "bfloat16" if loaded.narrow else loaded.dtype.name,
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,

@@ -65,3 +65,5 @@ class Serve:
             check_real(name, getattr(self, name), "above 0")
         if self.num_draft_tokens != "auto" and self.num_draft_tokens < 1:
             raise UsageError("--num-draft-tokens must be at least 1; --draft none decodes without drafts.")
+        if self.num_draft_tokens != "auto" and self.model.drafting.tree is not None:
+            raise UsageError("--tree says how many drafts a cycle verifies: leave --num-draft-tokens out.")

@@ -105,7 +105,7 @@ def _follow(options: Serve) -> None:
 
 def make_server(options: Serve, service: Service, api_key: str | None, link: Link | None = None) -> Server:
     """What answers requests; its worker is to be started."""
-    metrics = ServingMetrics(service.name, service.loaded.configs.proposals)
+    metrics = ServingMetrics(service.name, service.loaded.configs.depth)
     return Server(
         service,
         _worker(options, service, log_line, metrics.seen, link),

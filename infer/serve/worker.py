@@ -158,8 +158,8 @@ class Worker:
         """
         self._link = link
         self._loaded, self._warm_up, self._say, self._seen = loaded, warm_up, say, seen
-        most = loaded.configs.proposals
-        policy = AutoDrafts(most) if auto and most else FixedDrafts(most)
+        most, branching = loaded.configs.proposals, loaded.configs.branching
+        policy = AutoDrafts(most, whole=branching) if auto and most else FixedDrafts(most)
         with loaded.context():
             self._slots = self._make(size, PlainOnRequest(policy))
         self._commands: SimpleQueue[Command] = SimpleQueue()

@@ -9,13 +9,14 @@ from factory import BYTE_DRAFT, BYTE_TARGET, make_draft, make_target, make_token
 
 from convert import registry
 from convert.drafters import make_drafter
-from convert.loading import load_model
-from convert.options import DraftingOptions, ModelOptions
+from convert.loading import load_model, plan_load
+from convert.options import DraftingOptions, ModelOptions, TreeSettings
 from convert.registry import locate, split_draft
 from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.ngram import NgramDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError
 from infer.engine import Decoding, Engine
@@ -36,6 +37,11 @@ def test_what_draft_names(given, found):
     assert split_draft(given) == found
 
 
+def test_a_tree_needs_a_mask_of_attention():
+    with pytest.raises(DominoError, match="no mask for trees of drafts: give --attention auto or xla"):
+        plan_load(BYTE_TARGET, BYTE_DRAFT, attention="pallas", tree=TreeSettings(4))
+
+
 @pytest.mark.parametrize("given", ["+ngram", "none+ngram", "ngram+ngram"])
 def test_ngram_beside_nothing_is_refused(given):
     with pytest.raises(UsageError, match="n-grams alone"):
@@ -51,6 +57,8 @@ def test_ngram_beside_nothing_is_refused(given):
         (None, {"ngram": True, "prompt_lookup_max": 1}, NgramDrafter(7, 1, 1)),
         (None, {"ngram": True, "prompt_lookup_min": 9}, NgramDrafter(7, 9, 9)),
         (BYTE_DRAFT, {"candidates": 4}, BlockDrafter(BYTE_DRAFT, 4)),
+        (BYTE_DRAFT, {"tree": TreeSettings(9)}, TreeDrafter(BYTE_DRAFT, nodes=9)),
+        (BYTE_DRAFT, {"tree": TreeSettings(9, 3, 32, "depth")}, TreeDrafter(BYTE_DRAFT, 32, 9, 3, "depth")),
         (BYTE_TARGET, {}, AssistantDrafter(BYTE_TARGET, 5)),
         (BYTE_TARGET, {"num_draft_tokens": 2}, AssistantDrafter(BYTE_TARGET, 2)),
         (BYTE_DRAFT, {"ngram": True}, CombinedDrafter(BlockDrafter(BYTE_DRAFT), NgramDrafter(7, 8, 4))),
@@ -71,6 +79,11 @@ def test_the_drafter_of_a_config_and_settings(config, how, drafter):
         (None, {"candidates": 4}, "head candidates need a drafter with a causal head"),
         (BYTE_TARGET, {"candidates": 4}, "head candidates need a drafter with a causal head"),
         (BYTE_DRAFT, {"prompt_lookup_min": 2}, "are for n-grams"),
+        (BYTE_TARGET, {"tree": TreeSettings(9)}, "--tree needs a block drafter alone, found another model as drafter"),
+        (None, {"tree": TreeSettings(9)}, "--tree needs a block drafter alone, found no drafter"),
+        (None, {"tree": TreeSettings(9), "ngram": True}, "--tree needs a block drafter alone, found n-grams"),
+        (BYTE_DRAFT, {"tree": TreeSettings(9), "ngram": True}, "--tree needs a block drafter alone, found n-grams"),
+        (BYTE_DRAFT, {"tree": TreeSettings(9), "num_draft_tokens": 3}, "leave --num-draft-tokens out"),
         (None, {"ngram": True, "prompt_lookup_max": 2, "prompt_lookup_min": 3}, "from 1 to prompt_lookup_max"),
     ],
 )

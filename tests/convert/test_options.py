@@ -19,6 +19,17 @@ from domino_jax.runtime.command import UsageError
         (ModelOptions(drafting=DraftingOptions(head_candidates=0)), "--head-candidates must be at least 1, found 0"),
         (ModelOptions(drafting=DraftingOptions("none", head_candidates=4)), "--head-candidates needs a drafter"),
         (ModelOptions(drafting=DraftingOptions("none", draft_dtype="int8")), "--draft-dtype needs a drafter"),
+        (ModelOptions(drafting=DraftingOptions(tree=0)), "--tree must be at least 1, found 0"),
+        (ModelOptions(drafting=DraftingOptions("none", tree=4)), "--tree needs a drafter with weights"),
+        (ModelOptions(drafting=DraftingOptions("ngram", tree=4)), "--tree needs a drafter with weights"),
+        (ModelOptions(drafting=DraftingOptions("demo+ngram", tree=4)), "--tree needs a block drafter alone"),
+        (ModelOptions(drafting=DraftingOptions(tree=4, tree_lanes=0)), "--tree-lanes must be at least 1"),
+        (ModelOptions(drafting=DraftingOptions(tree=4, tree_lanes=5)), "--tree-lanes 5 is more than the 4 nodes"),
+        (ModelOptions(drafting=DraftingOptions(tree=4, tree_candidates=0)), "--tree-candidates must be at least 1"),
+        (ModelOptions(drafting=DraftingOptions(tree=4, head_candidates=8)), "with --tree give --tree-candidates"),
+        (ModelOptions(drafting=DraftingOptions(tree_lanes=2)), "--tree-lanes says how a tree of drafts is made"),
+        (ModelOptions(drafting=DraftingOptions(tree_candidates="all")), "--tree-candidates says how a tree"),
+        (ModelOptions(drafting=DraftingOptions(tree_correction="depth")), "--tree-correction says how a tree"),
         (ModelOptions(revision="v1"), "--revision chooses a revision of a Hub repository"),
         (ModelOptions(device=DeviceOptions(mesh="3")), "data=2,model=4"),
         (SamplingOptions(temperature=-1), "--temperature must be 0 or more, found -1"),
@@ -33,6 +44,26 @@ from domino_jax.runtime.command import UsageError
 def test_words_that_make_no_sense_are_usage_errors(given, says):
     with pytest.raises(UsageError, match=says):
         given.check()
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "asked", "candidates"),
+    [
+        ("qwen3-8b", None, None, 64),
+        ("Qwen/Qwen3-4B", None, None, 64),
+        ("folder", "Huang2020/Qwen3-8B-Domino-b16", None, 64),
+        ("qwen3-8b", None, "all", None),
+        ("qwen3-8b", None, 256, 256),
+        ("qwen3-8b", "qwen3-8b-dflash", None, None),
+        ("qwen3-8b", "folder", None, None),
+        ("demo", None, None, None),
+        ("demo", None, 8, 8),
+    ],
+)
+def test_a_tree_has_few_candidates_where_that_loses_nothing(model, draft, asked, candidates):
+    options = ModelOptions(model, drafting=DraftingOptions(draft, tree=12, tree_candidates=asked))
+    options.check()
+    assert options.tree == (12, None, candidates, "path")
 
 
 def test_a_part_of_the_process_options_is_a_usage_error():

@@ -13,6 +13,7 @@ from factory import BYTE_TARGET, Pair
 from domino_jax import decode, sharding, target
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.ngram import NgramDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
 from domino_jax.sampling import SamplingParams
@@ -114,21 +115,37 @@ def test_with_the_n_gram_drafter(pair, logits_of):
         assert c.tokens == stepwise(logits_of, list(c.request.prompt), c.request.params)[0], c.request.params
 
 
+def tree_of(pair: Pair, **how: Any) -> Pair:
+    assert pair.configs.draft is not None
+    return pair._replace(configs=replace(pair.configs, drafter=TreeDrafter(pair.configs.draft, **how)))
+
+
+@pytest.mark.e2e
+def test_with_a_tree(pair, logits_of):
+    """A penalty sees the drafts before it on its own path."""
+    found = run(tree_of(pair, nodes=9), MIX)
+    for c in found:
+        assert c.tokens == stepwise(logits_of, list(c.request.prompt), c.request.params)[0], c.request.params
+    assert any(a > 1 for c in found for a in c.accepted)
+
+
 @pytest.mark.e2e
 def test_sampled_answers_do_not_depend_on_drafts_or_neighbours(pair):
     kinds = [replace(how, temperature=0.9, top_p=0.95, seed=i) for i, how in enumerate(MIX)]
     expected = [run(pair, [how] * (i + 1), 1, FixedDrafts(0))[i].tokens for i, how in enumerate(kinds)]
     assert [c.tokens for c in run(pair, kinds)] == expected
+    assert [c.tokens for c in run(tree_of(pair, nodes=6), kinds)] == expected
 
 
-def test_logprobs_are_the_targets_own_before_anything_is_done_to_them(pair, logits_of):
+@pytest.mark.parametrize("nodes", [None, pytest.param(8, marks=pytest.mark.e2e)])
+def test_logprobs_are_the_targets_own_before_anything_is_done_to_them(pair, logits_of, nodes):
     kinds = [
         SamplingParams(max_tokens=12, logprobs=3),
         SamplingParams(1.2, max_tokens=12, logprobs=0, top_k=9, frequency_penalty=0.5),
         SamplingParams(max_tokens=12),
         SamplingParams(max_tokens=12, logprobs=20, presence_penalty=2.0),
     ]
-    for c in run(pair, kinds):
+    for c in run(tree_of(pair, nodes=nodes) if nodes else pair, kinds):
         most = c.request.params.logprobs
         assert len(c.logprobs) == (0 if most is None else len(c.tokens))
         ids = list(c.request.prompt)

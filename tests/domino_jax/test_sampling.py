@@ -25,6 +25,7 @@ from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.ngram import NgramDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.sampling import Sampling, SamplingParams, mass_above_reaches, probabilities, sample, settings
 from domino_jax.weights import Params
 
@@ -236,7 +237,7 @@ DRAFTERS = {
     "Domino": {"block_size": 3, "head": DominoHead(5, 4, 1)},
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
 }
-OTHERS = ("n-gram", "assistant", "Domino and n-gram")
+OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head")
 LOOKUP = NgramDrafter(3, 2, 1)  # of seven tokens one is often there already
 
 
@@ -262,10 +263,15 @@ def exact() -> list[np.ndarray]:
 
 
 def make(drafter: str) -> Pair:
+    if drafter == "tree without a head":
+        plain = make("DFlash")
+        assert plain.configs.draft is not None
+        return plain._replace(configs=DecodeConfig(TARGET, TreeDrafter(plain.configs.draft, nodes=4)))
     if drafter in OTHERS:
         domino = make("Domino")
-        assert domino.configs.drafter is not None
+        assert domino.configs.drafter is not None and domino.configs.draft is not None
         made: dict[str, tuple[Drafter, Any]] = {
+            "tree": (TreeDrafter(domino.configs.draft, nodes=5), domino.params.draft),
             "n-gram": (LOOKUP, None),
             "assistant": (AssistantDrafter(TARGET, 3), factory.random_weights(TARGET, 12)),
             "Domino and n-gram": (CombinedDrafter(domino.configs.drafter, LOOKUP), domino.params.draft),
@@ -301,10 +307,7 @@ def sample_rows(pair: Pair, loop: Any, seed: int = 0, coupled: bool = False) -> 
     [
         *(pytest.param(name, False, id=f"{name}, rejection") for name in (*DRAFTERS, *OTHERS)),
         pytest.param("Domino", True, id="Domino, coupled"),
-        *(
-            pytest.param(name, True, id=f"{name}, coupled", marks=pytest.mark.slow)
-            for name in ("DFlash", "n-gram", "assistant", "Domino and n-gram")
-        ),
+        *(pytest.param(name, True, id=f"{name}, coupled", marks=pytest.mark.slow) for name in ("DFlash", *OTHERS)),
     ],
 )
 def test_sampled_output_is_distributed_as_the_targets(exact, drafter, coupled):
@@ -367,7 +370,7 @@ BROKEN = {
     "coupling": {"verify__accept_coupled": wrong_coupling},
     "residual": {"verify__accept_sampled": wrong_residual},
     "acceptance": {"verify__accept_sampled": wrong_acceptance},
-    "drafts not drawn from q": {"drafters__heads__domino__sample": wrong_draw},
+    "drafts not drawn from q": {"drafters__heads__choosing__sample": wrong_draw},
 }
 
 

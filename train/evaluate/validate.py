@@ -272,7 +272,7 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
     figures["num_prompts"] = len(prompts)
     figures |= {name: getattr(o, name) for name in ("prompt_tokens", "new_tokens", "min_distinct", "batch_size")}
     figures |= {"dtype": pair.dtype.name, "mesh": wanted.device.mesh, "draft_dtype": wanted.drafting.draft_dtype}
-    figures |= {"head_candidates": wanted.drafting.head_candidates}
+    figures |= {"head_candidates": wanted.drafting.head_candidates, "tree": wanted.drafting.tree}
     each = {
         f"{name}_tau_per_prompt": one.per_prompt
         for name, one in (("final", report.final), ("base", report.base))

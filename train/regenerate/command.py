@@ -118,6 +118,7 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
         "ngram": how.model().ngram,
         "head_candidates": how.model().head_candidates,
         "draft_dtype": how.drafting.draft_dtype,
+        **({"tree": list(how.model().tree or ())} if how.drafting.tree is not None else {}),
         "data_sha256": lines.sha256,
         **({"shard": str(o.part)} if o.part.count > 1 else {}),
         **{name: getattr(o.sampling.params(), name) for name in ("temperature", "top_k", "top_p", "min_p")},
@@ -211,7 +212,7 @@ class Writer:
         pair, how = self.pair, self.options.sampling.params()
         # What samples by rejection depends on how many drafts a cycle has, and a resumed run is to go on alike.
         free = pair.configs.drafter is not None and (how.temperature == 0 or how.coupled)
-        policy = AutoDrafts(pair.configs.proposals) if free else None
+        policy = AutoDrafts(pair.configs.proposals, pair.configs.branching) if free else None
         self.slots = Slots(pair.params, pair.configs, self.batch, pair.dtype, policy=policy, warn=warn_of_drafts)
 
     def window(self, first: int, end: int) -> None:

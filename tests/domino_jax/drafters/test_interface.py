@@ -14,12 +14,14 @@ from factory import Pair
 from loops import Output
 
 from domino_jax import decode, sharding
+from domino_jax.config import DraftConfig
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter, View
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.ngram import NgramDrafter, NgramState
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
 from domino_jax.weights import Params
@@ -56,10 +58,13 @@ def make(name: str, pair: Pair, rows: int = 4) -> Pair:
     """The target with one of the drafters."""
     other = factory.random_weights(TARGET, 5)
     block = pair.configs.drafter
-    assert block is not None
+    assert isinstance(block, BlockDrafter) and isinstance(pair.configs.draft, DraftConfig)
     drafters: dict[str, tuple[Drafter, Any]] = {
         "block": (block, pair.params.draft),
         "block, random": (block, factory.random_weights(pair.configs.draft, 9)),
+        "tree": (TreeDrafter(pair.configs.draft, nodes=7), pair.params.draft),
+        "tree, random": (TreeDrafter(pair.configs.draft, nodes=4), factory.random_weights(pair.configs.draft, 9)),
+        "tree, cheap": (TreeDrafter(pair.configs.draft, 6, 9, 3, "depth"), pair.params.draft),
         "n-gram": (LOOKUP, None),
         "block and n-gram": (CombinedDrafter(block, LOOKUP), pair.params.draft),
         "assistant": (AssistantDrafter(TARGET, 3), pair.params.target),
@@ -75,6 +80,9 @@ def make(name: str, pair: Pair, rows: int = 4) -> Pair:
 DRAFTERS = (
     "block",
     "block, random",
+    "tree",
+    "tree, random",
+    "tree, cheap",
     "n-gram",
     "block and n-gram",
     "assistant",
@@ -97,11 +105,11 @@ def test_greedy_output_is_the_targets(pair, plain, name, rows):
         assert accepted == {3}
     if name == "always wrong":
         assert accepted == {0}
-    if rows > 1 and name in ("block", "n-gram", "block and n-gram", "assistant and n-gram"):
+    if rows > 1 and name in ("block", "tree", "tree, cheap", "n-gram", "block and n-gram", "assistant and n-gram"):
         assert accepted >= {0, 1}
 
 
-@pytest.mark.parametrize("name", ["block", "n-gram", "block and n-gram", "assistant"])
+@pytest.mark.parametrize("name", ["block", "tree", "n-gram", "block and n-gram", "assistant"])
 def test_rows_may_change_between_drafts_and_plain_steps(pair, plain, name):
     """Cycles after plain steps propose what they would have proposed without them."""
     ours = make(name, pair)
@@ -125,7 +133,7 @@ def test_rows_may_change_between_drafts_and_plain_steps(pair, plain, name):
                    for b in range(4) if counts[b])  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["n-gram", "block and n-gram", "assistant"])
+@pytest.mark.parametrize("name", ["tree", "tree, cheap", "n-gram", "block and n-gram", "assistant"])
 def test_a_mesh_gives_the_tokens_of_one_device(pair, plain, name):
     mesh = sharding.make_mesh(2, 4)
     expected = loops.speculate(*make(name, pair), loops.begin(*make(name, pair), prompts(4), COUNT))
@@ -138,7 +146,10 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, plain, name):
             draft, drafter = target, AssistantDrafter(fitted, 3)
         elif draft is not None:
             draft = factory.place(draft, ours.configs.draft, mesh)
-            drafter = CombinedDrafter(BlockDrafter(sharding.fit_to_mesh(ours.configs.draft, 4)), LOOKUP)
+            config = sharding.fit_to_mesh(ours.configs.draft, 4)
+            drafter = CombinedDrafter(BlockDrafter(config), LOOKUP)
+            if isinstance(ours.configs.drafter, TreeDrafter):
+                drafter = dataclasses.replace(ours.configs.drafter, config=config)
         params, configs = Params(target, draft), DecodeConfig(fitted, drafter)
         assert loops.speculate(params, configs, loops.begin(params, configs, prompts(4), COUNT)) == expected
     assert [o.tokens for o in expected] == plain[4]

@@ -7,6 +7,7 @@ from typing import Any
 from convert.values import is_number, shown
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import parse_json
+from domino_jax.sampling import LEAST_PENALTY
 
 NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -30,8 +31,9 @@ def recommended_sampling(folder: Path) -> dict[str, float]:
         raise DominoError(f"{path} must be a JSON object.")
     given: dict[str, Any] = {name: found[name] for name in NAMES if found.get(name) is not None}
     for name, value in given.items():
-        if not is_number(value) or value < 0:
-            raise DominoError(f"{path} has {name} {shown(value)}, expected a number of at least 0.")
+        least = LEAST_PENALTY if name == "repetition_penalty" else 0
+        if not is_number(value) or value < least:
+            raise DominoError(f"{path} has {name} {shown(value)}, expected a number of at least {least:g}.")
     if "top_k" in given:
         given["top_k"] = int(given["top_k"])
     return given | ({"temperature": 0.0} if found.get("do_sample") is False else {})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 GREEDY_BELOW = 1e-5  # temperatures, as in vLLM: logits divided by far smaller ones overflow float32
+LEAST_PENALTY = 1e-3  # of repetition: logits divided by far smaller ones overflow float32
 DIGIT = 4  # bits of a score that one pass over the vocabulary finds
 
 
@@ -20,7 +21,7 @@ class SamplingParams:
     Temperature 0 is greedy, and the filters' defaults are off. A temperature below GREEDY_BELOW becomes 0.
 
     Args:
-        repetition_penalty: of tokens of prompt and output; 1 is off.
+        repetition_penalty: of tokens of prompt and output, LEAST_PENALTY or more; 1 is off.
         presence_penalty, frequency_penalty: of tokens of the output; 0 is off.
         logit_bias: tokens and what is added to their logits.
         min_tokens: before which no stop id can come.

@@ -25,7 +25,7 @@ from domino_jax.processors import MOST_BIASES, allowed_tokens, new_processors
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.runtime.timing import compile_seconds, no_seconds, timed
-from domino_jax.sampling import Sampling, SamplingParams
+from domino_jax.sampling import LEAST_PENALTY, Sampling, SamplingParams
 from domino_jax.sharding import fetch, model_devices, row_shards, shard_copy
 from domino_jax.weights import Params
 
@@ -611,6 +611,8 @@ def check_request(configs: DecodeConfig, request: Request) -> None:
             raise DominoError(f"logit_bias has token {token}, outside the vocabulary of {config.vocab_size}.")
     if len(p.logit_bias) > MOST_BIASES:
         raise DominoError(f"logit_bias has {len(p.logit_bias)} tokens, of which {MOST_BIASES} can be had.")
+    if p.repetition_penalty < LEAST_PENALTY:
+        raise DominoError(f"repetition_penalty must be at least {LEAST_PENALTY:g}, found {p.repetition_penalty:g}.")
     if p.logprobs is not None and not 0 <= p.logprobs <= MOST_LOGPROBS:
         raise DominoError(
             f"logprobs of 0 to {MOST_LOGPROBS} likeliest tokens can be had, and {p.logprobs} are asked for."

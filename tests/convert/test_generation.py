@@ -28,7 +28,18 @@ def test_what_a_folder_recommends(tmp_path, text, expected):
     assert recommended_sampling(tmp_path) == expected
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"temperature": "hot"}', '{"top_p": true}', '{"top_k": -1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        '{"temperature": "hot"}',
+        '{"top_p": true}',
+        '{"top_k": -1}',
+        '{"repetition_penalty": 0}',
+        '{"repetition_penalty": 1e-39}',
+    ],
+)
 def test_what_can_not_be_read_is_refused(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(DominoError, match=r"generation_config\.json"):

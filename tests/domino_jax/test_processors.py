@@ -182,6 +182,9 @@ def test_on_a_mesh(pair):
         ({"logit_bias": tuple((i, 1.0) for i in range(257))}, "logit_bias has 257 tokens, of which 256 can be had"),
         ({"logprobs": 21}, "logprobs of 0 to 20 likeliest tokens can be had, and 21 are asked for"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9, more than the 8"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty must be at least 0.001, found 4.94066e-324"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be at least 0.001"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty must be at least 0.001, found -1"),
         ({"min_tokens": 2, "stop_token_ids": tuple(range(9))}, "min_tokens goes with 8 stop_token_ids at most"),
     ],
 )

@@ -57,6 +57,7 @@ class Fake:
         self.model, self.key, self.bodies, self.keys = dict(MODEL), None, [], []
         self.refusal: tuple[int, dict[str, str], Any] | None = None
         self.end = "whole"  # or "error", "cut"
+        self.slow = SLOW  # the usage of plain steps
         self.go = threading.Event()  # the rest of the answer waits for it
         self.go.set()
         self.left = threading.Event()
@@ -137,7 +138,7 @@ class Fake:
             return
         ending = {"index": 0, "finish_reason": "stop", "drafts": [], **({"delta": {}} if chat else {"text": ""})}
         send({"choices": [ending], "usage": None})
-        send({"choices": [], "usage": USAGE if rows is DRAFTED else SLOW})
+        send({"choices": [], "usage": USAGE if rows is DRAFTED else self.slow})
         out.write(b"data: [DONE]\n\n")
 
     def close(self) -> None:
@@ -308,6 +309,19 @@ class TestInChromium:
         assert fake.keys == [None, "Bearer wrong", "Bearer sesame", "Bearer sesame"]
         assert not tab.close()
 
+    @pytest.mark.parametrize("thinking", [False, True])
+    def test_a_chat_thinks_as_the_server_does_where_nobody_says(self, browser, fake, thinking):
+        fake.model["thinking_default"] = thinking
+        tab = browser.open(fake.url)
+        tab.wait("model")
+        assert tab.value("document.getElementById('thinking').checked") is thinking
+        ask(tab, "Why?")
+        click(tab, "thinking")
+        ask(tab, "Why?")
+        sent = [body["chat_template_kwargs"]["enable_thinking"] for _, body in fake.bodies]
+        assert sent == [thinking, not thinking]
+        assert not tab.close()
+
     def test_a_model_without_a_chat_template(self, browser, fake):
         fake.model |= {"chat": False, "thinking": False}
         tab = browser.open(fake.url)
@@ -331,6 +345,15 @@ class TestInChromium:
         assert boxes[0][1] == boxes[1][1] and boxes[0][0] < boxes[1][0]
         assert texts(tab, ".verdict") == ["Domino: 2.50 × plain’s tokens/s. The texts are the same."]
         assert "28.5 tokens/s" in texts(tab, "article:last-child .figures")[0]
+
+    def test_a_plain_side_that_had_drafts_is_not_compared(self, tab, fake):
+        """As where others are answered: a batch drafts for all of its rows."""
+        fake.slow = {"completion_tokens": 23, "domino": {**USAGE["domino"], "cycles": 2}}
+        assert "idle server" in texts(tab, "#compare-label")[0]
+        click(tab, "compare")
+        ask(tab, "Why?")
+        (verdict,) = texts(tab, ".verdict")
+        assert "plain had drafts too" in verdict and "×" not in verdict and "The texts are the same." in verdict
 
     @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
     def test_a_phone(self, browser, fake, dark):

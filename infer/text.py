@@ -91,10 +91,14 @@ class TextStream:
                 return used
         return len(tokens)
 
-    def finish(self) -> None:
-        """Release what was held back: the sequence is at its end."""
+    def flush(self) -> None:
+        """Take the first bytes of a character that will not become whole."""
         if not self.stopped:
             self._take(self.detokenizer.finish())
+
+    def finish(self) -> None:
+        """Release what was held back: the sequence is at its end."""
+        self.flush()
         if not self.stopped:
             self._give(len(self.held))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from convert.values import is_number, is_whole, shown
 from domino_jax.errors import DominoError
+from domino_jax.sampling import LEAST_PENALTY
 
 LARGE = 2**31
 
@@ -107,6 +108,28 @@ def is_structure(value: Any) -> bool:
     return isinstance(what, kinds[kind]) and texts
 
 
+def is_tools(value: Any) -> bool:
+    """Whether a value is a list of functions, each with a name, and with a schema of its parameters or none."""
+
+    def is_tool(tool: Any) -> bool:
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("parameters", {}), dict | None):
+            return False
+        return isinstance(function.get("name"), str) and bool(function["name"])
+
+    return isinstance(value, list) and all(is_tool(tool) for tool in value)
+
+
+def is_tool_choice(value: Any) -> bool:
+    """Whether a value is a word for how tools are chosen, or names a function."""
+    if not isinstance(value, dict):
+        return isinstance(value, str) and value in ("auto", "none", "required")
+    function = value.get("function")
+    if set(value) != {"type", "function"} or value["type"] != "function" or not isinstance(function, dict):
+        return False
+    return set(function) == {"name"} and isinstance(function["name"], str)
+
+
 RESPONSE_FORMAT = Field(
     {
         "type": "object",
@@ -117,10 +140,76 @@ RESPONSE_FORMAT = Field(
     is_format,
 )
 STRUCTURED_OUTPUTS = Field(
-    {"type": "object", "properties": {"json": {"type": "object"}, "regex": {"type": "string"}}, "maxProperties": 1},
+    {
+        "type": "object",
+        "properties": {
+            "json": {"type": "object"},
+            "regex": {"type": "string"},
+            "choice": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 64},
+        },
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": False,
+    },
     'one of {"json": {...}}, {"regex": "..."} and {"choice": ["...", "..."]}',
     is_structure,
 )
+NAME = {"type": "string", "minLength": 1, "maxLength": 64}
+TOOLS = Field(
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {"name": NAME, "parameters": {"type": "object"}},
+                    "required": ["name"],
+                },
+            },
+            "required": ["type", "function"],
+        },
+    },
+    'a list of {"type": "function", "function": {"name": ..., "parameters": {...}}}',
+    is_tools,
+)
+TOOL_CHOICE = Field(
+    {
+        "anyOf": [
+            {"enum": ["auto", "none", "required"]},
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {
+                        "type": "object",
+                        "properties": {"name": NAME},
+                        "required": ["name"],
+                        "additionalProperties": False,
+                    },
+                },
+                "required": ["type", "function"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+    '\'auto\', \'none\', \'required\' or {"type": "function", "function": {"name": ...}}',
+    is_tool_choice,
+)
+PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]},
+    },
+    "required": ["role", "content"],
+}
 
 SAMPLING = {
     "temperature": real(0, 100),
@@ -130,11 +219,15 @@ SAMPLING = {
     "seed": whole(-(2**63), 2**63 - 1),
     "presence_penalty": real(-2, 2),
     "frequency_penalty": real(-2, 2),
-    "repetition_penalty": real(0, 10, open_below=True),
+    "repetition_penalty": real(LEAST_PENALTY, 10),
     "min_tokens": whole(0),
     "stop_token_ids": IDS,
     "logit_bias": Field(
-        {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
         'an object such as {"42": -100}, of token ids and numbers from -100 to 100',
         is_biases,
     ),
@@ -164,15 +257,15 @@ COMPLETION = {
     "prompt": Field(
         {
             "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 64},
                 {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
             ]
         },
         "a text, a list of texts, token ids, or a list of lists of them",
         lambda x: isinstance(x, str | list) and bool(x),
     ),
-    "max_tokens": whole(1),
+    "max_tokens": whole(0),
     "echo": BOOLEAN,
     "logprobs": whole(0, 20),
     "best_of": just(1),
@@ -181,7 +274,7 @@ COMPLETION = {
 }
 CHAT = {
     "messages": Field(
-        {"type": "array", "minItems": 1, "items": {"type": "object"}},
+        {"type": "array", "minItems": 1, "items": MESSAGE},
         "a list of at least one message",
         lambda x: isinstance(x, list) and bool(x) and all(isinstance(m, dict) for m in x),
     ),
@@ -189,28 +282,15 @@ CHAT = {
     "max_completion_tokens": whole(1),
     "logprobs": BOOLEAN,
     "top_logprobs": whole(0, 20),
-    "tools": Field(
-        {"type": "array", "items": {"type": "object"}},
-        'a list of {"type": "function", "function": {"name": ..., ...}}',
-        lambda x: (
-            isinstance(x, list)
-            and all(
-                isinstance(t, dict)
-                and t.get("type") == "function"
-                and isinstance(t.get("function"), dict)
-                and isinstance(t["function"].get("name"), str)
-                for t in x
-            )
-        ),
-    ),
-    "tool_choice": just("auto", "none"),
-    "parallel_tool_calls": just(True),
+    "tools": TOOLS,
+    "tool_choice": TOOL_CHOICE,
+    "parallel_tool_calls": BOOLEAN,
     "chat_template_kwargs": TEMPLATE_KWARGS,
     **COMMON,
 }
 RESPONSE = {
     "input": Field(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+        {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "minItems": 1, "items": MESSAGE}]},
         "a text or a list of messages",
         lambda x: isinstance(x, str | list) and bool(x),
     ),

@@ -5,6 +5,7 @@ Stop strings are looked for in the whole answer, reasoning and tool calls too, a
 
 import json
 import secrets
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,10 +62,18 @@ class AnswerParser:
         reasoning: thoughts are told apart; else their markers are text.
         tools: so are calls.
         in_reasoning: the prompt has opened the thoughts already.
+        forced: names of functions of which a grammar makes calls: such a call needs no reading.
     """
 
     def __init__(
-        self, tokenizer: Any, stops: Sequence[str] = (), *, reasoning: bool, tools: bool, in_reasoning: bool = False
+        self,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        *,
+        reasoning: bool,
+        tools: bool,
+        in_reasoning: bool = False,
+        forced: Sequence[str] = (),
     ):
         self.stream = TextStream(tokenizer, stops)
         markers = (THOUGHTS_START, THOUGHTS_END) * reasoning + (CALL_START, CALL_END) * tools
@@ -76,6 +85,7 @@ class AnswerParser:
         self.spelled = [marker for marker in markers if marker not in widths]
         self.marks: list[Mark] = []
         self.read = 0  # characters of the stream's text that are in pieces, or held below
+        self.splits, self.forced = reasoning, {call_opening(name): name for name in forced}
         self.section: type[ContentPiece] | type[ReasoningPiece] = ContentPiece
         self.begins = False  # a marker has just been: line ends are left out
         self.line_ends = ""  # held: left out if a marker follows
@@ -84,6 +94,8 @@ class AnswerParser:
         self.answered = False  # there has been content
         self.finished = False
         self.pieces: list[Piece] = []
+        self.reasoning_tokens = 0  # of the thoughts, without their markers
+        self.places: deque[int] = deque()  # where in the text each token begins that has not been read
         if reasoning and in_reasoning:
             self._begin(ReasoningPiece)
 
@@ -92,16 +104,31 @@ class AnswerParser:
         """Whether a stop string has ended it."""
         return self.stream.stopped
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the thoughts are open."""
+        return self.section is ReasoningPiece
+
+    @property
+    def tokens_of_markers(self) -> dict[str, int]:
+        """The markers that the tokenizer has as one token; the others are spelled."""
+        return {marker: token for token, (marker, _) in self.single.items()}
+
     def feed(self, tokens: Sequence[int]) -> int:
         """Take tokens, and return how many count: all, or those up to a stop string's last."""
         for used, token in enumerate(tokens, 1):
             marker, width = self.single.get(token, ("", 0))
+            if marker:
+                self.stream.flush()  # no character goes on after a marker
             before = self._length()
             self.stream.feed([token])
             if marker and not width:
                 self.marks.append(Mark(before, marker, 0))
             elif marker and not self.stopped:  # else the stop string has cut into it
                 self.marks.append(Mark(self._length() - width, marker, width))
+                self.places.append(self.marks[-1].at)
+            else:
+                self.places.append(before)
             if self.stopped:
                 self.finish()
                 return used
@@ -144,17 +171,25 @@ class AnswerParser:
             else:
                 self.marks.pop(0)
             self._say(text[self.read : mark.at])
-            self._pass(mark.marker)
-            self.read = mark.at + mark.width
+            self._count(mark.at)
+            is_text, self.read = not self._pass(mark.marker), mark.at + mark.width
+            self._count(self.read, is_text)
         if last:
             end = len(text)
         elif end == len(text):
             end -= max((overlap(text[self.read :], marker) for marker in self.spelled), default=0)
         self._say(text[self.read : end])
+        self._count(end)
         self.read = end
 
-    def _pass(self, marker: str) -> None:
-        """Go over a marker, or say it as text where it marks nothing."""
+    def _count(self, end: int, is_text: bool = True) -> None:
+        """Count the tokens that begin before a place in the text as those of the section, if they are its text."""
+        while self.places and self.places[0] < end:
+            self.places.popleft()
+            self.reasoning_tokens += is_text and self.thinking
+
+    def _pass(self, marker: str) -> bool:
+        """Go over a marker, or say it as text where it marks nothing; whether it marks something."""
         if self.call is not None:
             if marker in (CALL_START, CALL_END):
                 self._end_call(marker if marker == CALL_END else "")
@@ -171,13 +206,15 @@ class AnswerParser:
             self.call = ""
         else:
             self._say(marker)
+            return False
+        return True
 
     def _begin(self, section: type[ContentPiece] | type[ReasoningPiece]) -> None:
         self.section, self.line_ends, self.begins = section, "", True
 
     def _end_call(self, end: str = "") -> None:
         said, self.call = self.call or "", None
-        call = _read_call(said)
+        call = (self._forced_call(said) if end else None) or _read_call(said)
         if call is None:
             self._say(CALL_START + said + end)
             return
@@ -186,6 +223,12 @@ class AnswerParser:
         self.pieces.append(ToolCallStart(self.calls, f"call_{secrets.token_hex(12)}", name))
         self.pieces.append(ToolCallArguments(self.calls, arguments))
         self.calls += 1
+
+    def _forced_call(self, said: str) -> tuple[str, str] | None:
+        """What a whole call says that a grammar has made. Its arguments may be what JSON allows and we read nowhere."""
+        said = said.strip("\n")
+        name = next((name for start, name in self.forced.items() if said.startswith(start)), None)
+        return None if name is None else (name, said[len(call_opening(name)) : -1])
 
     def _say(self, text: str) -> None:
         """Text of the section or call that is open."""
@@ -207,6 +250,11 @@ class AnswerParser:
             self.pieces[-1] = self.section(last.text + text)
         else:
             self.pieces.append(self.section(text))
+
+
+def call_opening(name: str) -> str:
+    """How a call of a function begins, as Qwen3 writes it: its arguments and a brace follow."""
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
 
 
 def _read_call(text: str) -> tuple[str, str] | None:

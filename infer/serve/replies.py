@@ -7,7 +7,7 @@ from typing import Any
 from convert.tokenizer import decode
 from domino_jax.errors import DominoError
 from domino_jax.runtime.slots import TokenLogprobs
-from infer.serve.manners import ContentPiece, ReasoningPiece, ToolCallArguments, ToolCallStart
+from infer.serve.manners import AnswerParser, ContentPiece, ReasoningPiece, ToolCallArguments, ToolCallStart
 from infer.serve.requests import token_text
 from infer.serve.worker import Job, Update
 from infer.text import Detokenizer, knows_thinking
@@ -19,11 +19,13 @@ def usage(jobs: Sequence[Job]) -> dict[str, Any]:
     written = sum(len(job.tokens) for job in jobs)
     accepted = [m for job in jobs for m in job.accepted]
     seconds = max((job.seconds["decode"] for job in jobs), default=0.0)
+    thoughts = [text.reasoning_tokens for job in jobs if isinstance(text := job.text, AnswerParser) and text.splits]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": jobs[0].reused if jobs else 0},
+        **({"completion_tokens_details": {"reasoning_tokens": sum(thoughts)}} if thoughts else {}),
         "domino": {
             "tau": sum(accepted) / len(accepted) + 1 if accepted else None,
             "tokens_per_second": (written - len(jobs)) / seconds if seconds else None,
@@ -89,9 +91,9 @@ def chat_logprobs(tokenizer: Any, tokens: Sequence[int], found: Sequence[TokenLo
 
 
 def completion_logprobs(
-    tokenizer: Any, tokens: Sequence[int], found: Sequence[TokenLogprobs], start: int = 0
+    tokenizer: Any, tokens: Sequence[int], found: Sequence[TokenLogprobs | None], start: int = 0
 ) -> dict[str, Any] | None:
-    """Log-probabilities of a completion's tokens.
+    """Log-probabilities of a completion's tokens; none of a prompt's first, which nothing precedes.
 
     Args:
         start: characters of the text before them.
@@ -104,8 +106,8 @@ def completion_logprobs(
         start += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [told.chosen for told in found],
-        "top_logprobs": [{token_text(tokenizer, i): value for i, value in told.likeliest} for told in found],
+        "token_logprobs": [told and told.chosen for told in found],
+        "top_logprobs": [told and {token_text(tokenizer, i): value for i, value in told.likeliest} for told in found],
         "text_offset": offsets,
     }
 

@@ -112,17 +112,47 @@ class Service:
         """
         if not self.is_chat:
             raise BadRequest("this model has no chat template: use /v1/completions.", "messages")
-        thinking = body.get("chat_template_kwargs", {}).get("enable_thinking", self.thinking)
-        tools = body.get("tools") if body.get("tool_choice", "auto") == "auto" else None
+        tools = body.get("tools") if body.get("tool_choice") != "none" else None
         if tools and not has_tools(self.template):
             raise BadRequest("this model's chat template knows no tools.", "tools")
         try:
             messages = messages_for_template(body["messages"])
-            ids = encode_chat(self.loaded.tokenizer, messages, thinking, tools or None)
+            ids = encode_chat(self.loaded.tokenizer, messages, self.thinks(body), tools or None)
             ending = self.loaded.tokenizer.decode(ids[-ENDING:], skip_special_tokens=False)
         except DominoError as error:
             raise BadRequest(str(error), "messages") from None
         return ids, opens_reasoning(ending)
+
+    def thinks(self, body: Mapping[str, Any]) -> bool:
+        """Whether a chat is to think before it answers."""
+        return body.get("chat_template_kwargs", {}).get("enable_thinking", self.thinking)
+
+    def forced(self, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The functions of which a chat's answer must be calls; none where it need not call any.
+
+        Raises:
+            BadRequest: tool_choice is none of the tools, or parallel_tool_calls can't be honoured.
+        """
+        choice, functions = body.get("tool_choice", "auto"), [tool["function"] for tool in body.get("tools", ())]
+        if choice == "required" and not functions:
+            raise BadRequest("tool_choice 'required' needs tools.", "tool_choice")
+        if choice == "auto" and functions and not body.get("parallel_tool_calls", True):
+            raise BadRequest(
+                "parallel_tool_calls must be true where the model decides: false goes with tool_choice 'required'.",
+                "parallel_tool_calls",
+            )
+        if isinstance(choice, dict):
+            name = choice["function"]["name"]
+            functions = [function for function in functions if function["name"] == name]
+            if not functions:
+                raise BadRequest(f"tool_choice names {shown(name)}, which is none of the tools.", "tool_choice")
+        if choice in ("auto", "none"):
+            return []
+        names = [function["name"] for function in functions]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise BadRequest(f"tools has the function {shown(twice)} twice.", "tools")
+        return functions
 
     def prompts(self, prompt: Any) -> list[list[int]]:
         """The ids of a completion's prompt or prompts.
@@ -194,27 +224,52 @@ class Service:
             number: of the request's answers, from 0 on.
             text: makes text of its tokens; None for a model without a tokenizer.
         """
-        job = Job(Request(prompt, params, (number,)), guide=self.guide(body, params), text=text)
+        job = Job(Request(prompt, params, (number,)), guide=self.guide(body, params, text), text=text)
         job.speculative = body.get("speculative", True)
+        job.scores = params.logprobs is not None and body.get("echo", False)
+        job.answers = body.get("max_tokens") != 0
         job.deadline = time.monotonic() + self.timeout
         return job
 
-    def guide(self, body: Mapping[str, Any], params: SamplingParams) -> Any:
+    def guide(self, body: Mapping[str, Any], params: SamplingParams, text: Any) -> Any:
         """What an answer's tokens are held to; None for nothing.
 
-        Raises:
-            BadRequest: the grammar can't be used.
-        """
-        if body.get("response_format", {"type": "text"}) == {"type": "text"} and "structured_outputs" not in body:
-            return None
-        require("llguidance")
-        from infer.serve.guides import grammar_of, make_guide
+        Args:
+            text: makes text of the answer's tokens.
 
-        grammar = grammar_of(body)
-        ends = params.stop_token_ids
-        if grammar is None:
+        Raises:
+            BadRequest: the grammar can't be used, several are asked for, or llguidance is not installed.
+        """
+        functions = self.forced(body)
+        asked = {
+            "response_format": body.get("response_format", {}).get("type", "text") != "text",
+            "structured_outputs": "structured_outputs" in body,
+            "tool_choice": bool(functions),
+        }
+        found = [field for field, is_asked in asked.items() if is_asked]
+        if not found:
             return None
-        return make_guide(self.tokenizer(), self.loaded.configs.target.vocab_size, ends, grammar)
+        if len(found) > 1:
+            raise BadRequest(f"one grammar can be had, and {' and '.join(found)} ask for one each.", found[-1])
+        (field,) = found
+        try:
+            require("llguidance")
+        except DominoError as error:
+            raise BadRequest(f"{field} can't be honoured: {error}", field) from None
+        from infer.serve.guides import AfterThoughts, calls_grammar, grammar_of, make_guide
+
+        tokens = text.tokens_of_markers if isinstance(text, AnswerParser) else {}
+        if functions:
+            several = body["tool_choice"] == "required" and body.get("parallel_tool_calls", True)
+            grammar = calls_grammar(functions, several, tokens)
+        else:
+            grammar = grammar_of(field, body)
+        vocab_size = self.loaded.configs.target.vocab_size
+        ends = [token for token in params.stop_token_ids if token < vocab_size]
+        guide = make_guide(self.tokenizer(), vocab_size, ends, grammar, field)
+        if not isinstance(text, AnswerParser) or not text.splits:
+            return guide
+        return AfterThoughts(guide, text, self.thinks(body), ends)
 
     def text(self, body: Mapping[str, Any], chat: bool, in_reasoning: bool = False) -> Any:
         """What makes text of one answer's tokens."""
@@ -226,8 +281,14 @@ class Service:
         if not chat:
             return PlainText(self.loaded.tokenizer, stops)
         reasoning, tools = has_thinking(self.template), bool(body.get("tools")) and body.get("tool_choice") != "none"
+        forced = [function["name"] for function in self.forced(body)]
         return AnswerParser(
-            self.loaded.tokenizer, stops, reasoning=reasoning, tools=tools, in_reasoning=in_reasoning and reasoning
+            self.loaded.tokenizer,
+            stops,
+            reasoning=reasoning,
+            tools=tools,
+            in_reasoning=in_reasoning and reasoning,
+            forced=forced,
         )
 
 

@@ -55,7 +55,7 @@ def response_body(
             "input_tokens": found["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": job.reused},
             "output_tokens": found["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": found.get("completion_tokens_details", {"reasoning_tokens": 0}),
             "total_tokens": found["total_tokens"],
         }
     return {

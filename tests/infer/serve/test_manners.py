@@ -7,6 +7,7 @@ from factory import MASK, MASK_ID, make_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from convert.tokenizer import special_tokens
 from domino_jax.errors import DominoError
 from infer.serve.manners import (
     AnswerParser,
@@ -190,6 +191,41 @@ def test_what_is_certain_is_given_out_at_once(kind):
 )
 def test_parts_that_are_not_asked_for_are_text(more, written, parts):
     assert parsed(ids(written), **more)[0] == parts
+
+
+# What is written, and the thoughts in it.
+THOUGHTS = {
+    "none": ("Yes.", ""),
+    "with line ends": ("<think>\nLet me\n\nsee.\n</think>\n\nYes.\n", "\nLet me\n\nsee.\n"),
+    "of characters of several bytes": ("<think>é€𝄞</think>é€", "é€𝄞"),
+    "without an end": ("<think>\nLet me", "\nLet me"),
+    "that end within a character": ("<think>a€", "a€"),
+    "twice": ("<think>a</think>\n<think>bc</think>\nd", "abc"),
+    "empty": ("<think></think>Yes.", ""),
+    "opened by the prompt": ("hm\n</think>\n\nYes", "hm\n"),
+    "with a call": (f"<think>I {call()}</think>x", f"I {call()}"),
+    "with what may become a marker": ("<think>a </thin</th</think>x", "a </thin</th"),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("case", THOUGHTS)
+def test_tokens_of_thoughts_are_counted(kind, case):
+    """However they come, and whatever is held back for a stop string; markers are none of them."""
+    written, thoughts = THOUGHTS[case]
+    tokens, expected = ids(written, TOKENIZERS[kind]), len(ids(thoughts, TOKENIZERS[kind]))
+    if case == "that end within a character":
+        tokens, expected = tokens[:-1], expected - 1
+    special = special_tokens(TOKENIZERS[kind]).values()  # those that are no text are no thoughts
+    expected -= sum(token in special for token in ids(thoughts, TOKENIZERS[kind]))
+    for size, stops in ((1, ()), (3, ()), (len(tokens), ()), (1, ("</think>!", "k>\n\n\n")), (2, ("\n" * 9,))):
+        parser = AnswerParser(
+            TOKENIZERS[kind], stops, reasoning=True, tools=True, in_reasoning=case == "opened by the prompt"
+        )
+        for at in range(0, len(tokens), size):
+            parser.feed(tokens[at : at + size])
+        parser.finish()
+        assert parser.reasoning_tokens == expected, (size, stops)
 
 
 def test_what_spells_a_marker_is_text_where_the_tokenizer_has_it_as_a_token():

@@ -6,8 +6,8 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from convert.tokenizer import decode, encode
 from domino_jax.errors import DominoError
@@ -43,6 +44,22 @@ class Refused(Exception):
     def __init__(self, status: int, sentence: str, kind: str, field: str | None = None, retry: int | None = None):
         super().__init__(sentence)
         self.status, self.kind, self.field, self.retry = status, kind, field, retry
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, with what is to be done when they have ended, even if not one of them was sent."""
+
+    def __init__(self, events: AsyncGenerator[str], end: Callable[[], None]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events, self._end = events, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+            await self._events.aclose()
 
 
 class Server:
@@ -202,6 +219,7 @@ class Server:
             "max_model_len": service.positions,
             "chat": service.is_chat,
             "thinking": service.is_chat and replies.has_switch(service.loaded.tokenizer),
+            "thinking_default": service.thinking,
             "drafter": type(drafter).__name__ if drafter else None,
         }
         return JSONResponse({"object": "list", "data": [model]})
@@ -253,12 +271,13 @@ class Server:
         body = await self._body(request, fields.COMPLETION)
         if "prompt" not in body:
             raise BadRequest("prompt is missing.", "prompt")
-        if body.get("echo") and "logprobs" in body:
-            raise BadRequest("logprobs of the prompt can't be had: leave echo or logprobs out.", "echo")
+        if body.get("max_tokens") == 0 and not body.get("echo"):
+            raise BadRequest("max_tokens 0 goes with echo: true, which gives the prompt.", "max_tokens")
         prompts, tokenizer = self.service.prompts(body["prompt"]), self.service.loaded.tokenizer
         jobs = []
         for prompt in prompts:
-            params = self.service.sampling(body, prompt, body.get("max_tokens", self._default_tokens(prompt)))
+            limit = max(1, body.get("max_tokens", self._default_tokens(prompt)))  # 0 is for the prompt alone
+            params = self.service.sampling(body, prompt, limit)
             for number in range(body.get("n", 1)):
                 jobs.append(make_job(self.service, Asked(prompt, params, number, body)))
         begin = [replies.tokens_before(body, tokenizer, job.request.prompt) for job in jobs]
@@ -267,7 +286,11 @@ class Server:
 
         def choice(index: int, job: Job, update: Update, first: bool) -> dict[str, Any]:
             text = (begin[index] if first else "") + "".join(piece.text for piece in update.pieces)
-            logprobs = replies.completion_logprobs(tokenizer, update.tokens, update.logprobs, said[index])
+            if first and job.scores:  # the prompt's before the answer's
+                tokens, told = [*job.request.prompt, *update.tokens], [*job.prompt_logprobs, *update.logprobs]
+                logprobs = replies.completion_logprobs(tokenizer, tokens, told)
+            else:
+                logprobs = replies.completion_logprobs(tokenizer, update.tokens, update.logprobs, said[index])
             said[index] += len(text)
             found = {"index": index, "text": text, "logprobs": logprobs}
             found["finish_reason"] = replies.finish_reason(job, False)
@@ -334,21 +357,22 @@ class Server:
         if body.get("stream"):
             stream = ResponseStream(identity, self.service.name, body)
 
-            async def events() -> AsyncIterator[str]:
+            async def events() -> AsyncGenerator[str]:
                 for event in stream.begin():
                     yield event
-                async for _, update in self._updates([job]):
-                    if update is None:
-                        yield ": still at work\n\n"
-                        continue
-                    for event in stream.failed(update.error) if update.error else stream.add(update.pieces):
-                        yield event
+                async with aclosing(self._updates([job])) as updates:
+                    async for _, update in updates:
+                        if update is None:
+                            yield ": still at work\n\n"
+                            continue
+                        for event in stream.failed(update.error) if update.error else stream.add(update.pieces):
+                            yield event
                 if not job.failed:
                     for event in stream.end(job):
                         yield event
 
             self._admit([job])
-            return self._event_stream(events())
+            return EventStream(events(), lambda: self._release([job]))
         (total,) = await self._whole(request, [job])
         return JSONResponse(response_body(identity, self.service.name, body, job, total.update.pieces))
 
@@ -375,7 +399,7 @@ class Server:
             self._open.add(job)
             self.worker.submit(job)
 
-    async def _updates(self, jobs: list[Job]) -> AsyncIterator[tuple[int, Update | None]]:
+    async def _updates(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Update | None]]:
         """Every update of some answers, by their numbers, as they come; None when nothing has come for long.
 
         Whoever leaves it early ends the answers.
@@ -394,7 +418,12 @@ class Server:
         finally:
             for task in running.values():
                 task.cancel()
-            for job in jobs:
+            self._release(jobs)
+
+    def _release(self, jobs: list[Job]) -> None:
+        """Forget answers that nobody waits for any more, and end those that still run."""
+        for job in jobs:
+            if job in self._open:
                 self._open.discard(job)
                 self.worker.cancel(job)
 
@@ -409,9 +438,10 @@ class Server:
         totals = [Total() for _ in jobs]
 
         async def collect() -> None:
-            async for i, update in self._updates(jobs):
-                if update is not None:
-                    totals[i].add(update)
+            async with aclosing(self._updates(jobs)) as updates:
+                async for i, update in updates:
+                    if update is not None:
+                        totals[i].add(update)
 
         async def leaves() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -439,28 +469,25 @@ class Server:
         """The answers as server-sent events."""
         with_usage = body.get("stream_options", {}).get("include_usage", False)
 
-        async def events() -> AsyncIterator[str]:
+        async def events() -> AsyncGenerator[str]:
             begun: set[int] = set()
-            async for i, update in self._updates(jobs):
-                if update is None:
-                    yield ": still at work\n\n"
-                elif update.error:
-                    yield event(replies.error(str(update.error), "server_error"))
-                    return
-                else:
-                    found = choice(i, jobs[i], update, i not in begun)
-                    begun.add(i)
-                    yield event({**head, "choices": [found]} | ({"usage": None} if with_usage else {}))
+            async with aclosing(self._updates(jobs)) as updates:
+                async for i, update in updates:
+                    if update is None:
+                        yield ": still at work\n\n"
+                    elif update.error:
+                        yield event(replies.error(str(update.error), "server_error"))
+                        return
+                    else:
+                        found = choice(i, jobs[i], update, i not in begun)
+                        begun.add(i)
+                        yield event({**head, "choices": [found]} | ({"usage": None} if with_usage else {}))
             if with_usage:
                 yield event({**head, "choices": [], "usage": replies.usage(jobs)})
             yield "data: [DONE]\n\n"
 
         self._admit(jobs)
-        return self._event_stream(events())
-
-    def _event_stream(self, events: AsyncIterator[str]) -> Response:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return EventStream(events(), lambda: self._release(jobs))
 
     @property
     def answering(self) -> int:

@@ -32,7 +32,7 @@ class Serve:
     max_body: int = 4 << 20
     """bytes of a request's body"""
     request_timeout: float = 600.0
-    """seconds after which a request ends as it is"""
+    """seconds after which a request ends as it is, and a client that takes nothing of its answer is dropped"""
     shutdown_timeout: float = 30.0
     """seconds that running requests have after SIGTERM"""
     num_draft_tokens: Annotated[int | Literal["auto"], arg(name="num-draft-tokens")] = "auto"

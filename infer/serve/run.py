@@ -22,6 +22,7 @@ from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.interrupts import note_signal
 from domino_jax.runtime.processes import ENDED_EARLY, among_others, code_of_others, join_processes
 from infer.serve.app import Server
+from infer.serve.connections import dropping
 from infer.serve.followers import Follower, Leader
 from infer.serve.metrics import ServingMetrics
 from infer.serve.options import Serve
@@ -182,7 +183,13 @@ async def _listen(
         leader: of several processes; a signal to any of them counts, and so does the end of decoding.
     """
     config = uvicorn.Config(
-        server.app(), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1, ws="none"
+        server.app(),
+        http=dropping(server.service.timeout),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        ws="none",
     )
     listener, loop, interrupted = Listener(config), asyncio.get_running_loop(), False
     ending = asyncio.Event()

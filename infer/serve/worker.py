@@ -1,9 +1,10 @@
 """The thread that decodes: requests of many clients in one `Slots`, and what each is told of its answer."""
 
+import math
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -12,8 +13,9 @@ from typing import Any, Protocol
 from convert.loading import LoadedModel
 from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache
-from domino_jax.errors import DominoError
+from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.auto import AutoDrafts
+from domino_jax.runtime.prompt_logprobs import prompt_logprobs
 from domino_jax.runtime.slots import (
     BatchCase,
     Completion,
@@ -68,6 +70,9 @@ class Job(Completion):
     asked: Any = None  # a `followers.Asked`, of which the other processes make the same
     place: int = -1  # by which they know it
     failed: DominoError | None = None
+    scores: bool = False  # the log-probabilities of the prompt are wanted
+    answers: bool = True  # else they, and the prompt, are all that is
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def is_cut(self) -> bool:
@@ -164,6 +169,7 @@ class Worker:
             self._slots = self._make(size, PlainOnRequest(policy))
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._jobs: dict[Job, None] = {}
+        self._scoring: dict[Job, Generator[None, None, list[TokenLogprobs | None]]] = {}  # prompts, before their slots
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self.ready = threading.Event()
         self.failed: BaseException | None = None  # what ended the thread
@@ -206,7 +212,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Requests without a slot."""
-        return self._commands.qsize() + self._slots.waiting
+        return self._commands.qsize() + self._slots.waiting + len(self._scoring)
 
     @property
     def running(self) -> int:
@@ -228,7 +234,9 @@ class Worker:
             with self._loaded.context():
                 self._compile()
                 self.ready.set()
-                while self._obey(block=not self._slots.busy):
+                while self._obey(block=not (self._slots.busy or self._scoring)):
+                    if self._scoring:
+                        self._score()
                     if self._slots.busy:
                         self._step()
         except BaseException as error:
@@ -242,18 +250,15 @@ class Worker:
         for what, job in self._asked(block):
             if job is None:
                 for other in list(self._jobs):
-                    self._slots.evict(other)
-                    self._tell(other)
+                    self._evict(other)
                 return False
-            if what == "admit":
-                try:
-                    self._slots.admit(job)
-                    self._jobs[job] = None
-                except DominoError as error:
-                    self._fail(job, error)
+            if what != "admit":
+                self._evict(job, "length" if what == "expire" else "cancelled")
+            elif job.scores:
+                self._jobs[job] = None
+                self._scoring[job] = self._scores_of(job)
             else:
-                self._slots.evict(job, "length" if what == "expire" else "cancelled")
-                self._tell(job)
+                self._admit(job)
         return True
 
     def _asked(self, block: bool) -> list[Command]:
@@ -267,13 +272,57 @@ class Worker:
             found += [("expire", job) for job in self._jobs if now > job.deadline]
         return found if self._link is None else self._link.exchange(found)
 
+    def _admit(self, job: Job) -> None:
+        """Let a request wait for a slot, or end it where it needs none."""
+        self._jobs[job] = None
+        if not job.answers:
+            job.finish("length")
+            self._tell(job)
+            return
+        try:
+            self._slots.admit(job)
+        except DominoError as error:
+            self._fail(job, error)
+
+    def _evict(self, job: Job, reason: str = "cancelled") -> None:
+        if self._scoring.pop(job, None):
+            job.finish(reason)
+        self._slots.evict(job, reason)
+        self._tell(job)
+
+    def _scores_of(self, job: Job) -> Generator[None, None, list[TokenLogprobs | None]]:
+        loaded, most = self._loaded, job.request.params.logprobs or 0
+        return prompt_logprobs(loaded.params, loaded.configs, job.request.prompt, loaded.dtype, most)
+
+    def _score(self) -> None:
+        """Run a chunk of the first prompt whose log-probabilities are wanted; at its end the request waits."""
+        job, steps = next(iter(self._scoring.items()))
+        try:
+            next(steps)
+        except StopIteration as end:
+            prompt, most = job.request.prompt, job.request.params.logprobs
+            alike = [j for j in self._scoring if (j.request.prompt, j.request.params.logprobs) == (prompt, most)]
+            for other in alike:  # as several answers to one prompt
+                del self._scoring[other]
+                other.prompt_logprobs = end.value
+                if all(math.isfinite(told.chosen) for told in end.value if told):
+                    self._admit(other)
+                else:
+                    self._fail(other, self._not_finite(other))
+        except Exception as error:
+            if self._link is not None:  # as in `_step`
+                raise
+            traceback.print_exc()
+            del self._scoring[job]
+            self._fail(job, DominoError(f"the prompt's log-probabilities can't be had: {first_line(error)}."))
+
     def _step(self) -> None:
         try:
             changed: list[Any] = self._slots.step()
         except Exception as error:  # of the device: what was running is lost, what waits is not
             if self._link is not None:  # what the other processes hold is not known
                 raise
-            lost = [job for job in self._jobs if not self._slots.holds(job)]
+            lost = [job for job in self._jobs if not self._slots.holds(job) and job not in self._scoring]
             traceback.print_exc()
             for job in lost:
                 said = error if isinstance(error, DominoError) else DominoError("decoding failed; try again.")
@@ -281,10 +330,13 @@ class Worker:
             return
         for job in changed:
             if not job.finite:
-                target, config = self._loaded.params.target, self._loaded.configs.target
-                self._fail(job, not_finite_error(target, config, job.ids, self._loaded.dtype))
+                self._fail(job, self._not_finite(job))
             else:
                 self._tell(job)
+
+    def _not_finite(self, job: Job) -> DominoError:
+        target, config = self._loaded.params.target, self._loaded.configs.target
+        return not_finite_error(target, config, job.ids, self._loaded.dtype)
 
     def _tell(self, job: Job) -> None:
         """Send what is new."""

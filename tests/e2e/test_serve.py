@@ -1,19 +1,23 @@
-"""`python -m infer.serve` as a process: ready, signals, ports."""
+"""`python -m infer.serve` as a process: ready, signals, ports, clients that leave or do not read, and a sudden end."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from factory import make_draft, make_target
+from serving import TEMPLATE, Storm, raw_request
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -22,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    make_target(root / "target", eos=None, max_position_embeddings=512)
+    make_target(root / "target", eos=None, max_position_embeddings=512, template=TEMPLATE)
     make_draft(root / "draft")
     generation = {"temperature": 0.7, "top_p": 0.8}
     (root / "target" / "generation_config.json").write_text(json.dumps(generation))
@@ -32,10 +36,10 @@ def folder(tmp_path_factory) -> Path:
 class Process:
     """A server process, its log, and its address."""
 
-    def __init__(self, folder: Path, *words: str):
+    def __init__(self, folder: Path, *words: str, port: int = 0, slots: int = 2, **environment: str):
         command = [sys.executable, "-m", "infer.serve", "--model", folder / "target", "--draft", folder / "draft"]
-        command += ["--port", "0", "--warm-up", "0", "--max-num-seqs", "2", *words]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        command += ["--port", port, "--warm-up", "0", "--max-num-seqs", slots, *words]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
         self.process = subprocess.Popen(
             list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
         )
@@ -43,6 +47,7 @@ class Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = "http://" + self.wait("at http://").split("http://")[1].split("/")[0]
+        self.port = int(self.url.rsplit(":", 1)[1])
         self.wait("ready")
 
     def _read(self) -> None:
@@ -59,6 +64,30 @@ class Process:
             assert self.process.poll() is None, self.lines
             time.sleep(0.05)
         raise AssertionError(self.lines)
+
+    def ask(self, timeout: float = 60, **body: Any) -> Any:
+        """What it says to a prompt."""
+        body = {"prompt": "hello", "max_tokens": 8, "temperature": 0, **body}
+        response = httpx.post(self.url + "/v1/completions", json=body, timeout=timeout)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def is_idle(self, seconds: float = 60) -> bool:
+        """Whether nothing waits or runs, within so many seconds."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            text = httpx.get(self.url + "/metrics", timeout=60).text
+            busy = [line for line in text.splitlines() if line.startswith("domino:num_requests_")]
+            if len(busy) == 2 and all(float(line.rsplit(" ", 1)[1]) == 0 for line in busy):
+                return True
+            time.sleep(0.1)
+        return False
+
+    @property
+    def megabytes(self) -> float:
+        """Its resident memory, on Linux."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
@@ -108,3 +137,109 @@ def test_after_the_patience_what_still_runs_is_cut(folder):
         )
         time.sleep(1)
         assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.fixture(scope="module")
+def served(folder) -> Iterator[Process]:
+    """A server whose clients have 30 seconds."""
+    made = Process(folder, "--request-timeout", "30", "--max-queue", "512", slots=4)
+    yield made
+    made.process.kill()
+
+
+@pytest.mark.slow
+def test_clients_that_leave_at_any_moment_leave_nothing(served):
+    """Neither slots nor memory; tests/infer/serve/test_stress.py has it for a moment."""
+    storm, before, seconds = Storm(served.port), 90, 300
+    storm.blow(before)
+    assert served.is_idle()
+    began, left = served.megabytes, storm.left
+    storm.blow(seconds, seed=1)
+    assert served.is_idle(), "all slots are free again"
+    print(f"{storm.left - left} clients left in {seconds} s: {began:.0f} MB before, {served.megabytes:.0f} MB after")
+    assert set(storm.statuses) <= {200, 400} and storm.left - left > 5 * seconds, storm
+    assert served.ask()["usage"]["completion_tokens"] == 8
+    assert served.megabytes < 1.05 * began
+    assert not any("Traceback" in line for line in served.lines), served.lines
+
+
+@pytest.mark.slow
+def test_many_who_do_not_read_delay_nobody_and_are_dropped(served):
+    stuck = 8
+    body = {"prompt": "hello", "max_tokens": 500, "n": 4, "stream": True, "logprobs": 20, "temperature": 0}
+    body |= {"return_drafts": True}
+    quick = served.ask()
+    began, clients = served.megabytes, []
+    for _ in range(stuck):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", served.port))
+        client.sendall(raw_request("/v1/completions", body))
+        clients.append(client)
+    assert served.is_idle(), "answers end whether they are read or not"
+    seconds = []
+    for _ in range(5):
+        at = time.monotonic()
+        assert served.ask()["choices"] == quick["choices"]
+        seconds.append(time.monotonic() - at)
+    grown = served.megabytes - began
+    print(f"beside {stuck} clients that read nothing: {max(seconds):.2f} s, and {grown:.0f} MB more")
+    assert max(seconds) < 3 and grown < 100 + 100 * stuck
+    time.sleep(31)
+    for client in clients:
+        said = bytearray()
+        with client, contextlib.suppress(ConnectionError):
+            client.settimeout(10)
+            while part := client.recv(1 << 16):
+                said += part
+        assert said.startswith(b"HTTP/1.1 200") and b"[DONE]" not in said, len(said)
+    assert served.ask()["choices"] == quick["choices"]
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_and_started_again_on_the_same_port(folder, tmp_path, times):
+    """While it answers. A client that tries again is answered, and nothing is left behind."""
+    how = {"slots": 1, "TMPDIR": str(tmp_path)}
+    server = Process(folder, "--served-model-name", tmp_path.name, **how)
+    expected = server.ask()["choices"]
+    for _ in range(times):
+        body = {"prompt": "hello", "max_tokens": 400, "stream": True}
+        with (
+            pytest.raises(httpx.TransportError),
+            httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response,
+        ):
+            for _ in response.iter_lines():
+                server.process.kill()
+        assert server.process.wait(20) == -signal.SIGKILL
+        assert not processes_with(tmp_path.name)
+        found: dict[str, Any] = {}
+        client = threading.Thread(target=ask_until_answered, args=(server.url, found))
+        client.start()
+        server = Process(folder, "--served-model-name", tmp_path.name, port=server.port, **how)
+        client.join()
+        assert found["answer"] == expected
+    assert server.end(signal.SIGTERM) == 0
+    assert list(tmp_path.iterdir()) == [] and not processes_with(tmp_path.name)
+
+
+def ask_until_answered(url: str, found: dict[str, Any]) -> None:
+    """What a client does that tries again: while nobody is there, and while the server says that it compiles."""
+    until = time.monotonic() + 120
+    while "answer" not in found and time.monotonic() < until:
+        with contextlib.suppress(httpx.TransportError):
+            body = {"prompt": "hello", "max_tokens": 8, "temperature": 0}
+            response = httpx.post(url + "/v1/completions", json=body, timeout=60)
+            if response.status_code == 200:
+                found["answer"] = response.json()["choices"]
+            else:
+                assert response.status_code == 503 and int(response.headers["retry-after"]) > 0
+        time.sleep(0.2)
+
+
+def processes_with(word: str) -> list[str]:
+    """The command lines of processes that have a word, on Linux."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text(errors="replace"))
+    return [line for line in found if word in line]

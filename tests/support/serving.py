@@ -47,8 +47,8 @@ class Running:
     def __init__(self, loaded: LoadedModel, slots: int = 3, queue: int = 64, key: str | None = KEY, **more: Any):
         self.metrics, self.lines = ServingMetrics("tiny", loaded.configs.proposals), []
         self.worker = Worker(loaded, slots, False, 0, self.lines.append, self.metrics.seen)
-        defaults, timeout = more.pop("defaults", {}), more.pop("timeout", 60.0)
-        self.service = Service(loaded, "tiny", defaults, loaded.configs.target.positions, timeout)
+        positions, patience = loaded.configs.target.positions, more.pop("patience", 60.0)
+        self.service = Service(loaded, "tiny", more.pop("defaults", {}), positions, 60.0)
         self.server = Server(
             self.service,
             self.worker,
@@ -67,7 +67,7 @@ class Running:
         self._sock.bind(("127.0.0.1", 0))
         self.port = self._sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(self.app, http=dropping(self.service.timeout), log_level="warning", lifespan="off")
+        config = uvicorn.Config(self.app, http=dropping(patience), log_level="warning", lifespan="off")
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self._sock]), daemon=True)
 

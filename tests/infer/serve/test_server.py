@@ -4,106 +4,33 @@ import asyncio
 import contextlib
 import itertools
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import factory
 import httpx
-import jax.numpy as jnp
-import numpy as np
 import openai
 import pytest
-import uvicorn
-from factory import BYTE_TARGET, make_tokenizer
+from serving import KEY, Running, solo, tiny_model
 
 from convert.loading import LoadedModel
 from domino_jax import decode
 from domino_jax.errors import DominoError
-from domino_jax.runtime.slots import Completion, Request, Slots
+from domino_jax.runtime.slots import Request
 from domino_jax.sampling import SamplingParams
 from infer.serve import app as routes
-from infer.serve.app import Server
+from infer.serve import worker as workers
 from infer.serve.description import describe_api
-from infer.serve.metrics import ServingMetrics
-from infer.serve.requests import Service
-from infer.serve.worker import Job, Update, Worker
+from infer.serve.worker import Job, Update
 from infer.text import encode
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if tools %}[tools <tool_call> {{ tools | length }}]{% endif %}<|im_start|>assistant:"
-    "{% if enable_thinking is defined and enable_thinking %}<think>{% else %}<think></think>{% endif %}"
-)
-KEY = "a key"
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, loaded: LoadedModel, slots: int = 3, queue: int = 64, key: str | None = KEY, **more: Any):
-        self.metrics, self.lines = ServingMetrics("tiny", loaded.configs.proposals), []
-        self.worker = Worker(loaded, slots, False, 0, self.lines.append, self.metrics.seen)
-        service = Service(loaded, "tiny", more.pop("defaults", {}), loaded.configs.target.positions, 60.0)
-        self.server = Server(
-            service,
-            self.worker,
-            self.metrics,
-            api_key=key,
-            max_queue=queue,
-            max_body=20_000,
-            profile=None,
-            log=self.lines.append,
-        )
-        self.app = self.server.app()
-        self._sock = socket.socket()
-        self._sock.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
-        self._uvicorn = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="off"))
-        self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self._sock]), daemon=True)
-
-    def __enter__(self) -> "Running":
-        self._thread.start()
-        return self
-
-    def begin(self) -> None:
-        self.worker.start()
-        assert self.worker.ready.wait(120)
-
-    def __exit__(self, *_: object) -> None:
-        self._uvicorn.should_exit = True
-        self._thread.join(30)
-        self.worker.stop()
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
-
-    def post(self, path: str, body: Any, key: str = KEY, **more: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {key}", **more.pop("headers", {})}
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=60, **more)
-
-    def get(self, path: str, key: str = KEY) -> httpx.Response:
-        return httpx.get(self.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=60)
-
-    def is_idle(self, seconds: float = 20.0) -> bool:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            if not (self.worker.running or self.worker.waiting or self.server.answering):
-                return True
-            time.sleep(0.02)
-        return False
 
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    target = replace(BYTE_TARGET, tie_word_embeddings=False, max_position_embeddings=512)
-    pair = factory.good_pair(target, 3, num_hidden_layers=1)
-    tokenizer = make_tokenizer(TEMPLATE)
-    return LoadedModel(pair.configs, pair.params, tokenizer, (), jnp.dtype("float32"), (), 0.0)
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +38,6 @@ def running(loaded) -> Iterator[Running]:
     with Running(loaded) as made:
         made.begin()
         yield made
-
-
-def solo(loaded: LoadedModel, text: str, **how: Any) -> Completion:
-    """What the target says to a text, alone and without drafts."""
-    params = SamplingParams(**{"max_tokens": 12, **how})
-    one = Completion(Request(encode(loaded.tokenizer, text), params))
-    lean = loaded.params.without_drafter, loaded.configs.without_drafter
-    list(Slots(*lean, 1, loaded.dtype, processors=True).run([one]))
-    return one
 
 
 # --- Every call, with the real client --------------------------------------------------------------------------------
@@ -165,12 +83,20 @@ def test_a_chat(running, loaded):
     message = found.choices[0].message
     assert message.role == "assistant" and message.content and found.usage.completion_tokens == 20
     assert message.model_extra.get("reasoning_content") is None
+    assert found.usage.completion_tokens_details.reasoning_tokens == 0
     chunks = list(client.chat.completions.create(**how, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == message.content
     assert chunks[0].choices[0].delta.role == "assistant"
-    thought = client.chat.completions.create(**how, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
+    thinking = {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}
+    thought = client.chat.completions.create(**how, **thinking)
     extra = thought.choices[0].message.model_extra
     assert extra["reasoning"] == extra["reasoning_content"] and not thought.choices[0].message.content
+    assert thought.usage.completion_tokens_details.reasoning_tokens == 20
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = client.chat.completions.create(**how, **thinking, **usage, n=2)
+    assert last.usage.completion_tokens_details.reasoning_tokens == last.usage.completion_tokens == 40
+    whole = client.completions.create(model="tiny", prompt="hi", max_tokens=2)
+    assert whole.usage.completion_tokens_details is None, "a completion's thoughts are not told apart"
     developer = [{"role": "developer", "content": "Be brief."}, *messages]
     assert client.chat.completions.create(model="tiny", messages=developer, max_tokens=3).usage.completion_tokens == 3
 
@@ -181,6 +107,12 @@ def test_a_response(running):
     found = client.responses.create(**how)
     assert found.status == "incomplete" and found.incomplete_details.reason == "max_output_tokens"
     assert found.output_text and found.usage.output_tokens == 20
+    assert found.usage.output_tokens_details.reasoning_tokens == 0
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    thought = client.responses.create(**how, extra_body=thinking)
+    assert thought.usage.output_tokens_details.reasoning_tokens == 20 and not thought.output_text
+    *_, end = client.responses.create(**how, extra_body=thinking, stream=True)
+    assert end.response.usage.output_tokens_details.reasoning_tokens == 20
     events = list(client.responses.create(**how, stream=True))
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == found.output_text
     assert [events[0].type, events[-1].type] == ["response.created", "response.incomplete"]
@@ -221,6 +153,52 @@ def test_logprobs_penalties_and_stops(running, loaded):
     assert by_id.choices[0].finish_reason == "stop" and by_id.usage.completion_tokens <= 5
 
 
+def test_logprobs_of_the_prompt(running, loaded):
+    """As harnesses of evaluation ask for them: echo, logprobs, and no token or one, which they leave out."""
+    create, expected = running.client().completions.create, solo(loaded, "hello", logprobs=3)
+    ids, said = expected.ids, expected.tokens
+    found = create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=3)
+    (choice,) = found.choices
+    assert choice.text == loaded.tokenizer.decode(ids, skip_special_tokens=True) and choice.finish_reason == "length"
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(ids), 0)
+    told = choice.logprobs
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None and len(told.tokens) == len(ids)
+    assert told.token_logprobs[-len(said) :] == pytest.approx([one.chosen for one in expected.logprobs], abs=1e-4)
+    assert all(0 < len(top) <= 3 for top in told.top_logprobs[1:])
+    *several, _ = create(model="tiny", prompt=[ids, ids[:7]], max_tokens=1, echo=True, logprobs=3, n=2).choices
+    assert [len(one.logprobs.tokens) for one in several] == [len(ids) + 1] * 2 + [8]
+    assert several[0].logprobs.token_logprobs[:-1] == told.token_logprobs
+    chunks = list(create(model="tiny", prompt=ids, max_tokens=20, echo=True, logprobs=3, stream=True))
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    streamed = [value for part in parts if part for value in part.token_logprobs]
+    assert streamed[: len(ids)] == told.token_logprobs and len(streamed) == len(ids) + 20
+    alone = create(model="tiny", prompt="hello", max_tokens=0, echo=True).choices[0]
+    assert (alone.text, alone.logprobs) == ("hello", None) and running.is_idle()
+
+
+def test_who_leaves_while_a_prompt_is_scored_leaves_nothing(loaded, monkeypatch):
+    """And others go on meanwhile."""
+
+    def endless(*_: Any) -> Any:
+        while True:
+            time.sleep(0.01)
+            yield
+
+    monkeypatch.setattr(workers, "prompt_logprobs", endless)
+    with Running(loaded) as made:
+        made.begin()
+        body = {"prompt": "hello", "max_tokens": 0, "echo": True, "logprobs": 1}
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(made.url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=0.5)
+        assert made.post("/v1/completions", {"prompt": "hello", "max_tokens": 20}).status_code == 200
+        assert made.is_idle()
+        told: list[Update] = []
+        params = SamplingParams(max_tokens=1, logprobs=1)
+        made.worker.submit(Job(Request([50], params), scores=True, tell=told.append, deadline=time.monotonic() + 0.1))
+        made.post("/v1/completions", {"prompt": "hello", "max_tokens": 200})
+        assert made.is_idle() and told[-1].finish_reason == "length"
+
+
 def test_tokens_and_back(running):
     ids = running.post("/tokenize", {"prompt": "hello"}).json()
     assert ids["count"] == 5 and running.post("/detokenize", {"tokens": ids["tokens"]}).json() == {"prompt": "hello"}
@@ -255,9 +233,23 @@ def test_figures_for_prometheus(running):
     assert any(line.startswith("req-") and "/v1/completions 200" in line for line in running.lines)
 
 
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+JSON = {"type": "json_object"}
+
+
+def tool(name: str, parameters: Any = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+TOOLS = {**CHAT, "tools": [tool("look")]}
+REQUIRED = {**TOOLS, "tool_choice": "required"}
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 99}},
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -288,9 +280,29 @@ def test_structured_answers_always_parse(running, loaded, temperature):
     assert plain == loaded.tokenizer.decode(solo(loaded, "hello").tokens, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_calls_that_must_come(running, temperature):
+    """Of a model that knows no calls, streamed or not; see test_guides.py for the grammars."""
+    tools = [tool("look", SCHEMA), tool("now"), tool("look_up", {**SCHEMA, "required": ["name"]})]
+    how = {"model": "tiny", "messages": CHAT["messages"], "tools": tools, "temperature": temperature}
+    create = running.client().chat.completions.create
+    for seed in range(3):
+        more = {"seed": seed, "max_tokens": 300, "parallel_tool_calls": False}
+        answer = create(**how, **more, tool_choice="required").choices[0]
+        (called,) = answer.message.tool_calls
+        assert answer.finish_reason == "tool_calls" and answer.message.content is None
+        found = json.loads(called.function.arguments)
+        assert called.function.name in ("look", "now", "look_up") and set(found) <= {"name", "age"}
+        chunks = list(create(**how, **more, tool_choice=named("look_up"), stream=True))
+        deltas = [call for c in chunks for call in c.choices[0].delta.tool_calls or ()]
+        assert [d.function.name for d in deltas if d.id] == ["look_up"] and chunks[-1].choices[0].finish_reason
+        assert "name" in json.loads("".join(d.function.arguments for d in deltas))
+    none = create(**how, max_tokens=20, tool_choice="none").choices[0].message
+    assert none.tool_calls is None
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
-CHAT = {"messages": [{"role": "user", "content": "a"}]}
 LONG = {"prompt": "x" * 500, "max_tokens": 100}
 
 
@@ -301,6 +313,7 @@ LONG = {"prompt": "x" * 500, "max_tokens": 100}
         ("completions", {"prompt": "a", "best_of": 2}, "best_of", "must be 1"),
         ("completions", {"prompt": "a", "temperature": -1}, "temperature", "a number from 0 to 100, found -1"),
         ("completions", {"prompt": "a", "temperature": True}, "temperature", "found True"),
+        ("completions", {"prompt": "a", "repetition_penalty": 1e-300}, "repetition_penalty", "from 0.001 to 10"),
         ("completions", {"prompt": "a", "n": 1.5}, "n", "a whole number"),
         ("completions", {"prompt": "a", "model": "gpt-4"}, "model", "has the model tiny, not 'gpt-4'"),
         ("completions", {}, "prompt", "prompt is missing"),
@@ -308,14 +321,26 @@ LONG = {"prompt": "x" * 500, "max_tokens": 100}
         ("completions", {"prompt": [[1], "a", []]}, "prompt", "none of them empty"),
         ("completions", LONG, "max_tokens", "500 tokens and 100 new ones, and this server has room for 512"),
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", 'such as {"42": -100}'),
-        ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "of the prompt can't be had"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "goes with echo"),
+        ("completions", {"prompt": "x" * 600, "echo": True, "logprobs": 1, "max_tokens": 0}, "prompt", "room for 512"),
         ("completions", {"prompt": "a", "stop": [""]}, "stop", "none of them empty"),
         ("completions", {"prompt": "a", "min_tokens": 99, "max_tokens": 9}, None, "min_tokens is 99"),
         ("chat/completions", {"messages": []}, "messages", "at least one message"),
         ("chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs", "needs"),
-        ("chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice", "'auto' or 'none'"),
+        ("chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice", "needs tools"),
+        ("chat/completions", {**CHAT, "tool_choice": "any"}, "tool_choice", "'auto', 'none', 'required' or {"),
+        ("chat/completions", {**CHAT, "tool_choice": named("look"), "tools": []}, "tool_choice", "none of the tools"),
+        ("chat/completions", {**TOOLS, "tool_choice": named("loo")}, "tool_choice", "'loo', which is none"),
+        ("chat/completions", {**TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls", "'required'"),
+        ("chat/completions", {**REQUIRED, "tools": 2 * TOOLS["tools"]}, "tools", "'look' twice"),
+        ("chat/completions", {**REQUIRED, "tools": [tool("f", {"type": "array"})]}, "tools", "schema of an object"),
+        ("chat/completions", {**REQUIRED, "tools": [tool("f", {"$ref": "#/x"})]}, "tool_choice", "grammar is wrong"),
+        ("chat/completions", {**REQUIRED, "response_format": JSON}, "tool_choice", "response_format and tool_choice"),
+        ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, "tools", '"parameters": {...}'),
+        ("completions", {"prompt": "a", "structured_outputs": {"choice": ["a"]}, "response_format": JSON},
+         "structured_outputs", "one grammar can be had"),
         ("chat/completions", {**CHAT, "response_format": {"type": "xml"}}, "response_format", '{"type": "text"}'),
-        ("completions", {"prompt": "a", "structured_outputs": {"regex": "["}}, "response_format", "grammar is wrong"),
+        ("completions", {"prompt": "a", "structured_outputs": {"regex": "["}}, "structured_outputs", "is wrong"),
         ("completions", {"prompt": "a", "structured_outputs": {"lark": "x"}}, "structured_outputs", "one of"),
         (
             "chat/completions",
@@ -370,39 +395,6 @@ def test_before_it_is_ready_and_when_it_goes_down(loaded):
 
 
 # --- What clients do to it -------------------------------------------------------------------------------------------
-
-
-def test_many_streams_of_mixed_settings_each_as_alone(running, loaded):
-    rng = np.random.default_rng(0)
-    kinds = itertools.cycle(
-        [
-            {},
-            {"temperature": 0.8, "seed": 3},
-            {"temperature": 1.2, "top_k": 20, "seed": 4},
-            {"frequency_penalty": 0.8},
-            {"temperature": 0.7, "top_p": 0.9, "seed": 5, "presence_penalty": 0.4},
-        ]
-    )
-    asked = []
-    for i, kind in zip(range(24), kinds, strict=False):
-        text = "".join(chr(97 + int(c)) for c in rng.integers(0, 26, int(rng.integers(1, 60))))
-        asked.append((text, {**kind, "max_tokens": int(rng.integers(1, 40)), "stream": bool(i % 3)}))
-    expected = [solo(loaded, text, **{k: v for k, v in how.items() if k != "stream"}) for text, how in asked]
-
-    async def ask(client: openai.AsyncOpenAI, text: str, how: dict[str, Any]) -> str:
-        extra = {"top_k": how.pop("top_k")} if "top_k" in how else {}
-        found = await client.completions.create(model="tiny", prompt=text, extra_body=extra, **how)
-        if not how["stream"]:
-            return found.choices[0].text
-        return "".join([chunk.choices[0].text async for chunk in found])
-
-    async def all_at_once() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0) as client:
-            return await asyncio.gather(*(ask(client, text, dict(how)) for text, how in asked))
-
-    found = asyncio.run(all_at_once())
-    assert found == [loaded.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in expected]
-    assert running.is_idle()
 
 
 def test_who_disconnects_frees_the_slot(running):
@@ -512,51 +504,3 @@ def test_the_checkpoints_sampling_is_the_default(loaded):
             made.post("/v1/completions", {**body, "temperature": 0}).json()["choices"][0]["text"] for _ in range(3)
         ]
         assert len(set(greedy)) == 1
-
-
-def test_bodies_of_its_own_description_get_no_5xx(running):
-    """Some that it describes, and others. `-m slow` has far more."""
-    fuzz(running, 60)
-
-
-@pytest.mark.slow
-def test_many_bodies_of_its_own_description_get_no_5xx(running):
-    fuzz(running, 4000)
-
-
-def fuzz(running: Running, cases: int) -> None:
-    import schemathesis
-    from hypothesis import HealthCheck, given, settings
-    from hypothesis import strategies as st
-
-    description = describe_api("tiny")
-    for answer in description["paths"].values():  # answers are not looked at here, and long ones take long
-        if "post" in answer:
-            schema = answer["post"]["requestBody"]["content"]["application/json"]["schema"]
-            for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
-                if name in schema["properties"]:
-                    schema["properties"][name]["maximum"] = 3
-    schema, every = schemathesis.openapi.from_dict(description), cast(Any, list(HealthCheck))
-    statuses: dict[int, int] = {}
-    with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {KEY}"}) as client:
-        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"):
-
-            def ask(case: Any, path: str) -> None:
-                try:
-                    body = json.dumps(case.body).encode()
-                except (TypeError, ValueError):
-                    return
-                response = client.post(running.url + path, content=body, headers={"content-type": "application/json"})
-                statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-                assert response.status_code in (200, 400, 413, 429), (case.body, response.text)
-
-            how = settings(
-                max_examples=cases // 5,
-                deadline=None,
-                derandomize=True,
-                database=None,
-                suppress_health_check=every,
-            )
-            how(given(case=schema[path]["POST"].as_strategy(), path=st.just(path))(ask))()
-    assert statuses.get(200, 0) > cases // 20 and statuses.get(400, 0) > 0, statuses
-    assert running.is_idle(60)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-TPU_ROWS = 8  # the height of a TPU's registers: so many rows of a product take no longer than one
+TPU_ROWS = 2  # enough for the matrix unit; partial sums cross between devices with all of them
 FEW_PIECES = 192  # rows of bfloat16 pieces, three for each of x: up to here they are the right factor of a product
 
 
@@ -165,7 +165,7 @@ class ForTpu(Matrix):
     """A matrix on a TPU: its product with one row is computed as one with TPU_ROWS, of which the others are zeros.
 
     With one row libtpu's compiler leaves the matrix unit for the vector unit, and estimates several times as many
-    cycles (docs/performance.md). The rows that are added cost no memory: registers have them in any case.
+    cycles (docs/performance.md).
     """
 
     values: AnyMatrix  # type: ignore[assignment]  # [out..., in], a plain array or Scaled
@@ -176,10 +176,8 @@ class ForTpu(Matrix):
         if x.size > x.shape[-1] * self.groups:
             return dot(x, self.values, out_dtype)
         rows = jnp.pad(x[..., None, :], [(0, 0)] * (x.ndim - 1) + [(0, TPU_ROWS - 1), (0, 0)])
-        # The barrier keeps the compiler from making one row of it again.
-        return jax.lax.index_in_dim(
-            dot(jax.lax.optimization_barrier(rows), self.values, out_dtype), 0, x.ndim - 1, keepdims=False
-        )
+        out = dot(rows, self.values, out_dtype)
+        return jax.lax.index_in_dim(out, 0, x.ndim - 1, keepdims=False)
 
     def take(self, ids: Array) -> Array:
         return take(self.values, ids)

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -109,30 +111,40 @@ def circumstances_ahead(device: Any) -> dict[str, Any]:
     }
 
 
-def compile_ahead(name: str, place: Place, lower: Callable[[], Any]) -> Any:
-    """Lower and compile a program.
+def compile_ahead(name: str, place: Place, lower: Callable[[], Any]) -> tuple[Any, str]:
+    """Lower and compile a program; it, and its text as the compiler writes it.
+
+    (`jax.stages.Compiled.as_text` reads the program back first, which jaxlib can't where libtpu is newer.)
 
     Args:
         name: of the program, for errors.
 
     Raises:
-        DominoError: the compiler refuses it.
+        DominoError: the compiler refuses it, or writes no text.
     """
-    try:
-        with place.context():
-            return lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise DominoError(f"{name} does not compile for {place.device.device_kind}: {first_line(error)}.") from None
+    with TemporaryDirectory() as folder:
+        try:
+            with place.context():
+                compiled = lower().compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            raise DominoError(f"{name} does not compile for {place.device.device_kind}: {first_line(error)}.") from None
+        texts = sorted(Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        if not texts:
+            raise DominoError(f"libtpu {version('libtpu')} writes no text of what it compiles: another one may.")
+        return compiled, texts[-1].read_text(encoding="utf-8")
 
 
-def program_figures(compiled: Any, device: Device, floors: Mapping[str, float], looped: bool = True) -> dict[str, Any]:
+def program_figures(
+    compiled: Any, text: str, device: Device, floors: Mapping[str, float], looped: bool = True
+) -> dict[str, Any]:
     """What a compiled program says of itself, for one device.
 
     Args:
+        text: of the program.
         floors: of each phase, a named scope, the least milliseconds that it can take.
         looped: see `hlo.read_figures`.
     """
-    loop, around, moves = read_figures(compiled.as_text() or "", floors, looped)
+    loop, around, moves = read_figures(text, floors, looped)
     copies, written = ([move for move in moves if (move.opcode == WRITE_BACK) == back] for back in (False, True))
     held = compiled.memory_analysis()
     phases = {}

@@ -19,6 +19,7 @@ PASSING = MOVING | SAME | {"parameter", "constant", "tuple", "get-tuple-element"
 BITS = {"pred": 8, "bf16": 16, "token": 0}
 WRITE_BACK = "write-back"
 FAST = "S(1)"  # of a layout: in the chip's vector memory
+UNKNOWN = 2**62  # cycles
 SMALLEST = 2**20  # bytes of an array whose copy is worth a line
 PARTS = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 
@@ -47,9 +48,9 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate; None where it has none."""
+        """The compiler's estimate; None where it has none, or the largest number that there is."""
         found = re.search(r'"estimated_cycles":"?(\d+)', self.rest)
-        return int(found[1]) if found else None
+        return int(found[1]) if found and int(found[1]) < UNKNOWN else None
 
     @property
     def index(self) -> int:

@@ -179,14 +179,14 @@ def compile_program(
     }
     began = time.perf_counter()
     with matmul_precision(dtype):
-        compiled = compile_ahead(name, place, lower[name])
+        compiled, text = compile_ahead(name, place, lower[name])
     seconds = time.perf_counter() - began
     mesh = (place.mesh.shape[DATA], place.mesh.shape[MODEL]) if place.mesh else (1, 1)
     machine = Machine(place.stated.bandwidth, place.stated.flops)
     run = plain[:2] if name == "step" else (params, configs)
     needed = work(run[1], run[0], batch, options.context, mesh, chunk=chunk if name == "prefill" else None)
     floors = {scope: machine.milliseconds(needed[scope]) if scope in needed else 0.0 for scope in SCOPES}
-    figures = program_figures(compiled, place.stated, floors, looped=name != "prefill")
+    figures = program_figures(compiled, text, place.stated, floors, looped=name != "prefill")
     return {"name": name, "compile_seconds": seconds} | figures | rates(figures, produced(name, options, chunk))
 
 

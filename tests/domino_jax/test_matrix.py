@@ -257,7 +257,7 @@ def multiplied(run: Any, x: jax.Array) -> list[int]:
 @pytest.mark.parametrize("kind", ["plain", "int8"])
 @pytest.mark.parametrize(
     ("shape", "groups", "rows"),
-    [((1, 20), 1, 8), ((1, 1, 20), 1, 8), ((20,), 1, 8), ((2, 20), 1, 2), ((1, 5, 20), 1, 5), ((4, 1, 20), 4, 32)],
+    [((1, 20), 1, 2), ((1, 1, 20), 1, 2), ((20,), 1, 2), ((3, 20), 1, 3), ((1, 5, 20), 1, 5), ((4, 1, 20), 4, 8)],
 )
 def test_a_tpus_form_multiplies_one_row_as_several(shape, groups, rows, kind):
     """Also where each of several groups of devices has one."""

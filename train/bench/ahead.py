@@ -43,12 +43,12 @@ def compile_step(recipe: Recipe, inputs: Inputs, place: Place, captured: bool = 
     given = describe_step(recipe, inputs, place)
     began = time.perf_counter()
     with matmul_precision(recipe.dtype):
-        compiled = compile_ahead("the step", place, lambda: train_step.lower(recipe, *given))
+        compiled, text = compile_ahead("the step", place, lambda: train_step.lower(recipe, *given))
     seconds = time.perf_counter() - began
     counted = step_flops(recipe.target, recipe.draft, inputs, recipe.objective.anchors, captured)
     devices = place.mesh.size if place.mesh else 1
     floor = counted / devices / place.stated.flops * 1e3
-    figures = program_figures(compiled, place.stated, {}, looped=False)
+    figures = program_figures(compiled, text, place.stated, {}, looped=False)
     figures |= {"floor_ms": floor, "larger_ms": max(floor, figures["estimated_ms"])}
     figures["state_copies"] = figures.pop("cache_copies")
     del figures["cache_write_backs"]

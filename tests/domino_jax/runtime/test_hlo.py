@@ -111,6 +111,14 @@ def test_collectives_are_counted_by_kind_with_the_bytes_that_come_out():
     assert loop.collective_bytes == {"all-reduce": 8 * 1024 * 4, "all-gather": 8 * 128 * 2}
 
 
+def test_an_estimate_of_the_largest_number_is_none():
+    """As of the kernels that multiply the rows of each expert by its own matrix."""
+    text = LOOP.replace(
+        'custom_call_target="tpu_custom_call"', 'custom_call_target="tpu_custom_call"' + cost(2**63 - 1)
+    )
+    assert read_figures(text, PHASES)[:2] == read_figures(LOOP, PHASES)[:2]
+
+
 def test_a_program_without_a_loop_is_read_whole():
     text = LOOP.replace(
         "while(%init), condition=%more_cycles, body=%body\n", f"custom-call(%init){cost(50, 'a/target/b')}\n"

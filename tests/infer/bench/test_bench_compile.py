@@ -103,8 +103,8 @@ ENTRY %main (p: f32[]) -> f32[] {
     held = SimpleNamespace(
         argument_size_in_bytes=30 << 30, temp_size_in_bytes=3 << 30, output_size_in_bytes=2, alias_size_in_bytes=1
     )
-    compiled = SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: held)
-    row = program_figures(compiled, DEVICES["v6e"], {"target": 0.5, "head": 2.0, "verify": 0.0})
+    compiled = SimpleNamespace(memory_analysis=lambda: held)
+    row = program_figures(compiled, text, DEVICES["v6e"], {"target": 0.5, "head": 2.0, "verify": 0.0})
     assert row["estimated_cycles"] == 1750000 and not row["fits"]
     assert (row["estimated_ms"], row["floor_ms"], row["larger_ms"]) == (1.0, 2.5, 3.0)
     assert row["phases"] == {
@@ -171,6 +171,8 @@ def test_no_weight_and_no_cache_is_copied_transposed_or_gathered(topology, progr
     (found,) = row["programs"]
     assert found["collectives"]["all-reduce"]["count"] >= 4
     assert found["weight_copies"]["count"] == found["cache_copies"]["count"] == 0, found
+    if program == "step":  # a product of one row would leave the matrix unit, and come to several times the floor
+        assert found["estimated_ms"] < 1.5 * found["floor_ms"]
     assert "all-gather" not in found["collectives"] or found["collectives"]["all-gather"]["bytes"] < 2**20
 
 

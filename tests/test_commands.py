@@ -20,6 +20,7 @@ COMMANDS = {
     "python -m infer.bench.serve": "infer.bench.serve",
     "python -m infer.bench compile": "infer.bench.compile",
     "python -m infer.bench plan": "infer.bench.plan",
+    "python -m infer.serve.replicas": "infer.serve.replicas",
     "python -m convert": "convert.__main__",
 }
 USAGE_ERRORS = [
@@ -53,6 +54,7 @@ USAGE_ERRORS = [
     ("infer.bench.serve", ["--extra-body", "[1]"], "--extra-body takes a JSON object, found '[1]'"),
     ("infer.bench.command", ["serve", "--rates", "0"], "--rates must be above 0"),
     ("infer.bench.plan", ["--devices", "v6", "--model", "demo"], "such as v5e-4"),
+    ("infer.serve.replicas", ["--resources", "GPU"], "--resources is given as GPU=1 or TPU=4"),
     ("infer.serve.__main__", ["--num-processes", "2"], "--coordinator"),
     ("infer.bench.spread", ["--no-such-flag"], "unrecognized options: --no-such-flag"),
     ("infer.bench.command", ["compile", "--topology", "v5e:2x2"], "give one of --shapes NAME and --model DIR"),

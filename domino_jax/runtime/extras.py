@@ -16,6 +16,7 @@ EXTRAS = {
     "optax": "train",
     "orbax": "orbax",
     "prometheus_client": "serve",
+    "ray": "ray",
     "starlette": "serve",
     "tensorboardX": "train",
     "tomli_w": "train",

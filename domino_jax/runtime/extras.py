@@ -43,8 +43,13 @@ def require(*packages: str) -> None:
         DominoError: a package is not, with its extra.
     """
     for package in packages:
-        if find_spec(package) is None:
+        if not is_installed(package):
             raise _missing(package)
+
+
+def is_installed(package: str) -> bool:
+    """Whether an optional package can be imported."""
+    return find_spec(package) is not None
 
 
 def _missing(package: str) -> DominoError:

@@ -459,6 +459,8 @@ class Server:
                 with suppress(asyncio.CancelledError, Exception):
                     await task
         for total in totals:
+            if isinstance(total.update.error, BadRequest):
+                raise total.update.error
             if total.update.error:
                 raise Refused(500, str(total.update.error), "server_error")
         return totals
@@ -476,7 +478,10 @@ class Server:
                     if update is None:
                         yield ": still at work\n\n"
                     elif update.error:
-                        yield event(replies.error(str(update.error), "server_error"))
+                        mine = isinstance(update.error, BadRequest)
+                        yield event(
+                            replies.error(str(update.error), "invalid_request_error" if mine else "server_error")
+                        )
                         return
                     else:
                         found = choice(i, jobs[i], update, i not in begun)

@@ -48,6 +48,11 @@ class Grammar:
         """Whether nothing more may come."""
         return self._left or self._matcher.is_stopped()
 
+    @property
+    def error(self) -> str:
+        """Why the grammar can be followed no further, as where it has grown too complex; nothing where it can."""
+        return _first(self._matcher.get_error())
+
 
 class AfterThoughts:
     """A `slots.Guide` of what follows the thoughts. In them anything may come but the end of the answer.
@@ -91,13 +96,23 @@ class AfterThoughts:
         """Whether nothing more may come."""
         return self._guide.is_done
 
+    @property
+    def error(self) -> str:
+        """Why the grammar can be followed no further."""
+        return self._guide.error
+
+
+def _first(error: str) -> str:
+    return error.strip().splitlines()[0].rstrip(".:") if error.strip() else ""
+
 
 def _bit(token: int) -> np.int32:
     return np.uint32(1 << token % WORD).astype(np.int32)
 
 
 @lru_cache(maxsize=4)
-def _wrapped(tokenizer: Any, vocab_size: int, ends: tuple[int, ...]) -> Any:
+def wrapped_tokenizer(tokenizer: Any, vocab_size: int, ends: tuple[int, ...]) -> llguidance.LLTokenizer:
+    """A tokenizer as llguidance takes it; it takes seconds for one of Qwen3's size."""
     return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(ends) or None)
 
 
@@ -167,11 +182,10 @@ def make_guide(tokenizer: Any, vocab_size: int, ends: Sequence[int], grammar: st
 @lru_cache(maxsize=32)
 def _matcher(tokenizer: Any, vocab_size: int, ends: tuple[int, ...], grammar: str, field: str) -> llguidance.LLMatcher:
     try:
-        wrapped = _wrapped(tokenizer, vocab_size, ends)
+        wrapped = wrapped_tokenizer(tokenizer, vocab_size, ends)
     except Exception as error:  # llguidance's own kinds
         raise BadRequest(f"this tokenizer can't be used with a grammar: {first_line(error)}.", field) from None
     matcher = llguidance.LLMatcher(wrapped, grammar)
     if matcher.is_error():
-        said = matcher.get_error().splitlines()[0].rstrip(".:")
-        raise BadRequest(f"{field} can't be used: the grammar is wrong: {said}.", field)
+        raise BadRequest(f"{field} can't be used: the grammar is wrong: {_first(matcher.get_error())}.", field)
     return matcher

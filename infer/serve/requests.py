@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from convert.loading import LoadedModel
 from convert.tokenizer import decode, encode, encode_chat, has_template
 from convert.values import is_whole, shown
 from domino_jax.errors import DominoError
-from domino_jax.runtime.extras import require
+from domino_jax.runtime.extras import is_installed, require
 from domino_jax.runtime.slots import Request, check_request, room_after
 from domino_jax.sampling import SamplingParams
 from infer.serve.fields import BadRequest
@@ -224,14 +225,22 @@ class Service:
             number: of the request's answers, from 0 on.
             text: makes text of its tokens; None for a model without a tokenizer.
         """
-        job = Job(Request(prompt, params, (number,)), guide=self.guide(body, params, text), text=text)
+        job = Job(Request(prompt, params, (number,)), guide=self.guide(body, text), text=text)
         job.speculative = body.get("speculative", True)
         job.scores = params.logprobs is not None and body.get("echo", False)
         job.answers = body.get("max_tokens") != 0
         job.deadline = time.monotonic() + self.timeout
         return job
 
-    def guide(self, body: Mapping[str, Any], params: SamplingParams, text: Any) -> Any:
+    def prepare_grammars(self) -> None:
+        """Do what takes seconds, and would hold up others, before the first request asks for a grammar."""
+        if self.loaded.tokenizer is not None and is_installed("llguidance"):
+            from infer.serve.guides import wrapped_tokenizer
+
+            with suppress(Exception):  # it is told to whoever asks for a grammar
+                wrapped_tokenizer(self.loaded.tokenizer, self.loaded.configs.target.vocab_size, self.loaded.stop_ids)
+
+    def guide(self, body: Mapping[str, Any], text: Any) -> Any:
         """What an answer's tokens are held to; None for nothing.
 
         Args:
@@ -265,11 +274,10 @@ class Service:
         else:
             grammar = grammar_of(field, body)
         vocab_size = self.loaded.configs.target.vocab_size
-        ends = [token for token in params.stop_token_ids if token < vocab_size]
-        guide = make_guide(self.tokenizer(), vocab_size, ends, grammar, field)
+        guide = make_guide(self.tokenizer(), vocab_size, self.loaded.stop_ids, grammar, field)
         if not isinstance(text, AnswerParser) or not text.splits:
             return guide
-        return AfterThoughts(guide, text, self.thinks(body), ends)
+        return AfterThoughts(guide, text, self.thinks(body), self.loaded.stop_ids)
 
     def text(self, body: Mapping[str, Any], chat: bool, in_reasoning: bool = False) -> Any:
         """What makes text of one answer's tokens."""

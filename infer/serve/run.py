@@ -6,6 +6,7 @@ import errno
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -135,7 +136,9 @@ def load_service(options: Serve, quiet: bool = False) -> Service:
     positions = min(options.max_model_len or loaded.configs.target.positions, loaded.configs.target.positions)
     defaults = recommended_sampling(target) if options.generation_config == "auto" else {}
     name = options.served_model_name or options.model.model
-    return Service(loaded, name, defaults, positions, options.request_timeout, options.thinking)
+    service = Service(loaded, name, defaults, positions, options.request_timeout, options.thinking)
+    threading.Thread(target=service.prepare_grammars, name="grammars", daemon=True).start()
+    return service
 
 
 def _worker(options: Serve, service: Service, say: Any, seen: Any, link: Link | None) -> Worker:

@@ -27,6 +27,7 @@ from domino_jax.runtime.slots import (
     TokenLogprobs,
 )
 from domino_jax.sampling import SamplingParams
+from infer.serve.fields import BadRequest
 
 
 class Text(Protocol):
@@ -87,6 +88,12 @@ class Job(Completion):
             traceback.print_exc()
             self.failed = DominoError(f"the answer's text can't be made: {error}.")
             return len(tokens)
+
+    def take(self, tokens: list[int]) -> list[int]:
+        taken, error = super().take(tokens), getattr(self.guide, "error", "")
+        if error and not self.failed:
+            self.failed = BadRequest(f"the grammar can be followed no further: {error}.")
+        return taken
 
     def finish(self, reason: str) -> None:
         if self.text is not None and not self.failed:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import jsonschema_rs
+import llguidance
 import numpy as np
 import pytest
 from factory import END_ID, make_tokenizer
@@ -15,10 +16,12 @@ from domino_jax.processors import WORD
 from domino_jax.runtime import extras
 from domino_jax.runtime.slots import Request
 from domino_jax.sampling import SamplingParams
+from infer.serve import guides
 from infer.serve.fields import BadRequest
-from infer.serve.manners import AnswerParser, ContentPiece, ReasoningPiece, ToolCallArguments, ToolCallStart
+from infer.serve.manners import ContentPiece, ReasoningPiece, ToolCallArguments, ToolCallStart
 from infer.serve.requests import Service
 from infer.serve.worker import Job
+from infer.text import encode
 
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 KINDS = {
@@ -37,7 +40,7 @@ def service_with(kind: str, thinking: bool = False) -> Service:
     tokenizer.add_tokens(plain)
     # More logits than tokens, as Qwen3 has.
     configs = SimpleNamespace(target=SimpleNamespace(vocab_size=len(tokenizer) + 7))
-    loaded = SimpleNamespace(tokenizer=tokenizer, configs=configs)
+    loaded = SimpleNamespace(tokenizer=tokenizer, configs=configs, stop_ids=(END_ID,))
     return Service(cast(Any, loaded), "tiny", {}, 4096, 60.0, thinking)
 
 
@@ -49,7 +52,7 @@ def walk(service: Service, body: dict[str, Any], seed: int, in_reasoning: bool =
     rng, tokenizer = random.Random(seed), service.loaded.tokenizer
     text = service.text(body, True, in_reasoning)
     params = SamplingParams(max_tokens=limit, stop_token_ids=(END_ID,))
-    job = Job(Request([5], params), guide=service.guide(body, params, text), text=text)
+    job = Job(Request([5], params), guide=service.guide(body, text), text=text)
     ends = {i for i in range(len(tokenizer)) if tokenizer.decode([i]) in ('"', "}", "]", "</think>")} | {END_ID}
     while job.finish_reason is None:
         assert job.guide is not None
@@ -167,8 +170,7 @@ def test_a_model_that_is_to_think_may_open_the_thoughts_itself():
         found = {bool(parts_of(walk(service_with("as Qwen3 has them"), body, seed))[0]) for seed in range(12)}
         assert found == ({True, False} if thinking else {False})
         service = service_with("as Qwen3 has them", thinking)
-        params = SamplingParams(stop_token_ids=(END_ID,))
-        guide = service.guide(CALLS, params, service.text(CALLS, True))
+        guide = service.guide(CALLS, service.text(CALLS, True))
         mask = guide.allowed()
         assert bool(mask[opener // WORD] >> (opener % WORD) & 1) is thinking
         assert np.unpackbits(mask.view(np.uint8)).sum() <= 3, "the call's marker, a line end, and perhaps the opener"
@@ -183,14 +185,26 @@ def test_a_stop_string_that_may_end_a_marker_delays_nothing():
             assert jsonschema_rs.is_valid(CITY, json.loads(parts_of(job)[1]))
 
 
-@pytest.mark.parametrize("tokens", [[10**9], [END_ID, 10**6]])
-def test_stop_ids_outside_the_vocabulary_change_nothing(tokens):
+@pytest.mark.parametrize("tokens", [[10**9], [6, 10**6]])
+def test_a_requests_own_stop_ids_make_no_grammar_of_their_own(tokens):
+    """They end the answer where they come, as ever; the tokenizer is prepared once, for the model's."""
     service = SERVICES["as Qwen3 has them"]
-    params = SamplingParams(stop_token_ids=tuple(tokens))
-    text = service.text(CALLS, True, True)
-    guide = service.guide(CALLS, params, text)
-    guide.allowed()
-    assert isinstance(text, AnswerParser) and text.thinking
+    service.prepare_grammars()
+    body = {**FORMAT, "stop_token_ids": tokens}
+    before = guides.wrapped_tokenizer.cache_info().misses
+    assert service.guide(body, service.text(body, True)).allowed().any()
+    assert guides.wrapped_tokenizer.cache_info().misses == before
+
+
+def test_a_grammar_that_grows_too_complex_fails_its_own_request():
+    """It does not end as if the answer were whole."""
+    tokenizer = SERVICES["special"].loaded.tokenizer
+    wrapped = guides.wrapped_tokenizer(tokenizer, len(tokenizer), (END_ID,))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema({"type": "object"})
+    matcher = llguidance.LLMatcher(wrapped, grammar, limits=llguidance.LLParserLimits(max_items_in_row=3))
+    job = Job(Request([5], SamplingParams(max_tokens=9)), guide=guides.Grammar(matcher, len(tokenizer)))
+    job.take(encode(tokenizer, "{"))
+    assert isinstance(job.failed, BadRequest) and "can be followed no further: Parser Error" in str(job.failed)
 
 
 NAMED = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "look"}}}
@@ -201,9 +215,9 @@ def test_without_llguidance_a_grammar_is_refused_by_name(monkeypatch, body):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     service = SERVICES["as Qwen3 has them"]
     with pytest.raises(BadRequest, match=r"can't be honoured: the package llguidance is not installed") as error:
-        service.guide(body, SamplingParams(), service.text(body, True))
+        service.guide(body, service.text(body, True))
     assert error.value.field in body and str(error.value).startswith(str(error.value.field))
-    assert service.guide({}, SamplingParams(), None) is None
+    assert service.guide({}, None) is None
 
 
 def test_one_grammar_makes_many_guides_that_know_nothing_of_each_other():

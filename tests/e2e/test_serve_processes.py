@@ -101,14 +101,14 @@ class Processes:
 
 
 def complete(url: str, **body: Any) -> str:
-    asked = {"max_tokens": 24, "temperature": 0, **body}
+    asked = {"max_tokens": 12, "temperature": 0, **body}
     return httpx.post(url + "/v1/completions", json=asked, timeout=60).json()["choices"][0]["text"]
 
 
 def test_two_processes_answer_as_one_and_end_together(folder):
     loaded = load_model(folder / "target", folder / "draft")
     engine = Engine(loaded)
-    alone = [engine.sequence(prompt, 24, row)[0] for row, prompt in enumerate(PROMPTS)]
+    alone = [engine.sequence(prompt, 12, row)[0] for row, prompt in enumerate(PROMPTS)]
     with Processes(folder) as server:
         url = server.url
         engine.generate(alone)
@@ -123,7 +123,7 @@ def test_two_processes_answer_as_one_and_end_together(folder):
         for thread in threads:
             thread.join()
         assert [found[number] for number in range(3)] == [sequence.text for sequence in alone]
-        body = {"prompt": PROMPTS[0], "max_tokens": 400, "stream": True, "temperature": 0}
+        body = {"prompt": PROMPTS[0], "max_tokens": 150, "stream": True, "temperature": 0}
         with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
             next(response.iter_lines())  # and leaves
         assert complete(url, prompt=PROMPTS[1]) == alone[1].text

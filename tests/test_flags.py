@@ -15,6 +15,8 @@ from infer.bench.options import Bench, check_bench
 from infer.bench.plan import Plan, check_plan
 from infer.bench.serve import ServeLoad, check_serve_load
 from infer.options import Generate
+from infer.serve.options import Serve
+from infer.serve.replicas import ServeReplicas, check_replicas
 from train.config import TrainConfig
 from train.demo.pretrain import Pretrain, check_pretrain
 from train.demo.pretrain import main as pretrain
@@ -44,6 +46,8 @@ ODD = [
 PAIR = ["--target", "t", "--draft", "d"]
 COMMANDS: dict[str, tuple[Any, list[str], Callable[[Any], Any]]] = {
     "infer": (Generate, ["hi"], lambda options: options.check(chat=False)),
+    "infer.serve": (Serve, [], lambda options: options.check()),
+    "infer.serve.replicas": (ServeReplicas, [], check_replicas),
     "infer.bench": (Bench, [], check_bench),
     "infer.bench compile": (Compile, ["--shapes", "qwen3-8b", "--topology", "v5e:2x2"], check_compile),
     "infer.bench serve": (ServeLoad, [], check_serve_load),

@@ -42,6 +42,19 @@ class ServeReplicas:
     """what Ray is to give each of them: GPU=1, or TPU=4"""
 
 
+def check_replicas(options: ServeReplicas) -> None:
+    """Refuse options that make no sense.
+
+    Raises:
+        UsageError: they don't.
+    """
+    options.serve.check()
+    check_count("replicas", options.replicas)
+    actor_options(options.resources)
+    if options.serve.processes.resolve() is not None:
+        raise UsageError("a replica is one process: leave --coordinator, --num-processes and --process-id out.")
+
+
 def actor_options(resources: str | None) -> dict[str, Any]:
     """What Ray is to give a replica.
 
@@ -89,13 +102,7 @@ def run_replicas(options: ServeReplicas) -> None:
         UsageError: the options make no sense.
         DominoError: Ray can't start the replicas.
     """
-    options.serve.check()
-    check_count("replicas", options.replicas)
-    given = actor_options(options.resources)
-    if options.serve.processes.resolve() is not None:
-        raise UsageError(
-            "a replica is one process: --coordinator, --num-processes and --process-id are for one server."
-        )
+    check_replicas(options)
     require("starlette", "uvicorn", "prometheus_client", "ray")
     import ray  # pyright: ignore[reportMissingImports]
     from ray import serve  # pyright: ignore[reportMissingImports]
@@ -120,7 +127,7 @@ def run_replicas(options: ServeReplicas) -> None:
             Replica,
             num_replicas=options.replicas,
             max_ongoing_requests=room,
-            ray_actor_options=given,
+            ray_actor_options=actor_options(options.resources),
             health_check_period_s=HEALTH_SECONDS,
             graceful_shutdown_timeout_s=o.shutdown_timeout,
             request_router_config=RequestRouterConfig(request_router_class=ROUTER),

@@ -144,7 +144,11 @@ def _failed_among_others(error: Exception) -> int | None:
     if code is not None:
         print_error(processes.ENDED_EARLY)
         return code
-    traceback.print_exception(error)
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(error, jax.errors.JaxRuntimeError):
+        print_error(f"the devices have failed, as they do when another process is gone: {first_line(error)}.")
+    else:
+        traceback.print_exception(error)
     return FAILED
 
 

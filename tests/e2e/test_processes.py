@@ -13,11 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 from factory import make_draft, make_target
 
 from domino_jax.errors import DominoError
 from domino_jax.runtime import processes
+from domino_jax.runtime.command import exit_code
 from infer.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -276,9 +278,26 @@ def test_when_one_process_ends_early_all_do_within_seconds(words, told, number, 
     assert ended[1 - told] and not ended[told]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_process_vanishes_the_other_ends_with_a_sentence(words, killed, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n' * 5000)
+    running = start([*words, "--prompts", str(prompts), "--mesh", "data=1,model=2"], 2, ("-m", "infer"))
+    try:
+        assert running[0].stdout is not None and running[0].stdout.readline(), "it writes, and will for minutes"
+        said, took = signal_one(running, killed, signal.SIGKILL)
+    finally:
+        for process in running:
+            process.kill()
+    assert running[killed].returncode == -signal.SIGKILL and running[1 - killed].returncode == 1, said
+    assert took < 50 and said[1 - killed][1].count("error: ") == 1, said
+
+
 JOINED = """
 import sys
 from domino_jax.runtime import processes
+from domino_jax.runtime.command import exit_code
 from domino_jax.runtime.command import end_process
 watch_others = processes._watch_others
 def joined():
@@ -322,6 +341,24 @@ def test_a_signal_at_any_moment_ends_every_process(words, count, told, number, m
             process.kill()
     assert [process.returncode for process in running] == [128 + number] * count, said
     assert took < 25 and not any("Traceback" in err or "Exception ignored" in err for _, err in said)
+
+
+@pytest.mark.parametrize(
+    "said", ["INTERNAL: Gloo all-reduce failed", "UNAVAILABLE: socket closed\nmore", "ABORTED: x."]
+)
+def test_a_failure_of_devices_among_others_is_a_sentence(monkeypatch, capsys, said):
+    def fails() -> None:
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(processes, "_joined", True)
+    monkeypatch.setattr(processes, "code_of_others", lambda: None)
+    assert exit_code(fails) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: the devices have failed, as they do when another process is gone: ")
+    assert err.count("\n") == 1 and said.split()[0] in err
+    monkeypatch.setattr(processes, "_joined", False)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        exit_code(fails)
 
 
 @pytest.mark.parametrize("code", [1, 130, 143])

@@ -224,9 +224,12 @@ def run_compile(options: Compile) -> None:
 
     leave_devices()
     row = compile_programs(options, Console(stderr=True))
-    show_figures(row, Console())
+    if row["programs"]:
+        show_figures(row, Console())
     if options.json:
         options.json.write_text(json.dumps(row, indent=1) + "\n")
+    if row["failed"]:
+        raise DominoError(" ".join(row["failed"].values()))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench compile") -> int:

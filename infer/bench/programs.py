@@ -32,11 +32,11 @@ from infer.bench.tracing import SCOPES
 
 
 def compile_programs(options: Compile, console: Console) -> dict[str, Any]:
-    """The figures of each program.
+    """The figures of each program, and why some have none.
 
     Raises:
         UsageError: the topology is unknown, or mesh and shapes do not fit it.
-        DominoError: a model is not found, or does not compile.
+        DominoError: a model is not found.
     """
     assert options.topology is not None
     target, draft = read_pair(options, console)
@@ -55,10 +55,14 @@ def compile_programs(options: Compile, console: Console) -> dict[str, Any]:
         state = describe_state(configs, options.batch, capacity, chosen.dtype, place)
     params = describe_params(chosen, place)
     wanted: list[ProgramName] = [name for name in options.programs if name != "cycle" or configs.drafter is not None]
-    programs = []
+    programs, failed = [], {}
     for number, name in enumerate(wanted):
-        with console.status(f"compiling {name}, {number + 1} of {len(wanted)} programs"):
-            programs.append(compile_program(name, options, configs, params, state, place))
+        try:
+            with console.status(f"compiling {name}, {number + 1} of {len(wanted)} programs"):
+                programs.append(compile_program(name, options, configs, params, state, place))
+        except DominoError as error:  # too large for the device, say: the others may be not
+            failed[name] = str(error)
+            continue
         console.print(f"{name}: compiled in {programs[-1]['compile_seconds']:.0f} s", highlight=False)
     return circumstances_ahead(devices[0]) | {
         "topology": options.topology,
@@ -77,6 +81,7 @@ def compile_programs(options: Compile, console: Console) -> dict[str, Any]:
         "whole": options.layers is None,
         "tau": options.tau,
         "programs": programs,
+        "failed": failed,
     }
 
 

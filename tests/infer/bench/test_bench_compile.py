@@ -13,9 +13,11 @@ from factory import BYTE_DRAFT, BYTE_TARGET
 from rich.console import Console
 
 from convert.shapes import SHAPES, Shape
+from domino_jax.errors import DominoError
 from domino_jax.runtime.ahead import program_figures
 from domino_jax.runtime.devices import DEVICES, KINDS, device_of_kind
-from infer.bench import command
+from infer.bench import command, programs
+from infer.bench import compile as compile_command
 from infer.bench.compile import Compile, main
 from infer.bench.programs import compile_programs, cut_layers, rates
 
@@ -132,21 +134,21 @@ def test_tpus_of_the_table_have_a_clock():
 @needs_libtpu
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("words", "programs"),
+    ("words", "names"),
     [
         (["tiny", "v5e:2x2", "--mesh", "data=2,model=2", "--batch", "2"], ["prefill", "step", "cycle"]),
         (["demo", "v6e:1x1", "--programs", "step"], ["step"]),
         (["tiny", "v5p:2x2x1", "--draft", "none", "--mesh", "model=1"], ["prefill", "step"]),
     ],
 )
-def test_a_small_model_is_compiled_and_its_figures_are_written(words, programs, compiles, tmp_path, capsys):
+def test_a_small_model_is_compiled_and_its_figures_are_written(words, names, compiles, tmp_path, capsys):
     out = tmp_path / "compile.json"
     model, topology, *others = words
     words = ["--model" if model == "demo" else "--shapes", model, "--topology", topology, *others]
     assert main([*words, "--context", "100", "--tau", "3", "--json", str(out)]) == 0
     row = json.loads(out.read_text())
     assert row["estimated"] and row["libtpu"] and row["commit"] and row["capacity"] == 128
-    assert [program["name"] for program in row["programs"]] == programs
+    assert [program["name"] for program in row["programs"]] == names
     for program in row["programs"]:
         assert program["estimated_cycles"] > 0 and program["argument_bytes"] > 0 and program["fits"]
         assert set(program["phases"]) & {"target"}
@@ -211,3 +213,21 @@ def test_another_file_is_refused(text, tmp_path, capsys):
     assert main(["--table", str(tmp_path / "other.json")]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'other.json'} is no file of --json: ")
     assert main(["--table", str(tmp_path / "none.json")]) == 1
+
+
+@needs_libtpu
+@pytest.mark.parametrize("broken", [["cycle"], ["prefill", "step"], ["prefill", "step", "cycle"]])
+def test_what_does_not_compile_does_not_take_the_others_with_it(broken, compiles, monkeypatch, tmp_path, capsys):
+    def compile_program(name: str, *_: object) -> dict[str, object]:
+        if name in broken:
+            raise DominoError(f"{name} does not compile: too large.")
+        return {"name": name, "compile_seconds": 1.0}
+
+    monkeypatch.setattr(programs, "compile_program", compile_program)
+    monkeypatch.setattr(compile_command, "show_figures", lambda row, console: print("shown"))
+    out = tmp_path / "out.json"
+    assert main(["--shapes", "tiny", "--topology", "v5e:1x1", "--json", str(out)]) == 1
+    row, said = json.loads(out.read_text()), capsys.readouterr()
+    assert list(row["failed"]) == broken and len(row["programs"]) == 3 - len(broken)
+    assert ("shown" in said.out) == (len(broken) < 3)
+    assert said.err.splitlines()[-1] == "error: " + " ".join(f"{name} does not compile: too large." for name in broken)

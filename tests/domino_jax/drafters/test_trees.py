@@ -308,3 +308,18 @@ def test_a_cycle_has_the_depth_of_a_path_and_room_for_all_nodes():
     chain = Pair.make().configs
     assert (chain.proposals, chain.depth, chain.branching) == (5, 5, False)
     assert DraftTokens(jnp.zeros((1, 1)), None).parents is None
+
+
+@pytest.mark.parametrize("nodes", [3, 9])
+def test_the_caches_are_those_of_plain_steps(pair, nodes):
+    """The target's and the drafter's, which no token of the output would tell."""
+    ours = with_tree(pair, nodes=nodes)
+    state, emitted = decode.speculate(*ours, loops.begin(*ours, PROMPTS, COUNT), 5, True)
+    assert int(emitted.cycles) == 5 and int(emitted.accepted.max()) > 1
+    plain, _ = decode.autoregress(*ours, loops.begin(*ours, PROMPTS, COUNT), COUNT, True)
+    lengths = jax.device_get(state.length)
+    for held, expected in zip(
+        jax.tree.leaves((state.cache, state.drafter)), jax.tree.leaves((plain.cache, plain.drafter)), strict=True
+    ):
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(held[row, :, :length], expected[row, :, :length], atol=2e-4)

@@ -12,6 +12,7 @@ from factory import BYTE_DRAFT, BYTE_TARGET, REPEATING, make_target
 
 from convert import shapes
 from convert.loading import LoadedModel
+from convert.options import TreeSettings
 from convert.shapes import SHAPES, Shape
 from domino_jax import decode, prepare, weights
 from domino_jax.decode import DecodeConfig
@@ -21,7 +22,7 @@ from domino_jax.sampling import SamplingParams, settings
 from domino_jax.weights import Params, flatten
 from infer.bench import main as bench
 from infer.bench import plots, roofline, sweep
-from infer.bench.modes import SimulatedAcceptance, simulated_counts
+from infer.bench.modes import SimulatedAcceptance, drafting, head_off, simulated_counts
 from infer.bench.report import PHASES
 from infer.bench.shapes import load_random
 from infer.bench.sweep import differences
@@ -339,3 +340,47 @@ def test_what_a_sweep_measured_is_kept_when_it_is_cancelled(tmp_path, capsys, mo
     assert [row["context"] for row in json.loads(out.read_text())] == [3]
     said = capsys.readouterr()
     assert "lean" in said.out and "interrupted" in said.err
+
+
+def test_a_tree_is_a_mode_after_the_chains_of_its_drafter():
+    loaded = load_random("tiny", tree=TreeSettings(6, 2))
+    modes = drafting(loaded, (2, "auto"))
+    assert list(modes) == [
+        ("dflash", 2),
+        ("domino", 2),
+        ("domino", "auto"),
+        ("domino-tree", 6),
+        ("domino-tree", "auto"),
+    ]
+    assert modes["domino-tree", 6] is loaded and modes["domino", 2].configs.drafter == BlockDrafter(BYTE_DRAFT)
+    assert list(drafting(loaded, headless=False)) == [("domino", BYTE_DRAFT.num_proposals), ("domino-tree", 6)]
+    headless = drafting(head_off(loaded), headless=False)
+    assert list(headless) == [("dflash", BYTE_DRAFT.num_proposals), ("dflash-tree", 6)]
+
+
+def test_the_floor_of_a_tree_counts_its_nodes_and_lanes():
+    chain, tree = (load_random("tiny", tree=asked) for asked in (None, TreeSettings(9)))
+    ours, theirs = (roofline.work(one.configs, one.params, batch=1, context=0) for one in (tree, chain))
+    assert ours["target"].bytes == pytest.approx(theirs["target"].bytes, rel=0.05)
+    assert ours["target"].flops / theirs["target"].flops == pytest.approx(10 / (1 + BYTE_DRAFT.num_proposals), rel=0.1)
+    assert ours["draft"] == theirs["draft"] and ours["context"] == theirs["context"]
+    assert ours["head"].flops > 4 * theirs["head"].flops
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_a_trees_phases_are_timed(tmp_path, capsys, temperature):
+    words = ["--shapes", "tiny", "--random-weights", "--tree", "5", "--no-head-off", "--temperature", temperature]
+    words += ["--prompt-tokens", "5", "--new-tokens", "9", "--batch-sizes", "2", "--roofline"]
+    rows = run(words, tmp_path / "rows.json")
+    assert [(row["mode"], row["drafts"]) for row in rows] == [("lean", 0), ("domino", 4), ("domino-tree", 5)]
+    tree = rows[2]
+    assert all(tree[f"{part}_ms"] > 0 for part in PHASES) and tree["tree_nodes"] == 5
+    assert tree["same_tokens_as_lean"] is (True if temperature == "0" else None)
+
+
+def test_what_a_tree_can_not_be_measured_with_is_refused(capsys):
+    words = ["--shapes", "tiny", "--random-weights", "--tree", "5"]
+    assert bench([*words, "--simulate-tau", "2"]) == 2
+    assert "--simulate-tau makes up how far a chain of drafts stands: leave --tree out" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from domino_jax import decode, prepare, sharding
 from domino_jax.config import MoeConfig
 from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.sampling import Sampling
 from domino_jax.weights import Params, flatten
@@ -212,6 +213,16 @@ def test_samples_on_a_mesh_are_those_of_one_device():
 COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
 
 
+def traffic(pair: Pair, state: DecodeState, greedy: bool) -> dict[str, list[int]]:
+    """Elements of what a cycle's program moves between devices, by kind."""
+    text = decode.speculate.lower(pair.params, pair.configs, state, 8, greedy).compile().as_text()
+    moved: dict[str, list[int]] = {}
+    for shapes, kind, _ in COLLECTIVE.findall(text or ""):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
+            moved.setdefault(kind, []).append(int(np.prod([int(n) for n in shape.split(",") if n])))
+    return moved
+
+
 @pytest.mark.parametrize(
     ("model", "candidates", "form", "sampling"),
     [
@@ -235,18 +246,31 @@ def test_nothing_large_crosses_between_devices(request, model, candidates, form,
         ours = with_candidates(ours, candidates)
         ours = with_backend(ours, form) if form else ours
         state = start(ours, sampling)
-        program = decode.speculate.lower(ours.params, ours.configs, state, 8, sampling is None)
-        text = program.compile().as_text()
-    moved: dict[str, list[int]] = {}
-    for shapes, kind, _ in COLLECTIVE.findall(text or ""):
-        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
-            moved.setdefault(kind, []).append(int(np.prod([int(n) for n in shape.split(",") if n])))
+        moved = traffic(ours, state, sampling is None)
     rows, positions = len(PROMPTS) // 2, 6  # J + 1
     assert set(moved) <= {"all-gather", "all-reduce"}
     # One candidate of each of 4 devices for an argmax; for candidates the best of each of 20 buckets.
     assert max(moved["all-gather"]) <= rows * positions * (4 if candidates is None else 20)
     assert max(moved["all-reduce"]) <= rows * positions * TARGET.hidden_size
     assert len(moved["all-reduce"]) >= 2 * 2 + 2, "two a layer of the target, at least"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("sampling", [None, pytest.param(SAMPLING, marks=pytest.mark.slow)], ids=["greedy", "samples"])
+def test_a_tree_moves_the_best_of_each_device_alone(pair, sampling):
+    """Of each path the children that each of 4 devices finds likeliest; no logits of a path."""
+    jax.clear_caches()
+    mesh, nodes = sharding.make_mesh(2, 4), 8
+    with jax.set_mesh(mesh):
+        ours = spread(pair, mesh)
+        assert ours.configs.draft is not None
+        drafter = TreeDrafter(ours.configs.draft, nodes=nodes)
+        ours = ours._replace(configs=dataclasses.replace(ours.configs, drafter=drafter))
+        moved = traffic(ours, start(ours, sampling), sampling is None)
+    rows, lanes = len(PROMPTS) // 2, nodes - 1
+    assert set(moved) <= {"all-gather", "all-reduce"}
+    assert max(moved["all-gather"]) <= rows * lanes * 4 * (nodes - 1) < rows * lanes * TARGET.vocab_size
+    assert max(moved["all-reduce"]) <= rows * (nodes + 1) * TARGET.hidden_size
 
 
 def test_a_mesh_that_does_not_fit_is_refused(pair):

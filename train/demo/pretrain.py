@@ -20,16 +20,20 @@ import numpy as np
 import optax
 import tyro
 
+from convert.configs import read_target_config
 from convert.hf import save_hf, write_json
 from convert.options import check_count, check_real, local_sources
+from convert.tokenizer import load_tokenizer
 from domino_jax import target
 from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.files import check_output, lock_folder
+from domino_jax.runtime.parsing import parse_json
 from domino_jax.weights import axes, flatten, init_weights, unflatten
 from train.demo.corpus import read_texts
+from train.loading import find
 from train.monitor import curves
 from train.optimizer import muon
 from train.stopping import stop_signals
@@ -47,6 +51,9 @@ class Pretrain:
     """folder of text files; transformers' own model code when not given"""
     files: str = "modeling_*.py"
     """pattern for the names of the files to read in it"""
+    tokenizer: str | None = None
+    """model whose tokenizer to use, as an assistant for it needs: a name, a folder, or org/repo on the Hub; one of
+    --vocab-size tokens is trained when not given"""
     vocab_size: int = 2048
     hidden_size: int = 512
     layers: int = 5
@@ -95,9 +102,28 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     )
 
 
+def other_tokenizer(name: str):
+    """The tokenizer of another model.
+
+    Raises:
+        DominoError: it has none, or none with a token that ends a text.
+    """
+    folder = find(name, "--tokenizer")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise DominoError(f"{folder} has no tokenizer with an end token.")
+    return tokenizer
+
+
+def _stated_vocab_size(name: str) -> int:
+    """The size of another model's vocabulary, which may have more entries than its tokenizer has tokens."""
+    file = find(name, "--tokenizer") / "config.json"
+    return read_target_config(parse_json(file.read_text()), file).vocab_size if file.exists() else 0
+
+
 def encode_texts(tokenizer, texts: list[str]) -> np.ndarray:
     """All texts in one array of ids, each followed by the end token."""
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = tokenizer.eos_token_id
     pieces = []
     for start in range(0, len(texts), 64):
         for ids in tokenizer(texts[start : start + 64], add_special_tokens=False)["input_ids"]:
@@ -149,7 +175,9 @@ def check_pretrain(options: Pretrain) -> None:
         check_real(name, getattr(options, name), "0 or more")
     if options.warmup + options.decay > 1:
         raise UsageError("--warmup and --decay are shares of the steps, of at most 1 together.")
-    check_output(options.out, sources=local_sources(options.text))
+    if options.tokenizer is not None and options.vocab_size != Pretrain.vocab_size:
+        raise UsageError("--tokenizer has a vocabulary of its own: leave out --vocab-size.")
+    check_output(options.out, sources=local_sources(options.text, options.tokenizer))
 
 
 def run_pretrain(options: Pretrain) -> None:
@@ -167,10 +195,14 @@ def run_pretrain(options: Pretrain) -> None:
 def _pretrain(options: Pretrain) -> None:
     enable_compile_cache()
     texts, held_out = read_texts(options.text, options.files)
-    tokenizer = train_tokenizer(texts, options.vocab_size)
+    if options.tokenizer is None:
+        tokenizer, vocab_size = train_tokenizer(texts, options.vocab_size), options.vocab_size
+    else:
+        tokenizer = other_tokenizer(options.tokenizer)
+        vocab_size = max(len(tokenizer), _stated_vocab_size(options.tokenizer))
     ids, held_ids = encode_texts(tokenizer, texts), encode_texts(tokenizer, held_out)
     config = TargetConfig(
-        vocab_size=options.vocab_size,
+        vocab_size=vocab_size,
         hidden_size=options.hidden_size,
         num_hidden_layers=options.layers,
         num_attention_heads=options.heads,

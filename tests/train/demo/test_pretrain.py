@@ -12,7 +12,10 @@ import torch
 from factory import BYTE_TARGET
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from convert.loading import load_model
+from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError
 from domino_jax.weights import flatten, init_weights
 from train.demo import prompts
 from train.demo.corpus import model_code, read_texts
@@ -120,6 +123,24 @@ def test_what_cannot_be_trained_is_refused_and_writes_nothing(text, tmp_path, ch
     with pytest.raises(DominoError, match=words):
         run_pretrain(Pretrain(tmp_path / "out", text, **options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.e2e
+def test_another_models_tokenizer_makes_an_assistant_for_it(text, model, tmp_path):
+    """The same tokens with the same numbers, from other text of another size."""
+    out = tmp_path / "assistant"
+    small = {name: value for name, value in SMALL.items() if name != "vocab_size"}
+    run_pretrain(Pretrain(out, text, tokenizer=str(model), steps=2, seed=3, **small))
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    sizes = [json.loads((folder / "config.json").read_text())["vocab_size"] for folder in (out, model)]
+    assert sizes[0] == sizes[1]
+    loaded = load_model(model, out, "float32")
+    assert isinstance(loaded.configs.drafter, AssistantDrafter)
+    with pytest.raises(UsageError, match="leave out --vocab-size"):
+        run_pretrain(Pretrain(tmp_path / "other", text, tokenizer=str(model), **SMALL))
+    with pytest.raises(DominoError, match="--tokenizer"):
+        run_pretrain(Pretrain(tmp_path / "other", text, tokenizer=str(tmp_path / "none"), **small))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.e2e

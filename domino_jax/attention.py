@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.errors import DominoError
+from domino_jax.paged import AnyKVCache
 from domino_jax.sharding import spec
 
 Backend = Literal["xla", "cudnn", "pallas"]
@@ -123,6 +124,23 @@ def attend(
         # No check of what varies over which axis: it does not look into custom calls.
         run = jax.shard_map(run, in_specs=tuple(map(spec, letters)), out_specs=spec("B T N H"), check_vma=False)
     return run(*arguments)
+
+
+def attend_cached(
+    q: Array,
+    cache: AnyKVCache,
+    layer: int,
+    start: Array,
+    causal: bool = True,
+    window: int | None = None,
+    backend: Backend = "xla",
+    sees: Array | None = None,
+) -> Array:
+    """`attend` over one layer of a cache, contiguous or in pages.
+
+    A cache in pages is gathered first, a layer at a time: right on any device, for one more copy of what the rows hold.
+    """
+    return attend(q, *cache.layer(layer), start, causal, window, backend, sees)
 
 
 def attend_without_cache(

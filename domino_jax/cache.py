@@ -29,6 +29,42 @@ class KVCache(NamedTuple):
         """S, the number of positions a row can hold."""
         return self.k[0].shape[POSITIONS]
 
+    @property
+    def room(self) -> int:
+        """Positions that each row may use: all."""
+        return self.capacity
+
+    def append(self, layer: int, k: Array, v: Array, start: Array) -> "KVCache":
+        """The cache with `k` and `v` [B, T, K, H] of one layer written from start [B] on."""
+
+        def put(buffers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+            written = constrain(write(buffers[layer], new, start), "B K S H")
+            return (*buffers[:layer], written, *buffers[layer + 1 :])
+
+        return KVCache(put(self.k, k), put(self.v, v))
+
+    def compact(self, start: Array, places: Array) -> "KVCache":
+        """What row b holds at start[b] + places[b, i] at start[b] + i; as it is where all is there already.
+
+        Args:
+            start: [B] int32.
+            places: [B, T] int32.
+        """
+        moved = places != jnp.arange(places.shape[1], dtype=jnp.int32)
+
+        def move(cache: KVCache) -> KVCache:
+            def row(buffer: Array, start: Array, places: Array) -> Array:
+                taken = jnp.take(buffer, start + places, axis=1, mode="clip")
+                return jax.lax.dynamic_update_slice(buffer, taken, (0, start, 0))
+
+            return jax.tree.map(lambda buffer: constrain(jax.vmap(row)(buffer, start, places), "B K S H"), cache)
+
+        return jax.lax.cond(moved.any(), move, lambda cache: cache, self)
+
+    def layer(self, layer: int) -> tuple[Array, Array]:
+        """Keys and values of one layer, [B, K, S, H] each."""
+        return self.k[layer], self.v[layer]
+
 
 def length_bucket(positions: int) -> int:
     """The smallest bucket that holds `positions`: a power of two from 128 up."""
@@ -61,35 +97,6 @@ def write(buffer: Array, new: Array, start: Array) -> Array:
             new = jnp.concatenate([new, new], axis=2)
         return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
     return jax.vmap(row)(buffer, new, start)
-
-
-def append_kv(cache: KVCache, layer: int, k: Array, v: Array, start: Array) -> KVCache:
-    """The cache with `k` and `v` [B, T, K, H] of one layer written from start [B] on."""
-
-    def put(buffers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        written = constrain(write(buffers[layer], new, start), "B K S H")
-        return (*buffers[:layer], written, *buffers[layer + 1 :])
-
-    return KVCache(put(cache.k, k), put(cache.v, v))
-
-
-def compact(cache: KVCache, start: Array, places: Array) -> KVCache:
-    """The cache with what row b holds at start[b] + places[b, i] at start[b] + i; as it is where all is there already.
-
-    Args:
-        start: [B] int32.
-        places: [B, T] int32.
-    """
-    moved = places != jnp.arange(places.shape[1], dtype=jnp.int32)
-
-    def move(cache: KVCache) -> KVCache:
-        def row(buffer: Array, start: Array, places: Array) -> Array:
-            taken = jnp.take(buffer, start + places, axis=1, mode="clip")
-            return jax.lax.dynamic_update_slice(buffer, taken, (0, start, 0))
-
-        return jax.tree.map(lambda buffer: constrain(jax.vmap(row)(buffer, start, places), "B K S H"), cache)
-
-    return jax.lax.cond(moved.any(), move, lambda cache: cache, cache)
 
 
 def resize(buffer: Array, capacity: int, axis: int = POSITIONS) -> Array:

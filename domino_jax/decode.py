@@ -23,10 +23,10 @@ from domino_jax import cache as kv
 from domino_jax import target, verify
 from domino_jax import tree as trees
 from domino_jax.attention import Backend
-from domino_jax.cache import KVCache
 from domino_jax.config import TargetConfig
-from domino_jax.drafters.base import Branching, Drafter, DraftTokens, View
+from domino_jax.drafters.base import Branching, Drafter, DraftTokens, Recalling, View
 from domino_jax.errors import DominoError
+from domino_jax.paged import AnyKVCache, in_pages, is_paged, with_pages, without_pages
 from domino_jax.processors import Processors, count_tokens, process_logits
 from domino_jax.sampling import Sampling, finite_logits, pick, probabilities, sample
 from domino_jax.sharding import shard_copy, zeros
@@ -116,14 +116,14 @@ class DecodeState(NamedTuple):
     finite: Array  # [B] bool, every token was chosen by finite logits; where not, what precedes the choice was emitted
     rows: Rows  # what is asked
     processors: Processors | None  # what changes the logits; None in programs that know of none
-    cache: KVCache  # the target's keys and values
+    cache: AnyKVCache  # the target's keys and values
     drafter: Any  # the drafter's state of the same positions; None without a drafter
 
 
 class Caches(NamedTuple):
     """What an earlier state holds of its positions, for a new one to begin with."""
 
-    target: KVCache
+    target: AnyKVCache
     drafter: Any  # None without a drafter
 
 
@@ -177,6 +177,36 @@ def init_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: jnp.dty
     """The caches of rows that hold nothing yet."""
     drafter = configs.drafter.init(batch, capacity, dtype) if configs.drafter else None
     return Caches(kv.init_cache(configs.target, batch, capacity, dtype), drafter)
+
+
+def init_paged_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: Any, count: int, size: int) -> Caches:
+    """The same in pages.
+
+    Args:
+        count: pages of the pool, the first of which is never used; 0 for tables alone.
+        size: positions of a page.
+    """
+    made = in_pages(jax.eval_shape(lambda: init_caches(configs, batch, capacity, dtype)), count, size, dtype)
+    # What is not a cache of keys and values has values of its own.
+    others = jax.jit(lambda: without_pages(in_pages(init_caches(configs, batch, capacity, dtype), 0, size, dtype)))()
+    return with_pages(others, made) if count else others
+
+
+def shares_prefixes(configs: DecodeConfig) -> bool:
+    """Whether rows can go on from pages that another row has filled: the drafter's state must be known from them."""
+    drafter = configs.drafter
+    if drafter is None or isinstance(drafter, Recalling):
+        return True
+    state = jax.eval_shape(lambda: in_pages(drafter.init(1, 128, jnp.float32), 0, 128, jnp.float32))
+    return all(is_paged(node) for node in jax.tree.leaves(state, is_leaf=is_paged))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def recall(configs: DecodeConfig, state: DecodeState, tokens: Array) -> DecodeState:
+    """The state of rows that begin with tokens [B, S], of which the caches hold keys and values already."""
+    if not isinstance(configs.drafter, Recalling):
+        return state
+    return state._replace(drafter=configs.drafter.recall(state.drafter, tokens))
 
 
 def begin(rows: Rows, lengths: Sequence[int], caches: Caches, processors: Processors | None = None) -> DecodeState:
@@ -361,7 +391,8 @@ def insert(configs: DecodeConfig, state: DecodeState, new: DecodeState, slots: A
     """The state with the rows of another one, which `prefill_steps` has given, in the place of some of its own.
 
     Args:
-        new: P rows, of as many positions or fewer, and as many stop ids.
+        new: P rows, of as many positions or fewer, and as many stop ids. Where caches are in pages both states come
+            without the pages, and the table is the caller's.
         slots: [P] int32, the row that each becomes; B or above for one that is left out.
     """
 
@@ -372,11 +403,8 @@ def insert(configs: DecodeConfig, state: DecodeState, new: DecodeState, slots: A
         return held.at[slots].set(row, mode="drop")
 
     axes = jax.tree.map(lambda _: -1, state)
-    axes = axes._replace(
-        cache=jax.tree.map(lambda _: kv.POSITIONS, state.cache),
-        drafter=_position_axes(configs.drafter, state.token.shape[0]),
-    )
-    return jax.tree.map(put, state, new, axes)
+    cache, drafter = position_axes(configs, state)
+    return jax.tree.map(put, state, new, axes._replace(cache=cache, drafter=drafter))
 
 
 def position_keys(state: DecodeState, proposals: int) -> Array:
@@ -577,7 +605,7 @@ def _verify_tree(
         standing_first = jnp.argsort(~path.stands[:, 1:], axis=1, stable=True)
         drafts = jnp.take_along_axis(draft.tokens, standing_first, axis=1)
     with jax.named_scope("context"):
-        cache = kv.compact(cache, state.length, path.nodes)
+        cache = cache.compact(state.length, path.nodes)
         tokens, features = trees.along(tokens, path.nodes), trees.along(features, path.nodes)
     state = _observe(params, configs, state._replace(cache=cache), tokens, features, state.length)
     if configs.logprobs:
@@ -628,7 +656,7 @@ def _observe(
 
 def run_target(
     params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array, tree: Tree | None = None
-) -> tuple[Array, Array, KVCache]:
+) -> tuple[Array, Array, AnyKVCache]:
     """The target over [last token, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache.
 
     Args:
@@ -641,8 +669,8 @@ def run_target(
 
 
 def _forward(
-    params: Params, configs: DecodeConfig, cache: KVCache, tokens: Array, start: Array, tree: Tree | None = None
-) -> tuple[Array, Array, KVCache]:
+    params: Params, configs: DecodeConfig, cache: AnyKVCache, tokens: Array, start: Array, tree: Tree | None = None
+) -> tuple[Array, Array, AnyKVCache]:
     target_layer_ids = configs.drafter.target_layer_ids if configs.drafter else ()
     hidden, features, written = target.forward(
         params.target, configs.target, tokens, start, cache, target_layer_ids, configs.attention, tree=tree
@@ -681,8 +709,7 @@ def grow_caches(configs: DecodeConfig, state: DecodeState, capacity: int) -> Dec
 
     One buffer is resized at a time, so that no second cache exists beside the new one.
     """
-    held = state.cache, state.drafter
-    axes = jax.tree.map(lambda _: kv.POSITIONS, state.cache), _position_axes(configs.drafter, state.token.shape[0])
+    held, axes = (state.cache, state.drafter), position_axes(configs, state)
 
     def resized(buffer: Array, axis: int) -> Array:
         if axis < 0:
@@ -696,9 +723,24 @@ def grow_caches(configs: DecodeConfig, state: DecodeState, capacity: int) -> Dec
     return state._replace(cache=cache, drafter=drafter)
 
 
+def position_axes(configs: DecodeConfig, state: DecodeState) -> tuple[Any, Any]:
+    """For each array of a state's caches the axis that has as many entries as a row has positions; -1 for none.
+
+    The arrays of a cache in pages have none: the table is the caller's.
+    """
+
+    def same(node: Any, axes: Any) -> Any:
+        return jax.tree.map(lambda _: -1, node) if is_paged(node) else axes
+
+    axes = jax.tree.map(lambda _: kv.POSITIONS, state.cache)
+    drafter = _position_axes(configs.drafter, state.token.shape[0])
+    drafter = jax.tree.map(same, state.drafter, drafter, is_leaf=is_paged)
+    return same(state.cache, axes), drafter
+
+
 @lru_cache
 def _position_axes(drafter: Drafter | None, batch: int) -> Any:
-    """For each array of a drafter's state the axis that has as many entries as a row has positions; -1 for none."""
+    """`position_axes` of a drafter's state whose caches are contiguous."""
     if drafter is None:
         return None
     small, large = (jax.eval_shape(partial(drafter.init, batch, size, jnp.float32)) for size in (128, 256))
@@ -741,7 +783,7 @@ def _loop(
 
     def more(carry: tuple[DecodeState, Array, _Cycle]) -> Array:
         state, ran, _ = carry
-        room = state.done | (state.length + lookahead <= state.cache.capacity)
+        room = state.done | (state.length + lookahead <= state.cache.room)
         return (ran < bound) & ~state.done.all() & room.all()
 
     def body(carry: tuple[DecodeState, Array, _Cycle]) -> tuple[DecodeState, Array, _Cycle]:

@@ -39,22 +39,26 @@ def new_processors(
     prompts: Sequence[Sequence[int]],
     vocab_size: int,
     allowed: Sequence[np.ndarray | None] = (),
+    outputs: Sequence[Sequence[int]] = (),
 ) -> Processors:
-    """What rows ask for, from the host. Their output has no tokens yet.
+    """What rows ask for, from the host.
 
     Args:
         vocab_size: V, of the logits, padding included.
-        allowed: see `allow`.
+        allowed: see `allowed_tokens`.
+        outputs: tokens that have been generated for each row, or for the first ones.
     """
     batch = len(params)
     ids = np.full((batch, MOST_BIASES), vocab_size, np.int32)
     biases = np.zeros((batch, MOST_BIASES), np.float32)
-    seen = np.zeros((batch, vocab_size), bool)
+    seen, counts = np.zeros((batch, vocab_size), bool), np.zeros((batch, vocab_size), np.int32)
     for row, (p, prompt) in enumerate(zip(params, prompts, strict=True)):
         for place, (token, bias) in enumerate(p.logit_bias):
             ids[row, place], biases[row, place] = token, bias
         if p.repetition_penalty != 1:
             seen[row, np.asarray(prompt)] = True
+    for row, tokens in zip(counts, outputs, strict=False):
+        np.add.at(row, np.asarray(tokens, np.int64), 1)
 
     def numbers(name: str, dtype: type) -> Array:
         return shard_copy(np.array([getattr(p, name) for p in params], dtype), "B")
@@ -68,7 +72,7 @@ def new_processors(
         shard_copy(biases, "B -"),
         allowed_tokens(allowed, batch, vocab_size),
         shard_copy(seen, "B V"),
-        shard_copy(np.zeros((batch, vocab_size), np.int32), "B V"),
+        shard_copy(counts, "B V"),
     )
 
 

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import layers
-from domino_jax.attention import Backend, attend, attend_without_cache
-from domino_jax.cache import KVCache, append_kv
+from domino_jax.attention import Backend, attend_cached, attend_without_cache
 from domino_jax.config import TargetConfig
 from domino_jax.matrix import AnyMatrix
+from domino_jax.paged import AnyKVCache
 from domino_jax.sharding import constrain, gathered
 from domino_jax.tree import Tree
 from domino_jax.weights import Target, axes, lm_head
@@ -18,12 +18,12 @@ def forward(
     config: TargetConfig,
     tokens: Array,
     start: Array | None = None,
-    cache: KVCache | None = None,
+    cache: AnyKVCache | None = None,
     target_layer_ids: tuple[int, ...] = (),
     attention: Backend = "xla",
     starts: Array | None = None,
     tree: Tree | None = None,
-) -> tuple[Array, Array, KVCache | None]:
+) -> tuple[Array, Array, AnyKVCache | None]:
     """Run T tokens per row, after what the cache already holds.
 
     Args:
@@ -58,9 +58,9 @@ def forward(
             attended = attend_without_cache(q, k, v, starts, attention)
         else:
             assert start is not None, "a cache needs the rows' start positions"
-            cache = append_kv(cache, i, k, v, start)
+            cache = cache.append(i, k, v, start)
             sees = None if tree is None else tree.sees
-            attended = attend(q, cache.k[i], cache.v[i], begin, backend=attention, sees=sees)
+            attended = attend_cached(q, cache, i, begin, backend=attention, sees=sees)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
         outputs[i] = x
     x = outputs[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import target
-from domino_jax.cache import KVCache, init_cache
+from domino_jax.cache import init_cache
 from domino_jax.config import TargetConfig
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.errors import DominoError
+from domino_jax.paged import AnyKVCache
 from domino_jax.sampling import probabilities, sample
 from domino_jax.weights import Target
 
@@ -19,7 +20,7 @@ from domino_jax.weights import Target
 class AssistantState(NamedTuple):
     """The assistant's own keys and values of each row's text."""
 
-    cache: KVCache
+    cache: AnyKVCache
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class AssistantDrafter:
 
     def propose(
         self, weights: Target, state: AssistantState, view: View, proposals: int, keys: Array | None
-    ) -> tuple[DraftTokens, AssistantState, KVCache]:
+    ) -> tuple[DraftTokens, AssistantState, AnyKVCache]:
         if keys is not None:
             keys = jnp.concatenate([keys, keys[:, -1:]], axis=1).T  # [J + 1, B]; the last step's draw is not used
 
-        def step(carry: tuple[KVCache, Array, Array], key: Array | None) -> Any:
+        def step(carry: tuple[AnyKVCache, Array, Array], key: Array | None) -> Any:
             cache, token, place = carry
             hidden, _, written = target.forward(
                 weights, self.config, token[:, None], place, cache, attention=view.attention

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jax import Array
 
 from domino_jax.attention import Backend
-from domino_jax.cache import KVCache
 from domino_jax.config import DecoderConfig, TargetConfig
 from domino_jax.matrix import AnyMatrix
+from domino_jax.paged import AnyKVCache
 from domino_jax.sampling import Sampling
 from domino_jax.weights import Target
 
@@ -24,7 +24,7 @@ class View(NamedTuple):
     config: TargetConfig  # the target's
     output: AnyMatrix | None  # a copy of the LM head for drafting alone, None for the LM head itself
     attention: Backend  # static
-    cache: KVCache  # the target's keys and values of positions 0 ... length - 1
+    cache: AnyKVCache  # the target's keys and values of positions 0 ... length - 1
     token: Array  # [B] int32, t_a: the last committed token, at position length
     length: Array  # [B] int32, a
     sampling: Sampling  # [B] each
@@ -81,7 +81,7 @@ class Drafter(Protocol):
         """The state of rows that have no tokens yet.
 
         An array whose shape depends on `capacity` has one axis of that size. When a row needs more positions, decoding
-        makes that axis longer, by zeros.
+        makes that axis longer, by zeros. Each `KVCache` in it may be replaced by one in pages, of the same interface.
 
         Args:
             capacity: positions of a row.
@@ -91,7 +91,7 @@ class Drafter(Protocol):
 
     def propose(
         self, weights: Any, state: Any, view: View, proposals: int, keys: Array | None
-    ) -> tuple[DraftTokens, Any, KVCache]:
+    ) -> tuple[DraftTokens, Any, AnyKVCache]:
         """Propose `proposals` tokens a row.
 
         Args:
@@ -128,6 +128,18 @@ class Branching(Protocol):
     @property
     def depth(self) -> int:
         """Nodes of the longest path, at most: so many of a cycle's tokens can be accepted."""
+        ...
+
+
+@runtime_checkable
+class Recalling(Protocol):
+    """A drafter whose state holds more of each position than `KVCache`s, and can tell it from the tokens alone.
+
+    One whose state holds other arrays and is not of this kind runs every prompt whole: no prefix is shared.
+    """
+
+    def recall(self, state: Any, tokens: Array) -> Any:
+        """The state of rows that begin with tokens [B, S], which an earlier row had run."""
         ...
 
 

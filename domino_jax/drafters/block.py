@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import layers, target
-from domino_jax.attention import Backend, attend
-from domino_jax.cache import KVCache, append_kv, init_cache
+from domino_jax.attention import Backend, attend_cached
+from domino_jax.cache import init_cache
 from domino_jax.config import DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
+from domino_jax.paged import AnyKVCache
 from domino_jax.sharding import constrain, gathered
 from domino_jax.weights import Draft, Layer, axes
 
@@ -58,18 +59,20 @@ class BlockDrafter:
     def scratch(self, proposals: int) -> int:
         return self.config.block_size
 
-    def init(self, batch: int, capacity: int, dtype: Any) -> KVCache:
+    def init(self, batch: int, capacity: int, dtype: Any) -> AnyKVCache:
         return init_cache(self.config, batch, capacity, dtype)
 
     def propose(
-        self, weights: Draft, state: KVCache, view: View, proposals: int, keys: Array | None
-    ) -> tuple[DraftTokens, KVCache, KVCache]:
+        self, weights: Draft, state: AnyKVCache, view: View, proposals: int, keys: Array | None
+    ) -> tuple[DraftTokens, AnyKVCache, AnyKVCache]:
         z, base, state = self.draft_block(weights, state, view, proposals)
         with jax.named_scope("head"):
             draft = head_of(self.config).propose(weights.head, z, base, view, keys, self.candidates)
         return draft, state, view.cache
 
-    def draft_block(self, weights: Draft, state: KVCache, view: View, proposals: int) -> tuple[Array, Array, KVCache]:
+    def draft_block(
+        self, weights: Draft, state: AnyKVCache, view: View, proposals: int
+    ) -> tuple[Array, Array, AnyKVCache]:
         """The backbone over one block a row: z [B, J, D] and base logits [B, J, V] of the proposals; its cache."""
         with jax.named_scope("draft"):
             x = block_inputs(view.target.embed, self.config, view.token)
@@ -78,8 +81,8 @@ class BlockDrafter:
             return z, target.logits(view.target, view.config, z, view.output), state
 
     def observe(
-        self, weights: Draft, state: KVCache, tokens: Array, features: Array, start: Array, proposed: bool = False
-    ) -> KVCache:
+        self, weights: Draft, state: AnyKVCache, tokens: Array, features: Array, start: Array, proposed: bool = False
+    ) -> AnyKVCache:
         with jax.named_scope("context"):
             return append_context(weights, self.config, state, features, start)
 
@@ -100,19 +103,19 @@ def proposing(config: DraftConfig, rows: Array) -> Array:
     return rows if config.shift_label else rows[..., 1:, :]
 
 
-def append_context(params: Draft, config: DraftConfig, cache: KVCache, features: Array, start: Array) -> KVCache:
+def append_context(params: Draft, config: DraftConfig, cache: AnyKVCache, features: Array, start: Array) -> AnyKVCache:
     """Write the context keys and values of features [B, T, LD] at positions from start [B] on."""
     c = context(params, config, features)
     positions = start[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     angles = layers.rotary(positions, config)
     for i, layer in enumerate(params.layers):
-        cache = append_kv(cache, i, *layers.keys_values(layer, c, angles, config.rms_norm_eps), start)
+        cache = cache.append(i, *layers.keys_values(layer, c, angles, config.rms_norm_eps), start)
     return cache
 
 
 def block(
-    params: Draft, config: DraftConfig, x: Array, start: Array, cache: KVCache, attention: Backend = "xla"
-) -> tuple[Array, KVCache]:
+    params: Draft, config: DraftConfig, x: Array, start: Array, cache: AnyKVCache, attention: Backend = "xla"
+) -> tuple[Array, AnyKVCache]:
     """Run one block a row in decoding.
 
     The block's own keys and values are written behind the context (positions from `start` on), where
@@ -131,9 +134,9 @@ def block(
     for i, (layer, window) in enumerate(zip(params.layers, config.windows, strict=True)):
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
-        cache = append_kv(cache, i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
+        cache = cache.append(i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
         # Every block position sees the whole context and the whole block: no causal mask.
-        attended = attend(q, cache.k[i], cache.v[i], start, causal=False, window=window, backend=attention)
+        attended = attend_cached(q, cache, i, start, causal=False, window=window, backend=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B M D")
     return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
 

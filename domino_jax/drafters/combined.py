@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.cache import KVCache
 from domino_jax.config import DecoderConfig
-from domino_jax.drafters.base import Drafter, DraftTokens, View
+from domino_jax.drafters.base import Drafter, DraftTokens, Recalling, View
 from domino_jax.drafters.ngram import NgramDrafter, NgramState
 from domino_jax.errors import DominoError
+from domino_jax.paged import AnyKVCache
 
 # A match of so many tokens is believed more than a trained drafter.
 LONG_MATCHES = NgramDrafter(prompt_lookup_max=8, prompt_lookup_min=4)
@@ -62,7 +62,7 @@ class CombinedDrafter:
 
     def propose(
         self, weights: Any, state: CombinedState, view: View, proposals: int, keys: Array | None
-    ) -> tuple[DraftTokens, CombinedState, KVCache]:
+    ) -> tuple[DraftTokens, CombinedState, AnyKVCache]:
         draft, model, cache = self.model.propose(weights, state.model, view, proposals, keys)
         found, matched = self.ngram.lookup(state.ngram, view, proposals)
         taken = (matched > 0)[:, None]
@@ -71,6 +71,10 @@ class CombinedDrafter:
             certain = jax.nn.one_hot(found, probs.shape[-1], dtype=probs.dtype)
             probs = jnp.where(taken[..., None], certain, probs)
         return DraftTokens(tokens, probs), CombinedState(model, state.ngram), cache
+
+    def recall(self, state: CombinedState, tokens: Array) -> CombinedState:
+        model = self.model.recall(state.model, tokens) if isinstance(self.model, Recalling) else state.model
+        return CombinedState(model, self.ngram.recall(state.ngram, tokens))
 
     def observe(
         self, weights: Any, state: CombinedState, tokens: Array, features: Array, start: Array, proposed: bool = False

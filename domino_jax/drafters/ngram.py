@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.cache import KVCache
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.errors import DominoError
+from domino_jax.paged import AnyKVCache
 from domino_jax.sharding import constrain, zeros
 
 
@@ -68,7 +68,7 @@ class NgramDrafter:
 
     def propose(
         self, weights: Any, state: NgramState, view: View, proposals: int, keys: Array | None
-    ) -> tuple[DraftTokens, NgramState, KVCache]:
+    ) -> tuple[DraftTokens, NgramState, AnyKVCache]:
         tokens, _ = self.lookup(state, view, proposals)
         probs = None if keys is None else jax.nn.one_hot(tokens, view.config.vocab_size, dtype=jnp.float32)
         return DraftTokens(tokens, probs), state, view.cache
@@ -95,6 +95,9 @@ class NgramDrafter:
             ahead = jnp.arange(proposals, dtype=jnp.int32) % jnp.maximum(last - best, 1)
             tokens = jnp.take_along_axis(text, best + 1 + ahead, axis=1)
         return constrain(tokens, "B J"), found[:, 0]
+
+    def recall(self, state: NgramState, tokens: Array) -> NgramState:
+        return NgramState(jax.lax.dynamic_update_slice(state.tokens, tokens, (0, 0)))
 
     def observe(
         self, weights: Any, state: NgramState, tokens: Array, features: Array, start: Array, proposed: bool = False

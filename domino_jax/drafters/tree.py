@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.cache import KVCache
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import Paths
 from domino_jax.drafters.heads.choosing import largest
 from domino_jax.errors import DominoError
+from domino_jax.paged import AnyKVCache
 from domino_jax.weights import Draft
 
 
@@ -58,8 +58,8 @@ class TreeDrafter(BlockDrafter):
         return min(self.nodes, self.config.num_proposals)
 
     def propose(
-        self, weights: Draft, state: KVCache, view: View, proposals: int, keys: Array | None
-    ) -> tuple[DraftTokens, KVCache, KVCache]:
+        self, weights: Draft, state: AnyKVCache, view: View, proposals: int, keys: Array | None
+    ) -> tuple[DraftTokens, AnyKVCache, AnyKVCache]:
         """See `drafters.base.Drafter`: the nodes are chosen, so that `keys` only say whether rows may be sampled.
 
         A sampled row's tree is the likeliest at its temperature.

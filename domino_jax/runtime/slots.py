@@ -98,7 +98,8 @@ class Completion:
     cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, where asked for
     steps: int = 0  # plain ones, without drafts; they are none of τ's
-    reused: int = 0  # of the prompt's tokens, those that an earlier request of the slot had run
+    reused: int = 0  # of the prompt's tokens, those that an earlier request had run
+    preemptions: int = 0  # how often it was set aside for want of memory
     finish_reason: str | None = None  # "stop", "length", or "cancelled"; None while it waits or runs
     finite: bool = True  # not where the target's logits after these tokens are not; then it ends without a reason
     seconds: dict[str, float] = field(default_factory=no_seconds)  # its own prefill, and decoding of it with others
@@ -250,7 +251,7 @@ class Slots:
         self._cycles, self._accept, self._processors = cycles, accept, processors
         self._warn = warn if configs.drafter else None
         self._waiting: deque[Completion] = deque()
-        self._prefill: _Prefill | None = None
+        self._prefill: Any = None  # requests whose prompts are being run
         self._running: dict[int, Completion] = {}  # by slot
         self._state: DecodeState | None = None
         self._pace: dict[int, float] = {}  # seconds of a cycle by its drafts, as the last dispatch had them
@@ -284,6 +285,16 @@ class Slots:
     def holds(self, completion: Completion) -> bool:
         """Whether a request is waiting or running here."""
         return completion in self._began
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that a request may have."""
+        return self._configs.target.positions + 1
+
+    @property
+    def usage(self) -> float:
+        """Share of the memory for keys and values that requests use."""
+        return sum(len(c.ids) for c in self._running.values()) / (self.size * max(self.capacity, 1))
 
     @property
     def held(self) -> list[int]:
@@ -355,12 +366,17 @@ class Slots:
             lost = [*self._running.values(), *(self._prefill.completions if self._prefill else ())]
             for c in lost:
                 self.evict(c, None)
-            self._state = self._prefill = self._held = None
+            self._prefill = None
+            self._forget()
             raise
         finally:
             if self._state and any(x.is_deleted() for x in jax.tree.leaves(self._state)):
-                self._state = self._held = None
+                self._forget()
         return list(dict.fromkeys(changed))
+
+    def _forget(self) -> None:
+        """Let go of the batch's state."""
+        self._state = self._held = None
 
     def _begin(self) -> list[Completion]:
         """Run prompts: of an idle batch all that fit as one, else one chunk's worth."""
@@ -478,15 +494,22 @@ class Slots:
             state, self._over = state._replace(done=shard_copy(done, "B")), False
         return state
 
+    def _make_room(self) -> None:
+        """See that the running rows have memory for their next cycle."""
+
+    def _prepare(self) -> DecodeState:
+        """The state that the next dispatch begins with."""
+        assert self._state is not None
+        return self._host_ends(self._resized(self._state))
+
     def _decode(self) -> list[Completion]:
         """One dispatch of the rows that are running."""
+        self._make_room()
         running = dict(self._running)
         rows, clocks = list(running.values()), [c.seconds for c in running.values()]
         began, compiled = time.perf_counter(), compile_seconds()
         with timed("decode", [self.seconds, *clocks]):
-            assert self._state is not None
-            self._state = self._resized(self._state)
-            self._state = self._host_ends(self._state)
+            self._state = self._prepare()
             greedy = all(c.request.params.temperature == 0 for c in rows)
             case = self.size, greedy, self._state.cache.capacity
             guided = self._allow(running)

@@ -197,14 +197,12 @@ def test_append_writes_one_layer_at_each_rows_own_start():
     cache = kv.init_cache(config, 2, 16, jnp.float32)
     new = jnp.asarray(rng.normal(size=(2, 3, config.num_key_value_heads, config.head_dim)), jnp.float32)
     starts = [1, 13]
-    written = jax.device_get(kv.append_kv(cache, 1, new, -new, jnp.asarray(starts, jnp.int32)))
+    written = jax.device_get(cache.append(1, new, -new, jnp.asarray(starts, jnp.int32)))
     assert not written.k[0].any() and not written.v[0].any()
     for row, start in enumerate(starts):
         expected = np.zeros(cache.k[1].shape[1:], np.float32)
         expected[:, start : start + 3] = np.asarray(new[row]).swapaxes(0, 1)
         np.testing.assert_array_equal(written.k[1][row], expected)
         np.testing.assert_array_equal(written.v[1][row], -expected)
-    single = kv.append_kv(
-        kv.init_cache(config, 1, 16, jnp.float32), 1, new[1:], -new[1:], jnp.asarray(starts[1:], jnp.int32)
-    )
+    single = kv.init_cache(config, 1, 16, jnp.float32).append(1, new[1:], -new[1:], jnp.asarray(starts[1:], jnp.int32))
     np.testing.assert_array_equal(np.asarray(single.k[1])[0], written.k[1][1])  # the B = 1 shortcut

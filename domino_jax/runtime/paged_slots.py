@@ -1,0 +1,289 @@
+"""Slots whose keys and values lie in pages: memory by what requests hold, beginnings that they share, and preemption.
+
+A request takes pages as it grows. Where there are none left the newest one is set aside and runs again later from its
+tokens: its state is then what it was, so that its sample goes on as if nothing had happened.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from domino_jax import cache, decode
+from domino_jax.decode import DecodeConfig, DecodeState
+from domino_jax.errors import DominoError
+from domino_jax.paged import with_pages, with_table, without_pages, zero_pages
+from domino_jax.processors import new_processors
+from domino_jax.runtime.pages import PagePool
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, Completion, Request, Slots, rows_of
+from domino_jax.runtime.timing import timed
+from domino_jax.sharding import fetch, shard_copy
+from domino_jax.weights import Params
+
+PAGE_SIZE = 16  # positions of a page, as vLLM has it
+
+
+@dataclass
+class _Prefill:
+    """A request whose prompt is being run beside the batch."""
+
+    completions: list[Completion]  # one
+    state: DecodeState  # without the pages, which are the batch's
+    last: Array  # [1, D]
+    pieces: deque[tuple[Array, int]]  # chunks that have not run yet, and their first positions
+    run: list[int]  # the ids that are run
+    width: int  # of a chunk
+    capacity: int  # positions of its row
+
+
+class PagedSlots(Slots):
+    """`Slots` over a pool of pages. The mesh in context does not divide the batch."""
+
+    def __init__(
+        self,
+        params: Params,
+        configs: DecodeConfig,
+        size: int,
+        dtype: Any,
+        *,
+        pages: int,
+        page_size: int = PAGE_SIZE,
+        share: bool = True,
+        **options: Any,
+    ):
+        """Args:
+        pages: of the pool.
+        page_size: positions of each; a power of two up to 128.
+        share: requests whose prompts begin alike share the pages of that beginning, one after another too.
+        options: of `Slots`.
+
+        Raises:
+            DominoError: the mesh divides the batch, the size is another one, or the pool is too small for any request.
+        """
+        super().__init__(params, configs, size, dtype, **options)
+        if self._group > 1:
+            raise DominoError("a KV cache in pages needs a mesh with data=1; with more it is contiguous.")
+        if page_size not in (1 << i for i in range(8)):
+            raise DominoError(f"a page has a power of two of positions, up to 128, found {page_size}.")
+        self._page_size, self._count = page_size, pages
+        self._share = share and decode.shares_prefixes(configs)
+        self._pool = PagePool(pages, page_size)
+        self._pages: dict[Completion, list[int]] = {}  # in the order of positions
+        self._change = True  # requests have come or gone since the last dispatch
+        if self.longest < 2:
+            raise DominoError(f"{pages} pages of {page_size} positions are too few for any request.")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that the pages suffice for, where a request has them alone."""
+        return self._count * self._page_size - self._configs.lookahead + 1
+
+    @property
+    def usage(self) -> float:
+        return self._pool.held / self._count
+
+    def admit(self, completion: Completion) -> None:
+        request = completion.request
+        tokens = len(request.prompt) + request.params.max_tokens
+        if tokens > self.longest:
+            raise DominoError(
+                f"the prompt's {len(request.prompt)} tokens and {request.params.max_tokens} new ones are {tokens}, "
+                f"and the KV cache has pages for {self.longest}: ask for less, or give it more memory."
+            )
+        super().admit(completion)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._prefill, self._pages, self._pool = None, {}, PagePool(self._count, self._page_size)
+
+    def _begin(self) -> list[Completion]:
+        """Run one chunk's worth of prompts."""
+        changed, budget = [], decode.LARGEST_CHUNK
+        while budget > 0 and (self._prefill or self._start_prefill()):
+            prefill: _Prefill = self._prefill
+            budget -= prefill.width
+            with timed("prefill", [self.seconds, *(c.seconds for c in prefill.completions)]):
+                self._run_chunk(prefill)
+                if prefill.pieces:
+                    continue
+                self._prefill = None
+                changed += self._join(prefill)
+        return changed
+
+    def _start_prefill(self) -> bool:
+        """Begin with the prompt of the first waiting request, if there are a slot and pages for it."""
+        if not self._waiting or len(self._running) >= self.size:
+            return False
+        c = self._waiting[0]
+        # What was set aside has tokens already, the last of which has not been run.
+        run = c.ids[:-1] if c.tokens else c.ids
+        known = self._pool.find(run[:-1]) if self._share else []
+        needed = self._pool.pages_for(len(run) + self._configs.lookahead) - len(known)
+        if self._pool.available < needed + len(self._running):  # each of the others may soon need one
+            self._pool.give(known)
+            return False
+        self._waiting.popleft()
+        self._pages[c] = known + self._pool.take(needed)
+        held = len(known) * self._page_size
+        if not c.tokens:
+            c.reused = held
+        offsets = _chunks(len(run), held)
+        capacity = cache.length_bucket(max(len(run) + self._configs.lookahead, offsets.stop))
+        tokens = np.zeros((1, capacity), np.int32)
+        tokens[0, : len(run)] = run
+        state = self._prefill_state(c, len(run), capacity)
+        if held:
+            state = decode.recall(self._configs, state, shard_copy(tokens, "B T"))
+        step = offsets.step
+        pieces = deque((shard_copy(tokens[:, at : at + step], "B T"), at) for at in offsets)
+        last = shard_copy(np.zeros((1, self._configs.target.hidden_size), self._params.target.norm.dtype), "B D")
+        self._prefill = _Prefill([c], state, last, pieces, run, step, capacity)
+        return True
+
+    def _prefill_state(self, c: Completion, length: int, capacity: int) -> DecodeState:
+        """The state of one row whose text is going to be run."""
+        request, processors = c.request, None
+        if self._processors:
+            masks = [c.guide.allowed() if c.guide else None]
+            processors = new_processors([request.params], [request.prompt], self._vocab, masks, [c.tokens])
+        caches = decode.init_paged_caches(self._configs, 1, capacity, self._dtype, 0, self._page_size)
+        state = decode.begin(rows_of([request]), [length], caches, processors)
+        return with_table(state, self._table({0: c}, 1, capacity))
+
+    def _run_chunk(self, prefill: _Prefill) -> None:
+        """Run one chunk, in the batch's pages."""
+        batch = self._state if self._state is not None else self._empty_batch(prefill)
+        piece, offset = prefill.pieces.popleft()
+        state = with_pages(prefill.state, batch)
+        self._state = batch  # if what follows fails, it is seen by this
+        state, prefill.last = decode.prefill(self._params, self._configs, state, piece, np.int32(offset), prefill.last)
+        self._state, prefill.state = with_pages(batch, state), without_pages(state)
+        jax.block_until_ready(prefill.last)  # what compiles next would hide its time
+
+    def _empty_batch(self, prefill: _Prefill) -> DecodeState:
+        """A batch of free slots, with all pages."""
+        capacity = cache.SMALLEST_BUCKET
+        caches = decode.init_paged_caches(
+            self._configs, self.size, capacity, self._dtype, self._count + 1, self._page_size
+        )
+        requests, processors = [Request([0])] * self.size, None
+        if prefill.state.processors is not None:
+            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], self._vocab)
+        return decode.begin(rows_of(requests), [0] * self.size, caches, processors)
+
+    def _join(self, prefill: _Prefill) -> list[Completion]:
+        """Put a request whose text has been run into a free slot; what was set aside goes on where it was."""
+        (c,), state, changed = prefill.completions, prefill.state, []
+        if c.tokens:
+            token, emitted = np.array(c.tokens[-1:], np.int32), np.array([len(c.tokens)], np.int32)
+            state = state._replace(token=shard_copy(token, "B"), emitted=shard_copy(emitted, "B"))
+        else:
+            configs = self._with_logprobs([c.request])
+            state, logprobs = decode.first_token(self._params, configs, state, prefill.last)
+            tokens, finite, logprobs = fetch((state.token, state.finite, logprobs))
+            self._first([c], tokens, finite, logprobs)
+            changed.append(c)
+        if c in self._began:
+            assert self._state is not None
+            if self._share:
+                self._pool.name(prefill.run, self._pages[c])
+            slot = min(set(range(self.size)) - set(self._running))
+            self._running[slot], self._change = c, True
+            batch, rest = self._state, without_pages(self._state)
+            width = max(batch.cache.capacity, prefill.capacity)
+            if width > batch.cache.capacity:
+                rest = self._widened(rest, width)
+            # The tables are written anew before the next dispatch.
+            state = with_table(state, np.zeros((1, width // self._page_size), np.int32))
+            rest = decode.insert(self._configs, rest, state, shard_copy(np.array([slot], np.int32), "-"))
+            self._state = with_pages(rest, batch)
+        return changed
+
+    def _widened(self, rest: DecodeState, capacity: int) -> DecodeState:
+        """A batch without its pages, for rows of so many positions."""
+        rest = decode.grow_caches(self._configs, rest, capacity)
+        return with_table(rest, np.zeros((self.size, capacity // self._page_size), np.int32))
+
+    def _table(self, rows: dict[int, Completion], size: int, capacity: int) -> np.ndarray:
+        """The page table of rows, [size, capacity / page_size]."""
+        table = np.zeros((size, capacity // self._page_size), np.int32)
+        for row, c in rows.items():
+            table[row, : len(self._pages[c])] = self._pages[c]
+        return table
+
+    def _make_room(self) -> None:
+        """Give every running row pages for its next cycle, setting the newest aside where there are too few."""
+        lookahead = self._configs.lookahead
+        for c in sorted(self._running.values(), key=self._began.__getitem__):
+            while c in self._running.values():
+                needed = self._pool.pages_for(len(c.ids) - 1 + lookahead) - len(self._pages[c])
+                if needed <= self._pool.available:
+                    self._pages[c] += self._pool.take(max(0, needed))
+                    break
+                beside = self._prefill.completions if self._prefill else []
+                self._set_aside(max([*self._running.values(), *beside], key=self._began.__getitem__))
+        # As far as a dispatch may come, so that it need not end early.
+        ahead = self._cycles * max(STEPS_PER_CYCLE, self._configs.proposals + 1)
+        for c in self._running.values():
+            reach = min(len(c.ids) - 1 + ahead, len(c.request.prompt) + c.request.params.max_tokens) + lookahead
+            needed = self._pool.pages_for(reach) - len(self._pages[c])
+            self._pages[c] += self._pool.take(max(0, min(needed, self._pool.available)))
+
+    def _set_aside(self, c: Completion) -> None:
+        """Let a request wait again, before all others; its pages are free."""
+        if self._prefill and c in self._prefill.completions:
+            self._prefill = None
+            self._pool.give(self._pages.pop(c))
+        else:
+            self._leave(c)
+        c.preemptions += 1
+        self._waiting.appendleft(c)
+
+    def _leave(self, c: Completion) -> None:
+        """Free the slot and the pages of a request; what they hold stays known for others."""
+        for slot, other in list(self._running.items()):
+            if other is c:
+                del self._running[slot]
+                self._over = True
+        pages = self._pages.pop(c)
+        if not c.finite and self._state is not None:
+            # Attention multiplies what a page holds, even by zero. What is known was finite.
+            self._state = zero_pages(self._state, self._pool.unknown(pages))
+        elif self._share:
+            self._pool.name(c.ids[:-1], pages)
+        self._pool.give(pages)
+        self._change = True
+
+    def _prepare(self) -> DecodeState:
+        assert self._state is not None
+        state, needed = self._state, max(len(self._pages[c]) for c in self._running.values()) * self._page_size
+        capacity = cache.length_bucket(needed)
+        if not self._change:  # a smaller bucket only where requests change: what grows goes on growing
+            capacity = max(capacity, state.cache.capacity)
+        self._change = False
+        if capacity != state.cache.capacity:
+            state = with_pages(self._widened(without_pages(state), capacity), state)
+        return with_table(self._host_ends(state), self._table(self._running, self.size, capacity))
+
+    def _ended(self, completion: Completion) -> None:
+        super()._ended(completion)
+        if self._prefill and completion in self._prefill.completions:
+            self._prefill = None
+            self._pool.give(self._pages.pop(completion))
+        elif completion in self._pages:
+            self._leave(completion)
+
+
+def _chunks(length: int, held: int) -> range:
+    """The chunks of a text of so many ids, by their first positions, of which the first ones need not run.
+
+    Of short rests two sizes are used, since each is a program to compile.
+    """
+    rest = length - held
+    step = min(decode.LARGEST_CHUNK, max(decode.SMALLEST_CHUNK, 1 << (rest - 1).bit_length()))
+    if held:
+        step = decode.CONTINUED_CHUNK if rest <= decode.CONTINUED_CHUNK else decode.LARGEST_CHUNK
+    return range(held, held + -(-rest // step) * step, step)

@@ -723,6 +723,32 @@ def grow_caches(configs: DecodeConfig, state: DecodeState, capacity: int) -> Dec
     return state._replace(cache=cache, drafter=drafter)
 
 
+def take_rows(state: DecodeState, rows: np.ndarray, live: int) -> DecodeState:
+    """The state of other rows of the same state, in this order; the buffers of the old state are deleted.
+
+    One buffer is taken at a time, so that no second cache exists beside the new one.
+
+    Args:
+        rows: as many as the new state has.
+        live: how many of the first ones go on; the others are done, and only fill the batch.
+    """
+    index = shard_copy(rows.astype(np.int32), "-")
+
+    def taken(buffer: Array) -> Array:
+        new = _taker(buffer.sharding)(buffer, index)
+        buffer.delete()
+        return new
+
+    state = jax.tree.map(taken, state)
+    done = jnp.arange(len(rows)) >= live
+    return state._replace(done=shard_copy(np.asarray(done), "B") | state.done)
+
+
+@lru_cache
+def _taker(sharding: jax.sharding.Sharding) -> Callable[[Array, Array], Array]:
+    return jax.jit(lambda buffer, rows: buffer[rows], out_shardings=sharding)
+
+
 def position_axes(configs: DecodeConfig, state: DecodeState) -> tuple[Any, Any]:
     """For each array of a state's caches the axis that has as many entries as a row has positions; -1 for none.
 

@@ -18,7 +18,7 @@ from domino_jax.errors import DominoError
 from domino_jax.paged import with_pages, with_table, without_pages, zero_pages
 from domino_jax.processors import new_processors
 from domino_jax.runtime.pages import PagePool
-from domino_jax.runtime.slots import STEPS_PER_CYCLE, Completion, Request, Slots, rows_of
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, Completion, Slots, rows_of
 from domino_jax.runtime.timing import timed
 from domino_jax.sharding import fetch, shard_copy
 from domino_jax.weights import Params
@@ -155,7 +155,7 @@ class PagedSlots(Slots):
 
     def _run_chunk(self, prefill: _Prefill) -> None:
         """Run one chunk, in the batch's pages."""
-        batch = self._state if self._state is not None else self._empty_batch(prefill)
+        batch = self._state if self._state is not None else self._empty_batch()
         piece, offset = prefill.pieces.popleft()
         state = with_pages(prefill.state, batch)
         self._state = batch  # if what follows fails, it is seen by this
@@ -163,16 +163,13 @@ class PagedSlots(Slots):
         self._state, prefill.state = with_pages(batch, state), without_pages(state)
         jax.block_until_ready(prefill.last)  # what compiles next would hide its time
 
-    def _empty_batch(self, prefill: _Prefill) -> DecodeState:
+    def _empty_batch(self) -> DecodeState:
         """A batch of free slots, with all pages."""
-        capacity = cache.SMALLEST_BUCKET
+        rows = self.sizes[0]
         caches = decode.init_paged_caches(
-            self._configs, self.size, capacity, self._dtype, self._count + 1, self._page_size
+            self._configs, rows, cache.SMALLEST_BUCKET, self._dtype, self._count + 1, self._page_size
         )
-        requests, processors = [Request([0])] * self.size, None
-        if prefill.state.processors is not None:
-            processors = new_processors([r.params for r in requests], [r.prompt for r in requests], self._vocab)
-        return decode.begin(rows_of(requests), [0] * self.size, caches, processors)
+        return self._free_rows(rows, caches)
 
     def _join(self, prefill: _Prefill) -> list[Completion]:
         """Put a request whose text has been run into a free slot; what was set aside goes on where it was."""
@@ -190,10 +187,12 @@ class PagedSlots(Slots):
             assert self._state is not None
             if self._share:
                 self._pool.name(prefill.run, self._pages[c])
-            slot = min(set(range(self.size)) - set(self._running))
-            self._running[slot], self._change = c, True
             batch, rest = self._state, without_pages(self._state)
             width = max(batch.cache.capacity, prefill.capacity)
+            if (rows := self._size_for(len(self._running) + 1)) > self.rows:
+                rest = self._with_rows(rest, rows)
+            slot = min(set(range(rows)) - set(self._running))
+            self._running[slot], self._change = c, True
             if width > batch.cache.capacity:
                 rest = self._widened(rest, width)
             # The tables are written anew before the next dispatch.
@@ -205,7 +204,7 @@ class PagedSlots(Slots):
     def _widened(self, rest: DecodeState, capacity: int) -> DecodeState:
         """A batch without its pages, for rows of so many positions."""
         rest = decode.grow_caches(self._configs, rest, capacity)
-        return with_table(rest, np.zeros((self.size, capacity // self._page_size), np.int32))
+        return with_table(rest, np.zeros((rest.token.shape[0], capacity // self._page_size), np.int32))
 
     def _table(self, rows: dict[int, Completion], size: int, capacity: int) -> np.ndarray:
         """The page table of rows, [size, capacity / page_size]."""
@@ -264,9 +263,11 @@ class PagedSlots(Slots):
         if not self._change:  # a smaller bucket only where requests change: what grows goes on growing
             capacity = max(capacity, state.cache.capacity)
         self._change = False
+        rest = self._with_fewer_rows(without_pages(state))
         if capacity != state.cache.capacity:
-            state = with_pages(self._widened(without_pages(state), capacity), state)
-        return with_table(self._host_ends(state), self._table(self._running, self.size, capacity))
+            rest = self._widened(rest, capacity)
+        self._state = state = with_pages(rest, state)
+        return with_table(self._host_ends(state), self._table(self._running, self.rows, capacity))
 
     def _ended(self, completion: Completion) -> None:
         super()._ended(completion)

@@ -37,6 +37,7 @@ STOP_IDS = 8  # of a row that the device knows, which then ends a dispatch early
 RESPONSE = (
     0.25  # seconds that a dispatch takes at most, about: its tokens arrive together, and who left is run to its end
 )
+CALM = 2  # dispatches that a smaller batch would have been enough for, before the batch becomes one
 FULL = 0.5  # of a batch's prompt positions that must be tokens, for its prompts to be run as one
 
 
@@ -229,6 +230,7 @@ class Slots:
         size: int,
         dtype: Any,
         *,
+        sizes: Sequence[int] = (),
         policy: DraftPolicy | None = None,
         cycles: int = CYCLES,
         processors: bool = False,
@@ -238,6 +240,7 @@ class Slots:
         """Args:
         size: rows that run together; made a multiple of what the mesh divides them into.
         dtype: of the caches.
+        sizes: smaller numbers of rows that the batch has while fewer run; each is programs of its own.
         policy: all drafts of a block, always, when None.
         cycles: of drafts that a dispatch may have; output arrives after each.
         processors: requests may ask for penalties, biases and a minimum of tokens.
@@ -247,6 +250,8 @@ class Slots:
         self._params, self._configs, self._dtype = params, configs, dtype
         self._group = row_shards()
         self.size = -(-size // self._group) * self._group
+        self.sizes = sorted({self.size, *(-(-n // self._group) * self._group for n in sizes if n < size)})
+        self._quiet = 0  # dispatches in a row that a smaller size would have been enough for
         self._policy = policy or FixedDrafts(configs.proposals)
         self._cycles, self._accept, self._processors = cycles, accept, processors
         self._warn = warn if configs.drafter else None
@@ -254,7 +259,7 @@ class Slots:
         self._prefill: Any = None  # requests whose prompts are being run
         self._running: dict[int, Completion] = {}  # by slot
         self._state: DecodeState | None = None
-        self._pace: dict[int, float] = {}  # seconds of a cycle by its drafts, as the last dispatch had them
+        self._pace: dict[tuple[int, int], float] = {}  # seconds of a cycle by rows and drafts, as it was last
         self._guided = False  # a row's tokens are restricted on the device
         self._vocab = configs.target.vocab_size + -configs.target.vocab_size % model_devices()
         self._over = False  # the host has ended rows that the device goes on with
@@ -276,6 +281,11 @@ class Slots:
     def running(self) -> int:
         """Requests in a slot."""
         return len(self._running)
+
+    @property
+    def rows(self) -> int:
+        """Rows that the batch has now; 0 before the first request."""
+        return self._state.token.shape[0] if self._state else 0
 
     @property
     def capacity(self) -> int:
@@ -382,9 +392,10 @@ class Slots:
         """Run prompts: of an idle batch all that fit as one, else one chunk's worth."""
         if not self._running and not self._prefill:
             found = list(self._waiting)[: self.size]
-            lengths = [len(c.request.prompt) for c in found]
-            if found and (self.size == self._group or sum(lengths) >= FULL * self.size * max(lengths)):
-                return self._fill(found)
+            lengths, rows = [len(c.request.prompt) for c in found], self._size_for(len(found))
+            full = rows == self.size and sum(lengths) >= FULL * rows * max(lengths, default=0)
+            if found and (rows == self._group or full):
+                return self._fill(found, rows)
         changed, budget = [], decode.LARGEST_CHUNK
         while budget > 0 and (self._prefill or (self._waiting and len(self._running) < self.size)):
             if self._prefill is None:
@@ -398,14 +409,18 @@ class Slots:
                 changed += self._insert(done.completions, *end.value)
         return changed
 
-    def _fill(self, found: list[Completion]) -> list[Completion]:
-        """Run the prompts of an idle batch as one."""
+    def _size_for(self, count: int) -> int:
+        """The rows of a batch in which so many run."""
+        return next(size for size in self.sizes if size >= count)
+
+    def _fill(self, found: list[Completion], rows: int) -> list[Completion]:
+        """Run the prompts of an idle batch as one, of so many rows."""
         self._waiting = deque(list(self._waiting)[len(found) :])
         self._running = dict(enumerate(found))
         requests = [c.request for c in found]
-        requests += [_spare(requests[0])] * (self.size - len(found))
+        requests += [_spare(requests[0])] * (rows - len(found))
         held, caches = 0, None
-        if self._state is not None:
+        if self._state is not None and self.rows == rows:
             caches = Caches(self._state.cache, self._state.drafter)
             if len(found) == 1:
                 held = shared(self.held, requests[0].prompt)
@@ -454,27 +469,44 @@ class Slots:
         with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
             tokens, finite, logprobs = fetch((new.token, new.finite, logprobs))
         self._first(found, tokens, finite, logprobs)
-        free = iter(sorted(set(range(self.size)) - set(self._running)))
-        slots = np.full(self._group, self.size, np.int32)
-        for row, c in enumerate(found):
-            if c in self._began:
-                slots[row] = next(free)
-                self._running[int(slots[row])] = c
-        if (slots < self.size).any():
-            with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
-                self._held = None
-                state = self._resized(self._state or self._empty(new), new)
-                self._state = None
-                self._state = decode.insert(self._configs, self._host_ends(state), new, shard_copy(slots, "-"))
+        coming = [row for row, c in enumerate(found) if c in self._began]
+        if not coming:
+            return found
+        with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
+            self._held, rows = None, self._size_for(len(self._running) + len(coming))
+            if self._state is None:
+                caches = decode.init_caches(self._configs, rows, new.cache.capacity, self._dtype)
+                self._state = self._free_rows(rows, caches)
+            elif rows > self.rows:
+                self._state = self._with_rows(self._state, rows)
+            slots = np.full(self._group, self.rows, np.int32)
+            slots[coming] = sorted(set(range(self.rows)) - set(self._running))[: len(coming)]
+            self._running |= {int(slots[row]): found[row] for row in coming}
+            state = self._host_ends(self._resized(self._state, new))
+            self._state = None
+            self._state = decode.insert(self._configs, state, new, shard_copy(slots, "-"))
         return found
 
-    def _empty(self, like: DecodeState) -> DecodeState:
-        """A batch of free slots, with rows as those of another state."""
-        caches = decode.init_caches(self._configs, self.size, like.cache.capacity, self._dtype)
-        requests, processors = [Request([0])] * self.size, None
-        if like.processors is not None:
+    def _free_rows(self, rows: int, caches: Caches) -> DecodeState:
+        """A batch of free slots."""
+        requests, processors = [Request([0])] * rows, None
+        if self._processors:
             processors = new_processors([r.params for r in requests], [r.prompt for r in requests], self._vocab)
-        return decode.begin(rows_of(requests), [0] * self.size, caches, processors)
+        return decode.begin(rows_of(requests), [0] * rows, caches, processors)
+
+    def _with_rows(self, state: DecodeState, rows: int) -> DecodeState:
+        """The state with another number of rows, where those that are running come first."""
+        going = sorted(self._running)
+        order = np.array([*going, *[going[0] if going else 0] * (rows - len(going))])
+        self._running = {place: self._running[slot] for place, slot in enumerate(going)}
+        self._over, self._held, self._quiet = False, None, 0
+        return decode.take_rows(state, order, len(going))
+
+    def _with_fewer_rows(self, state: DecodeState) -> DecodeState:
+        """The state in a smaller size, where one has been enough for some time."""
+        rows = self._size_for(len(self._running))
+        self._quiet = self._quiet + 1 if rows < self.rows and not self._waiting and not self._prefill else 0
+        return self._with_rows(state, rows) if self._quiet > CALM else state
 
     def _resized(self, state: DecodeState, new: DecodeState | None = None) -> DecodeState:
         """The state with the positions that the requests need now, the new ones among them."""
@@ -490,7 +522,7 @@ class Slots:
     def _host_ends(self, state: DecodeState) -> DecodeState:
         """The state, told of the rows that the host has ended."""
         if self._over:
-            done = np.array([slot not in self._running for slot in range(self.size)])
+            done = np.array([slot not in self._running for slot in range(self.rows)])
             state, self._over = state._replace(done=shard_copy(done, "B")), False
         return state
 
@@ -500,7 +532,7 @@ class Slots:
     def _prepare(self) -> DecodeState:
         """The state that the next dispatch begins with."""
         assert self._state is not None
-        return self._host_ends(self._resized(self._state))
+        return self._host_ends(self._with_fewer_rows(self._resized(self._state)))
 
     def _decode(self) -> list[Completion]:
         """One dispatch of the rows that are running."""
@@ -511,11 +543,13 @@ class Slots:
         with timed("decode", [self.seconds, *clocks]):
             self._state = self._prepare()
             greedy = all(c.request.params.temperature == 0 for c in rows)
-            case = self.size, greedy, self._state.cache.capacity
+            running = dict(self._running)
+            case = self.rows, greedy, self._state.cache.capacity
             guided = self._allow(running)
             drafts, cycles = (0, 0) if guided else self._policy.next(case, rows, self._cycles)
-            if drafts in self._pace and not guided:
-                cycles = max(1, min(cycles, int(RESPONSE / self._pace[drafts])))
+            pace = self._pace.get((self.rows, drafts))
+            if pace and not guided:
+                cycles = max(1, min(cycles, int(RESPONSE / pace)))
             configs = self._with_logprobs(c.request for c in rows)
             self._state, emitted = self._dispatch(configs, drafts, cycles, greedy)
             # The state is whole, should the user lose patience here.
@@ -523,7 +557,7 @@ class Slots:
         spent = [time.perf_counter() - began, compile_seconds() - compiled]
         if jax.process_count() == 1 and emitted.cycles and not guided:  # several would have to agree
             units = int(emitted.cycles) / (1 if drafts else STEPS_PER_CYCLE)
-            self._pace[drafts] = (spent[0] - spent[1]) / units
+            self._pace[case[0], drafts] = (spent[0] - spent[1]) / units
         accepted: dict[Hashable, list[int]] = {}
         for slot, c in running.items():
             for i in range(int(emitted.cycles)):
@@ -557,8 +591,8 @@ class Slots:
         if not guides and not self._guided:
             return False
         assert self._state is not None and self._state.processors is not None
-        masks = [guide.allowed() if (guide := guides.get(slot)) else None for slot in range(self.size)]
-        processors = self._state.processors._replace(allowed=allowed_tokens(masks, self.size, self._vocab))
+        masks = [guide.allowed() if (guide := guides.get(slot)) else None for slot in range(self.rows)]
+        processors = self._state.processors._replace(allowed=allowed_tokens(masks, self.rows, self._vocab))
         self._state, self._guided = self._state._replace(processors=processors), bool(guides)
         return bool(guides)
 

@@ -29,6 +29,8 @@ from domino_jax.runtime.slots import (
 from domino_jax.sampling import SamplingParams
 from infer.serve.fields import BadRequest
 
+SIZES = (1, 4, 16, 64, 256)  # rows that a batch may have; a row that nobody uses costs as much as one in use
+
 
 class Text(Protocol):
     """What makes text of an answer's tokens: `text.TextStream`, or a parser of its parts."""
@@ -189,6 +191,7 @@ class Worker:
             loaded.configs,
             size,
             loaded.dtype,
+            sizes=SIZES,
             policy=policy,
             processors=True,
             warn=lambda: self._say(f"warning: {NOT_FINITE_DRAFTS}"),
@@ -379,17 +382,18 @@ class Worker:
             lengths = [n for n in lengths if cache.length_bucket(n + configs.lookahead) == capacity]
             for temperature in (0.0, 1.0):
                 for drafts in {configs.proposals, 0}:
-                    for length in lengths:
-                        self._rehearse(length, temperature, drafts)
-                    lengths = lengths[-1:]  # what follows differs in its decoding alone
+                    for size in self._slots.sizes:
+                        for length in lengths:
+                            self._rehearse(size, length, temperature, drafts)
+                        lengths = lengths[-1:]  # what follows differs in its decoding alone
             capacity *= 2
         if most:
             self._say(f"compiled in {time.monotonic() - began:.0f} s")
 
-    def _rehearse(self, length: int, temperature: float, drafts: int) -> None:
-        """Prompts that fill a batch, and one that joins another."""
-        batch, params = self._make(self._slots.size, FixedDrafts(drafts)), SamplingParams(temperature, max_tokens=4)
-        list(batch.run(Completion(Request([0] * length, params)) for _ in range(batch.size)))
-        batch.admit(Completion(Request([0] * length, SamplingParams(temperature, max_tokens=8))))
+    def _rehearse(self, size: int, length: int, temperature: float, drafts: int) -> None:
+        """As many requests as make a batch of so many rows, one that joins them, and the last of them alone."""
+        batch = self._make(self._slots.size, FixedDrafts(drafts))
+        for number in range(size):
+            batch.admit(Completion(Request([0] * length, SamplingParams(temperature, max_tokens=2 + 2 * (number < 1)))))
         batch.step()
-        list(batch.run([Completion(Request([0] * length, params))]))
+        list(batch.run([Completion(Request([0] * length, SamplingParams(temperature, max_tokens=2)))]))

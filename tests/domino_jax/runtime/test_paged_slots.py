@@ -57,7 +57,7 @@ def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(
     longest = max(len(c.request.prompt) + c.request.params.max_tokens for c in kinds)
     expected, found = [result(alone(pair, c)) for c in kinds], [afresh(c) for c in kinds]
     queue = [found[i] for i in rng.permutation(len(found))]
-    batch = paged(pair, size, int(memory * longest), share=share, cycles=2)
+    batch = paged(pair, size, int(memory * longest), share=share, cycles=2, sizes=(1, 2))
     arriving(batch, [queue[i : i + 4] for i in range(0, len(queue), 4)])
     assert [result(c) for c in found] == expected
     assert (sum(c.preemptions for c in found) > 2) == (memory < 2)

@@ -102,10 +102,29 @@ def test_every_answer_is_the_one_that_the_request_has_alone(pair, small, size):
         found, rng = requests(MIX * 3), np.random.default_rng(order)
         queue = [found[i] for i in rng.permutation(len(found))]
         arrivals = [queue[i : i + 4] for i in range(0, len(queue), 4)]
-        batch = Slots(pair.params, pair.configs, size, FLOAT32, cycles=2)
+        batch = Slots(pair.params, pair.configs, size, FLOAT32, sizes=(1, 2) if order else (), cycles=2)
         arriving(batch, arrivals)
         assert [result(c) for c in found] == expected
         assert all(len(c.tokens) == 1 + sum(len(cycle.tokens) for cycle in c.cycles) for c in found)
+
+
+def test_a_batch_has_as_many_rows_as_it_needs(pair, small):
+    """It grows as requests come, and becomes small again once they have gone for some dispatches."""
+    kinds = [Completion(Request(ids(9, i), SamplingParams(max_tokens=60 - 12 * i), (i,))) for i in range(4)]
+    expected, rows = [result(alone(pair, c)) for c in kinds], []
+    batch = Slots(pair.params, pair.configs, 4, FLOAT32, sizes=(1, 2, 9), cycles=1)
+    assert batch.sizes == [1, 2, 4] and batch.rows == 0
+    found = [afresh(c) for c in kinds]
+    batch.admit(found[0])
+    while batch.busy:
+        batch.step()
+        rows.append(batch.rows)
+        if len(rows) == 2:
+            for c in found[1:]:
+                batch.admit(c)
+    assert [result(c) for c in found] == expected
+    assert rows[0] == 1 and max(rows) == 4 and rows[-1] == 1 and 2 in rows[rows.index(4) :]
+    assert Slots(pair.params, pair.configs, 3, FLOAT32).sizes == [3], "without being asked the size is one"
 
 
 class Changing(FixedDrafts):

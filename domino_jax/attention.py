@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.errors import DominoError
-from domino_jax.paged import AnyKVCache
+from domino_jax.paged import AnyKVCache, PagedKVCache, gather_pages
 from domino_jax.sharding import spec
 
 Backend = Literal["xla", "cudnn", "pallas"]
@@ -139,8 +139,30 @@ def attend_cached(
     """`attend` over one layer of a cache, contiguous or in pages.
 
     A cache in pages is gathered first, a layer at a time: right on any device, for one more copy of what the rows hold.
+    With pallas what is causal reads the pages themselves.
     """
+    if isinstance(cache, PagedKVCache) and backend == "pallas" and causal and sees is None:
+        return _attend_pages(q, cache.pages[layer], cache.table, start, window)
     return attend(q, *cache.layer(layer), start, causal, window, backend, sees)
+
+
+def _attend_pages(q: Array, pages: Array, table: Array, start: Array, window: int | None) -> Array:
+    """`attend_cached` by a TPU's kernel; where the program is compiled for a CPU, by gathering."""
+    from domino_jax.kernels.paged_attention_tpu import attend_pages_tpu
+
+    def kernel(q: Array, pages: Array, table: Array, start: Array) -> Array:
+        return attend_pages_tpu(q, pages, table, start, window)
+
+    def gathered(q: Array, pages: Array, table: Array, start: Array) -> Array:
+        return attend_xla(q, *gather_pages(pages, table), start, True, window)
+
+    def run(*given: Array) -> Array:
+        return jax.lax.platform_dependent(*given, cpu=gathered, default=kernel)
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        letters = "B T N H", "- - K H", "B -", "B"
+        run = jax.shard_map(run, in_specs=tuple(map(spec, letters)), out_specs=spec("B T N H"), check_vma=False)
+    return run(q, pages, table, start)
 
 
 def attend_without_cache(

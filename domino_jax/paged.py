@@ -15,7 +15,6 @@ import numpy as np
 from jax import Array
 
 from domino_jax.cache import KVCache
-from domino_jax.config import DecoderConfig
 from domino_jax.sharding import constrain, shard_copy, zeros
 
 
@@ -70,10 +69,8 @@ class PagedKVCache(NamedTuple):
 
     def layer(self, layer: int) -> tuple[Array, Array]:
         """Keys and values of one layer, gathered: [B, K, S, H] each. It copies them."""
-        found = self.pages[layer][self.table]  # [B, S / page_size, page_size, 2K, H]
-        batch, count, size, heads, width = found.shape
-        pairs = found.reshape(batch, count * size, heads // 2, 2, width).transpose(3, 0, 2, 1, 4)
-        return constrain(pairs[0], "B K S H"), constrain(pairs[1], "B K S H")
+        k, v = gather_pages(self.pages[layer], self.table)
+        return constrain(k, "B K S H"), constrain(v, "B K S H")
 
 
 AnyKVCache = KVCache | PagedKVCache
@@ -84,15 +81,17 @@ def _written(pages: Array, place: tuple[Array, Array], new: Array) -> Array:
     return constrain(pages.at[place].set(new.astype(pages.dtype), mode="drop"), "- - K H")
 
 
+def gather_pages(pages: Array, table: Array) -> tuple[Array, Array]:
+    """Keys and values of rows, [B, K, S, H] each, from one layer's pages and the page table."""
+    found = pages[table]  # [B, S / page_size, page_size, 2K, H]
+    batch, count, size, heads, width = found.shape
+    pairs = found.reshape(batch, count * size, heads // 2, 2, width).transpose(3, 0, 2, 1, 4)
+    return pairs[0], pairs[1]
+
+
 def is_paged(tree: Any) -> bool:
     """Whether a node of a state is a cache in pages."""
     return isinstance(tree, PagedKVCache)
-
-
-def page_bytes(configs: tuple[DecoderConfig, ...], page_size: int, dtype: Any) -> int:
-    """Bytes of a page in all layers of these models."""
-    values = sum(2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim for c in configs)
-    return values * page_size * jnp.dtype(dtype).itemsize
 
 
 def without_pages(tree: Any) -> Any:

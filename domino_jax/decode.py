@@ -26,8 +26,9 @@ from domino_jax.attention import Backend
 from domino_jax.config import TargetConfig
 from domino_jax.drafters.base import Branching, Drafter, DraftTokens, Recalling, View
 from domino_jax.errors import DominoError
-from domino_jax.paged import AnyKVCache, in_pages, is_paged, with_pages, without_pages
+from domino_jax.paged import AnyKVCache, in_pages, is_paged, with_pages
 from domino_jax.processors import Processors, count_tokens, process_logits
+from domino_jax.ragged import Ragged, ragged
 from domino_jax.sampling import Sampling, finite_logits, pick, probabilities, sample
 from domino_jax.sharding import shard_copy, zeros
 from domino_jax.tree import Tree
@@ -50,6 +51,8 @@ class DecodeConfig:
 
     `logprobs` asks for those of so many likeliest tokens at each position, and of the chosen one; of none when 0.
 
+    `verified` is Q, tokens that the target runs in a cycle for all rows together, where rows have lengths of their own.
+
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals.
     """
@@ -59,6 +62,7 @@ class DecodeConfig:
     drafts: int | None = None
     attention: Backend = "xla"
     logprobs: int = 0
+    verified: int | None = None
 
     def __post_init__(self) -> None:
         if self.drafts is not None and not 1 <= self.drafts <= (self.drafter.most if self.drafter else 0):
@@ -179,6 +183,15 @@ def init_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: jnp.dty
     return Caches(kv.init_cache(configs.target, batch, capacity, dtype), drafter)
 
 
+def position_bytes(configs: DecodeConfig, dtype: Any) -> int:
+    """Bytes of the keys and values of one position of a row, the target's and the drafter's, over all devices."""
+    size = kv.SMALLEST_BUCKET
+    caches = jax.eval_shape(lambda: init_caches(configs, 1, size, dtype))
+    nodes = jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, kv.KVCache))
+    held = [leaf for node in nodes if isinstance(node, kv.KVCache) for leaf in jax.tree.leaves(node)]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in held) // size
+
+
 def init_paged_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: Any, count: int, size: int) -> Caches:
     """The same in pages.
 
@@ -187,9 +200,14 @@ def init_paged_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: A
         size: positions of a page.
     """
     made = in_pages(jax.eval_shape(lambda: init_caches(configs, batch, capacity, dtype)), count, size, dtype)
-    # What is not a cache of keys and values has values of its own.
-    others = jax.jit(lambda: without_pages(in_pages(init_caches(configs, batch, capacity, dtype), 0, size, dtype)))()
-    return with_pages(others, made) if count else others
+    tables = _paged_tables(configs, batch, capacity, dtype, size)
+    return with_pages(tables, made) if count else tables
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _paged_tables(configs: DecodeConfig, batch: int, capacity: int, dtype: Any, size: int) -> Caches:
+    """`init_paged_caches` without pages: what is not a cache of keys and values has values of its own."""
+    return in_pages(init_caches(configs, batch, capacity, dtype), 0, size, dtype)
 
 
 def shares_prefixes(configs: DecodeConfig) -> bool:
@@ -444,15 +462,17 @@ def accept(keys: Array | None, draft: DraftTokens, logits: Array, state: DecodeS
     if keys is None:
         if none:
             return jnp.zeros_like(state.token), jnp.argmax(logits, axis=-1)[:, 0].astype(jnp.int32)
-        return verify.accept_greedy(draft.tokens, logits)
+        return verify.accept_greedy(draft.tokens, logits, draft.lengths)
     p = probabilities(logits, state.rows.sampling)
     if none:  # both samplers draw alike
         return jnp.zeros_like(state.token), sample(keys[..., 0], p)[:, 0]
     assert draft.probs is not None, "drawn drafts come with their distributions"
     coupled = state.rows.coupled
-    by_rejection = verify.accept_sampled(keys[..., 1], draft.tokens, draft.probs, p)
+    by_rejection = verify.accept_sampled(keys[..., 1], draft.tokens, draft.probs, p, draft.lengths)
     alike = jax.lax.cond(
-        coupled.any(), lambda: verify.accept_coupled(keys[..., 0], draft.tokens, p), lambda: by_rejection
+        coupled.any(),
+        lambda: verify.accept_coupled(keys[..., 0], draft.tokens, p, draft.lengths),
+        lambda: by_rejection,
     )
     count, token = jax.tree.map(lambda a, b: jnp.where(coupled, a, b), alike, by_rejection)
     return count, token
@@ -481,6 +501,7 @@ def speculate(
     greedy: bool,
     most: Array | np.integer | None = None,
     accept: Accept = accept,
+    lengths: Array | None = None,
 ) -> tuple[DecodeState, Emitted]:
     """Up to `cycles` cycles of drafting and verification in one program.
 
@@ -489,12 +510,15 @@ def speculate(
         greedy: every row has temperature 0, so no distribution needs to be formed.
         most: [] int32, ends it sooner without another program; C when None.
         accept: decides which drafts of a chain stand. Another one is for measuring speed: its output is worthless.
+        lengths: [B] int32, how many of each row's drafts are verified, decided before they are drawn: with the last
+            tokens `configs.verified` together at most. All of all rows when None.
     """
     assert configs.drafter is not None, "speculate needs a drafter; autoregress does without"
 
     def cycle(state: DecodeState) -> tuple[DecodeState, _Cycle]:
         keys = None if greedy else position_keys(state, configs.depth)
         draft, state = propose(params, configs, state, None if keys is None else keys[:, :-1, 0])
+        draft = draft._replace(lengths=lengths)
         return _verify(params, configs, state, draft, keys, accept)
 
     return _loop(cycle, state, cycles, most, configs, configs.proposals, configs.depth)
@@ -572,7 +596,7 @@ def _verify(
     """Run the target over the drafts, accept, tell the drafter, and commit: the rest of a cycle after the proposal."""
     if draft.parents is not None:
         return _verify_tree(params, configs, state, draft, keys)
-    plain, features, cache = run_target(params, configs, state, draft.tokens)
+    plain, features, cache = run_target(params, configs, state, draft.tokens, lengths=draft.lengths)
     with jax.named_scope("verify"):
         logits = _processed(state, plain, draft.tokens)
         accepted, bonus = accept(keys, draft, logits, state)
@@ -655,25 +679,51 @@ def _observe(
 
 
 def run_target(
-    params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array, tree: Tree | None = None
+    params: Params,
+    configs: DecodeConfig,
+    state: DecodeState,
+    drafts: Array,
+    tree: Tree | None = None,
+    lengths: Array | None = None,
 ) -> tuple[Array, Array, AnyKVCache]:
     """The target over [last token, drafts]: logits [B, J + 1, V], features [B, J + 1, LD], its cache.
 
     Args:
         tree: of the last token and the drafts; they follow each other when None.
+        lengths: [B], drafts of each row that are run; what stands behind them means nothing. All when None.
     """
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     with jax.named_scope("target"):
-        hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length, tree)
-        return target.logits(params.target, configs.target, hidden), features, cache
+        if lengths is None:
+            hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length, tree)
+            return target.logits(params.target, configs.target, hidden), features, cache
+        assert configs.verified is not None, "rows with lengths need the number of tokens in all"
+        packed = ragged(lengths + 1, tokens.shape[1], configs.verified)
+        hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length, lengths=packed)
+        logits = target.logits(params.target, configs.target, hidden)
+        return packed.rows(logits), packed.rows(features), cache
 
 
 def _forward(
-    params: Params, configs: DecodeConfig, cache: AnyKVCache, tokens: Array, start: Array, tree: Tree | None = None
+    params: Params,
+    configs: DecodeConfig,
+    cache: AnyKVCache,
+    tokens: Array,
+    start: Array,
+    tree: Tree | None = None,
+    lengths: Ragged | None = None,
 ) -> tuple[Array, Array, AnyKVCache]:
     target_layer_ids = configs.drafter.target_layer_ids if configs.drafter else ()
     hidden, features, written = target.forward(
-        params.target, configs.target, tokens, start, cache, target_layer_ids, configs.attention, tree=tree
+        params.target,
+        configs.target,
+        tokens,
+        start,
+        cache,
+        target_layer_ids,
+        configs.attention,
+        tree=tree,
+        lengths=lengths,
     )
     assert written is not None
     return hidden, features, written

@@ -15,9 +15,9 @@ from jax import Array
 
 from domino_jax import cache as kv
 from domino_jax import decode, layers, target
-from domino_jax.cache import KVCache
 from domino_jax.config import TargetConfig
 from domino_jax.decode import DecodeConfig, DecodeState, Emitted
+from domino_jax.paged import AnyKVCache
 from domino_jax.sampling import settings
 from domino_jax.sharding import fetch, row_shards, shard_copy
 from domino_jax.weights import Params, Target, flatten, lm_head
@@ -64,8 +64,8 @@ def first_not_finite(params: Target, config: TargetConfig, ids: Sequence[int], d
 
 @partial(jax.jit, static_argnums=1, donate_argnums=4)
 def _finite_outputs(
-    params: Target, config: TargetConfig, tokens: Array, start: Array, cache: KVCache
-) -> tuple[Array, KVCache]:
+    params: Target, config: TargetConfig, tokens: Array, start: Array, cache: AnyKVCache
+) -> tuple[Array, AnyKVCache]:
     """Whether what each place gives is finite: [places, B, T] bool; and the cache."""
     last = config.num_hidden_layers - 1
     # The last layer's output can be had only through the final norm. With weights of one it keeps what is not finite.

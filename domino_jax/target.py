@@ -8,6 +8,7 @@ from domino_jax.attention import Backend, attend_cached, attend_without_cache
 from domino_jax.config import TargetConfig
 from domino_jax.matrix import AnyMatrix
 from domino_jax.paged import AnyKVCache
+from domino_jax.ragged import Ragged
 from domino_jax.sharding import constrain, gathered
 from domino_jax.tree import Tree
 from domino_jax.weights import Target, axes, lm_head
@@ -23,6 +24,7 @@ def forward(
     attention: Backend = "xla",
     starts: Array | None = None,
     tree: Tree | None = None,
+    lengths: Ragged | None = None,
 ) -> tuple[Array, Array, AnyKVCache | None]:
     """Run T tokens per row, after what the cache already holds.
 
@@ -36,6 +38,8 @@ def forward(
             (packing); 0 when None.
         tree: with a cache: the tokens are its nodes, the first the anchor. Each stands at the anchor's position plus
             its depth; its keys and values are written in the order of the tokens all the same.
+        lengths: with a cache: of each row's tokens only the first ones are run, and what is returned is a line of those
+            of all rows, [1, Q, ...].
 
     Returns:
         Hidden states after the final norm [B, T, D]; features [B, T, LD], the residual stream after
@@ -45,6 +49,8 @@ def forward(
     begin = jnp.zeros(1, jnp.int32) if start is None else start
     ahead = jnp.arange(tokens.shape[1], dtype=jnp.int32) if tree is None else tree.depth
     positions = begin[:, None] + ahead  # [B or 1, T]
+    if lengths is not None:
+        tokens, positions = lengths.line(tokens), lengths.line(positions)
     angles = layers.rotary(positions, config)
     letters = axes(config)
     x = constrain(layers.embed(gathered(params.embed, letters.embed), tokens), "B T D")
@@ -58,9 +64,12 @@ def forward(
             attended = attend_without_cache(q, k, v, starts, attention)
         else:
             assert start is not None, "a cache needs the rows' start positions"
+            if lengths is not None:
+                q, k, v = (lengths.rows(x) for x in (q, k, v))
             cache = cache.append(i, k, v, start)
             sees = None if tree is None else tree.sees
             attended = attend_cached(q, cache, i, begin, backend=attention, sees=sees)
+            attended = attended if lengths is None else lengths.line(attended)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps, config.moe), "B T D")
         outputs[i] = x
     x = outputs[config.num_hidden_layers - 1] = layers.rms_norm(x, params.norm, config.rms_norm_eps)

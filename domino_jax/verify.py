@@ -12,22 +12,28 @@ def prefix_length(accepted: Array) -> Array:
     return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
 
 
-def accept_greedy(drafts: Array, logits: Array) -> tuple[Array, Array]:
+def _stand(stands: Array, lengths: Array | None) -> Array:
+    """Which drafts stand [B, J], of those that are verified."""
+    return stands if lengths is None else stands & (jnp.arange(stands.shape[1]) < lengths[:, None])
+
+
+def accept_greedy(drafts: Array, logits: Array, lengths: Array | None = None) -> tuple[Array, Array]:
     """Accept drafts while they equal the target's argmax; the bonus is the argmax after the last.
 
     Args:
         drafts: [B, J] int32.
         logits: [B, J + 1, V] of the target over [anchor, drafts]. Ties go to the lowest id.
+        lengths: [B], how many of each row's drafts are verified; all when None. They must not depend on the drafts.
 
     Returns:
         accepted count m [B] and bonus [B], int32.
     """
     choices = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    count = prefix_length(drafts == choices[:, :-1])
+    count = prefix_length(_stand(drafts == choices[:, :-1], lengths))
     return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]
 
 
-def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Array, Array]:
+def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array, lengths: Array | None = None) -> tuple[Array, Array]:
     """Speculative sampling (Leviathan et al. 2023, algorithm 1): the output is distributed exactly as p.
 
     Accept d_j with probability min(1, p_j(d_j) / q_j(d_j)); after the first rejection draw from
@@ -37,6 +43,7 @@ def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Arra
         keys: [B, J + 1], of each position; others than drew the drafts.
         drafts: [B, J], drawn from q.
         q: [B, J, V] the drafter's distributions; p: [B, J + 1, V] the target's, both after filters.
+        lengths: see `accept_greedy`.
 
     Returns:
         accepted count m [B] and next token [B], int32.
@@ -45,9 +52,11 @@ def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Arra
     proposals = drafts.shape[1]
     p_draft, q_draft = (pick(x[:, :proposals], drafts) for x in (p, q))
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys[:, :proposals, 0])
-    count = prefix_length(uniform * q_draft < p_draft)
+    count = prefix_length(_stand(uniform * q_draft < p_draft, lengths))
     # Nothing was proposed after the last draft: with q = 0 there, the residual is p itself.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
+    if lengths is not None:
+        q = jnp.where((jnp.arange(proposals + 1) < lengths[:, None])[..., None], q, 0.0)
     p, q = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (p, q))
     key = jnp.take_along_axis(keys[..., 1], count[:, None], axis=1)[:, 0]
     residual = jnp.maximum(p - q, 0.0)
@@ -56,7 +65,7 @@ def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array) -> tuple[Arra
     return count, sample(key, jnp.where(empty, p, residual))
 
 
-def accept_coupled(keys: Array, drafts: Array, p: Array) -> tuple[Array, Array]:
+def accept_coupled(keys: Array, drafts: Array, p: Array, lengths: Array | None = None) -> tuple[Array, Array]:
     """Accept drafts while they are what the target draws with the keys that drew them (Daliri et al. 2024).
 
     The drafts never change the output, so a row's sample depends on its keys alone.
@@ -65,10 +74,11 @@ def accept_coupled(keys: Array, drafts: Array, p: Array) -> tuple[Array, Array]:
         keys: [B, J + 1], of each position.
         drafts: [B, J].
         p: [B, J + 1, V] the target's distributions, after filters.
+        lengths: see `accept_greedy`.
 
     Returns:
         accepted count m [B] and next token [B], int32.
     """
     choices = sample(keys, p)
-    count = prefix_length(drafts == choices[:, :-1])
+    count = prefix_length(_stand(drafts == choices[:, :-1], lengths))
     return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]

@@ -38,6 +38,7 @@ class DraftTokens(NamedTuple):
     # A tree alone, whose nodes are chosen and not drawn (`probs` is None): [B, J] int32, the node that each follows, 0
     # for the row's last token and i + 1 for tokens[:, i]. Parents stand before children, and siblings differ.
     parents: Array | None = None
+    lengths: Array | None = None  # [B] int32, how many of them decoding verifies; all when None. No drafter sets it.
 
 
 class Product(NamedTuple):

@@ -104,6 +104,7 @@ class AutoDrafts:
         self._tokens = self._lost = self._allowed = 0.0  # of a row: decoded; lost by trials; that may be lost at first
         self._last, self._trial = (0, False, 0), False  # the last dispatch's case, and whether it was to learn
         self._expected = np.ones(most + 1)  # E when it was chosen
+        self._given: dict[Hashable, int] = {}  # drafts of each row in the last dispatch, where they differed
 
     def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
         """J of the next dispatch, 0 for plain steps, and how many cycles it may have.
@@ -139,6 +140,19 @@ class AutoDrafts:
                 told.counts *= min(0.5, LEFT / max(LEFT, told.counts[0, 0]))
         return drafts, min(cycles, longest)
 
+    def lengths(self, rows: Sequence[Hashable], drafts: int) -> list[int] | None:
+        """As many drafts in all as `drafts` of every row, spent where they are likeliest to be accepted.
+
+        Of DSpark's algorithm 1 (arXiv 2607.05147) it is the second half, with observed acceptance in the place of
+        confidences: a row's share depends on its earlier cycles alone, so that the output stays exact.
+        """
+        self._given = {}
+        if len(rows) < 2 or not 0 < drafts < self._most:
+            return None
+        shares = share_drafts(self._survival(self._texts[self._last[1]], rows), len(rows) * drafts)
+        self._given = dict(zip(rows, shares, strict=True))
+        return shares
+
     def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Accepted) -> None:
         """Note what a dispatch did that `next` chose.
 
@@ -156,8 +170,9 @@ class AutoDrafts:
             times.timings.setdefault(drafts, deque(maxlen=TIMINGS)).append(seconds / cycles)
         told = accepted if drafts else {}
         for row, counts in told.items():
-            self._rows.setdefault(row, _Acceptance(self._most, ROW_HALF_LIFE)).add(counts, drafts)
-            self._texts[case[1]].add(counts, drafts)
+            tried = self._given.get(row, drafts)
+            self._rows.setdefault(row, _Acceptance(self._most, ROW_HALF_LIFE)).add(counts, tried)
+            self._texts[case[1]].add(counts, tried)
         tokens = fmean(len(counts) + sum(counts) for counts in told.values()) if told else cycles
         self._tokens += tokens
         known = times.known()
@@ -191,10 +206,19 @@ class AutoDrafts:
 
     def _expect(self, texts: _Acceptance, rows: Sequence[Hashable]) -> np.ndarray:
         """E [J + 1], tokens that a cycle of 0, 1, ..., J drafts gives the mean row: one, and the drafts accepted."""
+        survival = self._survival(texts, rows)
+        count = len(survival)
+        # The first draft of every row, then the likeliest of all others; of one row these are the next ones.
+        others = -np.sort(-survival[:, 1:], axis=None)
+        gained = survival[:, 0].sum() + np.concatenate([[0.0], np.cumsum(others)])[::count]
+        return 1 + np.concatenate([[0.0], gained / count])
+
+    def _survival(self, texts: _Acceptance, rows: Sequence[Hashable]) -> np.ndarray:
+        """The chance of each row's drafts to be accepted, and all before them: [R, J]."""
         nothing = np.zeros((2, self._most))
         own = np.array([self._rows[row].counts if row in self._rows else nothing for row in rows] or [nothing])
         chances = (own[:, 1] + ROW_WEIGHT * texts.chances()) / (own[:, 0] + ROW_WEIGHT)
-        return 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(chances, axis=1).mean(axis=0))])
+        return np.cumprod(chances, axis=1)
 
     def _trial_of(self, times: _Times, rates: dict[int, float], rows: Sequence[Hashable], seen: int) -> tuple[int, int]:
         """Drafts and cycles of a dispatch that would teach something; no cycles if nothing is to be learned now."""
@@ -222,3 +246,15 @@ class AutoDrafts:
         likely = np.interp(untried, sorted(known), [known[j] for j in sorted(known)])
         rates = self._expected[untried] / likely
         return untried[int(rates.argmax())] if rates.max() > CLEAR * best else 0
+
+
+def share_drafts(survival: np.ndarray, total: int) -> list[int]:
+    """Drafts of each row: one at least, and of the others those that are likeliest to be accepted, so many in all.
+
+    Args:
+        survival: [R, J], chances that never rise along a row.
+        total: from R to R·J.
+    """
+    rows = np.arange(len(survival)).repeat(survival.shape[1] - 1)
+    best = np.argsort(-survival[:, 1:], axis=None, kind="stable")[: total - len(survival)]
+    return (1 + np.bincount(rows[best], minlength=len(survival))).tolist()

@@ -1,6 +1,7 @@
 """Device memory: the mesh that a model needs, and what to say when memory is exhausted."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,20 @@ def _memory_limit() -> int | None:
     """Bytes that a device gives us; None on a CPU, whose devices share one memory, and where it does not say."""
     device = jax.devices()[0]
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
+def free_bytes() -> int | None:
+    """Memory of a device that caches may have, about: most of what is free there, on a CPU half; None if not known."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        except (ValueError, OSError, AttributeError):
+            return None
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return max(0, int(0.9 * stats["bytes_limit"]) - stats.get("bytes_in_use", 0))
 
 
 def _needed_bytes(config: DecoderConfig, dtype: Any) -> int:

@@ -6,7 +6,7 @@ tokens: its state is then what it was, so that its sample goes on as if nothing 
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +17,46 @@ from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.errors import DominoError
 from domino_jax.paged import with_pages, with_table, without_pages, zero_pages
 from domino_jax.processors import new_processors
-from domino_jax.runtime.pages import PagePool
+from domino_jax.runtime.memory import free_bytes
+from domino_jax.runtime.pages import PAGE_SIZE, SIZES_OF_PAGES, PagePool
+from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.runtime.slots import STEPS_PER_CYCLE, Completion, Slots, rows_of
 from domino_jax.runtime.timing import timed
-from domino_jax.sharding import fetch, shard_copy
+from domino_jax.sharding import fetch, model_devices, shard_copy
 from domino_jax.weights import Params
 
-PAGE_SIZE = 16  # positions of a page, as vLLM has it
+
+class Pages(NamedTuple):
+    """The memory of `PagedSlots`."""
+
+    count: int  # pages
+    size: int = PAGE_SIZE  # positions of each
+    share: bool = True  # the pages of equal beginnings
+
+
+def plan_pages(
+    configs: DecodeConfig, dtype: Any, rows: int, positions: int, memory: int | None = None, size: int = PAGE_SIZE
+) -> int:
+    """How many pages to have: for so many rows of so many positions, as far as the memory goes.
+
+    Args:
+        memory: bytes of keys and values on each device; what is free where None.
+
+    Raises:
+        DominoError: it does not suffice for one position more than a cycle writes.
+    """
+    per_page = decode.position_bytes(configs, dtype) * size // model_devices()
+    wanted = rows * -(-(positions + configs.lookahead) // size)
+    free = memory
+    if memory is None and (known := free_bytes()) is not None:
+        (free,) = map(int, broadcast_from_first([known]))  # all processes must have the same shapes
+    count = wanted if free is None else min(wanted if memory is None else free, free // per_page - 1)
+    if count * size <= configs.lookahead:
+        raise DominoError(
+            f"{free:,} bytes for keys and values hold {max(count, 0)} pages of {size} positions, too few for any "
+            "request: give more --kv-memory."
+        )
+    return count
 
 
 @dataclass
@@ -49,15 +82,12 @@ class PagedSlots(Slots):
         size: int,
         dtype: Any,
         *,
-        pages: int,
-        page_size: int = PAGE_SIZE,
-        share: bool = True,
+        pages: Pages,
         **options: Any,
     ):
         """Args:
-        pages: of the pool.
-        page_size: positions of each; a power of two up to 128.
-        share: requests whose prompts begin alike share the pages of that beginning, one after another too.
+        pages: of the pool. Their size is a power of two up to 128. Where they are shared, requests whose prompts begin
+            alike have that beginning once, one after another too.
         options: of `Slots`.
 
         Raises:
@@ -66,15 +96,15 @@ class PagedSlots(Slots):
         super().__init__(params, configs, size, dtype, **options)
         if self._group > 1:
             raise DominoError("a KV cache in pages needs a mesh with data=1; with more it is contiguous.")
-        if page_size not in (1 << i for i in range(8)):
-            raise DominoError(f"a page has a power of two of positions, up to 128, found {page_size}.")
-        self._page_size, self._count = page_size, pages
-        self._share = share and decode.shares_prefixes(configs)
-        self._pool = PagePool(pages, page_size)
+        if pages.size not in SIZES_OF_PAGES:
+            raise DominoError(f"a page has a power of two of positions, up to 128, found {pages.size}.")
+        self._count, self._page_size = pages.count, pages.size
+        self._share = pages.share and decode.shares_prefixes(configs)
+        self._pool = PagePool(pages.count, pages.size)
         self._pages: dict[Completion, list[int]] = {}  # in the order of positions
         self._change = True  # requests have come or gone since the last dispatch
         if self.longest < 2:
-            raise DominoError(f"{pages} pages of {page_size} positions are too few for any request.")
+            raise DominoError(f"{pages.count} pages of {pages.size} positions are too few for any request.")
 
     @property
     def longest(self) -> int:

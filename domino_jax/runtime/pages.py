@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+PAGE_SIZE = 16  # positions of a page, as vLLM has it
+SIZES_OF_PAGES = tuple(1 << power for power in range(8))  # a length bucket is whole pages
+
 
 class PagePool:
     """Pages 1 ... count, each free, held by one request or several, or idle: without a holder, but its text is known.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,23 @@ def parse_json(text: str | bytes, nan: bool = False) -> Any:
     if text.count("[") + text.count("{") > MOST_NESTED and _depth(value) > MOST_NESTED:
         raise ValueError(f"it is nested more than {MOST_NESTED} deep")
     return value
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """An amount of memory such as 4GiB, 512 MB or 1000000.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+    """
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    unit = UNITS.get(found[2].upper()) if found else None
+    if not found or unit is None or (amount := int(float(found[1]) * unit)) < 1:
+        raise ValueError(f"{text!r} is no amount of memory such as 4GiB")
+    return amount
 
 
 def _constant(name: str) -> None:

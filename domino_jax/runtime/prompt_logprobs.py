@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from domino_jax import decode, target
-from domino_jax.cache import KVCache, length_bucket
+from domino_jax.cache import length_bucket
 from domino_jax.decode import DecodeConfig, Logprobs
+from domino_jax.paged import AnyKVCache
 from domino_jax.runtime.slots import TokenLogprobs
 from domino_jax.sampling import pick
 from domino_jax.sharding import fetch, row_shards, shard_copy
@@ -54,8 +55,8 @@ def prompt_logprobs(
 
 @partial(jax.jit, static_argnums=(1, 2), donate_argnums=3)
 def _score(
-    params: Params, configs: DecodeConfig, most: int, cache: KVCache, tokens: Array, following: Array, offset: Array
-) -> tuple[KVCache, Logprobs]:
+    params: Params, configs: DecodeConfig, most: int, cache: AnyKVCache, tokens: Array, following: Array, offset: Array
+) -> tuple[AnyKVCache, Logprobs]:
     """Log-probabilities [B, T] of the tokens that follow `tokens`, which begin at a position, and of the likeliest."""
     rows, width = tokens.shape
     start = jnp.broadcast_to(offset, rows)

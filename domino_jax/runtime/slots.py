@@ -38,6 +38,7 @@ RESPONSE = (
     0.25  # seconds that a dispatch takes at most, about: its tokens arrive together, and who left is run to its end
 )
 CALM = 2  # dispatches that a smaller batch would have been enough for, before the batch becomes one
+PARTS = 4  # numbers of tokens of a cycle, of the whole, that rows with lengths of their own are run in
 FULL = 0.5  # of a batch's prompt positions that must be tokens, for its prompts to be run as one
 
 
@@ -94,7 +95,8 @@ class Completion:
     """A request, and what has been generated for it."""
 
     request: Request
-    guide: Guide | None = None  # such a request takes plain steps, one a dispatch, and all beside it
+    guide: Guide | None = None  # such a request takes one plain step a dispatch
+    speculative: bool = True  # False for plain steps, whatever the others take
     tokens: list[int] = field(default_factory=list)  # a stop token is kept, at the end
     cycles: list[Cycle] = field(default_factory=list)  # of drafts; τ is over these
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, where asked for
@@ -169,6 +171,13 @@ class DraftPolicy(Protocol):
         """
         ...
 
+    def lengths(self, rows: Sequence[Hashable], drafts: int) -> Sequence[int] | None:
+        """How many drafts of each row are verified, where `next` has said so many; None for as many of every row.
+
+        Where rows differ the whole block is drafted, and the target runs only what is verified.
+        """
+        ...
+
     def observe(
         self,
         case: BatchCase,
@@ -199,6 +208,9 @@ class FixedDrafts:
 
     def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
         return self.drafts, longest
+
+    def lengths(self, rows: Sequence[Hashable], drafts: int) -> Sequence[int] | None:
+        return None
 
     def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Any) -> None:
         pass
@@ -546,12 +558,17 @@ class Slots:
             running = dict(self._running)
             case = self.rows, greedy, self._state.cache.capacity
             guided = self._allow(running)
-            drafts, cycles = (0, 0) if guided else self._policy.next(case, rows, self._cycles)
+            drafts, cycles = self._policy.next(case, rows, self._cycles)
+            lengths = self._lengths(running, drafts)
+            if lengths is not None and not lengths.any():
+                drafts, lengths = 0, None
+            if guided:  # what may come next is known for one token
+                cycles = 1 if drafts else 0
             pace = self._pace.get((self.rows, drafts))
             if pace and not guided:
                 cycles = max(1, min(cycles, int(RESPONSE / pace)))
             configs = self._with_logprobs(c.request for c in rows)
-            self._state, emitted = self._dispatch(configs, drafts, cycles, greedy)
+            self._state, emitted = self._dispatch(configs, drafts, cycles, greedy, lengths)
             # The state is whole, should the user lose patience here.
             emitted, finite = fetch((emitted, self._state.finite))
         spent = [time.perf_counter() - began, compile_seconds() - compiled]
@@ -559,6 +576,7 @@ class Slots:
             units = int(emitted.cycles) / (1 if drafts else STEPS_PER_CYCLE)
             self._pace[case[0], drafts] = (spent[0] - spent[1]) / units
         accepted: dict[Hashable, list[int]] = {}
+        drafted = {slot for slot in running if drafts and (lengths is None or lengths[slot])}
         for slot, c in running.items():
             for i in range(int(emitted.cycles)):
                 count = int(emitted.counts[i, slot])
@@ -567,9 +585,10 @@ class Slots:
                 start, tokens = len(c.tokens), c.take(emitted.tokens[i, slot, :count].tolist())
                 if emitted.logprobs is not None:
                     c.take_logprobs(jax.tree.map(lambda x, i=i, slot=slot: x[i, slot], emitted.logprobs), len(tokens))
-                if drafts:
+                if slot in drafted:
                     stood = int(emitted.accepted[i, slot])
                     proposed = [token for token in emitted.drafts[i, slot].tolist() if token >= 0]
+                    proposed = proposed if lengths is None else proposed[: lengths[slot]]
                     c.cycles.append(Cycle(start, tokens, stood, proposed))
                     accepted.setdefault(c, []).append(c.cycles[-1].accepted)
                 else:
@@ -578,6 +597,7 @@ class Slots:
             c.finite = bool(finite[slot])
         if not guided and not isinstance(self._policy, FixedDrafts):
             seconds, compiling = broadcast_from_first(spent)
+            compiling = compiling or any(not c.speculative for c in rows)  # a time of another kind of cycle
             self._policy.observe(case, drafts, int(emitted.cycles), None if compiling else seconds, accepted)
         self._check_drafts(drafts, emitted)
         for c in rows:
@@ -597,15 +617,47 @@ class Slots:
         return bool(guides)
 
     def _dispatch(
-        self, configs: DecodeConfig, drafts: int, cycles: int, greedy: bool
+        self, configs: DecodeConfig, drafts: int, cycles: int, greedy: bool, lengths: np.ndarray | None
     ) -> tuple[DecodeState, decode.Emitted]:
-        """Start at most `cycles` cycles of so many drafts, or as many plain steps as take about as long; one for 0."""
+        """Start at most `cycles` cycles of so many drafts, or as many plain steps as take about as long; one for 0.
+
+        Args:
+            lengths: [B], drafts of each row that are verified; all when None.
+        """
         assert self._state is not None
         if not drafts:
             longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(max(1, cycles * STEPS_PER_CYCLE))
             return decode.autoregress(self._params, configs, self._state, longest, greedy, most)
-        configs, most = dataclasses.replace(configs, drafts=drafts), np.int32(cycles)
-        return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept)
+        most = np.int32(cycles)
+        if lengths is None:
+            configs = dataclasses.replace(configs, drafts=drafts)
+            return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept)
+        configs = dataclasses.replace(configs, verified=self._verified(lengths))
+        each = shard_copy(lengths, "B")
+        return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept, each)
+
+    def _verified(self, lengths: np.ndarray) -> int:
+        """Tokens that the target runs in a cycle: of few sizes, since each is a program to compile."""
+        whole = self._configs.proposals + 1
+        steps = sorted({-(-whole * part // PARTS) for part in range(1, PARTS + 1)})
+        needed = -(-int((lengths + 1).sum()) // self.rows)
+        return self.rows * next(step for step in steps if step >= needed)
+
+    def _lengths(self, running: dict[int, Completion], drafts: int) -> np.ndarray | None:
+        """Drafts of each row that are verified [B]; None for as many of every row.
+
+        Rows whose next token is restricted, or that ask for plain steps, have none while the others have theirs.
+        """
+        if not drafts or self._group > 1 or self._accept is not decode.accept or self._configs.branching:
+            return None
+        own = self._policy.lengths(list(running.values()), drafts)
+        plain = [c.guide is not None or not c.speculative for c in running.values()]
+        if own is None and not any(plain):
+            return None
+        lengths = np.zeros(self.rows, np.int32)
+        for slot, count, none in zip(running, own or [drafts] * len(running), plain, strict=True):
+            lengths[slot] = 0 if none else count
+        return lengths
 
     def _first(
         self, found: list[Completion], tokens: np.ndarray, finite: np.ndarray, logprobs: decode.Logprobs | None

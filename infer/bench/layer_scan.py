@@ -21,6 +21,7 @@ from domino_jax import cache as kv
 from domino_jax import layers, target
 from domino_jax.attention import attend
 from domino_jax.config import TargetConfig
+from domino_jax.paged import AnyKVCache
 from domino_jax.runtime.command import UsageError
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
@@ -91,7 +92,7 @@ def measure_scanned(options: Scan, config: TargetConfig) -> list[tuple[int, str,
     for count in options.tokens:
         tokens = jnp.arange(count, dtype=jnp.int32)[None]
 
-        def unrolled(cache: kv.KVCache, params: Target, tokens: Array = tokens) -> tuple[Array, kv.KVCache]:
+        def unrolled(cache: AnyKVCache, params: Target, tokens: Array = tokens) -> tuple[Array, AnyKVCache]:
             hidden, _, after = target.forward(params, config, tokens, start, cache)
             assert after is not None
             return hidden, after

@@ -29,6 +29,8 @@ class ServingMetrics:
         self.generation = named(Counter, "generation_tokens", "Generated tokens")
         self.drafts = named(Counter, "spec_decode_num_drafts", "Cycles with drafts")
         self.draft_tokens = named(Counter, "spec_decode_num_draft_tokens", "Draft tokens proposed")
+        self.preempted = named(Counter, "num_preemptions", "Times that a request was set aside for want of memory")
+        self.cached = named(Counter, "prefix_cache_hits", "Prompt tokens that an earlier request had run")
         self.accepted = named(Counter, "spec_decode_num_accepted_tokens", "Draft tokens accepted")
         self.by_place = named(
             Counter, "spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by their place", ("position",)
@@ -42,7 +44,7 @@ class ServingMetrics:
         self.waiting = named(Gauge, "num_requests_waiting", "Requests without a slot")
         self.slots = named(Gauge, "num_slots", "Slots")
         self.positions = named(Gauge, "slot_positions", "Positions that each slot has now")
-        self.used = named(Gauge, "kv_cache_usage_perc", "Share of the slots' positions that requests use")
+        self.used = named(Gauge, "kv_cache_usage_perc", "Share of the KV cache that requests use")
         self._last: dict[Job, float] = {}
         for place in range(most):
             self.by_place.labels(model, str(place))
@@ -54,6 +56,7 @@ class ServingMetrics:
             if update.start == 0:
                 self.first.observe(now - job.admitted)
                 self.prompt.inc(len(job.request.prompt))
+                self.cached.inc(job.reused)
             else:
                 self.between.observe((now - self._last.get(job, job.admitted)) / len(update.tokens))
             self._last[job] = now
@@ -67,6 +70,7 @@ class ServingMetrics:
         reason = "error" if update.error else update.finish_reason
         if reason is not None:
             self._last.pop(job, None)
+            self.preempted.inc(job.preemptions)
             self.success.labels(self._model, reason).inc()
             self.whole.observe(now - job.admitted)
 
@@ -80,6 +84,5 @@ class ServingMetrics:
         self.waiting.set(worker.waiting)
         self.slots.set(worker.size)
         self.positions.set(worker.capacity)
-        room = worker.size * worker.capacity
-        self.used.set(worker.used / room if room else 0.0)
+        self.used.set(worker.usage)
         return generate_latest(self._registry)

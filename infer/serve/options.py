@@ -8,6 +8,35 @@ from tyro.conf import DisallowNone, arg
 
 from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, check_count, check_real
 from domino_jax.runtime.command import UsageError
+from domino_jax.runtime.pages import PAGE_SIZE, SIZES_OF_PAGES
+from domino_jax.runtime.parsing import parse_bytes
+
+
+@dataclass(frozen=True)
+class KVOptions:
+    """Memory for keys and values."""
+
+    kv_cache: Literal["auto", "paged", "contiguous"] = "auto"
+    """paged: requests take pages as they grow, and share those of equal beginnings; contiguous: each slot has room for
+    the longest; auto: paged, unless the mesh divides the batch"""
+    kv_memory: Annotated[str | None, DisallowNone, UNSET] = None
+    """memory of all pages on each device, such as 4GiB; the default is what all slots can use, as far as it is free"""
+    page_size: int = PAGE_SIZE
+    """positions of a page; a power of two up to 128"""
+    enable_prefix_caching: bool = True
+    """run a beginning that requests share once"""
+
+    def check(self) -> None:
+        """Raises: UsageError: a value is out of its range, or does nothing."""
+        if self.page_size not in SIZES_OF_PAGES:
+            raise UsageError(f"--page-size must be a power of two up to 128, found {self.page_size}.")
+        if self.kv_memory is not None:
+            try:
+                parse_bytes(self.kv_memory)
+            except ValueError as error:
+                raise UsageError(f"--kv-memory: {error}.") from None
+        if self.kv_cache == "contiguous" and self != KVOptions(kv_cache="contiguous"):
+            raise UsageError("--kv-cache contiguous has no pages: leave out --kv-memory, --page-size and the like.")
 
 
 @dataclass(frozen=True)
@@ -27,6 +56,7 @@ class Serve:
     """requests that decode together"""
     max_queue: int = 64
     """requests that wait; further ones get 429"""
+    kv: Annotated[KVOptions, GROUP] = field(default_factory=KVOptions)
     max_model_len: Annotated[int | None, DisallowNone, UNSET] = None
     """tokens of a prompt and its answer together; the default is what the model has"""
     max_body: int = 4 << 20
@@ -55,6 +85,7 @@ class Serve:
         """
         self.model.check()
         self.processes.resolve()
+        self.kv.check()
         for name in ("max_num_seqs", "max_queue", "max_body"):
             check_count(name, getattr(self, name))
         check_count("port", self.port, least=0, limit=1 << 16)

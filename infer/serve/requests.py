@@ -12,6 +12,7 @@ from convert.tokenizer import decode, encode, encode_chat, has_template
 from convert.values import is_whole, shown
 from domino_jax.errors import DominoError
 from domino_jax.runtime.extras import is_installed, require
+from domino_jax.runtime.paged_slots import Pages
 from domino_jax.runtime.slots import Request, check_request, room_after
 from domino_jax.sampling import SamplingParams
 from infer.serve.fields import BadRequest
@@ -66,6 +67,7 @@ class Service:
         positions: of a prompt and its answer together, at most.
         timeout: seconds that a request has.
         thinking: whether a chat thinks where a request is silent.
+        pages: of the KV cache; None for a contiguous one.
     """
 
     loaded: LoadedModel
@@ -74,6 +76,7 @@ class Service:
     positions: int
     timeout: float
     thinking: bool = False
+    pages: Pages | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

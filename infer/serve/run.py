@@ -16,12 +16,16 @@ from rich.console import Console
 
 from convert import options as shared
 from convert.generation import recommended_sampling
-from convert.loading import load_model
+from convert.loading import LoadedModel, load_model
 from convert.progress import progress_bars
+from domino_jax.decode import position_bytes
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.interrupts import note_signal
+from domino_jax.runtime.paged_slots import Pages, plan_pages
+from domino_jax.runtime.parsing import parse_bytes
 from domino_jax.runtime.processes import ENDED_EARLY, among_others, code_of_others, join_processes
+from domino_jax.sharding import row_shards
 from infer.serve.app import Server
 from infer.serve.connections import dropping
 from infer.serve.followers import Follower, Leader
@@ -136,14 +140,34 @@ def load_service(options: Serve, quiet: bool = False) -> Service:
     positions = min(options.max_model_len or loaded.configs.target.positions, loaded.configs.target.positions)
     defaults = recommended_sampling(target) if options.generation_config == "auto" else {}
     name = options.served_model_name or options.model.model
-    service = Service(loaded, name, defaults, positions, options.request_timeout, options.thinking)
+    pages = plan_memory(options, loaded, positions)
+    if pages is not None:
+        positions = min(positions, pages.count * pages.size - loaded.configs.lookahead)
+        if not quiet:
+            log_line(describe_pages(pages, loaded))
+    service = Service(loaded, name, defaults, positions, options.request_timeout, options.thinking, pages)
     threading.Thread(target=service.prepare_grammars, name="grammars", daemon=True).start()
     return service
 
 
+def plan_memory(options: Serve, loaded: LoadedModel, positions: int) -> Pages | None:
+    """The pages of all slots, each of so many positions at most; None for a contiguous cache.
+
+    Raises:
+        DominoError: they can't be had.
+    """
+    kv = options.kv
+    with loaded.context():
+        if kv.kv_cache == "contiguous" or (kv.kv_cache == "auto" and row_shards() > 1):
+            return None
+        memory = parse_bytes(kv.kv_memory) if kv.kv_memory else None
+        count = plan_pages(loaded.configs, loaded.dtype, options.max_num_seqs, positions, memory, kv.page_size)
+    return Pages(count, kv.page_size, kv.enable_prefix_caching)
+
+
 def _worker(options: Serve, service: Service, say: Any, seen: Any, link: Link | None) -> Worker:
     auto = options.num_draft_tokens == "auto"
-    return Worker(service.loaded, options.max_num_seqs, auto, options.warm_up, say, seen, link)
+    return Worker(service.loaded, options.max_num_seqs, auto, options.warm_up, say, seen, link, service.pages)
 
 
 def _end(worker: Worker, interrupted: bool) -> None:
@@ -156,6 +180,16 @@ def _end(worker: Worker, interrupted: bool) -> None:
     log_line("ended")
     if interrupted:
         raise KeyboardInterrupt
+
+
+def describe_pages(pages: Pages, loaded: LoadedModel) -> str:
+    """The memory for keys and values, in words."""
+    tokens = pages.count * pages.size
+    needed = tokens * position_bytes(loaded.configs, loaded.dtype) / (1 << 30)
+    return (
+        f"KV cache: {pages.count:,} pages of {pages.size} tokens, {tokens:,} tokens, {needed:.2f} GiB; "
+        f"{tokens / 4096:.1f} requests of 4,096 tokens"
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -15,9 +16,9 @@ from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.auto import AutoDrafts
+from domino_jax.runtime.paged_slots import PagedSlots, Pages
 from domino_jax.runtime.prompt_logprobs import prompt_logprobs
 from domino_jax.runtime.slots import (
-    BatchCase,
     Completion,
     Cycle,
     DraftPolicy,
@@ -64,7 +65,6 @@ class Job(Completion):
 
     text: Text | None = None
     tell: Callable[[Update], None] = lambda _: None  # called in the worker's thread
-    speculative: bool = True  # False where the client asks for plain steps
     deadline: float = float("inf")
     admitted: float = field(default_factory=time.monotonic)
     first: float | None = None  # seconds until the first token
@@ -118,24 +118,6 @@ class Job(Completion):
         )
 
 
-@dataclass(frozen=True)
-class PlainOnRequest:
-    """A policy that takes plain steps where every request that runs asks for them."""
-
-    policy: DraftPolicy
-
-    def next(self, case: BatchCase, rows: Any, longest: int) -> tuple[int, int]:
-        if all(not row.speculative for row in rows):
-            return 0, longest
-        return self.policy.next(case, rows, longest)
-
-    def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Any) -> None:
-        self.policy.observe(case, drafts, cycles, seconds, accepted)
-
-    def forget(self, row: Any) -> None:
-        self.policy.forget(row)
-
-
 Command = tuple[str, Job | None]  # admit, evict or expire a job; or stop
 
 
@@ -161,6 +143,7 @@ class Worker:
         say: Callable[[str], None],
         seen: Callable[[Job, Update], None] = lambda *_: None,
         link: Link | None = None,
+        pages: Pages | None = None,
     ):
         """Args:
         size: requests that decode together.
@@ -169,13 +152,14 @@ class Worker:
         say: called with what takes long.
         seen: called with every update, for metrics.
         link: to the other processes that run the model with this one; None without any.
+        pages: of the KV cache; None for a contiguous one.
         """
         self._link = link
-        self._loaded, self._warm_up, self._say, self._seen = loaded, warm_up, say, seen
+        self._loaded, self._warm_up, self._say, self._seen, self._pages = loaded, warm_up, say, seen, pages
         most, branching = loaded.configs.proposals, loaded.configs.branching
         policy = AutoDrafts(most, whole=branching) if auto and most else FixedDrafts(most)
         with loaded.context():
-            self._slots = self._make(size, PlainOnRequest(policy))
+            self._slots = self._make(size, policy)
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._jobs: dict[Job, None] = {}
         self._scoring: dict[Job, Generator[None, None, list[TokenLogprobs | None]]] = {}  # prompts, before their slots
@@ -186,7 +170,8 @@ class Worker:
 
     def _make(self, size: int, policy: DraftPolicy) -> Slots:
         loaded = self._loaded
-        return Slots(
+        kind = Slots if self._pages is None else partial(PagedSlots, pages=self._pages)
+        return kind(
             loaded.params,
             loaded.configs,
             size,
@@ -235,9 +220,14 @@ class Worker:
         return self._slots.capacity
 
     @property
-    def used(self) -> int:
-        """Positions of all slots that requests use."""
-        return sum(len(job.request.prompt) + len(job.tokens) for job in list(self._jobs))
+    def usage(self) -> float:
+        """Share of the KV cache that requests use."""
+        return self._slots.usage
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that a request may have."""
+        return self._slots.longest
 
     def _run(self) -> None:
         try:

@@ -389,7 +389,7 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
         sizes, done = [], False
         while not done:
             with jax.transfer_guard("disallow"):  # explicit transfers only: the one device_get
-                old = state.cache.k[0]
+                old = state.cache.layer(0)[0]
                 state, emitted = speculate(pair, state)
                 fetched, done = jax.device_get((emitted, state.done))
                 done = bool(done.all())

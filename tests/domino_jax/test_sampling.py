@@ -319,6 +319,23 @@ def test_sampled_output_is_distributed_as_the_targets(exact, drafter, coupled):
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("coupled", [False, True], ids=["rejection", "coupled"])
+def test_rows_that_verify_unequal_numbers_of_drafts_are_too(exact, coupled):
+    """None, one and two of each row's drafts; a draft that is not verified must not shift what is drawn after it."""
+    lengths = jnp.arange(2 * HALF, dtype=jnp.int32) % 3
+    total = int(lengths.sum()) + 2 * HALF
+
+    def loop(params: Params, configs: DecodeConfig, state: Any, cycles: int, greedy: bool) -> Any:
+        configs = dataclasses.replace(configs, verified=total)
+        return decode.speculate(params, configs, state, cycles, greedy, lengths=lengths)
+
+    samples, accepted = sample_rows(make("Domino"), loop, coupled=coupled)
+    assert 0.1 < accepted < 1.5
+    for chosen, tokens, joint in zip(FILTERS, samples, exact, strict=True):
+        assert p_value(tokens, joint) > RIGHT, chosen
+
+
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("coupled", [False, True], ids=["rejection", "coupled"])
 def test_a_hundred_thousand_draws_are_distributed_as_the_targets(exact, coupled):

@@ -134,7 +134,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, alone, data, model):
         ours = spread(pair, mesh)
         assert run(ours) == alone
         state, _ = decode.speculate(ours.params, ours.configs, start(ours), 2, True)
-    part = state.cache.k[0].sharding.shard_shape(state.cache.k[0].shape)
+    part = state.cache.layer(0)[0].sharding.shard_shape(state.cache.layer(0)[0].shape)
     assert part[:2] == (4 // data, max(1, 2 // model))
     embed = ours.params.target.embed
     assert embed.shape[0] == -(-89 // model) * model
@@ -149,11 +149,11 @@ def test_caches_grow_on_a_mesh_and_stay_where_they_belong(pair, alone, data, mod
     with jax.set_mesh(mesh):
         ours = spread(pair, mesh)
         state = start(ours)
-        before = state.cache.k[0].sharding
+        before = state.cache.layer(0)[0].sharding
         state, _ = decode.speculate(ours.params, ours.configs, state, 1, True)
         old = jax.tree.leaves((state.cache, state.drafter))
         state = decode.grow_caches(ours.configs, state, 2 * state.cache.capacity)
-        assert state.cache.k[0].sharding.is_equivalent_to(before, 4)
+        assert state.cache.layer(0)[0].sharding.is_equivalent_to(before, 4)
         assert all(buffer.is_deleted() for buffer in old)
         _, emitted = decode.speculate(ours.params, ours.configs, state, 40, True)
     tokens, counts = sharding.fetch((emitted.tokens, emitted.counts))

@@ -188,7 +188,7 @@ def test_several_rows_go_on_from_what_all_hold(loaded):
     caches = decode.Caches(state.cache, state.drafter)
     rows = decode.new_rows(jax.random.split(jax.random.key(7), 3), [20] * 3, (), settings(3))
     more = decode.prefill_batch(params, configs, longer, rows, loaded.dtype, caches, 33)
-    assert state.cache.k[0].is_deleted(), "what was held is donated"
+    assert state.cache.layer(0)[0].is_deleted(), "what was held is donated"
     fresh = loops.begin(params, configs, longer, 20)
     assert loops.speculate(params, configs, more) == loops.speculate(params, configs, fresh)
 

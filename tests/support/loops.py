@@ -13,9 +13,9 @@ import pytest
 from jax import Array
 
 from domino_jax import decode
-from domino_jax.cache import KVCache
 from domino_jax.decode import DecodeConfig, DecodeState, Emitted
 from domino_jax.drafters.base import DraftTokens, View
+from domino_jax.paged import AnyKVCache
 from domino_jax.sampling import Sampling, settings
 from domino_jax.weights import Params
 
@@ -140,7 +140,7 @@ class TableDrafter:
 
     def propose(
         self, weights: Array, state: tuple[()], view: View, proposals: int, keys: Array | None
-    ) -> tuple[DraftTokens, tuple[()], KVCache]:
+    ) -> tuple[DraftTokens, tuple[()], AnyKVCache]:
         places = view.length[:, None] + 1 + jnp.arange(proposals, dtype=jnp.int32)
         tokens = jnp.take_along_axis(weights, places, axis=1)
         probs = None if keys is None else jax.nn.one_hot(tokens, view.config.vocab_size)

@@ -16,6 +16,7 @@ import uvicorn
 from factory import BYTE_TARGET, good_pair, make_tokenizer
 
 from convert.loading import LoadedModel
+from domino_jax.runtime.paged_slots import Pages, plan_pages
 from domino_jax.runtime.slots import Completion, Request, Slots
 from domino_jax.sampling import SamplingParams
 from infer.serve.app import Server
@@ -46,7 +47,10 @@ class Running:
 
     def __init__(self, loaded: LoadedModel, slots: int = 3, queue: int = 64, key: str | None = KEY, **more: Any):
         self.metrics, self.lines = ServingMetrics("tiny", loaded.configs.proposals), []
-        self.worker = Worker(loaded, slots, False, 0, self.lines.append, self.metrics.seen)
+        pages = None
+        if more.pop("paged", True):
+            pages = Pages(plan_pages(loaded.configs, loaded.dtype, slots, loaded.configs.target.positions))
+        self.worker = Worker(loaded, slots, False, 0, self.lines.append, self.metrics.seen, pages=pages)
         positions, patience = loaded.configs.target.positions, more.pop("patience", 60.0)
         self.service = Service(loaded, "tiny", more.pop("defaults", {}), positions, 60.0)
         self.server = Server(
@@ -98,7 +102,7 @@ class Running:
         """Whether nothing waits, runs or is waited for, within so many seconds; and nothing is kept of what did."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if not (self.worker.running or self.worker.waiting or self.server.answering or self.worker.used):
+            if not (self.worker.running or self.worker.waiting or self.server.answering or self.worker.usage):
                 return not self.metrics._last
             time.sleep(0.02)
         return False

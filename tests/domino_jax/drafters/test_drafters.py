@@ -217,8 +217,9 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
     state = DecodeState(jnp.asarray(tokens), jnp.asarray(anchors), none, none, none, asked, none, none, context)
 
     # Scanned, greedy, against the reference's walk from left to right.
-    (drafts, q, _), _ = propose(pair.params, configs, state, None)
-    assert q is None
+    draft, _ = propose(pair.params, configs, state, None)
+    drafts = draft.tokens
+    assert draft.probs is None
     rows, walked, states = reference.proposal_rows(draft_cfg), [], []
     for row, a in enumerate(ANCHORS):
         args = (draft_w, draft_cfg, embed, lm_head, given[row, :a], int(tokens[row]), a)
@@ -249,7 +250,8 @@ def test_head_scanned_is_teacher_forced_is_the_specs(changes):
 
     # Scanned, sampled: each distribution is the softmax of the teacher-forced logits at the tokens really drawn.
     keys = jax.random.split(jax.random.key(5), (4, config.num_proposals))
-    (drafts, q, _), _ = propose(pair.params, configs, state, keys)
+    draft, _ = propose(pair.params, configs, state, keys)
+    drafts, q = draft.tokens, draft.probs
     drafts, q = np.asarray(drafts), np.asarray(q)
     eaten = np.concatenate([tokens[:, None], drafts[:, :-1]], axis=1)
     spec = reference.softmax(np.asarray(teacher_forced_logits(pair.params, config, z, base, eaten), np.float64))

@@ -230,7 +230,7 @@ def all_before(parents: jax.Array, depth: int) -> trees.Tree:
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "nothing is moved": {"cache__compact": lambda cache, start, places: cache},
+    "nothing is moved": {"cache__KVCache__compact": lambda cache, start, places: cache},
     "positions": {"tree__tree_of": in_a_row},
     "mask": {"tree__tree_of": all_before},
 }

@@ -15,7 +15,7 @@ from test_slots import FLOAT32, HOT, MIX, Changing, afresh, alone, arriving, dra
 from domino_jax import decode, sharding
 from domino_jax.errors import DominoError
 from domino_jax.paged import is_paged
-from domino_jax.runtime.paged_slots import PagedSlots
+from domino_jax.runtime.paged_slots import PagedSlots, Pages, plan_pages
 from domino_jax.runtime.pages import PagePool
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request
 from domino_jax.sampling import SamplingParams
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 pair, small = test_slots.pair, test_slots.small  # fixtures
 
 
-def paged(pair: Pair, size: int, tokens: int = 4000, page_size: int = 8, **how: Any) -> PagedSlots:
+def paged(pair: Pair, size: int, tokens: int = 4000, share: bool = True, **how: Any) -> PagedSlots:
     """A batch with pages for so many tokens in all."""
-    pages = -(-(tokens + pair.configs.lookahead) // page_size)
-    return PagedSlots(pair.params, pair.configs, size, FLOAT32, pages=pages, page_size=page_size, **how)
+    pages = Pages(-(-(tokens + pair.configs.lookahead) // 8), 8, share)
+    return PagedSlots(pair.params, pair.configs, size, FLOAT32, pages=pages, **how)
 
 
 def begin(batch: PagedSlots, *completions: Completion) -> None:
@@ -152,7 +152,7 @@ def test_one_broken_row_harms_no_other_not_even_those_that_get_its_pages(pair, s
 @pytest.mark.parametrize(("size", "said"), [(3, "power of two"), (0, "power of two"), (256, "power of two")])
 def test_sizes_of_pages_that_can_not_be_had_are_refused(pair, size, said):
     with pytest.raises(DominoError, match=said):
-        PagedSlots(pair.params, pair.configs, 1, FLOAT32, pages=100, page_size=size)
+        PagedSlots(pair.params, pair.configs, 1, FLOAT32, pages=Pages(100, size))
 
 
 def test_a_request_that_the_pages_can_never_hold_is_refused_with_the_numbers(pair, small):
@@ -164,7 +164,7 @@ def test_a_request_that_the_pages_can_never_hold_is_refused_with_the_numbers(pai
     assert result(fits) != result(alone(pair, fits)) and list(batch.run([fits])) == [fits]
     assert result(fits) == result(alone(pair, fits)) and fits.preemptions == 0
     with pytest.raises(DominoError, match="too few for any request"):
-        PagedSlots(pair.params, pair.configs, 1, FLOAT32, pages=0, page_size=8)
+        PagedSlots(pair.params, pair.configs, 1, FLOAT32, pages=Pages(0, 8))
 
 
 def test_an_interrupted_step_leaves_a_batch_that_goes_on(pair, small, monkeypatch):
@@ -239,6 +239,18 @@ def test_pages_on_a_mesh_give_the_same_tokens(pair, small):
     assert [result(c) for c in found] == expected
     with sharding.mesh_context(sharding.make_mesh(2, 1)), pytest.raises(DominoError, match="data=1"):
         paged(pair, 2)
+
+
+def test_pages_are_planned_from_memory_rows_and_positions(pair):
+    configs = pair.configs
+    sizes = [(c.num_hidden_layers, c.num_key_value_heads, c.head_dim) for c in (configs.target, configs.draft)]
+    values = sum(2 * layers * heads * width for layers, heads, width in sizes)
+    assert decode.position_bytes(configs, FLOAT32) == 4 * values
+    assert plan_pages(configs, FLOAT32, 1, 100, memory=1000 * 16 * 4 * values) == 999, "page 0 is memory too"
+    most = plan_pages(configs, FLOAT32, 3, 100)
+    assert most == 3 * -(-(100 + configs.lookahead) // 16), "no more than can be used"
+    with pytest.raises(DominoError, match="too few for any request: give more --kv-memory"):
+        plan_pages(configs, FLOAT32, 3, 100, memory=64 * values)
 
 
 def test_what_a_drafter_needs_for_shared_beginnings(pair):

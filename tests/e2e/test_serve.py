@@ -142,7 +142,8 @@ def test_after_the_patience_what_still_runs_is_cut(folder):
 @pytest.fixture(scope="module")
 def served(folder) -> Iterator[Process]:
     """A server whose clients have 30 seconds."""
-    made = Process(folder, "--request-timeout", "30", "--max-queue", "512", slots=4)
+    words = ("--request-timeout", "30", "--max-queue", "512", "--num-draft-tokens", "3")
+    made = Process(folder, *words, slots=4)
     yield made
     made.process.kill()
 
@@ -150,16 +151,21 @@ def served(folder) -> Iterator[Process]:
 @pytest.mark.slow
 def test_clients_that_leave_at_any_moment_leave_nothing(served):
     """Neither slots nor memory; tests/infer/serve/test_stress.py has it for a moment."""
-    storm, before, seconds = Storm(served.port), 90, 300
-    storm.blow(before)
-    assert served.is_idle()
-    began, left = served.megabytes, storm.left
-    storm.blow(seconds, seed=1)
+    storm, before, seconds = Storm(served.port), 0.0, 180
+    for seed in range(12):  # each program that is compiled takes some megabytes, which it keeps
+        storm.blow(30, seed)
+        assert served.is_idle()
+        began, before = before, served.megabytes
+        if before < 1.01 * began:
+            break
+    left = storm.left
+    storm.blow(seconds, seed=99)
     assert served.is_idle(), "all slots are free again"
-    print(f"{storm.left - left} clients left in {seconds} s: {began:.0f} MB before, {served.megabytes:.0f} MB after")
+    after = served.megabytes
+    print(f"{storm.left - left} clients left in {seconds} s, {left} before: {before:.0f} MB, then {after:.0f} MB")
     assert set(storm.statuses) <= {200, 400} and storm.left - left > 5 * seconds, storm
     assert served.ask()["usage"]["completion_tokens"] == 8
-    assert served.megabytes < 1.05 * began
+    assert after < 1.03 * before
     assert not any("Traceback" in line for line in served.lines), served.lines
 
 
@@ -176,6 +182,8 @@ def test_many_who_do_not_read_delay_nobody_and_are_dropped(served):
         client.connect(("127.0.0.1", served.port))
         client.sendall(raw_request("/v1/completions", body))
         clients.append(client)
+    for client in clients:
+        client.recv(1, socket.MSG_PEEK)  # its answer has begun
     assert served.is_idle(), "answers end whether they are read or not"
     seconds = []
     for _ in range(5):

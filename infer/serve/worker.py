@@ -161,6 +161,7 @@ class Worker:
         with loaded.context():
             self._slots = self._make(size, policy)
         self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._new: dict[Job, None] = {}  # submitted, and not seen yet; each change is one call, from any thread
         self._jobs: dict[Job, None] = {}
         self._scoring: dict[Job, Generator[None, None, list[TokenLogprobs | None]]] = {}  # prompts, before their slots
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
@@ -198,16 +199,18 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Let a request wait for a slot; it is told of everything by its own `tell`."""
+        self._new[job] = None
         self._commands.put(("admit", job))
 
     def cancel(self, job: Job) -> None:
         """End a request as cancelled; one that has ended stays as it is."""
+        self._new.pop(job, None)
         self._commands.put(("evict", job))
 
     @property
     def waiting(self) -> int:
         """Requests without a slot."""
-        return self._commands.qsize() + self._slots.waiting + len(self._scoring)
+        return len(self._new) + self._slots.waiting + len(self._scoring)
 
     @property
     def running(self) -> int:
@@ -252,6 +255,7 @@ class Worker:
                 for other in list(self._jobs):
                     self._evict(other)
                 return False
+            self._new.pop(job, None)
             if what != "admit":
                 self._evict(job, "length" if what == "expire" else "cancelled")
             elif job.scores:

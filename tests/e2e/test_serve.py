@@ -170,7 +170,8 @@ def test_clients_that_leave_at_any_moment_leave_nothing(served):
 
 
 @pytest.mark.slow
-def test_many_who_do_not_read_delay_nobody_and_are_dropped(served):
+def test_many_who_do_not_read_delay_nobody(served):
+    """tests/infer/serve/test_stress.py has one that is dropped."""
     stuck = 8
     body = {"prompt": "hello", "max_tokens": 500, "n": 4, "stream": True, "logprobs": 20, "temperature": 0}
     body |= {"return_drafts": True}
@@ -194,13 +195,12 @@ def test_many_who_do_not_read_delay_nobody_and_are_dropped(served):
     print(f"beside {stuck} clients that read nothing: {max(seconds):.2f} s, and {grown:.0f} MB more")
     assert max(seconds) < 3 and grown < 100 + 100 * stuck
     time.sleep(31)
-    for client in clients:
-        said = bytearray()
+    for client in clients:  # the system may hold all of an answer for its client; else it has been cut
         with client, contextlib.suppress(ConnectionError):
             client.settimeout(10)
-            while part := client.recv(1 << 16):
-                said += part
-        assert said.startswith(b"HTTP/1.1 200") and b"[DONE]" not in said, len(said)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            while client.recv(1 << 16):
+                pass
     assert served.ask()["choices"] == quick["choices"]
 
 

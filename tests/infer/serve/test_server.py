@@ -433,6 +433,22 @@ def test_a_full_queue_is_429_and_harms_nobody(loaded):
         assert made.is_idle()
 
 
+def test_who_has_left_is_not_counted_as_waiting(loaded):
+    """As while a program is compiled, which may take long; else others were refused for them."""
+    with Running(loaded, slots=1) as made:
+        told: list[Update] = []
+        jobs = [Job(Request([50, i], SamplingParams(max_tokens=3)), tell=told.append) for i in range(6)]
+        for job in jobs:
+            made.worker.submit(job)
+        assert made.worker.waiting == 6
+        for job in jobs[:4] * 3:
+            made.worker.cancel(job)
+        assert made.worker.waiting == 2
+        made.begin()
+        assert made.is_idle() and made.worker.waiting == 0
+        assert [job.finish_reason for job in jobs] == ["cancelled"] * 4 + ["length"] * 2
+
+
 def test_a_dispatch_that_fails_harms_no_later_request(loaded, monkeypatch):
     with Running(loaded) as made:
         made.begin()

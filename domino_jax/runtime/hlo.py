@@ -48,9 +48,9 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate; None where it has none, or the largest number that there is."""
+        """The compiler's estimate; None where it has none, UNKNOWN or more where it says that it knows none."""
         found = re.search(r'"estimated_cycles":"?(\d+)', self.rest)
-        return int(found[1]) if found and int(found[1]) < UNKNOWN else None
+        return int(found[1]) if found else None
 
     @property
     def index(self) -> int:
@@ -82,7 +82,7 @@ class Cost(NamedTuple):
     cycles: Counter[str]  # estimated, by phase
     collectives: Counter[str]  # by kind
     collective_bytes: Counter[str]  # of their results on one device, by kind
-    unknown: int  # calls of kernels, of which the compiler estimates nothing
+    unknown: int  # operations of which the compiler estimates nothing: kernels, and grouped products
 
 
 class Figures(NamedTuple):
@@ -221,10 +221,11 @@ class _Reader:
         inner = _sum(map(self.cost, (*x.called("calls"), *(x.called("to_apply") if x.opcode == "call" else ()))))
         if x.opcode == "fusion":  # its own estimate is of all that is in it
             inner = inner._replace(cycles=Counter(), unknown=0)
-        if x.cycles:
-            cost.cycles[self._phase(x)] += x.cycles
-        kernel = x.opcode == "custom-call" and "tpu_custom_call" in x.rest and not x.cycles
-        return _sum((cost._replace(unknown=int(kernel)), inner))
+        kernel = x.opcode == "custom-call" and "tpu_custom_call" in x.rest
+        cycles = UNKNOWN if kernel and not x.cycles else x.cycles or 0
+        if 0 < cycles < UNKNOWN:
+            cost.cycles[self._phase(x)] += cycles
+        return _sum((cost._replace(unknown=int(cycles >= UNKNOWN)), inner))
 
     def _phase(self, x: Instruction) -> str:
         """The phase that an operation belongs to: by its own scopes, or by those of most of what is fused in it."""

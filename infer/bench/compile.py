@@ -134,7 +134,7 @@ def show_figures(row: dict[str, Any], console: Console) -> None:
     unknown = {p["name"]: p["kernels_without_estimate"] for p in programs if p["kernels_without_estimate"]}
     if unknown:
         words = ", ".join(f"{count} in {name}" for name, count in unknown.items())
-        console.print(f"The compiler estimates nothing of kernels, which are left out: {words}.", highlight=False)
+        console.print(f"The compiler estimates nothing of kernels, and they are left out: {words}.", highlight=False)
 
 
 def _both(found: dict[str, Any] | None) -> str:

@@ -112,6 +112,11 @@ class PagedSlots(Slots):
         return self._count * self._page_size - self._configs.lookahead + 1
 
     @property
+    def reserved(self) -> int:
+        """Positions that requests have memory for."""
+        return self._pool.held * self._page_size
+
+    @property
     def usage(self) -> float:
         return self._pool.held / self._count
 

@@ -278,6 +278,7 @@ class Slots:
         self._held: Completion | None = None  # alone in the batch, first row: whose ids the caches hold
         self._began: dict[Completion, float] = {}
         self.seconds = no_seconds()  # of all that ran here
+        self.most_reserved = 0  # positions that the rows of a dispatch had memory for, at the most
 
     @property
     def busy(self) -> bool:
@@ -317,6 +318,11 @@ class Slots:
     def usage(self) -> float:
         """Share of the memory for keys and values that requests use."""
         return sum(len(c.ids) for c in self._running.values()) / (self.size * max(self.capacity, 1))
+
+    @property
+    def reserved(self) -> int:
+        """Positions that the batch has memory for."""
+        return self.rows * self.capacity
 
     @property
     def held(self) -> list[int]:
@@ -554,6 +560,7 @@ class Slots:
         began, compiled = time.perf_counter(), compile_seconds()
         with timed("decode", [self.seconds, *clocks]):
             self._state = self._prepare()
+            self.most_reserved = max(self.most_reserved, self.reserved)
             greedy = all(c.request.params.temperature == 0 for c in rows)
             running = dict(self._running)
             case = self.rows, greedy, self._state.cache.capacity

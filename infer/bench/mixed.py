@@ -1,16 +1,19 @@
-"""Requests of mixed lengths: slots that are filled again at once, against closed batches that last as their longest.
+"""Requests of mixed lengths: closed batches that last as their longest, slots that are filled again, slots in pages.
 
     python -m infer.bench.mixed --num-requests 64 --batch-size 8 --json mixed.json
 
-The same requests run in both ways, in turn: by plain steps, with all drafts of a block, and with --num-draft-tokens
-auto. Answers are greedy and end at their limits alone; whether both ways gave the same tokens is said too.
+The same requests run in the three ways, in turn: by plain steps, with all drafts of a block, and with
+--num-draft-tokens auto. Answers are greedy and end at their limits alone; whether all ways gave the same tokens is said
+too, and how much memory for keys and values requests had at the most.
 """
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +25,12 @@ from convert.options import GROUP, UNSET, ModelOptions, check_count, check_file
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, end_process, run_command
 
+WAYS = ("closed", "slots", "pages")
+
 
 @dataclass(frozen=True)
 class Mixed:
-    """Compare slots that are filled again with closed batches, on requests of mixed lengths."""
+    """Compare closed batches, slots that are filled again, and slots in pages, on requests of mixed lengths."""
 
     model: Annotated[ModelOptions, GROUP] = field(default_factory=ModelOptions)
     prompts: Annotated[Path | None, DisallowNone, UNSET] = None
@@ -70,7 +75,9 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
 
     from convert.options import load_pair
     from convert.registry import DEMO_FOLDER
+    from domino_jax.decode import position_bytes
     from domino_jax.runtime.auto import AutoDrafts
+    from domino_jax.runtime.paged_slots import PagedSlots, Pages, plan_pages
     from domino_jax.runtime.provenance import git_commit, processor
     from domino_jax.runtime.slots import Completion, DraftPolicy, FixedDrafts, Request, Slots
     from domino_jax.sampling import SamplingParams
@@ -91,43 +98,49 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
         for row, (prompt, length, limit) in enumerate(zip(ids[: o.num_requests], *lengths, strict=True))
     ]
 
-    def run(policy: DraftPolicy | None, filled_again: bool) -> tuple[float, list[Completion]]:
-        """Seconds, and what was generated."""
+    def run(policy: DraftPolicy | None, way: str) -> tuple[float, list[Completion], int]:
+        """Seconds, what was generated, and the most positions that requests had memory for."""
         configs, params = loaded.configs, loaded.params
         if policy is None:
             configs, params = configs.without_drafter, params.without_drafter
-        batch = Slots(params, configs, o.batch_size, loaded.dtype, policy=policy)
+        kind = Slots
+        if way == "pages":
+            longest = max(len(r.prompt) + r.params.max_tokens for r in requests)
+            pages = Pages(plan_pages(configs, loaded.dtype, o.batch_size, longest), share=False)
+            kind = partial(PagedSlots, pages=pages)
+        batch = kind(params, configs, o.batch_size, loaded.dtype, policy=policy)
         completions = [Completion(request) for request in requests]
-        size = len(completions) if filled_again else o.batch_size
+        size = o.batch_size if way == "closed" else len(completions)
         began = time.perf_counter()
         for start in range(0, len(completions), size):
             for _ in batch.run(completions[start : start + size]):
                 pass
-        return time.perf_counter() - began, completions
+        return time.perf_counter() - began, completions, batch.most_reserved
 
     most = loaded.configs.proposals
     modes: dict[str, DraftPolicy | None] = {"plain": None}
     if most:
         modes |= {"drafts": FixedDrafts(most), "auto": AutoDrafts(most, loaded.configs.branching)}
-    seconds: dict[tuple[str, bool], list[float]] = {(mode, again): [] for mode in modes for again in (False, True)}
-    outputs: dict[tuple[str, bool], list[list[int]]] = {}
+    seconds: dict[tuple[str, str], list[float]] = {(mode, way): [] for mode in modes for way in WAYS}
+    outputs: dict[tuple[str, str], list[list[int]]] = {}
+    reserved: dict[tuple[str, str], int] = {}
     with loaded.context(), console.status("warming up") as status:
         for number in range(o.rounds + 1):  # the first one compiles
             for mode, policy in modes.items():
-                for filled_again in (False, True):
-                    spent, completions = run(policy, filled_again)
-                    outputs[mode, filled_again] = [c.tokens for c in completions]
+                for way in WAYS:
+                    spent, completions, reserved[mode, way] = run(policy, way)
+                    outputs[mode, way] = [c.tokens for c in completions]
                     if number:
-                        seconds[mode, filled_again].append(spent)
+                        seconds[mode, way].append(spent)
             status.update(f"round {number + 1} of {o.rounds}")
     tokens = sum(request.params.max_tokens for request in requests)
     about = {"commit": git_commit(), "processor": processor(), "dtype": loaded.dtype.name, "model": o.model.model}
     about |= {
         name: getattr(o, name) for name in ("num_requests", "batch_size", "new_tokens", "prompt_tokens", "rounds")
     }
-    rows = []
+    rows, each = [], position_bytes(loaded.configs, loaded.dtype) / (1 << 20)
     for mode in modes:
-        closed, again = (statistics.median(seconds[mode, way]) for way in (False, True))
+        closed, again, paged = (statistics.median(seconds[mode, way]) for way in WAYS)
         rows.append(
             {
                 **about,
@@ -135,10 +148,13 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
                 "tokens": tokens,
                 "closed_tokens_per_second": tokens / closed,
                 "slots_tokens_per_second": tokens / again,
+                "pages_tokens_per_second": tokens / paged,
                 "slots_over_closed": closed / again,
-                "over_plain": statistics.median(seconds["plain", True]) / again,
-                "same_tokens": outputs[mode, False] == outputs[mode, True],
-                "same_tokens_as_plain": outputs[mode, True] == outputs["plain", True],
+                "pages_over_slots": again / paged,
+                "over_plain": statistics.median(seconds["plain", "slots"]) / again,
+                **{f"{way}_kv_mib": reserved[mode, way] * each for way in WAYS},
+                "same_tokens": all(outputs[mode, way] == outputs[mode, "closed"] for way in WAYS),
+                "same_tokens_as_plain": outputs[mode, "slots"] == outputs["plain", "slots"],
             }
         )
     return rows
@@ -157,16 +173,21 @@ def run_mixed(options: Mixed) -> None:
         "mode",
         "closed, tokens/s",
         "slots, tokens/s",
+        "pages, tokens/s",
         "slots / closed",
+        "pages / slots",
         "slots / plain slots",
+        "KV MiB, slots",
+        "pages",
         "same tokens",
     ):
         table.add_column(column, justify="left" if column == "mode" else "right")
     for row in rows:
-        rates = [f"{row[f'{way}_tokens_per_second']:,.0f}" for way in ("closed", "slots")]
-        ratios = [f"{row['slots_over_closed']:.2f}", f"{row['over_plain']:.2f}"]
+        rates = [f"{row[f'{way}_tokens_per_second']:,.0f}" for way in WAYS]
+        ratios = [f"{row[name]:.2f}" for name in ("slots_over_closed", "pages_over_slots", "over_plain")]
+        ratios += [f"{row[f'{way}_kv_mib']:.1f}" for way in ("slots", "pages")]
         table.add_row(row["mode"], *rates, *ratios, "yes" if row["same_tokens"] else "no")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -177,6 +177,7 @@ def plan_rows(options: Plan) -> list[dict[str, Any]]:
 
 def _plan_row(options: Plan, pair: "Pair", mesh: tuple[int, int], limit: float) -> dict[str, Any]:
     from domino_jax.cache import SMALLEST_BUCKET, length_bucket
+    from domino_jax.runtime.pages import PAGE_SIZE
     from infer.bench.sizes import device_configs, state_bytes, temporary_bytes, weight_bytes
 
     data, model = mesh
@@ -187,13 +188,19 @@ def _plan_row(options: Plan, pair: "Pair", mesh: tuple[int, int], limit: float) 
     kv = 2 * configs.target.num_hidden_layers * configs.target.num_key_value_heads * configs.target.head_dim
     kv *= dtype.itemsize
     drafter = [state_bytes(configs, capacity, dtype) for capacity in (SMALLEST_BUCKET, 2 * SMALLEST_BUCKET)]
-    drafter_kv = (drafter[1] - drafter[0]) // SMALLEST_BUCKET
+    drafter_kv, paged = (drafter[1] - drafter[0]) // SMALLEST_BUCKET, data == 1  # as the server chooses
+
+    def temporaries(rows: int, positions: int) -> float:
+        return temporary_bytes(configs, model, rows, length_bucket(positions + configs.lookahead), dtype, paged)
 
     def needed(rows: int, positions: int) -> float:
-        """Bytes with so many rows of one group of devices, and a prompt that is run beside them."""
-        capacity = length_bucket(positions + configs.lookahead)
-        row = kv * capacity + state_bytes(configs, capacity, dtype)
-        return sum(weights) + temporary_bytes(configs, model, rows, capacity, dtype) + (rows + 1) * row
+        """Bytes with so many rows of one group of devices; without pages, also of a prompt that is run beside them."""
+        held, capacity = positions + configs.lookahead, length_bucket(positions + configs.lookahead)
+        if paged:
+            row, rows_held = (kv + drafter_kv) * PAGE_SIZE * -(-held // PAGE_SIZE), rows
+        else:
+            row, rows_held = kv * capacity + state_bytes(configs, capacity, dtype), rows + 1
+        return sum(weights) + temporaries(rows, positions) + rows_held * row
 
     def streams(positions: int) -> int:
         """The most rows that fit."""
@@ -205,7 +212,7 @@ def _plan_row(options: Plan, pair: "Pair", mesh: tuple[int, int], limit: float) 
             low, high = (middle, high) if needed(middle, positions) <= limit else (low, middle)
         return low * data
 
-    temporary = temporary_bytes(configs, model, 1, length_bucket(CONTEXT + configs.lookahead), dtype)
+    temporary = temporaries(1, CONTEXT)
     left = limit - sum(weights) - temporary
     missing = needed(1, 1) - limit
     lengths = sorted({CONTEXT, options.context or CONTEXT})
@@ -214,6 +221,7 @@ def _plan_row(options: Plan, pair: "Pair", mesh: tuple[int, int], limit: float) 
         "count": count,
         "mesh": {"data": data, "model": model},
         "dtype": options.dtype,
+        "kv_cache": "paged" if paged else "contiguous",
         "device_bytes": device.memory,
         "usable_bytes": limit,
         "target_bytes": weights[0],
@@ -278,10 +286,11 @@ def _print_rows(options: Plan, rows: list[dict[str, Any]]) -> None:
     )
     out.print(f"{options.model or options.shapes} in {options.dtype}. {_named(options)}; {counted}.\n", soft_wrap=True)
     out.print(plan_table(rows))
+    slots = "Keys and values lie in pages; where data is above 1, a stream has a power of two of positions instead."
     chosen = "\nThe first mesh is what is chosen without --mesh." if options.mesh is None else ""
     out.print(
         f"{chosen}\nGB of each device; tokens and streams of all together. Temporaries, and with them the streams, are "
-        "estimates. A stream has room for a power of two of positions.",
+        f"estimates. {slots}",
         soft_wrap=True,
     )
 

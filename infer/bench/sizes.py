@@ -82,7 +82,7 @@ def state_bytes(configs: DecodeConfig, capacity: int, dtype: Any) -> int:
     return 0 if drafter is None else _bytes(jax.eval_shape(lambda: drafter.init(1, capacity, dtype)))
 
 
-def temporary_bytes(configs: DecodeConfig, model: int, rows: int, capacity: int, dtype: Any) -> float:
+def temporary_bytes(configs: DecodeConfig, model: int, rows: int, capacity: int, dtype: Any, paged: bool) -> float:
     """An estimate of what a device's programs need beside weights and caches: of a prompt's chunk, or of a cycle.
 
     The attention backend is xla, which forms all scores.
@@ -91,10 +91,11 @@ def temporary_bytes(configs: DecodeConfig, model: int, rows: int, capacity: int,
         configs: of `device_configs`.
         model: devices that share the model.
         rows, capacity: of the caches on this device.
+        paged: prompts are run one by one, and a layer's pages are gathered for its attention.
     """
     target, itemsize = configs.target, dtype.itemsize
 
-    def layer(config: Any, tokens: int) -> float:
+    def layer(config: Any, tokens: int, rows: int) -> float:
         moe = getattr(config, "moe", None)
         mlp = 3 / model * (moe.num_experts_per_tok * moe.moe_intermediate_size if moe else config.intermediate_size)
         heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
@@ -102,12 +103,14 @@ def temporary_bytes(configs: DecodeConfig, model: int, rows: int, capacity: int,
         return rows * tokens * (LIVE * (2 * config.hidden_size + heads + mlp) * itemsize + scores)
 
     layers = configs.drafter.target_layer_ids if configs.drafter else ()
-    features = rows * len(layers) * target.hidden_size * itemsize
-    tokens = configs.proposals + 1
-    prompt = layer(target, LARGEST_CHUNK) + LARGEST_CHUNK * features
+    features = len(layers) * target.hidden_size * itemsize
+    tokens, together = configs.proposals + 1, 1 if paged else rows
+    prompt = layer(target, LARGEST_CHUNK, together) + together * LARGEST_CHUNK * features
     logits = rows * tokens * VOCABULARIES * target.vocab_size / model * 4
-    drafted = layer(configs.draft, tokens) if configs.draft else 0
-    return max(prompt, max(layer(target, tokens), drafted) + tokens * features + logits)
+    drafted = layer(configs.draft, tokens, rows) if configs.draft else 0
+    cycle = max(layer(target, tokens, rows), drafted) + rows * tokens * features + logits
+    gathered = 2 * 2 * target.num_key_value_heads * target.head_dim * capacity * itemsize  # as they lie, and in order
+    return max(prompt + paged * gathered, cycle + paged * rows * gathered)
 
 
 def _bytes(tree: Any) -> int:

@@ -156,7 +156,7 @@ def sides(store, loaded) -> Iterator[tuple[Service, Side, Side]]:
     assert other.worker.wait(30), "a stop is for all"
 
 
-def until(true: Any, seconds: float = 60) -> None:
+def until(true: Any, seconds: float = 150) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

@@ -17,6 +17,7 @@ from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.ngram import NgramDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.runtime import slots
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
@@ -139,8 +140,9 @@ def drafters(pair: Pair) -> dict[str, Pair]:
     """Good, random, and always wrong ones."""
     target, most = pair.configs.target, pair.configs.proposals
     other = factory.random_weights(target, 12)
-    assert pair.configs.drafter is not None
+    assert pair.configs.drafter is not None and pair.configs.draft is not None
     made: dict[str, tuple[Any, Any]] = {
+        "tree": (TreeDrafter(pair.configs.draft, nodes=6), pair.params.draft),
         "random": (pair.configs.drafter, Pair.make(pair.configs.draft, target, 9).params.draft),
         "n-gram": (NgramDrafter(5, 3, 1), None),
         "Domino and n-gram": (CombinedDrafter(pair.configs.drafter, NgramDrafter(most, 4, 2)), pair.params.draft),
@@ -161,7 +163,7 @@ def drafters(pair: Pair) -> dict[str, Pair]:
         "Domino",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("one token", "random", "n-gram", "Domino and n-gram", "assistant")
+            for name in ("one token", "random", "tree", "n-gram", "Domino and n-gram", "assistant")
         ),
     ],
 )

@@ -67,7 +67,11 @@ def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     "name",
-    ["Domino and n-gram", "tree", *(pytest.param(n, marks=pytest.mark.slow) for n in ("n-gram", "assistant", "random"))],
+    [
+        "Domino and n-gram",
+        "tree",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("n-gram", "assistant", "random")),
+    ],
 )
 def test_every_drafter_goes_on_from_pages_that_another_request_has_filled(pair, small, name):
     """Its state of what is not run again is what it would be; drafts and plain steps alternate meanwhile."""

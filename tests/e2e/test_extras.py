@@ -57,6 +57,7 @@ def test_text_is_generated_without_any_extra():
         (("train.capture", "--help"), "orbax"),
         (("convert", "--check", str(DEMO_FOLDER / "target")), "orbax"),
         (("infer.bench.serve",), "httpx"),
+        (("infer.bench", "compile", "--shapes", "qwen3-8b", "--topology", "v5e:2x2"), "libtpu"),
     ],
 )
 def test_what_needs_an_extra_names_it(words, package):

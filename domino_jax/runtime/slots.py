@@ -375,8 +375,11 @@ class Slots:
                 update(changed)
             yield from (c for c in changed if c.finish_reason is not None or not c.finite)
 
-    def step(self) -> list[Completion]:
+    def step(self, begun: Callable[[list[Completion]], None] | None = None) -> list[Completion]:
         """Run what is due of the prompts, and one dispatch of decoding; return the requests that got tokens or ended.
+
+        Args:
+            begun: called with those that have their first token, before the dispatch.
 
         Raises:
             DominoError: the device's memory is exhausted.
@@ -388,6 +391,8 @@ class Slots:
         try:
             with explain_out_of_memory(memory):
                 changed = self._begin()
+                if begun and changed:
+                    begun(list(changed))
                 if self._running:
                     changed += self._decode()
         except Exception:  # the device's: what its caches hold is not known

@@ -11,6 +11,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+import jax
+
 from convert.loading import LoadedModel
 from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache
@@ -30,7 +32,9 @@ from domino_jax.runtime.slots import (
 from domino_jax.sampling import SamplingParams
 from infer.serve.fields import BadRequest
 
-SIZES = (1, 4, 16, 64, 256)  # rows that a batch may have; a row that nobody uses costs as much as one in use
+# Rows that a batch may have. On a CPU a row that nobody uses costs as much as one in use; elsewhere eight rows cost
+# hardly more than one, and each size is programs to compile.
+SIZES_ON_CPU, SIZES = (1, 4, 16, 64, 256), (8, 32, 128)
 
 
 class Text(Protocol):
@@ -177,7 +181,7 @@ class Worker:
             loaded.configs,
             size,
             loaded.dtype,
-            sizes=SIZES,
+            sizes=SIZES_ON_CPU if jax.devices()[0].platform == "cpu" else SIZES,
             policy=policy,
             processors=True,
             warn=lambda: self._say(f"warning: {NOT_FINITE_DRAFTS}"),
@@ -322,7 +326,7 @@ class Worker:
 
     def _step(self) -> None:
         try:
-            changed: list[Any] = self._slots.step()
+            changed: list[Any] = self._slots.step(self._tell_all)
         except Exception as error:  # of the device: what was running is lost, what waits is not
             if self._link is not None:  # what the other processes hold is not known
                 raise
@@ -332,11 +336,15 @@ class Worker:
                 said = error if isinstance(error, DominoError) else DominoError("decoding failed; try again.")
                 self._fail(job, said)
             return
+        self._tell_all(changed)
+
+    def _tell_all(self, changed: list[Any]) -> None:
+        """Send what is new to each."""
         for job in changed:
-            if not job.finite:
-                self._fail(job, self._not_finite(job))
-            else:
+            if job.finite:
                 self._tell(job)
+            elif job in self._jobs:
+                self._fail(job, self._not_finite(job))
 
     def _not_finite(self, job: Job) -> DominoError:
         target, config = self._loaded.params.target, self._loaded.configs.target

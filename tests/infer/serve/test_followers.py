@@ -199,7 +199,7 @@ def test_what_fails_in_one_of_several_ends_its_decoding(sides, monkeypatch):
     """What the others hold then is not known; on its own a process would go on."""
     service, first, _ = sides
 
-    def fails() -> None:
+    def fails(*_: Any) -> None:
         raise RuntimeError("of the device")
 
     monkeypatch.setattr(first.worker._slots, "step", fails)

@@ -45,7 +45,12 @@ def check_all_free(batch: PagedSlots) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("size", "memory", "share"), [(3, 40, True), (4, 1.5, True), pytest.param(5, 1.5, False, marks=pytest.mark.slow)]
+    ("size", "memory", "share"),
+    [
+        (4, 1.5, True),
+        pytest.param(3, 40, True, marks=pytest.mark.slow),
+        pytest.param(5, 1.5, False, marks=pytest.mark.slow),
+    ],
 )
 def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(pair, small, size, memory, share):
     """Greedy and sampled rows of any settings; memory for 1.5 requests sets some aside, which changes nothing."""

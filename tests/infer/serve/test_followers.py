@@ -15,7 +15,7 @@ from factory import BYTE_TARGET, make_tokenizer
 from convert.loading import LoadedModel
 from convert.options import DeviceOptions, DraftingOptions, ModelOptions
 from domino_jax.errors import DominoError
-from domino_jax.runtime import processes
+from domino_jax.runtime import processes, slots
 from domino_jax.runtime.processes import FORGET, Messages, publish, read_published
 from domino_jax.sampling import SamplingParams
 from infer.serve.followers import Asked, Follower, Leader, make_job
@@ -143,6 +143,12 @@ class Side:
     @property
     def answers(self) -> list[Any]:
         return [(job.asked.number, job.tokens, job.finish_reason, job.accepted, job.steps) for job in self.jobs]
+
+
+@pytest.fixture(autouse=True)
+def dispatches_of_any_length(monkeypatch):
+    """As it is with several processes, no dispatch is cut by times, which differ between the two workers here."""
+    monkeypatch.setattr(slots, "RESPONSE", 1e9)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ class Running:
             pages = Pages(plan_pages(loaded.configs, loaded.dtype, slots, loaded.configs.target.positions))
         self.worker = Worker(loaded, slots, False, 0, self.lines.append, self.metrics.seen, pages=pages)
         positions, patience = loaded.configs.target.positions, more.pop("patience", 60.0)
-        self.service = Service(loaded, "tiny", more.pop("defaults", {}), positions, 60.0)
+        self.service = Service(loaded, "tiny", more.pop("defaults", {}), positions, 600.0)
         self.server = Server(
             self.service,
             self.worker,
@@ -93,10 +93,10 @@ class Running:
 
     def post(self, path: str, body: Any, key: str = KEY, **more: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}", **more.pop("headers", {})}
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=60, **more)
+        return httpx.post(self.url + path, json=body, headers=headers, timeout=300, **more)
 
     def get(self, path: str, key: str = KEY) -> httpx.Response:
-        return httpx.get(self.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        return httpx.get(self.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=300)
 
     def is_idle(self, seconds: float = 20.0) -> bool:
         """Whether nothing waits, runs or is waited for, within so many seconds; and nothing is kept of what did."""

@@ -354,14 +354,14 @@ def test_the_lean_loops_samples_are_too(exact):
     assert p_value(samples[0], exact[1]) < WRONG and p_value(samples[1], exact[0]) < WRONG
 
 
-def wrong_residual(keys, drafts, q, p):
+def wrong_residual(keys, drafts, q, p, lengths=None):
     """Draws from p after a rejection, instead of from what q left of it."""
     count, _ = verify_speculative(keys, drafts, q, p)
     keys = jax.vmap(lambda keys, m: jax.random.fold_in(keys[m], 1))(keys, count)
     return count, sample(keys, jnp.take_along_axis(p, count[:, None, None], axis=1)[:, 0])
 
 
-def wrong_acceptance(keys, drafts, q, p):
+def wrong_acceptance(keys, drafts, q, p, lengths=None):
     """Accepts with probability p(d), without dividing by q(d)."""
     return verify_speculative(keys, drafts, jnp.where(q > 0, jnp.maximum(q, 0.999), q), p)
 
@@ -374,7 +374,7 @@ def wrong_draw(keys, weights):
     return jnp.argmax(weights, axis=-1).astype(jnp.int32)
 
 
-def wrong_coupling(keys, drafts, p):
+def wrong_coupling(keys, drafts, p, lengths=None):
     """Accepts a draft that is likelier than most, whatever the target draws."""
     count, token = couple(keys, drafts, p)
     likely = sampling.pick(p[:, :-1], drafts) > 1 / V

@@ -204,7 +204,8 @@ def test_many_who_do_not_read_delay_nobody(served):
     assert served.ask()["choices"] == quick["choices"]
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 5])
 def test_killed_and_started_again_on_the_same_port(folder, tmp_path, times):
     """While it answers. A client that tries again is answered, and nothing is left behind."""
     how = {"slots": 1, "TMPDIR": str(tmp_path)}

@@ -105,6 +105,7 @@ def complete(url: str, **body: Any) -> str:
     return httpx.post(url + "/v1/completions", json=asked, timeout=60).json()["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_and_end_together(folder):
     loaded = load_model(folder / "target", folder / "draft")
     engine = Engine(loaded)

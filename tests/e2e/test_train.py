@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -343,6 +344,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, finished, tmp_path, capsy
     def filling(*given):
         state, metrics = real(*given)
         if int(state.step) == 19:
+            until = time.monotonic() + 60
+            while not (out / "checkpoints" / "10").exists() and time.monotonic() < until:  # it is written beside
+                time.sleep(0.02)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
         return state, metrics
 

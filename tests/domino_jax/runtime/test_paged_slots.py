@@ -56,8 +56,8 @@ def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(
     """Greedy and sampled rows of any settings; memory for 1.5 requests sets some aside, which changes nothing."""
     rng = np.random.default_rng(5)
     kinds = [
-        Completion(Request(ids(int(rng.integers(1, 30)), i), replace(how, max_tokens=int(rng.integers(50, 70))), (i,)))
-        for i, how in enumerate(MIX * 2)
+        Completion(Request(ids(int(rng.integers(1, 30)), i), replace(how, max_tokens=int(rng.integers(40, 50))), (i,)))
+        for i, how in enumerate(MIX)
     ]
     longest = max(len(c.request.prompt) + c.request.params.max_tokens for c in kinds)
     expected, found = [result(alone(pair, c)) for c in kinds], [afresh(c) for c in kinds]
@@ -65,7 +65,7 @@ def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(
     batch = paged(pair, size, int(memory * longest), share=share, cycles=2, sizes=(1, 2))
     arriving(batch, [queue[i : i + 4] for i in range(0, len(queue), 4)])
     assert [result(c) for c in found] == expected
-    assert (sum(c.preemptions for c in found) > 2) == (memory < 2)
+    assert (sum(c.preemptions for c in found) > 1) == (memory < 2)
     check_all_free(batch)
 
 

@@ -308,6 +308,7 @@ def test_a_connection_that_breaks_is_taken_up_again(hub, machine, models):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_next_run_fetches_no_finished_file_again(hub, machine, models):
     size = total(models / "target" / "model.safetensors")
     hub.cuts = [30_000] + [0] * 10

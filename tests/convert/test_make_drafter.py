@@ -113,6 +113,7 @@ def generated(target: Path, draft: Path | None = None, **how: Any) -> tuple[list
     return sequence.tokens, set(sequence.accepted)
 
 
+@pytest.mark.slow
 def test_every_kind_of_drafter_loads_and_changes_no_token(tmp_path, target):
     make_draft(tmp_path / "draft")
     make_target(tmp_path / "small", seed=3, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)

@@ -238,6 +238,7 @@ DRAFTERS = {
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
 }
 OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head")
+RARE = ("DFlash", "Domino and n-gram", "tree without a head")
 LOOKUP = NgramDrafter(3, 2, 1)  # of seven tokens one is often there already
 
 
@@ -305,7 +306,10 @@ def sample_rows(pair: Pair, loop: Any, seed: int = 0, coupled: bool = False) -> 
 @pytest.mark.parametrize(
     ("drafter", "coupled"),
     [
-        *(pytest.param(name, False, id=f"{name}, rejection") for name in (*DRAFTERS, *OTHERS)),
+        *(
+            pytest.param(name, False, id=f"{name}, rejection", marks=[pytest.mark.slow] if name in RARE else [])
+            for name in (*DRAFTERS, *OTHERS)
+        ),
         pytest.param("Domino", True, id="Domino, coupled"),
         *(pytest.param(name, True, id=f"{name}, coupled", marks=pytest.mark.slow) for name in ("DFlash", *OTHERS)),
     ],
@@ -403,6 +407,7 @@ def test_the_test_would_catch_a_wrong_sampler(exact, broken):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_coupled_sample_does_not_depend_on_the_drafter(exact):
     """Nor on the number of drafts, nor on whether there are any; a sample by rejection does."""
     pairs = [make(name) for name in (*DRAFTERS, *OTHERS)]

@@ -110,7 +110,13 @@ def test_a_mesh_gives_the_tokens_of_one_device_with_candidates_too(pair, alone_c
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("form", [factory.turned, factory.narrow], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(factory.turned, id="float32"),
+        pytest.param(factory.narrow, id="bfloat16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("data", "model"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_tokens_of_one_device_with_a_cpus_matrices_too(pair, alone, data, model, form):
     """As a CPU holds matrices, in either dtype: each device has its part of every one."""

@@ -111,6 +111,7 @@ def test_sigterm_finishes_what_runs_and_ends_with_0(folder):
     assert not any("Traceback" in line for line in server.lines), server.lines
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_a_taken_port_with_one_sentence(folder):
     server = Process(folder, "--generation-config", "none")
     body = {"prompt": "hello", "max_tokens": 8}

@@ -396,7 +396,7 @@ def killed(at: int, words: list[str]) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "at", [pytest.param(n, marks=[] if n == 25 else [pytest.mark.slow]) for n in (3, 6, 10, 15, 20, 25, 30, 35, 40, 45)]
+    "at", [pytest.param(n, marks=pytest.mark.slow) for n in (3, 6, 10, 15, 20, 25, 30, 35, 40, 45)]
 )
 def test_a_killed_run_resumes_bit_equal(folder, finished, tmp_path, at):
     out = tmp_path / "run"

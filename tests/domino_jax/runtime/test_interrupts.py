@@ -94,7 +94,7 @@ print(json.dumps([found, slowest]))
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("count", [25, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_signal_at_any_moment_ends_the_work_with_its_exit_code(number, count):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(count), str(count), str(int(number))],

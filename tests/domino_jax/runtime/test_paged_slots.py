@@ -74,8 +74,7 @@ def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(
     "name",
     [
         "Domino and n-gram",
-        "tree",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("n-gram", "assistant", "random")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tree", "n-gram", "assistant", "random")),
     ],
 )
 def test_every_drafter_goes_on_from_pages_that_another_request_has_filled(pair, small, name):

@@ -241,6 +241,7 @@ def test_a_slot_is_filled_again_at_the_next_step(pair):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_requests_can_leave_at_any_time(pair, small):
     """While they wait, while their prompt is run, and while they decode; the others stay as they are."""
     batch = Slots(pair.params, pair.configs, 2, FLOAT32, cycles=1)

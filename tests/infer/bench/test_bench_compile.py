@@ -137,8 +137,10 @@ def test_tpus_of_the_table_have_a_clock():
     ("words", "names"),
     [
         (["tiny", "v5e:2x2", "--mesh", "data=2,model=2", "--batch", "2"], ["prefill", "step", "cycle"]),
-        (["demo", "v6e:1x1", "--programs", "step"], ["step"]),
-        (["tiny", "v5p:2x2x1", "--draft", "none", "--mesh", "model=1"], ["prefill", "step"]),
+        pytest.param(["demo", "v6e:1x1", "--programs", "step"], ["step"], marks=pytest.mark.slow),
+        pytest.param(
+            ["tiny", "v5p:2x2x1", "--draft", "none", "--mesh", "model=1"], ["prefill", "step"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_small_model_is_compiled_and_its_figures_are_written(words, names, compiles, tmp_path, capsys):

@@ -10,6 +10,7 @@ from infer.bench.mixed import main
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]
 
 
+@pytest.mark.slow
 def test_all_ways_give_the_same_tokens_and_pages_need_less(tmp_path, capsys):
     target, draft = tmp_path / "target", tmp_path / "draft"
     factory.make_target(target)

@@ -292,6 +292,7 @@ class TestInChromium:
     def test_a_server_that_is_gone(self, tab, fake):
         fake.close()
         ask(tab, "Why?")
+        tab.wait("document.querySelector('.error:not([hidden])') !== null")
         assert "can’t be reached" in texts(tab, ".error:not([hidden])")[0]
 
     def test_the_key_is_asked_for(self, browser, fake):

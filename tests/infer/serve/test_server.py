@@ -255,7 +255,7 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_structured_answers_always_parse(running, loaded, temperature):
     """Of a model that knows no JSON; beside others, which stay as they are."""
     client, how = running.client(), {"model": "tiny", "temperature": temperature, "max_tokens": 120}

@@ -66,7 +66,13 @@ def test_on_a_mesh_with_captured_states(tiny, capsys, quick_compilation):
 
 @pytest.mark.e2e
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[aot]'")
-@pytest.mark.parametrize("words", [["v5e:2x2", "--mesh", "fsdp=2,model=2"], ["v6e:1x1", "--captured", "--loss", "kl"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["v5e:2x2", "--mesh", "fsdp=2,model=2"],
+        pytest.param(["v6e:1x1", "--captured", "--loss", "kl"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_is_compiled_for_tpus_that_are_not_here(tiny, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # libtpu ends the process where it does not know a CPU's flag

@@ -179,6 +179,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_command_prints_what_validation_gives(folder, capsys):
     words = ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
     words += ["--prompts", str(folder / "held.jsonl"), "--new-tokens", "9", "--batch-size", "3"]

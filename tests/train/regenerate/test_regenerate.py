@@ -415,6 +415,7 @@ def pair(folder):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_samples_follow_the_targets_distribution_with_a_drafter(pair):
     """The second token after one prompt, drafted: its frequencies against the exact distribution."""
     count, choice = 1024, SamplingParams(temperature=0.5, top_k=6)

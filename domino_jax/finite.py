@@ -121,7 +121,7 @@ def _finite_drafts(params: Params, configs: DecodeConfig, state: DecodeState) ->
     # A greedy row's distributions are one-hot, whatever the logits are.
     hot = settings(state.token.shape[0], temperature=1.0)
     drawn = state._replace(rows=state.rows._replace(sampling=hot))
-    draft, _ = decode.propose(params, configs, drawn, decode.position_keys(state, configs.proposals)[..., 0])
+    draft, _ = decode.propose(params, configs, drawn, decode.position_keys(state, configs.depth)[:, :-1, 0])
     if draft.parents is not None:  # no node has a score that is not finite
         return (draft.tokens >= 0).any(axis=1).all()
     assert draft.probs is not None

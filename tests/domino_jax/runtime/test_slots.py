@@ -19,6 +19,7 @@ from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
+from domino_jax.finite import drafter_is_finite
 from domino_jax.runtime import slots
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
 from domino_jax.sampling import SamplingParams
@@ -126,6 +127,16 @@ def test_a_batch_has_as_many_rows_as_it_needs(pair, small):
     assert [result(c) for c in found] == expected
     assert rows[0] == 1 and max(rows) == 4 and rows[-1] == 1 and 2 in rows[rows.index(4) :]
     assert Slots(pair.params, pair.configs, 3, FLOAT32).sizes == [3], "without being asked the size is one"
+
+
+@pytest.mark.parametrize(
+    "name", ["assistant", "tree", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Domino", "n-gram", "random"))]
+)
+def test_drafts_that_look_broken_are_looked_at_with_any_drafter(pair, name):
+    """They may be alike by chance: what is then asked of the drafter must be what it is asked otherwise."""
+    other = drafters(pair)[name]
+    state = loops.begin(other.params, other.configs, [[5, 6, 7], [8]], 9, ())
+    assert drafter_is_finite(other.params, other.configs, state)
 
 
 class Changing(FixedDrafts):

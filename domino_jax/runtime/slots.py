@@ -658,12 +658,16 @@ class Slots:
     def _lengths(self, running: dict[int, Completion], drafts: int) -> np.ndarray | None:
         """Drafts of each row that are verified [B]; None for as many of every row.
 
-        Rows whose next token is restricted, or that ask for plain steps, have none while the others have theirs.
+        Rows whose next token is restricted, or that ask for plain steps, have none while the others have theirs. Where
+        rows can't differ, one that is restricted has all take plain steps, and so have all that ask for them.
         """
-        if not drafts or self._group > 1 or self._accept is not decode.accept or self._configs.branching:
+        if not drafts:
             return None
-        own = self._policy.lengths(list(running.values()), drafts)
         plain = [c.guide is not None or not c.speculative for c in running.values()]
+        if self._group > 1 or self._accept is not decode.accept or self._configs.branching:
+            guided = any(c.guide for c in running.values())
+            return np.zeros(self.rows, np.int32) if guided or all(plain) else None
+        own = self._policy.lengths(list(running.values()), drafts)
         if own is None and not any(plain):
             return None
         lengths = np.zeros(self.rows, np.int32)

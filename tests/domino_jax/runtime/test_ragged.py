@@ -1,23 +1,23 @@
 """Rows that verify unequal numbers of drafts: what is output stays what it is, whatever the numbers are."""
 
 import dataclasses
-from dataclasses import replace
 from typing import Any
 
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_slots
 from factory import Pair
-from test_slots import FLOAT32, MIX, afresh, alone, arriving, requests, result
+from test_slots import FLOAT32, MIX, afresh, alone, arriving, drafters, requests, result
 
-from domino_jax import decode
-from domino_jax.processors import allowed_tokens
+from domino_jax import decode, sharding
 from domino_jax.ragged import ragged
 from domino_jax.runtime.auto import AutoDrafts, share_drafts
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots, rows_of
 from domino_jax.sampling import SamplingParams
+from domino_jax.weights import Params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 pair, small = test_slots.pair, test_slots.small  # fixtures
@@ -121,34 +121,67 @@ def test_auto_gives_the_rows_that_accept_more_the_drafts(pair):
     assert auto.lengths(rows, 6) is None and auto.lengths(rows, 0) is None and auto.lengths(rows[:1], 3) is None
 
 
+class EvenOdd:
+    """Allows even and odd tokens in turn; a grammar in short."""
+
+    is_done = False
+
+    def __init__(self, vocab_size: int):
+        self._words, self._count = -(-vocab_size // 32), 0
+
+    def allowed(self) -> np.ndarray:
+        bits = np.array([0x55555555, 0xAAAAAAAA], np.uint32).view(np.int32)
+        return np.full(self._words, bits[self._count % 2], np.int32)
+
+    def accept(self, tokens: Any) -> None:
+        for token in tokens:
+            assert token % 2 == self._count % 2
+            self._count += 1
+
+
+def restricted(pair: Pair) -> Completion:
+    """A request whose tokens are even and odd in turn."""
+    request = Request([7, 9, 11], SamplingParams(max_tokens=20))
+    return Completion(request, guide=EvenOdd(pair.configs.target.vocab_size))
+
+
 @pytest.mark.e2e
 def test_plain_and_guided_rows_hold_no_other_back(pair, small):
     """A request for plain steps takes them while others draft; one whose next token is restricted does too."""
-
-    class Even:
-        """Allows even tokens; a grammar in short."""
-
-        is_done = False
-
-        def allowed(self) -> np.ndarray:
-            return np.full(-(-pair.configs.target.vocab_size // 32), 0x55555555, np.int32)
-
-        def accept(self, tokens: Any) -> None:
-            assert all(token % 2 == 0 for token in tokens)
-
-    drafted, plain, guided = (
-        Completion(Request([5 + i, 9, 11], SamplingParams(max_tokens=20)), guide=Even() if i == 2 else None)
-        for i in range(3)
-    )
-    plain.speculative = False
+    drafted, plain = (Completion(Request([5 + i, 9, 11], SamplingParams(max_tokens=20))) for i in range(2))
+    plain.speculative, guided = False, restricted(pair)
     expected = [result(alone(pair, c)) for c in (drafted, plain)]
     batch = Slots(pair.params, pair.configs, 3, FLOAT32, processors=True)
     arriving(batch, [[drafted, plain, guided]])
     assert [result(c) for c in (drafted, plain)] == expected
     assert drafted.cycles and not plain.cycles and plain.steps == 19
-    assert guided.steps == 19 and all(token % 2 == 0 for token in guided.tokens)
-    only = Slots(pair.params, pair.configs, 3, FLOAT32, processors=True)
-    again = replace(afresh(guided), guide=Even()) if dataclasses.is_dataclass(guided) else guided
+    assert guided.steps == 19 and [token % 2 for token in guided.tokens] == [0, 1] * 10
+    only, again = Slots(pair.params, pair.configs, 3, FLOAT32, processors=True), restricted(pair)
     arriving(only, [[again]])
     assert again.tokens == guided.tokens, "what stands beside it changes nothing"
-    assert allowed_tokens([None], 1, 64).shape == (1, 2)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["tree", pytest.param("mesh", marks=pytest.mark.slow)])
+def test_where_rows_can_not_differ_a_guided_one_has_all_take_plain_steps(pair, small, name):
+    """Drafts of a tree, and of a mesh that divides the batch: a grammar says what may come next, not what after it."""
+    expected = restricted(pair)
+    arriving(Slots(pair.params, pair.configs, 1, FLOAT32, processors=True), [[expected]])
+    ours, mesh = drafters(pair)["tree"], sharding.make_mesh(2, 1)
+    if name == "mesh":
+        models = (pair.params.target, pair.configs.target), (pair.params.draft, pair.configs.draft)
+        ours = Pair(Params(*(factory.place(weights, config, mesh) for weights, config in models)), pair.configs)
+    with sharding.mesh_context(mesh if name == "mesh" else None):
+        guided, beside = restricted(pair), Completion(Request([5, 9, 11], SamplingParams(max_tokens=12)))
+        batch = Slots(ours.params, ours.configs, 2, FLOAT32, processors=True, cycles=2)
+        arriving(batch, [[guided, beside]])
+        asking = [afresh(beside), afresh(beside)]
+        for c in asking:
+            c.speculative = False
+        arriving(batch, [asking])
+        drafting = afresh(beside)
+        arriving(batch, [[drafting]])
+    assert guided.tokens == expected.tokens
+    assert result(beside) == result(alone(pair, beside)) == result(drafting)
+    assert not guided.cycles and drafting.cycles
+    assert not any(c.cycles for c in asking), "all that run ask for plain steps"

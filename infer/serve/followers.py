@@ -65,7 +65,7 @@ def make_job(service: Service, asked: Asked) -> Job:
 def alike(options: Serve) -> dict[str, Any]:
     """Those of the options that must be the same in all processes, by name."""
     values = dataclasses.asdict(options)
-    values |= values["model"]["drafting"] | values["model"]["device"]
+    values |= values["model"]["drafting"] | values["model"]["device"] | values.pop("kv")
     return {name: value for name, value in values.items() if name not in OWN}
 
 

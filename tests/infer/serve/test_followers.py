@@ -19,7 +19,7 @@ from domino_jax.runtime import processes, slots
 from domino_jax.runtime.processes import FORGET, Messages, publish, read_published
 from domino_jax.sampling import SamplingParams
 from infer.serve.followers import Asked, Follower, Leader, make_job
-from infer.serve.options import Serve
+from infer.serve.options import KVOptions, Serve
 from infer.serve.requests import Service
 from infer.serve.worker import Job, Update, Worker
 
@@ -106,6 +106,7 @@ def test_what_is_asked_arrives_as_it_was(params):
         ({"warm_up": 0}, "--warm-up"),
         ({"num_draft_tokens": 4}, "--num-draft-tokens"),
         ({"thinking": True}, "--thinking"),
+        ({"kv": KVOptions(page_size=32)}, "--page-size"),
         ({"model": ModelOptions(device=DeviceOptions(dtype="bfloat16"))}, "--dtype"),
         ({"model": ModelOptions(device=DeviceOptions(mesh="data=2"))}, "--mesh"),
         ({"model": ModelOptions(drafting=DraftingOptions(draft_dtype="int8"))}, "--draft-dtype"),

@@ -135,7 +135,7 @@ def test_a_batch_has_as_many_rows_as_it_needs(pair, small):
 def test_drafts_that_look_broken_are_looked_at_with_any_drafter(pair, name):
     """They may be alike by chance: what is then asked of the drafter must be what it is asked otherwise."""
     other = drafters(pair)[name]
-    state = loops.begin(other.params, other.configs, [[5, 6, 7], [8]], 9, ())
+    state = loops.begin(other.params, other.configs, [[5, 6, 7], [8]], 9)
     assert drafter_is_finite(other.params, other.configs, state)
 
 

@@ -15,7 +15,8 @@ the nodes of a tree, `sees` says which of each other they see, and the cache bef
 with xla there (`domino_jax.runtime.autotune`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -117,13 +118,18 @@ def attend(
             return attention_cudnn.attend_cudnn(q, k, v, start, **how, sees=sees[0] if sees else None)
         return attention_tpu.attend_tpu(q, k, v, start, **how)
 
-    arguments, letters = [q, k, v, start], ["B T N H", "B K S H", "B K S H", "B"]
-    if sees is not None:
-        arguments, letters = [*arguments, sees], [*letters, "B T T"]
-    if not jax.sharding.get_abstract_mesh().empty:
-        # No check of what varies over which axis: it does not look into custom calls.
-        run = jax.shard_map(run, in_specs=tuple(map(spec, letters)), out_specs=spec("B T N H"), check_vma=False)
-    return run(*arguments)
+    letters = "B T N H", "B K S H", "B K S H", "B"
+    if sees is None:
+        return _on_each_device(run, letters, q, k, v, start)
+    return _on_each_device(run, (*letters, "B T T"), q, k, v, start, sees)
+
+
+def _on_each_device(run: Callable[..., Array], letters: tuple[str, ...], *given: Array) -> Array:
+    """Run a kernel on each device over its own part of arrays with these axes; it gives [B, T, N, H]."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(*given)
+    # No check of what varies over which axis: it does not look into custom calls.
+    return jax.shard_map(run, in_specs=tuple(map(spec, letters)), out_specs=spec("B T N H"), check_vma=False)(*given)
 
 
 def attend_cached(
@@ -150,19 +156,13 @@ def _attend_pages(q: Array, pages: Array, table: Array, start: Array, window: in
     """`attend_cached` by a TPU's kernel; where the program is compiled for a CPU, by gathering."""
     from domino_jax.kernels.paged_attention_tpu import attend_pages_tpu
 
-    def kernel(q: Array, pages: Array, table: Array, start: Array) -> Array:
-        return attend_pages_tpu(q, pages, table, start, window)
-
     def gathered(q: Array, pages: Array, table: Array, start: Array) -> Array:
         return attend_xla(q, *gather_pages(pages, table), start, True, window)
 
     def run(*given: Array) -> Array:
-        return jax.lax.platform_dependent(*given, cpu=gathered, default=kernel)
+        return jax.lax.platform_dependent(*given, cpu=gathered, default=partial(attend_pages_tpu, window=window))
 
-    if not jax.sharding.get_abstract_mesh().empty:
-        letters = "B T N H", "- - K H", "B -", "B"
-        run = jax.shard_map(run, in_specs=tuple(map(spec, letters)), out_specs=spec("B T N H"), check_vma=False)
-    return run(q, pages, table, start)
+    return _on_each_device(run, ("B T N H", "- - K H", "B -", "B"), q, pages, table, start)
 
 
 def attend_without_cache(

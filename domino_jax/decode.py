@@ -199,9 +199,11 @@ def init_paged_caches(configs: DecodeConfig, batch: int, capacity: int, dtype: A
         count: pages of the pool, the first of which is never used; 0 for tables alone.
         size: positions of a page.
     """
-    made = in_pages(jax.eval_shape(lambda: init_caches(configs, batch, capacity, dtype)), count, size, dtype)
     tables = _paged_tables(configs, batch, capacity, dtype, size)
-    return with_pages(tables, made) if count else tables
+    if not count:
+        return tables
+    shapes = jax.eval_shape(lambda: init_caches(configs, batch, capacity, dtype))
+    return with_pages(tables, in_pages(shapes, count, size, dtype))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -694,14 +696,15 @@ def run_target(
     """
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     with jax.named_scope("target"):
-        if lengths is None:
-            hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length, tree)
-            return target.logits(params.target, configs.target, hidden), features, cache
-        assert configs.verified is not None, "rows with lengths need the number of tokens in all"
-        packed = ragged(lengths + 1, tokens.shape[1], configs.verified)
-        hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length, lengths=packed)
+        packed = None
+        if lengths is not None:
+            assert configs.verified is not None, "rows with lengths need the number of tokens in all"
+            packed = ragged(lengths + 1, tokens.shape[1], configs.verified)
+        hidden, features, cache = _forward(params, configs, state.cache, tokens, state.length, tree, packed)
         logits = target.logits(params.target, configs.target, hidden)
-        return packed.rows(logits), packed.rows(features), cache
+        if packed is not None:
+            logits, features = packed.rows(logits), packed.rows(features)
+        return logits, features, cache
 
 
 def _forward(
@@ -790,8 +793,7 @@ def take_rows(state: DecodeState, rows: np.ndarray, live: int) -> DecodeState:
         return new
 
     state = jax.tree.map(taken, state)
-    done = jnp.arange(len(rows)) >= live
-    return state._replace(done=shard_copy(np.asarray(done), "B") | state.done)
+    return state._replace(done=shard_copy(np.arange(len(rows)) >= live, "B") | state.done)
 
 
 @lru_cache

@@ -17,6 +17,12 @@ def _stand(stands: Array, lengths: Array | None) -> Array:
     return stands if lengths is None else stands & (jnp.arange(stands.shape[1]) < lengths[:, None])
 
 
+def _accept_equal(drafts: Array, choices: Array, lengths: Array | None) -> tuple[Array, Array]:
+    """Accept drafts [B, J] while they equal choices [B, J + 1] of the target; the choice after them is the next."""
+    count = prefix_length(_stand(drafts == choices[:, :-1], lengths))
+    return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]
+
+
 def accept_greedy(drafts: Array, logits: Array, lengths: Array | None = None) -> tuple[Array, Array]:
     """Accept drafts while they equal the target's argmax; the bonus is the argmax after the last.
 
@@ -28,9 +34,7 @@ def accept_greedy(drafts: Array, logits: Array, lengths: Array | None = None) ->
     Returns:
         accepted count m [B] and bonus [B], int32.
     """
-    choices = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    count = prefix_length(_stand(drafts == choices[:, :-1], lengths))
-    return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]
+    return _accept_equal(drafts, jnp.argmax(logits, axis=-1).astype(jnp.int32), lengths)
 
 
 def accept_sampled(keys: Array, drafts: Array, q: Array, p: Array, lengths: Array | None = None) -> tuple[Array, Array]:
@@ -79,6 +83,4 @@ def accept_coupled(keys: Array, drafts: Array, p: Array, lengths: Array | None =
     Returns:
         accepted count m [B] and next token [B], int32.
     """
-    choices = sample(keys, p)
-    count = prefix_length(_stand(drafts == choices[:, :-1], lengths))
-    return count, jnp.take_along_axis(choices, count[:, None], axis=1)[:, 0]
+    return _accept_equal(drafts, sample(keys, p), lengths)

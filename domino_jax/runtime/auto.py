@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from domino_jax.decode import DecodeConfig
 from domino_jax.runtime.slots import STEPS_PER_CYCLE, BatchCase
 
 Accepted = Mapping[Any, list[int]]  # by row, drafts accepted in each of its cycles
@@ -105,6 +106,11 @@ class AutoDrafts:
         self._last, self._trial = (0, False, 0), False  # the last dispatch's case, and whether it was to learn
         self._expected = np.ones(most + 1)  # E when it was chosen
         self._given: dict[Hashable, int] = {}  # drafts of each row in the last dispatch, where they differed
+
+    @classmethod
+    def of(cls, configs: DecodeConfig) -> "AutoDrafts":
+        """For a target and its drafter."""
+        return cls(configs.proposals, configs.branching)
 
     def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
         """J of the next dispatch, 0 for plain steps, and how many cycles it may have.

@@ -4,23 +4,20 @@ A request takes pages as it grows. Where there are none left the newest one is s
 tokens: its state is then what it was, so that its sample goes on as if nothing had happened.
 """
 
-from collections import deque
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
 from domino_jax import cache, decode
 from domino_jax.decode import DecodeConfig, DecodeState
 from domino_jax.errors import DominoError
-from domino_jax.paged import with_pages, with_table, without_pages, zero_pages
+from domino_jax.paged import PagedKVCache, with_pages, with_table, without_pages, zero_pages
 from domino_jax.processors import new_processors
 from domino_jax.runtime.memory import free_bytes
 from domino_jax.runtime.pages import PAGE_SIZE, SIZES_OF_PAGES, PagePool
 from domino_jax.runtime.processes import broadcast_from_first
-from domino_jax.runtime.slots import STEPS_PER_CYCLE, Completion, Slots, rows_of
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, Completion, Prefill, Slots, rows_of
 from domino_jax.runtime.timing import timed
 from domino_jax.sharding import fetch, model_devices, shard_copy
 from domino_jax.weights import Params
@@ -32,6 +29,10 @@ class Pages(NamedTuple):
     count: int  # pages
     size: int = PAGE_SIZE  # positions of each
     share: bool = True  # the pages of equal beginnings
+
+    def longest(self, configs: DecodeConfig) -> int:
+        """Tokens of prompt and answer that they suffice for, where a request has them alone; the last is never run."""
+        return self.count * self.size - configs.lookahead + 1
 
 
 def plan_pages(
@@ -57,19 +58,6 @@ def plan_pages(
             "request: give more --kv-memory."
         )
     return count
-
-
-@dataclass
-class _Prefill:
-    """A request whose prompt is being run beside the batch."""
-
-    completions: list[Completion]  # one
-    state: DecodeState  # without the pages, which are the batch's
-    last: Array  # [1, D]
-    pieces: deque[tuple[Array, int]]  # chunks that have not run yet, and their first positions
-    run: list[int]  # the ids that are run
-    width: int  # of a chunk
-    capacity: int  # positions of its row
 
 
 class PagedSlots(Slots):
@@ -98,7 +86,7 @@ class PagedSlots(Slots):
             raise DominoError("a KV cache in pages needs a mesh with data=1; with more it is contiguous.")
         if pages.size not in SIZES_OF_PAGES:
             raise DominoError(f"a page has a power of two of positions, up to 128, found {pages.size}.")
-        self._count, self._page_size = pages.count, pages.size
+        self._memory, self._page_size = pages, pages.size
         self._share = pages.share and decode.shares_prefixes(configs)
         self._pool = PagePool(pages.count, pages.size)
         self._pages: dict[Completion, list[int]] = {}  # in the order of positions
@@ -108,8 +96,8 @@ class PagedSlots(Slots):
 
     @property
     def longest(self) -> int:
-        """Tokens of prompt and answer that the pages suffice for, where a request has them alone."""
-        return self._count * self._page_size - self._configs.lookahead + 1
+        """Tokens of prompt and answer that a request may have."""
+        return self._memory.longest(self._configs)
 
     @property
     def reserved(self) -> int:
@@ -118,7 +106,7 @@ class PagedSlots(Slots):
 
     @property
     def usage(self) -> float:
-        return self._pool.held / self._count
+        return self._pool.held / self._memory.count
 
     def admit(self, completion: Completion) -> None:
         request = completion.request
@@ -132,23 +120,12 @@ class PagedSlots(Slots):
 
     def _forget(self) -> None:
         super()._forget()
-        self._prefill, self._pages, self._pool = None, {}, PagePool(self._count, self._page_size)
+        self._prefill, self._pages, self._pool = None, {}, PagePool(self._memory.count, self._page_size)
 
     def _begin(self) -> list[Completion]:
-        """Run one chunk's worth of prompts."""
-        changed, budget = [], decode.LARGEST_CHUNK
-        while budget > 0 and (self._prefill or self._start_prefill()):
-            prefill: _Prefill = self._prefill
-            budget -= prefill.width
-            with timed("prefill", [self.seconds, *(c.seconds for c in prefill.completions)]):
-                self._run_chunk(prefill)
-                if prefill.pieces:
-                    continue
-                self._prefill = None
-                changed += self._join(prefill)
-        return changed
+        return self._run_prompts()
 
-    def _start_prefill(self) -> bool:
+    def _start(self) -> bool:
         """Begin with the prompt of the first waiting request, if there are a slot and pages for it."""
         if not self._waiting or len(self._running) >= self.size:
             return False
@@ -166,17 +143,36 @@ class PagedSlots(Slots):
         if not c.tokens:
             c.reused = held
         offsets = _chunks(len(run), held)
+        self._prefill = Prefill([c], self._steps(c, run, offsets), offsets.step)
+        return True
+
+    def _steps(self, c: Completion, run: list[int], offsets: range) -> decode.PrefillSteps:
+        """Run these ids in the batch's pages, as `decode.prefill_steps`; what was set aside goes on where it was.
+
+        Returns:
+            The state of one row, without the pages.
+        """
         capacity = cache.length_bucket(max(len(run) + self._configs.lookahead, offsets.stop))
         tokens = np.zeros((1, capacity), np.int32)
         tokens[0, : len(run)] = run
         state = self._prefill_state(c, len(run), capacity)
-        if held:
+        if offsets.start:
             state = decode.recall(self._configs, state, shard_copy(tokens, "B T"))
-        step = offsets.step
-        pieces = deque((shard_copy(tokens[:, at : at + step], "B T"), at) for at in offsets)
         last = shard_copy(np.zeros((1, self._configs.target.hidden_size), self._params.target.norm.dtype), "B D")
-        self._prefill = _Prefill([c], state, last, pieces, run, step, capacity)
-        return True
+        for offset in offsets:
+            if offset > offsets.start:
+                yield
+            batch = self._state if self._state is not None else self._empty_batch()
+            self._state = batch  # if what follows fails, it is seen by this
+            piece = shard_copy(tokens[:, offset : offset + offsets.step], "B T")
+            whole = with_pages(state, batch)
+            whole, last = decode.prefill(self._params, self._configs, whole, piece, np.int32(offset), last)
+            self._state, state = with_pages(batch, whole), without_pages(whole)
+            jax.block_until_ready(last)  # what compiles next would hide its time
+        if not c.tokens:
+            return decode.first_token(self._params, self._with_logprobs([c.request]), state, last)
+        token, emitted = np.array(c.tokens[-1:], np.int32), np.array([len(c.tokens)], np.int32)
+        return state._replace(token=shard_copy(token, "B"), emitted=shard_copy(emitted, "B")), None
 
     def _prefill_state(self, c: Completion, length: int, capacity: int) -> DecodeState:
         """The state of one row whose text is going to be run."""
@@ -188,42 +184,27 @@ class PagedSlots(Slots):
         state = decode.begin(rows_of([request]), [length], caches, processors)
         return with_table(state, self._table({0: c}, 1, capacity))
 
-    def _run_chunk(self, prefill: _Prefill) -> None:
-        """Run one chunk, in the batch's pages."""
-        batch = self._state if self._state is not None else self._empty_batch()
-        piece, offset = prefill.pieces.popleft()
-        state = with_pages(prefill.state, batch)
-        self._state = batch  # if what follows fails, it is seen by this
-        state, prefill.last = decode.prefill(self._params, self._configs, state, piece, np.int32(offset), prefill.last)
-        self._state, prefill.state = with_pages(batch, state), without_pages(state)
-        jax.block_until_ready(prefill.last)  # what compiles next would hide its time
-
     def _empty_batch(self) -> DecodeState:
         """A batch of free slots, with all pages."""
         rows = self.sizes[0]
         caches = decode.init_paged_caches(
-            self._configs, rows, cache.SMALLEST_BUCKET, self._dtype, self._count + 1, self._page_size
+            self._configs, rows, cache.SMALLEST_BUCKET, self._dtype, self._memory.count + 1, self._page_size
         )
         return self._free_rows(rows, caches)
 
-    def _join(self, prefill: _Prefill) -> list[Completion]:
-        """Put a request whose text has been run into a free slot; what was set aside goes on where it was."""
-        (c,), state, changed = prefill.completions, prefill.state, []
-        if c.tokens:
-            token, emitted = np.array(c.tokens[-1:], np.int32), np.array([len(c.tokens)], np.int32)
-            state = state._replace(token=shard_copy(token, "B"), emitted=shard_copy(emitted, "B"))
-        else:
-            configs = self._with_logprobs([c.request])
-            state, logprobs = decode.first_token(self._params, configs, state, prefill.last)
-            tokens, finite, logprobs = fetch((state.token, state.finite, logprobs))
-            self._first([c], tokens, finite, logprobs)
-            changed.append(c)
-        if c in self._began:
-            assert self._state is not None
+    def _insert(self, found: list[Completion], new: DecodeState, logprobs: decode.Logprobs | None) -> list[Completion]:
+        (c,), changed = found, []
+        with timed("prefill", [self.seconds, c.seconds]):
+            if not c.tokens:
+                self._first(found, *fetch((new.token, new.finite, logprobs)))
+                changed = found
+            if c not in self._began:
+                return changed
+            assert self._state is not None and isinstance(new.cache, PagedKVCache)
             if self._share:
-                self._pool.name(prefill.run, self._pages[c])
+                self._pool.name(c.ids[:-1], self._pages[c])
             batch, rest = self._state, without_pages(self._state)
-            width = max(batch.cache.capacity, prefill.capacity)
+            width = max(batch.cache.capacity, new.cache.table.shape[1] * self._page_size)
             if (rows := self._size_for(len(self._running) + 1)) > self.rows:
                 rest = self._with_rows(rest, rows)
             slot = min(set(range(rows)) - set(self._running))
@@ -231,8 +212,8 @@ class PagedSlots(Slots):
             if width > batch.cache.capacity:
                 rest = self._widened(rest, width)
             # The tables are written anew before the next dispatch.
-            state = with_table(state, np.zeros((1, width // self._page_size), np.int32))
-            rest = decode.insert(self._configs, rest, state, shard_copy(np.array([slot], np.int32), "-"))
+            new = with_table(new, np.zeros((1, width // self._page_size), np.int32))
+            rest = decode.insert(self._configs, rest, new, shard_copy(np.array([slot], np.int32), "-"))
             self._state = with_pages(rest, batch)
         return changed
 

@@ -220,7 +220,7 @@ class FixedDrafts:
 
 
 @dataclass
-class _Prefill:
+class Prefill:
     """Requests whose prompts are being run beside the batch."""
 
     completions: list[Completion]
@@ -268,7 +268,7 @@ class Slots:
         self._cycles, self._accept, self._processors = cycles, accept, processors
         self._warn = warn if configs.drafter else None
         self._waiting: deque[Completion] = deque()
-        self._prefill: Any = None  # requests whose prompts are being run
+        self._prefill: Prefill | None = None
         self._running: dict[int, Completion] = {}  # by slot
         self._state: DecodeState | None = None
         self._pace: dict[tuple[int, int], float] = {}  # seconds of a cycle by rows and drafts, as it was last
@@ -308,11 +308,6 @@ class Slots:
     def holds(self, completion: Completion) -> bool:
         """Whether a request is waiting or running here."""
         return completion in self._began
-
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and answer that a request may have."""
-        return self._configs.target.positions + 1
 
     @property
     def usage(self) -> float:
@@ -419,10 +414,13 @@ class Slots:
             full = rows == self.size and sum(lengths) >= FULL * rows * max(lengths, default=0)
             if found and (rows == self._group or full):
                 return self._fill(found, rows)
+        return self._run_prompts()
+
+    def _run_prompts(self) -> list[Completion]:
+        """Run one chunk's worth of prompts beside the batch."""
         changed, budget = [], decode.LARGEST_CHUNK
-        while budget > 0 and (self._prefill or (self._waiting and len(self._running) < self.size)):
-            if self._prefill is None:
-                self._prefill = self._start()
+        while budget > 0 and (self._prefill or self._start()):
+            assert self._prefill is not None
             budget -= self._prefill.width
             try:
                 with timed("prefill", [self.seconds, *(c.seconds for c in self._prefill.completions)]):
@@ -478,14 +476,18 @@ class Slots:
         asked = any(r.params.logprobs is not None for r in requests)
         return dataclasses.replace(self._configs, logprobs=MOST_LOGPROBS) if asked else self._configs
 
-    def _start(self) -> _Prefill:
-        """Take as many waiting requests as a small batch beside the other has rows, and begin with their prompts."""
+    def _start(self) -> bool:
+        """Begin with the prompts of as many waiting requests as a small batch beside the other has rows, if any."""
         count = min(self._group, self.size - len(self._running), len(self._waiting))
+        if not count:
+            return False
         found = [self._waiting.popleft() for _ in range(count)]
         requests = [c.request for c in found]
         requests += [_spare(requests[0])] * (self._group - count)
         longest = max(len(r.prompt) for r in requests)
-        return _Prefill(found, self._prefilling(requests, found), decode.prefill_chunks(longest, 0, longest).step)
+        width = decode.prefill_chunks(longest, 0, longest).step
+        self._prefill = Prefill(found, self._prefilling(requests, found), width)
+        return True
 
     def _insert(self, found: list[Completion], new: DecodeState, logprobs: decode.Logprobs | None) -> list[Completion]:
         """Put prefilled requests into free slots."""
@@ -560,14 +562,13 @@ class Slots:
     def _decode(self) -> list[Completion]:
         """One dispatch of the rows that are running."""
         self._make_room()
-        running = dict(self._running)
-        rows, clocks = list(running.values()), [c.seconds for c in running.values()]
+        rows, clocks = list(self._running.values()), [c.seconds for c in self._running.values()]
         began, compiled = time.perf_counter(), compile_seconds()
         with timed("decode", [self.seconds, *clocks]):
             self._state = self._prepare()
             self.most_reserved = max(self.most_reserved, self.reserved)
+            running = dict(self._running)  # by the slots that they have now
             greedy = all(c.request.params.temperature == 0 for c in rows)
-            running = dict(self._running)
             case = self.rows, greedy, self._state.cache.capacity
             guided = self._allow(running)
             drafts, cycles = self._policy.next(case, rows, self._cycles)
@@ -586,7 +587,8 @@ class Slots:
         spent = [time.perf_counter() - began, compile_seconds() - compiled]
         if jax.process_count() == 1 and emitted.cycles and not guided:  # several would have to agree
             units = int(emitted.cycles) / (1 if drafts else STEPS_PER_CYCLE)
-            self._pace[case[0], drafts] = (spent[0] - spent[1]) / units
+            # Another thread may have compiled meanwhile.
+            self._pace[case[0], drafts] = max(0.0, spent[0] - spent[1]) / units
         accepted: dict[Hashable, list[int]] = {}
         drafted = {slot for slot in running if drafts and (lengths is None or lengths[slot])}
         for slot, c in running.items():
@@ -640,12 +642,11 @@ class Slots:
         if not drafts:
             longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(max(1, cycles * STEPS_PER_CYCLE))
             return decode.autoregress(self._params, configs, self._state, longest, greedy, most)
-        most = np.int32(cycles)
         if lengths is None:
-            configs = dataclasses.replace(configs, drafts=drafts)
-            return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept)
-        configs = dataclasses.replace(configs, verified=self._verified(lengths))
-        each = shard_copy(lengths, "B")
+            configs, each = dataclasses.replace(configs, drafts=drafts), None
+        else:
+            configs, each = dataclasses.replace(configs, verified=self._verified(lengths)), shard_copy(lengths, "B")
+        most = np.int32(cycles)
         return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept, each)
 
     def _verified(self, lengths: np.ndarray) -> int:

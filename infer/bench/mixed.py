@@ -120,7 +120,7 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
     most = loaded.configs.proposals
     modes: dict[str, DraftPolicy | None] = {"plain": None}
     if most:
-        modes |= {"drafts": FixedDrafts(most), "auto": AutoDrafts(most, loaded.configs.branching)}
+        modes |= {"drafts": FixedDrafts(most), "auto": AutoDrafts.of(loaded.configs)}
     seconds: dict[tuple[str, str], list[float]] = {(mode, way): [] for mode in modes for way in WAYS}
     outputs: dict[tuple[str, str], list[list[int]]] = {}
     reserved: dict[tuple[str, str], int] = {}

@@ -177,6 +177,7 @@ def plan_rows(options: Plan) -> list[dict[str, Any]]:
 
 def _plan_row(options: Plan, pair: "Pair", mesh: tuple[int, int], limit: float) -> dict[str, Any]:
     from domino_jax.cache import SMALLEST_BUCKET, length_bucket
+    from domino_jax.decode import position_bytes
     from domino_jax.runtime.pages import PAGE_SIZE
     from infer.bench.sizes import device_configs, state_bytes, temporary_bytes, weight_bytes
 
@@ -185,8 +186,7 @@ def _plan_row(options: Plan, pair: "Pair", mesh: tuple[int, int], limit: float) 
     device, count = find_devices(options.devices)
     configs = device_configs(pair, model)
     weights = weight_bytes(pair, model, dtype, options.draft_dtype)
-    kv = 2 * configs.target.num_hidden_layers * configs.target.num_key_value_heads * configs.target.head_dim
-    kv *= dtype.itemsize
+    kv = position_bytes(configs.without_drafter, dtype)
     drafter = [state_bytes(configs, capacity, dtype) for capacity in (SMALLEST_BUCKET, 2 * SMALLEST_BUCKET)]
     drafter_kv, paged = (drafter[1] - drafter[0]) // SMALLEST_BUCKET, data == 1  # as the server chooses
 

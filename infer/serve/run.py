@@ -143,7 +143,7 @@ def load_service(options: Serve, quiet: bool = False) -> Service:
     name = options.served_model_name or options.model.model
     pages = plan_memory(options, loaded, positions)
     if pages is not None:
-        positions = min(positions, pages.count * pages.size - loaded.configs.lookahead)
+        positions = min(positions, pages.longest(loaded.configs) - 1)
         if not quiet:
             log_line(describe_pages(pages, loaded))
     service = Service(loaded, name, defaults, positions, options.request_timeout, options.thinking, pages)

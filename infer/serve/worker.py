@@ -160,8 +160,8 @@ class Worker:
         """
         self._link = link
         self._loaded, self._warm_up, self._say, self._seen, self._pages = loaded, warm_up, say, seen, pages
-        most, branching = loaded.configs.proposals, loaded.configs.branching
-        policy = AutoDrafts(most, whole=branching) if auto and most else FixedDrafts(most)
+        most = loaded.configs.proposals
+        policy = AutoDrafts.of(loaded.configs) if auto and most else FixedDrafts(most)
         with loaded.context():
             self._slots = self._make(size, policy)
         self._commands: SimpleQueue[Command] = SimpleQueue()
@@ -230,11 +230,6 @@ class Worker:
     def usage(self) -> float:
         """Share of the KV cache that requests use."""
         return self._slots.usage
-
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and answer that a request may have."""
-        return self._slots.longest
 
     def _run(self) -> None:
         try:

@@ -212,7 +212,7 @@ class Writer:
         pair, how = self.pair, self.options.sampling.params()
         # What samples by rejection depends on how many drafts a cycle has, and a resumed run is to go on alike.
         free = pair.configs.drafter is not None and (how.temperature == 0 or how.coupled)
-        policy = AutoDrafts(pair.configs.proposals, pair.configs.branching) if free else None
+        policy = AutoDrafts.of(pair.configs) if free else None
         self.slots = Slots(pair.params, pair.configs, self.batch, pair.dtype, policy=policy, warn=warn_of_drafts)
 
     def window(self, first: int, end: int) -> None:

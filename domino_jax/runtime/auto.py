@@ -7,7 +7,7 @@ pay is tried only as far as an allowance of lost time goes. Every process gets t
 
 import math
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median_low
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from domino_jax.decode import DecodeConfig
-from domino_jax.runtime.slots import STEPS_PER_CYCLE, BatchCase
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, BatchCase, every_program
 
 Accepted = Mapping[Any, list[int]]  # by row, drafts accepted in each of its cycles
 MOST_SETTINGS = 4  # numbers of drafts to consider, the whole block among them; each is a program to compile
@@ -112,19 +112,23 @@ class AutoDrafts:
         """For a target and its drafter."""
         return cls(configs.proposals, configs.branching)
 
-    def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+    def next(
+        self, case: BatchCase, rows: Sequence[Hashable], longest: int, ready: Callable[[int], bool] = every_program
+    ) -> tuple[int, int]:
         """J of the next dispatch, 0 for plain steps, and how many cycles it may have.
 
         Args:
             case: times are those of one case, and acceptance that of greedy or of other rows.
             rows: ids of the requests that are not finished.
             longest: cycles that a dispatch may have, each of drafts or of `STEPS_PER_CYCLE` plain steps.
+            ready: see `DraftPolicy.next`.
         """
         self._last, texts = case, self._texts[case[1]]
         times = self._cases.get(case) or self._open(case)
         known, expected = times.known(), self._expect(texts, rows)
         rates = {j: float(expected[j]) / seconds for j, seconds in known.items()}
-        best = max(rates, key=lambda j: rates[j])
+        while 0 < (best := max(rates, key=lambda j: rates[j])) < self._most and not ready(best):
+            del rates[best]
         if rates[best] > MARGIN * rates.get(times.drafts, 0.0):
             times.drafts = best
         best, self._expected = times.drafts, expected
@@ -138,7 +142,8 @@ class AutoDrafts:
         self._trial = cycles > 0
         self._waited = 0 if self._trial else self._waited + 1
         if not self._trial:
-            drafts = self._promising(times, rates[best], texts.seen) or best
+            promising = self._promising(times, rates[best], texts.seen)
+            drafts = promising if promising and ready(promising) else best
             return drafts, min(longest, UNSURE) if times.wanted(0) else longest
         if drafts > best == 0 and texts.seen >= ENOUGH:
             self._patience = min(2 * self._patience, LAST_PROBE)

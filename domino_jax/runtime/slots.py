@@ -16,12 +16,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from domino_jax import cache, decode
 from domino_jax.decode import Accept, Caches, DecodeConfig, DecodeState, Rows
 from domino_jax.errors import DominoError
 from domino_jax.finite import drafter_is_finite, drafts_look_broken
 from domino_jax.processors import MOST_BIASES, allowed_tokens, new_processors
+from domino_jax.runtime.background import BackgroundCompiler
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.processes import broadcast_from_first
 from domino_jax.runtime.timing import compile_seconds, no_seconds, timed
@@ -158,16 +160,25 @@ class Completion:
 BatchCase = tuple[int, bool, int]  # slots, whether all rows are greedy, capacity of the caches
 
 
+def every_program(drafts: int) -> bool:
+    """Every program may be called, and is compiled where it has to be."""
+    return True
+
+
 class DraftPolicy(Protocol):
     """Decides how many draft tokens the cycles of each dispatch have. It never changes greedy output."""
 
-    def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+    def next(
+        self, case: BatchCase, rows: Sequence[Hashable], longest: int, ready: Callable[[int], bool] = every_program
+    ) -> tuple[int, int]:
         """Draft tokens a cycle of the next dispatch, 0 for plain steps, and its cycles.
 
         Args:
             case: what the time of a cycle depends on besides: slots, whether all rows are greedy, capacity.
             rows: the requests that are running.
             longest: cycles of drafts that a dispatch may have; STEPS_PER_CYCLE times as many plain steps.
+            ready: whether the program of so many drafts, more than none and less than all, can be called without a
+                wait; where it can't, it soon will.
         """
         ...
 
@@ -206,7 +217,9 @@ class FixedDrafts:
 
     drafts: int
 
-    def next(self, case: BatchCase, rows: Sequence[Hashable], longest: int) -> tuple[int, int]:
+    def next(
+        self, case: BatchCase, rows: Sequence[Hashable], longest: int, ready: Callable[[int], bool] = every_program
+    ) -> tuple[int, int]:
         return self.drafts, longest
 
     def lengths(self, rows: Sequence[Hashable], drafts: int) -> Sequence[int] | None:
@@ -248,6 +261,7 @@ class Slots:
         processors: bool = False,
         accept: Accept = decode.accept,
         warn: Callable[[], None] | None = None,
+        compiler: BackgroundCompiler | None = None,
     ):
         """Args:
         size: rows that run together; made a multiple of what the mesh divides them into.
@@ -258,7 +272,10 @@ class Slots:
         processors: requests may ask for penalties, biases and a minimum of tokens.
         accept: decides which drafts stand; another one than the default is for measuring speed alone.
         warn: called when the drafter's numbers turn out not to be finite.
+        compiler: compiles the programs of other numbers of drafts than all and none beside decoding, which goes on
+            without them until they are ready. Not with several processes, which would have to agree.
         """
+        self._compiler = compiler
         self._params, self._configs, self._dtype = params, configs, dtype
         self._group = row_shards()
         self.size = -(-size // self._group) * self._group
@@ -571,24 +588,27 @@ class Slots:
             greedy = all(c.request.params.temperature == 0 for c in rows)
             case = self.rows, greedy, self._state.cache.capacity
             guided = self._allow(running)
-            drafts, cycles = self._policy.next(case, rows, self._cycles)
+            configs = self._with_logprobs(c.request for c in rows)
+
+            def ready(drafts: int) -> bool:
+                return self._ready(configs, drafts, greedy, self._lengths(running, drafts))
+
+            drafts, cycles = self._policy.next(case, rows, self._cycles, ready)
             lengths = self._lengths(running, drafts)
-            if lengths is not None and not lengths.any():
+            if lengths is not None and not (lengths.any() and self._ready(configs, drafts, greedy, lengths)):
                 drafts, lengths = 0, None
             if guided:  # what may come next is known for one token
                 cycles = 1 if drafts else 0
             pace = self._pace.get((self.rows, drafts))
             if pace and not guided:
                 cycles = max(1, min(cycles, int(RESPONSE / pace)))
-            configs = self._with_logprobs(c.request for c in rows)
             self._state, emitted = self._dispatch(configs, drafts, cycles, greedy, lengths)
             # The state is whole, should the user lose patience here.
             emitted, finite = fetch((emitted, self._state.finite))
         spent = [time.perf_counter() - began, compile_seconds() - compiled]
         if jax.process_count() == 1 and emitted.cycles and not guided:  # several would have to agree
             units = int(emitted.cycles) / (1 if drafts else STEPS_PER_CYCLE)
-            # Another thread may have compiled meanwhile.
-            self._pace[case[0], drafts] = max(0.0, spent[0] - spent[1]) / units
+            self._pace[case[0], drafts] = (spent[0] - spent[1]) / units
         accepted: dict[Hashable, list[int]] = {}
         drafted = {slot for slot in running if drafts and (lengths is None or lengths[slot])}
         for slot, c in running.items():
@@ -642,12 +662,38 @@ class Slots:
         if not drafts:
             longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(max(1, cycles * STEPS_PER_CYCLE))
             return decode.autoregress(self._params, configs, self._state, longest, greedy, most)
-        if lengths is None:
-            configs, each = dataclasses.replace(configs, drafts=drafts), None
-        else:
-            configs, each = dataclasses.replace(configs, verified=self._verified(lengths)), shard_copy(lengths, "B")
+        configs, each = self._drafting(configs, drafts, lengths)
         most = np.int32(cycles)
+        if self._compiler and (call := self._compiler.get(self._key(configs, greedy))):
+            return call(self._params, self._state, most, each)
         return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept, each)
+
+    def _drafting(
+        self, configs: DecodeConfig, drafts: int, lengths: np.ndarray | None
+    ) -> tuple[DecodeConfig, Array | None]:
+        """The configs of a dispatch with drafts, and the drafts of each row [B] where rows differ."""
+        if lengths is None:
+            return dataclasses.replace(configs, drafts=drafts), None
+        return dataclasses.replace(configs, verified=self._verified(lengths)), shard_copy(lengths, "B")
+
+    def _key(self, configs: DecodeConfig, greedy: bool) -> Hashable:
+        """What tells programs of drafts apart, of Slots that differ in the numbers of their drafts alone."""
+        assert self._state is not None
+        meshed = not jax.sharding.get_abstract_mesh().empty  # there a program is for arrays that lie in one way
+        places = tuple(x.sharding for x in jax.tree.leaves(self._state)) if meshed else ()
+        return configs, greedy, self.rows, self._state.cache.capacity, places
+
+    def _ready(self, configs: DecodeConfig, drafts: int, greedy: bool, lengths: np.ndarray | None) -> bool:
+        """Whether what `_dispatch` would call with these is compiled; if not, it soon will be."""
+        if self._compiler is None or (lengths is not None and not lengths.any()):
+            return True
+        configs, each = self._drafting(configs, drafts, lengths)
+        return self._compiler.ready(
+            self._key(configs, greedy),
+            lambda: decode.speculate.lower(
+                self._params, configs, self._state, self._cycles, greedy, np.int32(1), self._accept, each
+            ),
+        )
 
     def _verified(self, lengths: np.ndarray) -> int:
         """Tokens that the target runs in a cycle: of few sizes, since each is a program to compile."""

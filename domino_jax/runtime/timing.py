@@ -1,5 +1,6 @@
 """Where a process's time goes: phases, with what JAX compiles meanwhile told apart."""
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,24 +10,32 @@ import jax
 
 PHASES: tuple[str, ...] = ("compile", "prefill", "decode")
 
-_spans: list[tuple[float, float]] = []  # disjoint times at which JAX traced, lowered or compiled
+
+class _Spans(threading.local):
+    """Disjoint times at which JAX traced, lowered or compiled in this thread."""
+
+    def __init__(self):
+        self.spans: list[tuple[float, float]] = []
+
+
+_of_thread = _Spans()
 
 
 def _listen(event: str, duration_secs: float, **_: Any) -> None:
     if event.startswith("/jax/core/compile/"):
-        end = time.perf_counter()
+        spans, end = _of_thread.spans, time.perf_counter()
         begin = end - duration_secs
-        while _spans and _spans[-1][1] > begin:  # tracing one function traces those it calls
-            _spans.pop()
-        _spans.append((begin, end))
+        while spans and spans[-1][1] > begin:  # tracing one function traces those it calls
+            spans.pop()
+        spans.append((begin, end))
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """Time this process has spent on tracing, lowering and compiling."""
-    return sum(end - begin for begin, end in _spans)
+    """Time this thread has spent on tracing, lowering and compiling."""
+    return sum(end - begin for begin, end in _of_thread.spans)
 
 
 def no_seconds() -> dict[str, float]:

@@ -18,6 +18,7 @@ from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.auto import AutoDrafts
+from domino_jax.runtime.background import BackgroundCompiler
 from domino_jax.runtime.paged_slots import PagedSlots, Pages
 from domino_jax.runtime.prompt_logprobs import prompt_logprobs
 from domino_jax.runtime.slots import (
@@ -162,6 +163,8 @@ class Worker:
         self._loaded, self._warm_up, self._say, self._seen, self._pages = loaded, warm_up, say, seen, pages
         most = loaded.configs.proposals
         policy = AutoDrafts.of(loaded.configs) if auto and most else FixedDrafts(most)
+        # What auto may choose besides the whole block and plain steps is compiled when it is wanted, beside decoding.
+        self._compiler = BackgroundCompiler() if link is None else None
         with loaded.context():
             self._slots = self._make(size, policy)
         self._commands: SimpleQueue[Command] = SimpleQueue()
@@ -185,6 +188,7 @@ class Worker:
             policy=policy,
             processors=True,
             warn=lambda: self._say(f"warning: {NOT_FINITE_DRAFTS}"),
+            compiler=self._compiler,
         )
 
     def start(self) -> None:
@@ -195,6 +199,8 @@ class Worker:
         """End the thread; what is running ends as cancelled."""
         self._commands.put(("stop", None))
         self._thread.join()
+        if self._compiler:
+            self._compiler.close()
 
     def wait(self, seconds: float) -> bool:
         """Whether the thread has ended, within so many seconds."""

@@ -253,7 +253,7 @@ class Scripted(slots.FixedDrafts):
 
     script: Iterator[tuple[int, int]]
 
-    def next(self, case: Any, rows: Any, longest: int) -> tuple[int, int]:
+    def next(self, case: Any, rows: Any, longest: int, ready: Any = None) -> tuple[int, int]:
         return next(self.script, (self.drafts, longest))
 
 

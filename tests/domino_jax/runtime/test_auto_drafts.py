@@ -17,7 +17,7 @@ from domino_jax.runtime.auto import (
     AutoDrafts,
     _Acceptance,
 )
-from domino_jax.runtime.slots import STEPS_PER_CYCLE
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, every_program
 
 LONGEST = 8
 CASE = (4, True, 256)
@@ -46,10 +46,12 @@ class Machine:
         self.ratio = ratio if callable(ratio) else lambda: ratio
         self.rng = np.random.default_rng(seed)
         self.compiled, self.uses, self.log = set(), Counter(), []
+        self.ready: Callable[[int], bool] = every_program  # as `DraftPolicy.next` is told
 
     def run(self, policy: AutoDrafts | int, case, rows: list[int], left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One dispatch. `left`: tokens that each row still needs. Seconds [cycles] and tokens [cycles, rows]."""
-        j, cycles = policy.next(case, rows, LONGEST) if isinstance(policy, AutoDrafts) else (policy, LONGEST)
+        auto = isinstance(policy, AutoDrafts)
+        j, cycles = policy.next(case, rows, LONGEST, self.ready) if auto else (policy, LONGEST)
         assert 1 <= cycles <= LONGEST
         steps = cycles if j else cycles * STEPS_PER_CYCLE
         seconds = 1 + (self.ratio() - 1) * (0.3 + 0.7 * j / self.most) if j else 1.0
@@ -163,6 +165,25 @@ def test_in_the_long_run_it_is_as_fast_as_the_best(ratio, acceptance):
     machine = Machine(7, ratio, lambda _: acceptance)
     assert stream(AutoDrafts(7), machine, 10000) < 1.035 * min(fixed.values())
     assert len(machine.compiled) <= 5
+
+
+def test_a_program_that_is_not_ready_is_asked_for_and_not_chosen():
+    """In a case that is new, too, where another one has shown that it is best; all is then as if it were no setting."""
+    auto, machine, asked = AutoDrafts(7), Machine(7, 3.0, lambda row: 0.75), []
+    machine.ready = lambda j: bool(asked.append(j))
+    rows, endless = list(range(4)), np.full(4, np.inf)
+    while len(machine.log) < 200:
+        machine.run(auto, CASE, rows, endless)
+    assert set(machine.uses) == {0, 7} and asked and not {0, 7} & set(asked)
+    machine.ready = every_program
+    while len(machine.log) < 400:
+        machine.run(auto, CASE, rows, endless)
+    best = Counter(j for j, _ in machine.log[300:]).most_common(1)[0][0]
+    assert best in asked
+    machine.ready, asked[:] = lambda j: bool(asked.append(j)), []
+    while len(machine.log) < 450:
+        machine.run(auto, (4, True, 512), rows, endless)
+    assert {j for j, _ in machine.log[400:]} <= {0, 7} and best in asked
 
 
 def test_settings_that_promise_nothing_are_not_compiled():

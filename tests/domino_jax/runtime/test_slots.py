@@ -110,17 +110,6 @@ def test_every_answer_is_the_one_that_the_request_has_alone(pair, small, size):
         assert all(len(c.tokens) == 1 + sum(len(cycle.tokens) for cycle in c.cycles) for c in found)
 
 
-def test_what_another_thread_compiles_does_not_shorten_a_dispatch(pair, monkeypatch):
-    """The seconds that compilation took are the process's; taken from a dispatch's they may leave less than none."""
-    clock = iter(range(0, 10**9, 10**3))
-    monkeypatch.setattr(slots, "compile_seconds", lambda: next(clock))
-    monkeypatch.setattr(slots, "RESPONSE", 1e9)
-    batch = Slots(pair.params, pair.configs, 1, FLOAT32, cycles=3, policy=FixedDrafts(0))
-    batch.admit(Completion(Request(ids(9, 1), SamplingParams(max_tokens=40), (1,))))
-    counts = [len(c.tokens) for _ in range(2) for c in batch.step()]
-    assert counts[1] - counts[0] == 3 * slots.STEPS_PER_CYCLE
-
-
 def test_a_batch_has_as_many_rows_as_it_needs(pair, small):
     """It grows as requests come, and becomes small again once they have gone for some dispatches."""
     kinds = [Completion(Request(ids(9, i), SamplingParams(max_tokens=60 - 12 * i), (i,))) for i in range(4)]
@@ -153,7 +142,7 @@ def test_drafts_that_look_broken_are_looked_at_with_any_drafter(pair, name):
 class Changing(FixedDrafts):
     """All drafts, plain steps, one draft, all but one, and so on."""
 
-    def next(self, case: Any, rows: Any, longest: int) -> tuple[int, int]:
+    def next(self, case: Any, rows: Any, longest: int, ready: Any = None) -> tuple[int, int]:
         done = sum(len(row.cycles) + row.steps for row in rows)
         return [self.drafts, 0, 1, max(1, self.drafts - 1)][done % 4], 1 + done % longest
 

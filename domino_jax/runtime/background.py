@@ -1,0 +1,43 @@
+"""Programs compiled beside decoding, so that no request waits for a program that another can stand in for."""
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from jax.stages import Compiled, Lowered
+
+
+class BackgroundCompiler:
+    """The programs that can be called without a wait: those that have run, and those compiled by a thread of its own.
+
+    Calls come from one thread. A program that does not compile is never ready.
+    """
+
+    def __init__(self):
+        self._known: set[Hashable] = set()
+        self._compiled: dict[Hashable, Future[Compiled]] = {}
+        self._thread = ThreadPoolExecutor(1, "compile")
+
+    def ready(self, key: Hashable, lower: Callable[[], Lowered]) -> bool:
+        """Whether a program can be called at once; if not it is compiled meanwhile.
+
+        Args:
+            lower: traces it.
+        """
+        if key in self._known:
+            return True
+        if key not in self._compiled:
+            self._compiled[key] = self._thread.submit(lower().compile)
+        compiled = self._compiled[key]
+        return compiled.done() and compiled.exception() is None
+
+    def get(self, key: Hashable) -> Callable[..., Any] | None:
+        """What `ready` has compiled, called without static arguments; None where nothing was, which is noted as run."""
+        if (compiled := self._compiled.get(key)) and compiled.done() and compiled.exception() is None:
+            return compiled.result()
+        self._known.add(key)
+        return None
+
+    def close(self) -> None:
+        """Compile nothing more; what is being compiled is waited for."""
+        self._thread.shutdown(cancel_futures=True)

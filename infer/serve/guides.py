@@ -139,12 +139,15 @@ def grammar_of(field: str, body: Mapping[str, Any]) -> str:
         raise BadRequest(f"{field} can't be used: {first_line(error)}.", field) from None
 
 
-def calls_grammar(functions: Sequence[Mapping[str, Any]], several: bool, tokens: Mapping[str, int]) -> str:
+def calls_grammar(
+    functions: Sequence[Mapping[str, Any]], several: bool, tokens: Mapping[str, int], text: bool = False
+) -> str:
     """The grammar of calls as Qwen3 writes them.
 
     Args:
         functions: those that may be called, each with `name` and perhaps `parameters`.
         several: more than one call may come.
+        text: text may come before them, or in their place; then arguments follow their schema where `strict` is true.
         tokens: of the markers, where the tokenizer has one for each.
 
     Raises:
@@ -152,9 +155,15 @@ def calls_grammar(functions: Sequence[Mapping[str, Any]], several: bool, tokens:
     """
     start, end = (f"<[{tokens[m]}]>" if m in tokens else json.dumps(m) for m in (CALL_START, CALL_END))
     names = " | ".join(f"call_{i}" for i in range(len(functions)))
-    rules = ['start: "\\n\\n"? call' + (' ("\\n" call)*' if several else ""), f"call: {start} ({names}) {end}"]
+    more = ' ("\\n" call)*' if several else ""
+    rules = [f'start: "\\n\\n"? call{more}', f"call: {start} ({names}) {end}"]
+    if text:
+        rules[0] = f"start: TEXT? | {f'TEXT? {start}' if CALL_START in tokens else 'opened'} ({names}) {end}{more}"
+        rules.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){CALL_START}(?s:.*)/")
+        rules.append(f"opened[lazy]: /(?s:.*){CALL_START}/")
     for i, function in enumerate(functions):
         schema = NO_PARAMETERS if function.get("parameters") is None else function["parameters"]
+        schema = ANY_JSON if text and not function.get("strict") else schema
         kinds = schema.get("type", "object")
         if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
             raise BadRequest(f"the parameters of {function['name']} must be the schema of an object.", "tools")

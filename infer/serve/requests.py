@@ -158,6 +158,11 @@ class Service:
             raise BadRequest(f"tools has the function {shown(twice)} twice.", "tools")
         return functions
 
+    def has_strict(self, body: Mapping[str, Any]) -> bool:
+        """Whether a chat may call a function, and need not, whose arguments have to follow its schema."""
+        tools = body.get("tools", ()) if body.get("tool_choice", "auto") == "auto" else ()
+        return any(tool["function"].get("strict") for tool in tools)
+
     def prompts(self, prompt: Any) -> list[list[int]]:
         """The ids of a completion's prompt or prompts.
 
@@ -257,6 +262,7 @@ class Service:
             "response_format": body.get("response_format", {}).get("type", "text") != "text",
             "structured_outputs": "structured_outputs" in body,
             "tool_choice": bool(functions),
+            "tools": self.has_strict(body),
         }
         found = [field for field, is_asked in asked.items() if is_asked]
         if not found:
@@ -274,6 +280,8 @@ class Service:
         if functions:
             several = body["tool_choice"] == "required" and body.get("parallel_tool_calls", True)
             grammar = calls_grammar(functions, several, tokens)
+        elif field == "tools":
+            grammar = calls_grammar([tool["function"] for tool in body["tools"]], True, tokens, text=True)
         else:
             grammar = grammar_of(field, body)
         vocab_size = self.loaded.configs.target.vocab_size

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -47,19 +48,29 @@ def service_with(kind: str, thinking: bool = False) -> Service:
 SERVICES = {kind: service_with(kind) for kind in KINDS}
 
 
-def walk(service: Service, body: dict[str, Any], seed: int, in_reasoning: bool = False, limit: int = 1500) -> Job:
-    """An answer to a chat, of allowed tokens at random; those that end things are likelier."""
+def walk(
+    service: Service,
+    body: dict[str, Any],
+    seed: int,
+    in_reasoning: bool = False,
+    limit: int = 1500,
+    likelier: frozenset[int] | set[int] = frozenset(),
+) -> Job:
+    """An answer to a chat, of allowed tokens at random; those that end things are likelier, and those given."""
     rng, tokenizer = random.Random(seed), service.loaded.tokenizer
     text = service.text(body, True, in_reasoning)
     params = SamplingParams(max_tokens=limit, stop_token_ids=(END_ID,))
     job = Job(Request([5], params), guide=service.guide(body, text), text=text)
-    ends = {i for i in range(len(tokenizer)) if tokenizer.decode([i]) in ('"', "}", "]", "</think>")} | {END_ID}
+    ends = {i for i in range(len(tokenizer)) if tokenizer.decode([i]) in ('"', "}", "]", "</think>")} | {
+        END_ID,
+        *likelier,
+    }
     while job.finish_reason is None:
         assert job.guide is not None
         mask = job.guide.allowed()
         allowed = [i for i in range(len(tokenizer)) if mask[i // WORD] >> (i % WORD) & 1]
-        likelier = [i for i in allowed if i in ends]
-        job.take([rng.choice(likelier if likelier and rng.random() < 0.3 else allowed)])
+        some = [i for i in allowed if i in ends]
+        job.take([rng.choice(some if some and rng.random() < 0.3 else allowed)])
     return job
 
 
@@ -129,6 +140,46 @@ def test_calls_that_must_come_are_calls_that_fit(kind, several):
             seen |= {name for name, _ in calls}
         check_calls(calls, set(SCHEMAS))
     assert len(seen) > 2 and (counts == {1} if not several else max(counts) > 1)
+
+
+@pytest.mark.parametrize("kind", SERVICES)
+def test_calls_that_may_come_follow_strict_schemas(kind):
+    """Text comes before them or in their place; without `strict` the arguments are any object."""
+    service, seen, texts = SERVICES[kind], set(), 0
+    strict = {"look", "look_up"}
+    tools = [
+        {"type": "function", "function": {**t["function"], "strict": t["function"]["name"] in strict}} for t in TOOLS
+    ]
+    marker = service.loaded.tokenizer.convert_tokens_to_ids("<tool_call>")
+    for seed in range(16):
+        job = walk(service, {"tools": tools}, seed, limit=400, likelier={marker} if kind != "spelled" else set())
+        _, content, calls = parts_of(job)
+        if "<tool_call>" in content:  # a number that is JSON and no float's: the call stays text
+            assert re.search(r"[eE]\+?\d{3}", content)
+            continue
+        texts += bool(content.strip())
+        for name, arguments in calls[: None if job.finish_reason == "stop" else -1]:
+            given = json.loads(arguments)
+            assert isinstance(given, dict) and name in SCHEMAS
+            assert name not in strict or jsonschema_rs.is_valid(SCHEMAS[name], given), (name, arguments)
+            seen.add(name in strict)
+    assert texts > 2 and (kind == "spelled" or seen == {True, False})
+
+
+def test_a_spelled_marker_opens_a_strict_call():
+    """It comes at random rarely, so here it is told."""
+    service = SERVICES["spelled"]
+    body = {"tools": [{"type": "function", "function": {"name": "look", "parameters": CITY, "strict": True}}]}
+    for before in ("", "I look. ", "a <tool"):
+        text = service.text(body, True)
+        guide = service.guide(body, text)
+        opened = before + '<tool_call>\n{"name": "look", "arguments": {"city": "'
+        tokens = service.loaded.tokenizer.encode(opened, add_special_tokens=False)
+        for token in tokens:
+            assert guide.allowed()[token // WORD] >> (token % WORD) & 1, (before, token)
+            guide.accept([token])
+        allowed = {i for i in range(256) if guide.allowed()[i // WORD] >> (i % WORD) & 1}
+        assert {service.loaded.tokenizer.decode([i]) for i in allowed} <= {"K", "B", "Kö", "Bo"}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

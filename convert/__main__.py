@@ -1,6 +1,6 @@
-"""Convert a model's folder between its two forms, or check it.
+"""Convert a model between its forms, or check it.
 
-python -m convert SRC DST                      Hugging Face -> Orbax; Orbax, or a training run's drafter -> Hugging Face
+python -m convert SRC DST                      Hugging Face -> Orbax; Orbax, GGUF, a training run -> Hugging Face
 python -m convert --check DIR [--target DIR]   what a folder holds, and what is wrong with it
 """
 
@@ -27,13 +27,13 @@ class Convert:
     """Convert a target or drafter between Hugging Face files and Orbax, or check it."""
 
     source: Annotated[Positional[Path | None], UNSET, arg(metavar="SRC")] = None
-    """folder to read: Hugging Face files, Orbax, or a training run (the drafter of its newest checkpoint)"""
+    """what to read: Hugging Face files, Orbax, GGUF, or a training run (the drafter of its newest checkpoint)"""
     destination: Annotated[Positional[Path | None], UNSET, arg(metavar="DST")] = None
     """folder to write: Orbax from Hugging Face files, Hugging Face files from the others"""
     dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
     """dtype to write (default: as stored, and bfloat16 of a training run)"""
     check: Annotated[Path | None, DisallowNone, UNSET] = None
-    """report what a folder holds and what is wrong with it, and compare a target's logits with transformers'"""
+    """report what a model holds and what is wrong with it, and compare a target's logits with transformers'"""
     target: Annotated[Path | None, DisallowNone, UNSET] = None
     """a drafter's target: with --check, to see whether they fit; else to compare the drafter's copies of its weights"""
 
@@ -67,19 +67,21 @@ def run_convert(options: Convert) -> int:
     from convert.check import FolderReport, check_folder
     from convert.drafters import form_of
     from convert.folders import convert_folder
+    from convert.gguf import as_folder
     from convert.hf import read_json
     from convert.progress import progress_bars
 
     report = FolderReport()
     try:
         with progress_bars() as progress:
+            target = options.target and as_folder(options.target)
             if options.check:
-                check_folder(options.check, options.target, progress, report)
+                check_folder(as_folder(options.check), target, progress, report)
             else:
                 assert options.source and options.destination
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
                 reading = partial(progress, f"reading {options.source}")
-                was, now = convert_folder(options.source, options.destination, reading, dtype, options.target)
+                was, now = convert_folder(as_folder(options.source), options.destination, reading, dtype, target)
     except KeyboardInterrupt:
         print_report(report)
         known = ", what is known so far is above" if report.lines else ""

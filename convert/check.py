@@ -16,11 +16,12 @@ import numpy as np
 from convert import hf, orbax
 from convert.draft_configs import least_depth
 from convert.drafters import form_of
-from convert.folders import HF, folder_format, load_weights, read_config
+from convert.folders import GGUF, HF, folder_format, load_weights, read_config
 from convert.tensors import (
     FLOATS,
     account_tensors,
     compare_derived,
+    is_gguf,
     open_tensors,
     some,
     tensor_files,
@@ -28,7 +29,7 @@ from convert.tensors import (
 )
 from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax import target
-from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig, check_pair
+from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig, Yarn, check_pair
 from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError, first_line
 
@@ -57,7 +58,7 @@ def check_folder(
     """Read a folder, ours or anyone's, and report what it is and what is wrong with it.
 
     Args:
-        folder: a target or drafter in Hugging Face's or Orbax's form, or a training run.
+        folder: a target or drafter in Hugging Face's or Orbax's form, a training run, or one made of a GGUF file.
         target_folder: the target of a drafter, to see whether they fit.
         progress: called with what is being read, bytes done and bytes in all.
         report: to write into, for what is known when the check is broken off; a new one when None.
@@ -79,7 +80,8 @@ def check_folder(
     report.say("form", of)
     count = parameters(config)
     report.say("parameters", f"{count:,} ({count / 1e9:.2f} B)")
-    tensors = _safetensors(folder, config, report, target_folder) if of == HF else _orbax(folder, config, report)
+    stored = of in (HF, GGUF)
+    tensors = _stored(folder, config, report, target_folder) if stored else _orbax(folder, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
     if not isinstance(config, TargetConfig):
         report.warnings += form_of(raw).warnings(raw, depth, file)
@@ -108,13 +110,15 @@ def describe(config: TargetConfig | DraftConfig | CustomDraftConfig) -> str:
     )
     if c.attention_bias:
         shape += ", attention biases"
-    if c.yarn:
-        shape += f", YaRN to {c.positions} positions"
+    if c.rope_scaling:
+        kind = "YaRN" if isinstance(c.rope_scaling, Yarn) else "Llama 3's RoPE"
+        shape += f", {kind} to {c.positions} positions"
     if isinstance(c, TargetConfig):
         if c.moe:
             shape += f", {c.moe.num_experts} experts of width {c.moe.moe_intermediate_size}, "
             shape += f"{c.moe.num_experts_per_tok} a token"
-        return f"Qwen3 target: {shape}, {'tied' if c.tie_word_embeddings else 'untied'} embeddings"
+        family = c.family.partition("_")[0].capitalize()
+        return f"{family} target: {shape}, {'tied' if c.tie_word_embeddings else 'untied'} embeddings"
     head, sizes = head_of(c).name, head_of(c).describe()
     return (
         f"{head} drafter: {shape}, block {c.block_size} with {c.num_proposals} proposals, "
@@ -130,10 +134,10 @@ def parameters(config: DecoderConfig) -> int:
 Tensor = tuple[str, int, Callable[[], Any]]  # name, bytes, and its values
 
 
-def _safetensors(folder: Path, config: DecoderConfig, report: FolderReport, target_folder: Path | None) -> list[Tensor]:
+def _stored(folder: Path, config: DecoderConfig, report: FolderReport, target_folder: Path | None) -> list[Tensor]:
     files = tensor_files(folder)
     size = sum(file.stat().st_size for file in files)
-    report.say("files", f"{len(files)} safetensors, {size / 1e9:.2f} GB")
+    report.say("files", f"{len(files)} {'GGUF' if is_gguf(files) else 'safetensors'}, {size / 1e9:.2f} GB")
     unread = unread_files(folder)
     if unread:
         report.warnings.append(f"not read, since {files[0].name} or the index comes first: {some(unread)}.")
@@ -143,7 +147,7 @@ def _safetensors(folder: Path, config: DecoderConfig, report: FolderReport, targ
         report.problems.append(str(error).rstrip("."))
         return []
     account = account_tensors(config, tensors.stored)
-    report.say("dtype", _dtypes(Counter(stored.dtype for stored in account.stored.values())))
+    report.say("dtype", _dtypes(Counter(stored.form for stored in account.stored.values())))
     report.problems += account.problems or compare_derived(config, account, tensors, target_folder)
     expected = len({name for entry in hf.entries(config) for name in entry.hf_names})
     left_out = f"; left out, as they should be: {some(sorted(account.derived))}" if account.derived else ""
@@ -219,8 +223,8 @@ def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report:
     """The largest difference of logits from transformers' own model, in float32, on a short text."""
     if importlib.util.find_spec("torch") is None:
         return "not compared: PyTorch is not installed"
-    if of != HF:
-        return "not compared: it reads Hugging Face folders only"
+    if of not in (HF, GGUF):
+        return "not compared: it reads Hugging Face folders and GGUF files only"
     # One after the other, each with its weights and one tensor on the way.
     needed, free = int(4.5 * parameters(config)), _free_memory()
     if free is not None and needed > free:
@@ -233,8 +237,9 @@ def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report:
     ids = tokenizer(TEXT)["input_ids"] if tokenizer else [i % config.vocab_size for i in range(1, 33)]
     ids = ids[: config.max_position_embeddings]
     try:
+        how = {"gguf_file": tensor_files(folder)[0].name} if of == GGUF else {}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **how
         ).eval()
         with torch.no_grad():
             theirs = model(torch.tensor([ids])).logits[0].numpy()

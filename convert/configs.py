@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from domino_jax.config import DecoderConfig, MoeConfig, TargetConfig, Yarn
+from domino_jax.config import ARCHITECTURES, DecoderConfig, Llama3, MoeConfig, TargetConfig, Yarn
 from domino_jax.errors import DominoError
 from domino_jax.fields import (
     BOOLEAN,
@@ -97,7 +97,13 @@ OF_TRANSFORMERS: dict[str, Kind[Any]] = {
     "eos_token_id": nullable(TOKEN_IDS),
 }
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-YARN_KEYS = {*Yarn.__dataclass_fields__, "mscale", "mscale_all_dim"}
+KINDS_OF_ROPE: dict[str, set[str]] = {  # and their settings
+    "default": set(),
+    "yarn": {*Yarn.__dataclass_fields__, "mscale", "mscale_all_dim"},
+    "llama3": {*Llama3.__dataclass_fields__},
+}
+# What transformers takes where a config.json of this family says nothing.
+DEFAULT_THETA: Final = {"llama": 1e4, "qwen2": 1e4}
 
 
 def read_target_config(raw: Mapping[str, Any], file: Path | None = None) -> TargetConfig:
@@ -112,11 +118,10 @@ def read_target_config(raw: Mapping[str, Any], file: Path | None = None) -> Targ
     where = str(file or "the target's config.json")
     fields = Fields(where, ("", raw))
     kind = raw.get("model_type")
-    if kind not in ("qwen3", "qwen3_moe"):
-        raise DominoError(
-            f"{where} has model_type {as_json(kind)}; Qwen3 models (model_type 'qwen3' and 'qwen3_moe') are supported."
-        )
-    refuse_others(where, raw, NEUTRAL)
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise DominoError(f"{where} has model_type {as_json(kind)}; supported are {', '.join(ARCHITECTURES)}.")
+    has_norms = kind.startswith("qwen3")
+    refuse_others(where, raw, NEUTRAL | {"use_qk_norm": (None, has_norms)})
     for name, of in OF_TRANSFORMERS.items():
         fields.get(name, of, None)
     types = fields.get("layer_types", nullable(TEXTS), None)
@@ -130,9 +135,11 @@ def read_target_config(raw: Mapping[str, Any], file: Path | None = None) -> Targ
         raise DominoError(f"{where} has layer_types {sorted(unknown)}; a target's layers are all full_attention.")
     with said_of(where):
         config = TargetConfig(
-            **decoder_fields(fields),
+            **decoder_fields(fields, kind),
             tie_word_embeddings=fields.get("tie_word_embeddings", BOOLEAN, False),
             moe=_read_moe(fields) if kind == "qwen3_moe" else None,
+            qk_norm=has_norms,
+            qkv_bias=kind == "qwen2",
         )
     if types is not None and len(types) != config.num_hidden_layers:
         raise DominoError(
@@ -173,30 +180,48 @@ def said_of(where: str) -> Iterator[None]:
         raise DominoError(text if where in text else f"{where}: {text}") from None
 
 
-def decoder_fields(fields: Fields) -> dict[str, Any]:
-    """The fields of DecoderConfig."""
+def decoder_fields(fields: Fields, family: str = "qwen3") -> dict[str, Any]:
+    """The fields of DecoderConfig.
+
+    Args:
+        family: a model_type. Llama's files may leave out what follows from other fields, and Qwen2's the head's width.
+    """
     fields.get("hidden_act", one_of("silu"), "silu")
     read: dict[str, Any] = {
         name: fields.get(name, LAYERS if name == "num_hidden_layers" else SIZE)
         for name, kind in DecoderConfig.__annotations__.items()
-        if kind is int
+        if kind is int and name not in ("head_dim", "num_key_value_heads")
     }
+    heads, llama = read["num_attention_heads"], family == "llama"
+    kv_heads = fields.get("num_key_value_heads", nullable(SIZE), None) if llama else None
+    read["num_key_value_heads"] = kv_heads or (heads if llama else fields.get("num_key_value_heads", SIZE))
+    head_dim = fields.get("head_dim", nullable(SIZE), None) if family in DEFAULT_THETA else None
+    if head_dim is None and family in DEFAULT_THETA:
+        if read["hidden_size"] % heads:
+            raise DominoError(
+                f"{fields.where} has no head_dim, and num_attention_heads {heads} does not divide hidden_size "
+                f"{read['hidden_size']}."
+            )
+        head_dim = read["hidden_size"] // heads
+    read["head_dim"] = head_dim or fields.get("head_dim", SIZE)
     read["rms_norm_eps"] = fields.get("rms_norm_eps", number(above=0, point=True))
-    read["attention_bias"] = fields.get("attention_bias", BOOLEAN, False)
-    return read | _rope(fields, read["max_position_embeddings"])
+    # Qwen2's are where they are, whatever this field says.
+    read["attention_bias"] = fields.get("attention_bias", BOOLEAN, False) and family != "qwen2"
+    return read | _rope(fields, read["max_position_embeddings"], DEFAULT_THETA.get(family))
 
 
-def _rope(fields: Fields, max_position_embeddings: int) -> dict[str, Any]:
-    """`rope_theta` and `yarn`, in either spelling: rope_scaling beside rope_theta, or both in rope_parameters."""
+def _rope(fields: Fields, max_position_embeddings: int, default_theta: float | None) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` in either spelling: beside each other, or both in rope_parameters."""
     where = fields.where
     spellings = {name: fields.get(name, nullable(OBJECT), None) or {} for name in ("rope_scaling", "rope_parameters")}
     both = spellings["rope_parameters"] | spellings["rope_scaling"]  # transformers lets the second win
     label = next((f"{name}." for name, given in spellings.items() if given), "")
     rope = Fields(where, (label, both), null_is_absent=True)
     kind = rope.get("rope_type" if "rope_type" in both else "type", TEXT, "default")
-    if kind not in ("default", "yarn"):
-        raise DominoError(f'{where} has rope type {as_json(kind)}; "default" and "yarn" are supported.')
-    unknown = sorted(both.keys() - ROPE_KEYS - (YARN_KEYS if kind == "yarn" else set()))
+    if kind not in KINDS_OF_ROPE:
+        known = ", ".join(map(as_json, KINDS_OF_ROPE))
+        raise DominoError(f"{where} has rope type {as_json(kind)}; {known} are supported.")
+    unknown = sorted(both.keys() - ROPE_KEYS - KINDS_OF_ROPE[kind])
     if unknown:
         raise DominoError(
             f"{where} has {unknown[0]} among its RoPE settings, which is not supported with {as_json(kind)}."
@@ -205,27 +230,32 @@ def _rope(fields: Fields, max_position_embeddings: int) -> dict[str, Any]:
     levels = [(f"{name}.", given) for name, given in spellings.items()]
     if stated is not None:
         levels.append(("", {"rope_theta": stated}))
-    theta = Fields(where, *levels, null_is_absent=True).get("rope_theta", number(above=1))
+    theta = Fields(where, *levels, null_is_absent=True)
+    found = theta.get("rope_theta", number(above=1), default_theta) if default_theta else None
+    read: dict[str, Any] = {"rope_theta": found or theta.get("rope_theta", number(above=1))}
     if kind == "default":
-        return {"rope_theta": theta}
+        return read
     # transformers lets one beside the settings win.
     positions = fields.get("original_max_position_embeddings", nullable(SIZE), None)
-    return {"rope_theta": theta, "yarn": _read_yarn(rope, positions, max_position_embeddings)}
+    inside = rope.get("original_max_position_embeddings", SIZE, max_position_embeddings)
+    scaled = _read_yarn if kind == "yarn" else _read_llama3
+    return read | {"rope_scaling": scaled(rope, positions or inside)}
 
 
-def _read_yarn(rope: Fields, positions: int | None, max_position_embeddings: int) -> Yarn:
-    """YaRN's settings as transformers reads them, its attention factor settled.
+def _read_llama3(rope: Fields, positions: int) -> Llama3:
+    """The settings of Llama 3.1 and later, which are all needed."""
+    low, high = (rope.get(name, number(above=0)) for name in ("low_freq_factor", "high_freq_factor"))
+    return Llama3(rope.get("factor", number(least=1)), low, high, positions)
 
-    Args:
-        positions: `original_max_position_embeddings` from beside them.
-    """
+
+def _read_yarn(rope: Fields, positions: int) -> Yarn:
+    """YaRN's settings as transformers reads them, its attention factor settled."""
     factor = rope.get("factor", number(least=1))
     stated = rope.get("attention_factor", number(least=0), None)
     scale, all_dim = (rope.get(name, number(), None) for name in ("mscale", "mscale_all_dim"))
-    inside = rope.get("original_max_position_embeddings", SIZE, max_position_embeddings)
     return Yarn(
         factor=factor,
-        original_max_position_embeddings=positions or inside,
+        original_max_position_embeddings=positions,
         attention_factor=_attention_factor(factor, scale, all_dim) if stated is None else stated,
         beta_fast=rope.get("beta_fast", number(above=0), Yarn.beta_fast),
         beta_slow=rope.get("beta_slow", number(above=0), Yarn.beta_slow),

@@ -17,7 +17,7 @@ from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import check_output, lock_file, lock_folder
 
 PARTIAL = ".partial"
-HF, ORBAX, RUN = "Hugging Face", "Orbax", "training run"
+HF, ORBAX, RUN, GGUF = "Hugging Face", "Orbax", "training run", "GGUF"
 
 
 def read_config(folder: Path, num_target_layers: int | None = None) -> TargetConfig | DraftConfig | CustomDraftConfig:
@@ -45,7 +45,7 @@ def load_weights(
     Args:
         target: the folder of a drafter's target.
     """
-    if folder_format(folder) == HF:
+    if folder_format(folder) in (HF, GGUF):
         return hf.load_hf(folder, config, dtype, progress, mesh, target)
     return orbax.load_orbax(folder, config, dtype, progress, mesh)
 
@@ -57,12 +57,12 @@ def convert_folder(
     dtype: Any = None,
     target: Path | None = None,
 ) -> tuple[str, str]:
-    """Write the model of `source` in the other form: Hugging Face to Orbax; Orbax, or a training run, to Hugging Face.
+    """Write the model of `source` in another form: Hugging Face's to Orbax, all others to Hugging Face's.
 
     Every tensor of the model keeps its values, and its dtype unless another is asked for (a training run's float32
-    masters become bfloat16); config.json and the tokenizer's files keep their bytes. (A tied target's second copy of
-    its embeddings is not kept, nor is a drafter's of its target's, once they are compared; tensors that others name
-    otherwise come back under today's names.) The destination appears when it is whole.
+    masters become bfloat16, a GGUF file's blocks float32); config.json and the tokenizer's files keep their bytes. (A
+    tied target's second copy of its embeddings is not kept, nor is a drafter's of its target's, once they are compared;
+    tensors that others name otherwise come back under today's names.) The destination appears when it is whole.
 
     Args:
         target: the folder of a drafter's target, for drafters with copies of its embeddings or LM head.
@@ -101,7 +101,10 @@ def _convert(
         raw, dtype = config.to_hf(), dtype or jnp.bfloat16  # in today's names, whatever version began the run
     try:
         partial.mkdir()
-        if now == HF:
+        if was == GGUF:
+            module = hf.load_hf(source, config, progress=progress)
+            hf.save_hf(partial, module, config, raw, dtype)
+        elif now == HF:
             saved = orbax.Saved(source, config)
             hf.write_hf(partial, saved.read, config, raw, dtype, progress)
         else:
@@ -125,5 +128,9 @@ def _convert(
 
 
 def folder_format(folder: Path) -> str:
-    """The form of a model's folder: HF, ORBAX or RUN."""
-    return RUN if orbax.is_run(folder) else ORBAX if orbax.is_orbax(folder) else HF
+    """The form of a model's folder: HF, ORBAX, RUN or GGUF."""
+    if orbax.is_run(folder):
+        return RUN
+    if orbax.is_orbax(folder):
+        return ORBAX
+    return HF if any(folder.glob("*.safetensors")) or not any(folder.glob("*.gguf")) else GGUF

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from convert.safetensors import Index
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.weights import TensorRow, axes, flatten
-
-Index = tuple[slice, ...]  # one slice for each axis
 
 LAYER: tuple[TensorRow, ...] = (
     ("layers.{i}.input_norm", "D", ("layers.{i}.input_layernorm.weight",)),

@@ -27,6 +27,11 @@ class PublicModel(NamedTuple):
     dflash: str | None = None
     shape: tuple[int, int] | None = None  # width and layers of a target with drafters, to recognise it in a folder
 
+    @property
+    def drafter(self) -> str | None:
+        """The one that is taken where none is asked for: Domino's, else DFlash's."""
+        return self.domino or self.dflash
+
 
 TABLE = {
     "demo": PublicModel(str(DEMO_FOLDER / "target"), str(DEMO_FOLDER / "draft")),
@@ -37,12 +42,16 @@ TABLE = {
     "qwen3-14b": PublicModel("Qwen/Qwen3-14B"),
     "qwen3-32b": PublicModel("Qwen/Qwen3-32B"),
     "qwen3-30b-a3b": PublicModel("Qwen/Qwen3-30B-A3B"),
+    "llama-3.1-8b": PublicModel(
+        "meta-llama/Llama-3.1-8B-Instruct", dflash="z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"
+    ),
+    "smollm2-135m": PublicModel("HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
-# After --draft a target's name means its Domino drafter; its DFlash drafter has a name of its own.
+# After --draft a target's name means its Domino drafter, where it has one; its DFlash drafter has a name of its own.
 DFLASH = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash}
-DRAFTERS = {name: public.domino for name, public in TABLE.items() if public.domino} | DFLASH
+DRAFTERS = {name: public.drafter for name, public in TABLE.items() if public.drafter} | DFLASH
 # What --help says, here and in the benchmark.
-MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, or org/repo on the Hub"
+MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, a GGUF file, or org/repo on the Hub"
 DRAFT_HELP = (
     f"drafter: {', '.join(DRAFTERS)}, a folder or org/repo; a smaller Qwen3, such as qwen3-0.6b, as assistant; ngram "
     "for matches in the text, DIR+ngram for both; or none. By default the public one of the model's name or repository"
@@ -69,7 +78,7 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
     if draft is None:
         # A folder has no public drafter, even if its path reads like a repository's name.
         public = model in TABLE or not _is_folder(target)
-        return target, next((p.domino for p in TABLE.values() if public and p.target == target), None)
+        return target, next((p.drafter for p in TABLE.values() if public and p.target == target), None)
     if draft == NO_DRAFT:
         return target, None
     if draft in TABLE and draft not in DRAFTERS:  # a model as assistant
@@ -83,7 +92,7 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
 
 def is_public_domino(model: str, draft: str | None) -> bool:
     """Whether the values of --model and --draft name a Domino drafter that is published for its target."""
-    return locate(model, draft)[1] in {public.domino for public in TABLE.values() if public.dflash}
+    return locate(model, draft)[1] in {public.domino for public in TABLE.values() if public.domino and public.dflash}
 
 
 def split_draft(draft: str | None) -> tuple[str | None, bool]:
@@ -211,8 +220,9 @@ def read_configs(
 
 
 def _is_folder(place: str) -> bool:
+    """Whether it is a folder of this machine, or a file that takes a folder's place."""
     try:
-        return Path(place).is_dir()
+        return Path(place).is_dir() or (place.endswith(".gguf") and Path(place).is_file())
     except OSError as error:
         raise DominoError(f"{place} can't be read: {first_line(error)}.") from None
 
@@ -224,18 +234,25 @@ def open_place(place: str, asked: str, flag: str, revision: str | None, console:
         DominoError: it is neither, or the Hub does not have it.
     """
     if _is_folder(place):
-        return Path(place)
+        return _readable(Path(place))
     if place.startswith(str(DEMO_FOLDER)):
         raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
     if not re.fullmatch(REPOSITORY, place):
         known = DRAFTERS if flag == "--draft" else TABLE
         raise DominoError(
-            f"{asked!r} is neither a name ({', '.join(known)}) nor a folder here nor org/repo on the Hub; "
+            f"{asked!r} is neither a name ({', '.join(known)}) nor a folder or GGUF file here nor org/repo on the Hub; "
             f"give a folder with {flag} DIR."
         )
     from convert import hub
 
     return hub.open_snapshot(place, revision, flag, console)
+
+
+def _readable(place: Path) -> Path:
+    """The folder to read a model from: the place itself, or one that is made of a GGUF file."""
+    from convert.gguf import as_folder
+
+    return as_folder(place)
 
 
 def _plainly(model: str, target: Path) -> str:

@@ -1,11 +1,12 @@
 """Tensors of safetensors files, read part by part in bounded memory."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ from convert.values import is_whole, json_kind, shown, shown_key
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import parse_json
 
+Index = tuple[slice, ...]  # one slice for each axis
 BLOCK_BYTES = 64 * 2**20  # read at once of a tensor of which some columns are wanted
 LARGEST_HEADER = 10**8  # bytes, as the library takes them
 BITS = {
@@ -39,7 +41,8 @@ DTYPES = {
 }
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True)
+class Stored:
     """Where a tensor is and what it is; its values are read later."""
 
     file: Path
@@ -52,6 +55,32 @@ class Stored(NamedTuple):
     def bytes(self) -> int:
         """Its size in the file."""
         return prod(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def form(self) -> str:
+        """As what its values lie in the file, in a word."""
+        return self.dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        """The part of it that `index` has a slice of step 1 for each axis of.
+
+        Raises:
+            OSError, EOFError: it can't be read.
+        """
+        dtype, shape = DTYPES[self.dtype], self.shape or (1,)
+        rows, *columns = (range(*one.indices(size)) for one, size in zip(index or (slice(None),), shape, strict=True))
+        part = np.empty((len(rows), *map(len, columns)), dtype)
+        row_bytes = prod(shape[1:]) * dtype.itemsize
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.begin + rows.start * row_bytes)
+            if part.shape[1:] == shape[1:]:
+                fill(part, stream)
+            else:
+                for start in range(0, len(rows), step := max(1, BLOCK_BYTES // max(row_bytes, 1))):
+                    block = np.empty((min(step, len(rows) - start), *shape[1:]), dtype)
+                    fill(block, stream)
+                    part[start : start + len(block)] = block[:, *index[1:]]
+        return part.reshape(part.shape if self.shape else ())
 
 
 def stored_tensors(file: Path) -> list[Stored]:
@@ -134,18 +163,22 @@ def _tensors(file: Path, header: dict[str, Any], start: int, total: int) -> list
 class TensorFiles:
     """The tensors of some files by name.
 
+    Args:
+        files: to read.
+        tensors_of: gives those of one file; a safetensors file's by default.
+
     They are read, not mapped into memory: a mapping of a file that is cut short ends the process where it is touched.
 
     Raises:
         DominoError: a file is damaged, or two have a tensor of one name.
     """
 
-    def __init__(self, files: Iterable[Path]):
+    def __init__(self, files: Iterable[Path], tensors_of: Callable[[Path], list[Stored]] = stored_tensors):
         self.stored: dict[str, Stored] = {}
         self._states: dict[Path, tuple[int, ...]] = {}
         for file in files:
             self._states[file] = _state(file)
-            for stored in stored_tensors(file):
+            for stored in tensors_of(file):
                 if stored.name in self.stored:
                     raise DominoError(
                         f"{stored.name} is in {self.stored[stored.name].file} and in {file.name}: it can't be told "
@@ -157,7 +190,7 @@ class TensorFiles:
         if _state(file) != self._states[file]:
             raise DominoError(f"{file} changed while it was read: try again when nothing writes it.")
 
-    def read(self, tensor: Stored, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(self, tensor: Stored, index: Index | None = None) -> np.ndarray:
         """The tensor, or the part that `index` has a slice of step 1 for each axis of.
 
         Raises:
@@ -168,7 +201,7 @@ class TensorFiles:
             raise DominoError(f"{tensor.name} in {tensor.file} can't be read: NumPy has no dtype {tensor.dtype}.")
         self._check_same(tensor.file)
         try:
-            part = _read(tensor, index or (slice(None),) * len(tensor.shape))
+            part = tensor.read(index or (slice(None),) * len(tensor.shape))
         except (OSError, EOFError) as error:
             self._check_same(tensor.file)
             raise DominoError(f"{tensor.name} in {tensor.file} can't be read: {first_line(error)}.") from None
@@ -176,25 +209,12 @@ class TensorFiles:
         return part
 
 
-def _read(tensor: Stored, index: tuple[slice, ...]) -> np.ndarray:
-    """Raises: OSError, EOFError: it can't be read."""
-    dtype, shape = DTYPES[tensor.dtype], tensor.shape or (1,)
-    rows, *columns = (range(*one.indices(size)) for one, size in zip(index or (slice(None),), shape, strict=True))
-    part = np.empty((len(rows), *map(len, columns)), dtype)
-    row_bytes = prod(shape[1:]) * dtype.itemsize
-    with tensor.file.open("rb", buffering=0) as stream:
-        stream.seek(tensor.begin + rows.start * row_bytes)
-        if part.shape[1:] == shape[1:]:
-            _fill(part, stream)
-        else:
-            for start in range(0, len(rows), step := max(1, BLOCK_BYTES // max(row_bytes, 1))):
-                block = np.empty((min(step, len(rows) - start), *shape[1:]), dtype)
-                _fill(block, stream)
-                part[start : start + len(block)] = block[:, *index[1:]]
-    return part.reshape(part.shape if tensor.shape else ())
+def fill(array: np.ndarray, stream: RawIOBase) -> None:
+    """Fill an array with the next bytes of a file.
 
-
-def _fill(array: np.ndarray, stream: RawIOBase) -> None:
+    Raises:
+        OSError, EOFError: there are not so many.
+    """
     rest = array.reshape(-1).view(np.uint8).data
     while rest:
         read = stream.readinto(rest)

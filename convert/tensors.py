@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from convert.fields import read_json
+from convert.gguf import gguf_files, open_gguf
 from convert.names import entries
 from convert.safetensors import Stored, TensorFiles
 from domino_jax import layers
@@ -48,7 +49,7 @@ def tensor_index(folder: Path) -> dict[str, Path] | None:
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the single one, those that its index names, or all.
+    """The files of a folder's weights: the single safetensors, those that its index names, all, or else GGUF files.
 
     Raises:
         DominoError: there are none, one that the index names is missing, or only pickles are there.
@@ -59,7 +60,7 @@ def tensor_files(folder: Path) -> list[Path]:
     elif placed is not None:
         files = sorted(set(placed.values()))
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors")) or gguf_files(folder)
     if not files:
         pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
         if pickles:
@@ -82,7 +83,8 @@ def open_tensors(folder: Path) -> TensorFiles:
     Raises:
         DominoError: see `tensor_files` and `TensorFiles`; or files and index disagree.
     """
-    placed, tensors = tensor_index(folder), TensorFiles(tensor_files(folder))
+    placed, files = tensor_index(folder), tensor_files(folder)
+    tensors = open_gguf(files) if is_gguf(files) else TensorFiles(files)
     if placed is not None:
         index = folder / INDEX
         for name, stored in tensors.stored.items():
@@ -96,6 +98,11 @@ def open_tensors(folder: Path) -> TensorFiles:
             if name not in tensors.stored:
                 raise DominoError(f"{index} places {name} in {file.name}, which has no such tensor.")
     return tensors
+
+
+def is_gguf(files: Sequence[Path]) -> bool:
+    """Whether a model's files are GGUF's."""
+    return files[0].suffix == ".gguf"
 
 
 def unread_files(folder: Path) -> list[str]:

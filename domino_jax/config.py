@@ -28,6 +28,13 @@ if TYPE_CHECKING:  # they import this file
     from domino_jax.weights import TensorRow
 
 MoeBackend = Literal["grouped", "one by one"]
+# Of each family of targets, by its model_type: the name of transformers' model.
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,30 @@ class Yarn:
     def to_hf(self) -> dict[str, Any]:
         """The `rope_scaling` of a config.json."""
         return {"rope_type": "yarn", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """RoPE of Llama 3.1 and later, whose slow frequencies are divided; the names are Hugging Face's.
+
+    `layers.divided` says what they do.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise DominoError(
+                f"high_freq_factor ({self.high_freq_factor:g}) must be above low_freq_factor "
+                f"({self.low_freq_factor:g})."
+            )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_scaling` of a config.json."""
+        return {"rope_type": "llama3", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +114,7 @@ class MoeConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a stack of Qwen3 decoder layers; the field names are Hugging Face's, `yarn` its `rope_scaling`."""
+    """Shape of a stack of decoder layers; the field names are Hugging Face's."""
 
     vocab_size: int
     hidden_size: int
@@ -96,7 +127,7 @@ class DecoderConfig:
     rope_theta: float
     max_position_embeddings: int
     attention_bias: bool = field(default=False, kw_only=True)
-    yarn: Yarn | None = field(default=None, kw_only=True)
+    rope_scaling: Yarn | Llama3 | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -114,7 +145,8 @@ class DecoderConfig:
     @property
     def positions(self) -> int:
         """Positions that may be used. Qwen's recipe for YaRN adds `rope_scaling` and leaves max_position_embeddings."""
-        stretched = round(self.yarn.factor * self.yarn.original_max_position_embeddings) if self.yarn else 0
+        yarn = self.rope_scaling
+        stretched = round(yarn.factor * yarn.original_max_position_embeddings) if isinstance(yarn, Yarn) else 0
         return max(self.max_position_embeddings, stretched)
 
     @property
@@ -134,10 +166,24 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class TargetConfig(DecoderConfig):
-    """A Qwen3 language model, dense or (with `moe`) a mixture of experts."""
+    """A language model: Qwen3, dense or (with `moe`) a mixture of experts; Llama; Qwen2."""
 
     tie_word_embeddings: bool
     moe: MoeConfig | None = field(default=None, kw_only=True)
+    qk_norm: bool = field(default=True, kw_only=True)  # Qwen3's norms of queries and keys
+    qkv_bias: bool = field(default=False, kw_only=True)  # Qwen2's biases; those of `attention_bias` are on o too
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert not (self.qkv_bias and (self.qk_norm or self.attention_bias)), "no family has these"
+        assert self.qk_norm or not self.moe, "no family has these"
+
+    @property
+    def family(self) -> str:
+        """The kind of model, as config.json's model_type names it."""
+        if self.moe:
+            return "qwen3_moe"
+        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -152,10 +198,13 @@ class TargetConfig(DecoderConfig):
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers loads as this model."""
+        fields = _hf_fields(self) | (self.moe.to_hf() if self.moe else {})
+        if self.qkv_bias:
+            del fields["attention_bias"]
         return {
-            "architectures": ["Qwen3MoeForCausalLM" if self.moe else "Qwen3ForCausalLM"],
-            **_hf_fields(self),
-            **({"model_type": "qwen3_moe", **self.moe.to_hf()} if self.moe else {}),
+            "architectures": [ARCHITECTURES[self.family]],
+            **fields,
+            "model_type": self.family,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
 
@@ -331,8 +380,8 @@ def check_pair(target: TargetConfig, draft: DraftConfig | CustomDraftConfig) -> 
             f"the drafter's rope_theta ({draft.rope_theta:g}) differs from the target's ({target.rope_theta:g}); "
             "acceptance may be low."
         )
-    if target.yarn != draft.yarn:
-        ours, theirs = (f"YaRN, {config.yarn}" if config.yarn else "none" for config in (target, draft))
+    if target.rope_scaling != draft.rope_scaling:
+        ours, theirs = (config.rope_scaling or "none" for config in (target, draft))
         warnings.append(
             f"the drafter's rope_scaling ({theirs}) differs from the target's ({ours}); acceptance may be low."
         )
@@ -357,6 +406,6 @@ def _hf_fields(config: DecoderConfig) -> dict[str, Any]:
         "model_type": "qwen3",
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        "rope_scaling": config.yarn.to_hf() if config.yarn else None,
-        **{name: value for name, value in config.geometry().items() if name != "yarn"},
+        **config.geometry(),
+        "rope_scaling": config.rope_scaling.to_hf() if config.rope_scaling else None,
     }

@@ -125,7 +125,8 @@ class Fields:
         found = self.given(name, *also)
         if not found:
             if default is REQUIRED:
-                raise DominoError(f"{self.where} has no {name}; expected {kind.words}.")
+                prefix = self.levels[0][0] if len(self.levels) == 1 else ""
+                raise DominoError(f"{self.where} has no {prefix}{name}; expected {kind.words}.")
             return default
         for label, value in found:
             if not kind.holds(value):

@@ -1,4 +1,4 @@
-"""The pieces of a Qwen3 layer, as pure functions (docs/algorithm.md, section 2)."""
+"""The pieces of a decoder layer, as pure functions (docs/algorithm.md, section 2)."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax import moe
-from domino_jax.config import DecoderConfig, MoeConfig, Yarn
+from domino_jax.config import DecoderConfig, Llama3, MoeConfig, Yarn
 from domino_jax.matrix import AnyMatrix, dot, dot_each, take
 from domino_jax.weights import Layer
 
@@ -24,15 +24,21 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def rotary(positions: Array, config: DecoderConfig) -> Rotary:
     """RoPE angles of absolute `positions` [...]: cos and sin, [..., H/2] float32, with YaRN times its factor."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(config)
-    if config.yarn:
-        return jnp.cos(angles) * config.yarn.attention_factor, jnp.sin(angles) * config.yarn.attention_factor
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin, scaling = jnp.cos(angles), jnp.sin(angles), config.rope_scaling
+    if isinstance(scaling, Yarn):
+        return cos * scaling.attention_factor, sin * scaling.attention_factor
+    return cos, sin
 
 
 def frequencies(config: DecoderConfig) -> Array:
-    """RoPE's angle of each element pair at position 1, with YaRN stretched: [H/2] float32."""
+    """RoPE's angle of each element pair at position 1, as `rope_scaling` changes it: [H/2] float32."""
     inverse = 1.0 / config.rope_theta ** (jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    return stretched(inverse, config.yarn, config.rope_theta, config.head_dim) if config.yarn else inverse
+    match config.rope_scaling:
+        case Yarn() as yarn:
+            return stretched(inverse, yarn, config.rope_theta, config.head_dim)
+        case Llama3() as llama3:
+            return divided(inverse, llama3)
+    return inverse
 
 
 def stretched(inverse: Array, yarn: Yarn, theta: float, head_dim: int) -> Array:
@@ -56,6 +62,18 @@ def stretched(inverse: Array, yarn: Yarn, theta: float, head_dim: int) -> Array:
     return inverse / yarn.factor * slow + inverse * (1 - slow)
 
 
+def divided(inverse: Array, scaling: Llama3) -> Array:
+    """Llama 3.1's frequencies from RoPE's [H/2]: slow ones divided by `factor`, fast ones as they are, a ramp between.
+
+    Slow is what turns at most `low_freq_factor` times over the original positions, fast what turns `high_freq_factor`
+    times or more.
+    """
+    turns = scaling.original_max_position_embeddings * inverse / (2 * math.pi)
+    fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    fast = jnp.clip(fast, 0, 1)
+    return inverse / scaling.factor * (1 - fast) + inverse * fast
+
+
 def rotate(x: Array, angles: Rotary) -> Array:
     """Rotate element i of the last axis with element i + H/2. x is [..., T, heads, H]."""
     cos, sin = (a[..., None, :] for a in angles)
@@ -74,16 +92,16 @@ def unembed(x: Array, vocabulary: AnyMatrix) -> Array:
 
 
 def queries(layer: Layer, x: Array, angles: Rotary, eps: float) -> Array:
-    """[..., T, D] -> [..., T, N, H]: projected, normed per head, rotated."""
-    return rotate(rms_norm(biased(dot(x, layer.q), layer.q_bias), layer.q_norm, eps), angles)
+    """[..., T, D] -> [..., T, N, H]: projected, normed per head where the model does, rotated."""
+    return rotate(normed_heads(biased(dot(x, layer.q), layer.q_bias), layer.q_norm, eps), angles)
 
 
 def keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array]:
-    """[..., T, D] -> two [..., T, K, H]: keys normed per head and rotated, values as projected."""
+    """[..., T, D] -> two [..., T, K, H]: keys as queries are, values as projected."""
     k, v = dot_each(x, layer.kv)
     if layer.kv_bias is not None:
         k, v = k + layer.kv_bias[0], v + layer.kv_bias[1]
-    return rotate(rms_norm(k, layer.k_norm, eps), angles), v
+    return rotate(normed_heads(k, layer.k_norm, eps), angles), v
 
 
 def residual(layer: Layer, x: Array, attended: Array, eps: float, experts: MoeConfig | None = None) -> Array:
@@ -105,6 +123,11 @@ def swiglu(layer: Layer, y: Array) -> Array:
     """down(silu(gate(y)) · up(y)): [..., D] -> [..., D]."""
     gate, up = dot_each(y, layer.gate_up)
     return dot(jax.nn.silu(gate) * up, layer.down)
+
+
+def normed_heads(x: Array, weight: Array | None, eps: float) -> Array:
+    """Queries or keys after `rms_norm` per head, if the model has that norm."""
+    return x if weight is None else rms_norm(x, weight, eps)
 
 
 def biased(x: Array, bias: Array | None) -> Array:

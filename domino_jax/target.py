@@ -1,4 +1,4 @@
-"""The target model, Qwen3: hidden states, features, logits (docs/algorithm.md, section 2)."""
+"""The target model: hidden states, features, logits (docs/algorithm.md, section 2)."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -7,7 +7,7 @@ decoding.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +23,27 @@ TensorRow = tuple[str, str, tuple[str, ...]]
 
 
 class Layer(nnx.Module):
-    """One Qwen3 decoder layer; target and drafter share the form.
+    """One decoder layer; target and drafter share the form.
 
-    K lies with V, and gate with up, in one matrix each: both are products of the same input. The biases are None where
-    the config has no `attention_bias`, the router where the layer has one MLP. Where it has experts, `gate_up` and
-    `down` hold all of theirs.
+    K lies with V, and gate with up, in one matrix each: both are products of the same input. What the config does not
+    have is None: biases, the norms of queries and keys, the router where the layer has one MLP. Where it has experts,
+    `gate_up` and `down` hold all of theirs.
+
+    Args:
+        bias: of q, k, v and o, of "qkv" alone, or none.
     """
 
-    def __init__(self, leaf: Leaf, bias: bool = False, experts: bool = False):
+    def __init__(self, leaf: Leaf, bias: bool | Literal["qkv"] = False, experts: bool = False, qk_norm: bool = True):
         none = nnx.data(None)
         self.input_norm: Array = leaf("D")
         self.q: Array = leaf("N H D")
         self.kv: Array = leaf("2 K H D")
         self.q_bias: Array | None = leaf("N H") if bias else none
         self.kv_bias: Array | None = leaf("2 K H") if bias else none
-        self.q_norm: Array = leaf("H")
-        self.k_norm: Array = leaf("H")
+        self.q_norm: Array | None = leaf("H") if qk_norm else none
+        self.k_norm: Array | None = leaf("H") if qk_norm else none
         self.o: Array = leaf("D NH")
-        self.o_bias: Array | None = leaf("D") if bias else none
+        self.o_bias: Array | None = leaf("D") if bias is True else none
         self.mlp_norm: Array = leaf("D")
         self.router: Array | None = leaf("RE D") if experts else none
         self.gate_up: Array = leaf("E 2 I D" if experts else "2 F D")
@@ -48,12 +51,13 @@ class Layer(nnx.Module):
 
 
 class Target(nnx.Module):
-    """Qwen3; `lm_head` is None where the embeddings are tied."""
+    """A target; `lm_head` is None where the embeddings are tied."""
 
     def __init__(self, config: TargetConfig, leaf: Leaf):
         self.embed: Array = leaf("V D")
+        bias = "qkv" if config.qkv_bias else config.attention_bias
         self.layers = nnx.List(
-            [Layer(leaf, config.attention_bias, config.is_sparse(i)) for i in range(config.num_hidden_layers)]
+            [Layer(leaf, bias, config.is_sparse(i), config.qk_norm) for i in range(config.num_hidden_layers)]
         )
         self.norm: Array = leaf("D")
         self.lm_head: Array | None = nnx.data(None) if config.tie_word_embeddings else leaf("V D")

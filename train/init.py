@@ -50,8 +50,13 @@ def from_target(
         made |= {
             path: theirs[path.replace(f"layers.{i}.", f"layers.{depth - layers + i}.", 1)]
             for path in weights
-            if path.startswith(f"layers.{i}.")
+            if path.startswith(f"layers.{i}.") and (config.qk_norm or not path.endswith(("q_norm", "k_norm")))
         }
+        if not config.qk_norm:  # one that leaves the mean size of queries and keys as it is
+            layer = target.layers[depth - layers + i]
+            for name, weight in (("q_norm", layer.q), ("k_norm", layer.kv[0])):
+                size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(weight * layer.input_norm), axis=-1)))
+                made[f"layers.{i}.{name}"] = jnp.full_like(weights[f"layers.{i}.{name}"], size)
     made["norm"] = theirs["norm"]
     made["context_norm"] = theirs[f"layers.{depth - 1}.input_norm"]
     width, below = config.hidden_size, [i for i in draft.target_layer_ids if i < depth - 1]

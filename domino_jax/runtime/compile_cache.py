@@ -1,13 +1,14 @@
 """JAX's persistent compilation cache, so that a second start compiles little."""
 
 import hashlib
-import os
 import platform
 from contextlib import suppress
 from pathlib import Path
 
 import jax
 import jaxlib.version
+
+from domino_jax.runtime.files import user_cache
 
 MAX_BYTES = 2 << 30  # of the cache; the oldest programs are deleted first
 MIN_COMPILE_SECONDS = 0.1  # a program that compiles in less is not written
@@ -40,13 +41,9 @@ def enable_compile_cache() -> Path | None:
 
 def _default_folder() -> Path:
     """A folder for this version of JAX and this kind of CPU: machines may share a home, but not a CPU's programs."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
-        home = Path(os.devnull)
     machine = platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         machine += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = hashlib.sha256(machine.encode()).hexdigest()[:8]
-    return home / "domino-jax" / f"jax-{jax.__version__}-{jaxlib.version.__version__}-{kind}"
+    return user_cache() / f"jax-{jax.__version__}-{jaxlib.version.__version__}-{kind}"

@@ -135,6 +135,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def user_cache() -> Path:
+    """The user's folder for what can be made again; it need not exist, and for a user without a home it can't."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        home = Path(os.devnull)
+    return home / "domino-jax"
+
+
 def output_kind(folder: Path) -> OutputKind | None:
     """What a folder holds; None where it is missing or empty.
 

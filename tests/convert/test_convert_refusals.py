@@ -247,11 +247,11 @@ def test_folders_without_weights_or_config_are_refused(target, tmp_path):
 
 # --- Configs ------------------------------------------------------------------------------------------------------
 
-LLAMA = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32768}
+PROPORTIONAL = {"rope_type": "proportional", "factor": 4.0}
 BOTH = {
-    "rope_scaling": ({"rope_scaling": LLAMA}, 'rope type "llama3"'),
+    "rope_scaling": ({"rope_scaling": PROPORTIONAL}, 'rope type "proportional"'),
     "rope_scaling, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope type "linear"'),
-    "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | LLAMA}, 'rope type "llama3"'),
+    "rope_parameters": ({"rope_parameters": {"rope_theta": 1e6} | PROPORTIONAL}, 'rope type "proportional"'),
     "dynamic rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 'rope type "dynamic"'),
     "long rope": ({"rope_scaling": {"rope_type": "longrope"}}, 'rope type "longrope"'),
     "unknown rope": ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "spiral"}}, 'rope type "spiral"'),
@@ -270,7 +270,7 @@ BOTH = {
     "heads": ({"num_attention_heads": 5, "num_key_value_heads": 2}, "must be a multiple"),
 }
 TARGETS = {
-    "another architecture": ({"model_type": "llama"}, 'model_type "llama"'),
+    "another architecture": ({"model_type": "gemma2"}, 'model_type "gemma2"'),
     "another MoE": ({"model_type": "qwen2_moe"}, 'model_type "qwen2_moe"'),
     "use_sliding_window": ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window"),
     "sliding layer": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),

@@ -154,10 +154,15 @@ def total(*files: Path) -> int:
 # --- Names --------------------------------------------------------------------------------------------------------
 
 
+LLAMA = ("meta-llama/Llama-3.1-8B-Instruct", "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat")
+
+
 def test_the_table_has_the_public_checkpoints():
     assert {name for name, public in names.TABLE.items() if public.domino} == {"demo", "qwen3-4b", "qwen3-8b"}
     assert [public.target for public in names.TABLE.values()][1:] == [
-        f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B")
+        *(f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B")),
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ]
     assert set(SHAPES) <= set(names.TABLE)  # the benchmark's shapes go by the same names
     for name, public in names.TABLE.items():
@@ -178,6 +183,10 @@ def test_the_table_has_the_public_checkpoints():
         ("Qwen/Qwen3-14B", None, ("Qwen/Qwen3-14B", None)),
         ("qwen3-14b", "my/drafter", ("Qwen/Qwen3-14B", "my/drafter")),
         ("some/model", None, ("some/model", None)),
+        ("llama-3.1-8b", None, LLAMA),
+        (LLAMA[0], "llama-3.1-8b", LLAMA),
+        ("llama-3.1-8b", "llama-3.1-8b-dflash", LLAMA),
+        ("smollm2-135m", None, ("HuggingFaceTB/SmolLM2-135M-Instruct", None)),
     ],
 )
 def test_names_and_repositories_find_their_drafter(model, draft, found):

@@ -116,7 +116,7 @@ def registered(monkeypatch) -> None:
 CONFIG = ChainConfig(**BYTE_TARGET.geometry(num_hidden_layers=1), rank=3, steps=4)
 RAW = {
     "architectures": ["ChainModel"],
-    **{name: value for name, value in CONFIG.geometry().items() if name != "yarn"},
+    **{name: value for name, value in CONFIG.geometry().items() if name != "rope_scaling"},
     "rank": 3,
     "chain_steps": 4,
 }

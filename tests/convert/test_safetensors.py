@@ -19,7 +19,7 @@ from convert.__main__ import main
 from convert.check import check_folder
 from convert.folders import convert_folder
 from convert.identity import model_fingerprint
-from convert.safetensors import LARGEST_HEADER, TensorFiles, stored_tensors
+from convert.safetensors import LARGEST_HEADER, Stored, TensorFiles, stored_tensors
 from convert.tensors import SINGLE, open_tensors
 from domino_jax.errors import DominoError
 
@@ -260,13 +260,13 @@ def test_a_file_that_is_cut_within_a_read_is_a_sentence(tmp_path, monkeypatch, c
     file = tmp_path / "file.safetensors"
     save_file({"a": np.ones((4096, 64), np.float32)}, file)
     files = TensorFiles([file])
-    plain = safetensors._read
+    plain = Stored.read
 
     def read(*arguments: Any) -> np.ndarray:
         cut(file)
         return plain(*arguments)
 
-    monkeypatch.setattr(safetensors, "_read", read)
+    monkeypatch.setattr(Stored, "read", read)
     with pytest.raises(DominoError, match="changed while it was read"):
         files.read(files.stored["a"], index)
 

@@ -1,4 +1,4 @@
-"""What a Qwen3 can be beside dense: experts, YaRN, biases, against transformers and tests/reference.py; in float32."""
+"""What a target can be beside dense Qwen3: against transformers and tests/support/reference.py, in float32."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from convert import hf
 from convert.folders import convert_folder
 from domino_jax import cache as kv
 from domino_jax import layers, moe, prepare, sharding, target
-from domino_jax.config import DecoderConfig, MoeConfig, TargetConfig, Yarn, check_pair
+from domino_jax.config import DecoderConfig, Llama3, MoeConfig, TargetConfig, Yarn, check_pair
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters import block
 from domino_jax.errors import DominoError
@@ -34,6 +34,7 @@ TOLERANCE = 1e-4
 
 MOE = MoeConfig(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True)
 YARN = Yarn(factor=4.0, original_max_position_embeddings=16, attention_factor=0.1 * math.log(4) + 1)
+LLAMA3 = Llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 RAMP = Yarn(2.5, 64, 0.8, beta_fast=4.0, beta_slow=1.5, truncate=False)
 MIXED = dataclasses.replace(MOE, norm_topk_prob=False, mlp_only_layers=(1,))
 
@@ -45,13 +46,16 @@ TARGETS = {
         moe=dataclasses.replace(MOE, num_experts_per_tok=1, decoder_sparse_step=2)
     ),
     "all experts at once": make(moe=dataclasses.replace(MOE, num_experts_per_tok=8), num_hidden_layers=1),
-    "YaRN": make(yarn=YARN, head_dim=16),
-    "YaRN, its ramp and factor stated": make(yarn=RAMP, head_dim=16, rope_theta=1e4),
+    "YaRN": make(rope_scaling=YARN, head_dim=16),
+    "YaRN, its ramp and factor stated": make(rope_scaling=RAMP, head_dim=16, rope_theta=1e4),
     "biases": make(attention_bias=True),
-    "everything": make(attention_bias=True, moe=MIXED, yarn=YARN, head_dim=16),
+    "everything": make(attention_bias=True, moe=MIXED, rope_scaling=YARN, head_dim=16),
+    "Llama": make(qk_norm=False, head_dim=8, tie_word_embeddings=True, num_key_value_heads=4),
+    "Llama 3.1": make(qk_norm=False, rope_scaling=LLAMA3, head_dim=16, attention_bias=True),
+    "Qwen2": make(qk_norm=False, qkv_bias=True, head_dim=8, num_hidden_layers=2),
 }
 SMALL = dataclasses.replace(TARGETS["everything"], num_hidden_layers=2)
-WITHIN = {"experts, not normalised, a dense layer among them", "YaRN", "biases"}  # "everything" has these too
+WITHIN = {"experts, not normalised, a dense layer among them", "YaRN", "biases", "Llama"}  # "everything" has these too
 every = pytest.mark.parametrize(
     "config", [pytest.param(c, id=n, marks=[pytest.mark.slow] if n in WITHIN else []) for n, c in TARGETS.items()]
 )
@@ -228,7 +232,7 @@ def test_a_drafter_for_experts_is_trained():
     """The loss is the restatement's, and every weight of the drafter has a gradient."""
     pair = factory.Pair.make(factory.draft_config(SMALL), SMALL)
     config = pair.configs.draft
-    assert config is not None and config.attention_bias and config.yarn == YARN
+    assert config is not None and config.attention_bias and config.rope_scaling == YARN
     row, anchors, lam = ids(1, 20)[0], [2, 6, 13], 0.3
 
     @jax.jit
@@ -262,9 +266,9 @@ def test_a_drafter_for_experts_is_trained():
 @pytest.mark.slow
 def test_a_folder_with_experts_and_yarn_runs_from_the_command_line(tmp_path, capsys):
     """As Hugging Face files and as Orbax ones, beyond max_position_embeddings, with a drafter and without."""
-    changes: dict[str, Any] = {"moe": MIXED, "yarn": Yarn(4.0, 16, 1.1), "max_position_embeddings": 40}
+    changes: dict[str, Any] = {"moe": MIXED, "rope_scaling": Yarn(4.0, 16, 1.1), "max_position_embeddings": 40}
     config = make_target(tmp_path / "target", **changes)
-    make_draft(tmp_path / "draft", **{k: changes[k] for k in ("yarn", "max_position_embeddings")})
+    make_draft(tmp_path / "draft", **{k: changes[k] for k in ("rope_scaling", "max_position_embeddings")})
     assert config.positions == 64
     assert convert_folder(tmp_path / "target", tmp_path / "orbax") == ("Hugging Face", "Orbax")
     found = []
@@ -296,7 +300,7 @@ def test_random_biases_begin_at_zero():
 )
 def test_a_drafter_with_yarn_biases_and_windows_is_the_specs(windows):
     """In decoding and in training, anchors beyond YaRN's original positions too."""
-    config = factory.draft_config(attention_bias=True, yarn=YARN, head_dim=16, windows=windows)
+    config = factory.draft_config(attention_bias=True, rope_scaling=YARN, head_dim=16, windows=windows)
     pair = factory.Pair.make(config, seed=4)
     target_w, _, draft_w, draft_cfg = pair.reference()
     assert hf.parse_config(draft_cfg) == config
@@ -321,11 +325,11 @@ def test_a_drafter_with_yarn_biases_and_windows_is_the_specs(windows):
 
 
 def test_other_rope_scaling_in_the_drafter_is_a_warning():
-    config = make(yarn=YARN)
+    config = make(rope_scaling=YARN)
     assert check_pair(config, factory.draft_config(config)) == []
     (warning,) = check_pair(config, factory.draft_config())
     assert "rope_scaling" in warning and "none" in warning and "factor=4.0" in warning
-    assert len(check_pair(factory.TARGET, factory.draft_config(yarn=YARN, rope_theta=7.0))) == 2
+    assert len(check_pair(factory.TARGET, factory.draft_config(rope_scaling=YARN, rope_theta=7.0))) == 2
 
 
 # --- YaRN ---------------------------------------------------------------------------------------------------------
@@ -375,14 +379,15 @@ def test_qwens_recipe_gives_its_positions():
     """It adds rope_scaling to config.json, whose max_position_embeddings stays 40960."""
     config = hf.parse_config(REAL.to_hf() | {"rope_scaling": RECIPE})
     assert (config.max_position_embeddings, config.positions, REAL.positions) == (40960, 131072, 40960)
-    assert config.yarn is not None and math.isclose(config.yarn.attention_factor, 0.1 * math.log(4) + 1)
-    assert make(yarn=YARN, max_position_embeddings=1000).positions == 1000
+    assert isinstance(config.rope_scaling, Yarn)
+    assert math.isclose(config.rope_scaling.attention_factor, 0.1 * math.log(4) + 1)
+    assert make(rope_scaling=YARN, max_position_embeddings=1000).positions == 1000
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------
 
 CASES: dict[str, tuple[DecoderConfig, dict[str, Any], str]] = {
-    "no factor": (REAL, {"rope_scaling": {"rope_type": "yarn"}}, "no factor"),
+    "no factor": (REAL, {"rope_scaling": {"rope_type": "yarn"}}, "no rope_scaling.factor"),
     "a small factor": (
         REAL,
         {"rope_scaling": RECIPE | {"factor": 0.5}},

@@ -7,7 +7,7 @@ names, matrices in HF layout [out, in]; configs are plain dicts as in config.jso
 Letters: T tokens, D model width, V vocabulary, L tapped layers, M block size, J proposals of a block, U GRU width,
 R head rank, P pure-draft prefix, a the absolute position of the anchor (the last committed token).
 
-Not covered (a clear error instead): RoPE scaling other than YaRN.
+Not covered (a clear error instead): RoPE scaling other than YaRN and Llama 3.1's.
 """
 
 import math
@@ -52,16 +52,16 @@ def softmax(x):
 
 
 def rope_settings(config):
-    """RoPE base and YaRN's settings (or None) from either config spelling of section 2: `rope_theta` and `rope_scaling`
-    at top level, or both inside `rope_parameters`."""
+    """RoPE base, kind and settings from either config spelling of section 2: `rope_theta` and `rope_scaling` at top
+    level, or both inside `rope_parameters`."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise NotImplementedError(f"reference.py knows plain RoPE and YaRN, not {kind!r}")
+    if kind not in ("default", "yarn", "llama3"):
+        raise NotImplementedError(f"reference.py knows plain RoPE, YaRN and Llama 3.1's, not {kind!r}")
     theta = config.get("rope_theta", parameters.get("rope_theta"))
     if theta is None:
         raise ValueError("config has no rope_theta")
-    return float(theta), parameters if kind == "yarn" else None
+    return float(theta), kind, parameters
 
 
 def yarn_frequencies(inverse_frequency, theta, yarn):
@@ -87,13 +87,32 @@ def yarn_frequencies(inverse_frequency, theta, yarn):
     return out, 0.1 * math.log(factor) + 1 if attention is None else attention
 
 
+def llama3_frequencies(inverse_frequency, llama3):
+    """Llama 3.1's (section 2): inverse frequencies [H/2] to others. By wavelength in tokens: those beyond original /
+    low_freq_factor are divided by the factor, those below original / high_freq_factor stay, those between are mixed."""
+    out, original = np.zeros(len(inverse_frequency)), llama3["original_max_position_embeddings"]
+    low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
+    for i, frequency in enumerate(inverse_frequency):
+        wavelength = 2 * math.pi / frequency
+        if wavelength > original / low:
+            out[i] = frequency / llama3["factor"]
+        elif wavelength < original / high:
+            out[i] = frequency
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            out[i] = (1 - smooth) * frequency / llama3["factor"] + smooth * frequency
+    return out
+
+
 def rope(x, positions, config):
     """RoPE (section 2) on x [T, heads, H] at absolute positions [T]: element i is rotated with element i + H/2."""
     half = x.shape[-1] // 2
-    theta, yarn = rope_settings(config)
+    theta, kind, settings = rope_settings(config)
     inverse_frequency, factor = theta ** (-np.arange(half, dtype=np.float64) / half), 1.0  # theta^(-2i/H)
-    if yarn is not None:
-        inverse_frequency, factor = yarn_frequencies(inverse_frequency, theta, yarn)
+    if kind == "yarn":
+        inverse_frequency, factor = yarn_frequencies(inverse_frequency, theta, settings)
+    if kind == "llama3":
+        inverse_frequency = llama3_frequencies(inverse_frequency, settings)
     angle = np.asarray(positions, dtype=np.float64)[:, None] * inverse_frequency[None, :]  # [T, H/2]
     cos, sin = factor * np.cos(angle)[:, None, :], factor * np.sin(angle)[:, None, :]
     first, second = x[..., :half], x[..., half:]
@@ -138,14 +157,16 @@ def layer_mlp(weights, prefix, config, x):
 
 
 def project_heads(weights, prefix, config, name, x, positions):
-    """One of q, k, v of a layer: x [T, D] -> [T, heads, H]; q and k get their per-head RMSNorm, then RoPE."""
+    """One of q, k, v of a layer: x [T, D] -> [T, heads, H]; q and k get their per-head RMSNorm (not in Llama and Qwen2,
+    which have no weights for it), then RoPE."""
     head_dim = config["head_dim"]
     heads = config["num_attention_heads"] if name == "q" else config["num_key_value_heads"]
     projection = f"{prefix}self_attn.{name}_proj."
     y = linear(x, weights[projection + "weight"], weights.get(projection + "bias")).reshape(len(x), heads, head_dim)
     if name == "v":
         return y
-    y = rms_norm(y, weights[f"{prefix}self_attn.{name}_norm.weight"], config["rms_norm_eps"])
+    if config.get("model_type") not in ("llama", "qwen2"):
+        y = rms_norm(y, weights[f"{prefix}self_attn.{name}_norm.weight"], config["rms_norm_eps"])
     return rope(y, positions, config)
 
 
@@ -183,7 +204,7 @@ def target_layer_ids(draft_cfg):
 
 
 def target_forward(weights, config, ids, taps):
-    """Section 2: the whole causal Qwen3 on ids [T] at positions 0 ... T-1. Returns logits [T, V] and features
+    """Section 2: the whole causal target on ids [T] at positions 0 ... T-1. Returns logits [T, V] and features
     [T, L*D], the concatenation over `taps` (0-based layer numbers, in that order) of the residual stream after that
     layer, before any norm; only the very last layer's entry is taken after the final norm, as in HF."""
     ids = np.asarray(ids, dtype=np.int64)

@@ -220,7 +220,8 @@ class DeviceOptions:
     matrices: Matrices = "auto"
     """float32 runs only: bfloat16 keeps stored bfloat16 weights, at the same precision (auto: on CPUs with AMX)"""
     attention: Attention = "auto"
-    """attention backend: xla (any device), cudnn (NVIDIA, bfloat16) or pallas (TPU); auto takes the fastest"""
+    """attention backend: xla (any device), cudnn (NVIDIA, bfloat16) or pallas (TPU, NVIDIA); auto takes the
+    fastest"""
     mesh: Annotated[str | None, DisallowNone, UNSET] = None
     """devices to spread over, such as data=2,model=4 (default: one, or more where the model does not fit on it)"""
 

@@ -9,7 +9,8 @@ the nodes of a tree, `sees` says which of each other they see, and the cache bef
     xla     Products over the whole length bucket and a mask: any device, any dtype. Its cost follows the bucket, at
             most twice the live length.
     cudnn   `kernels.attention_cudnn`, for NVIDIA GPUs and 16-bit floats. It stops at each row's length.
-    pallas  `kernels.attention_tpu`, for TPUs. It neither fetches nor computes blocks beyond a row's length.
+    pallas  `kernels.attention_tpu` for TPUs, `kernels.attention_gpu` for NVIDIA GPUs. They neither fetch nor compute
+            blocks beyond a row's length.
 
 "auto" is xla on every kind of device that is not in TESTED_KINDS. On the others it is the fastest backend that agrees
 with xla there (`domino_jax.runtime.autotune`).
@@ -34,6 +35,7 @@ BackendChoice = Literal["auto", "xla", "cudnn", "pallas"]
 # Whoever runs it on another kind adds a line here.
 TESTED_KINDS: dict[str, tuple[Backend, ...]] = {}
 WIDEST_CUDNN_HEAD = 128  # 256 from Hopper on; every model of the table has 128
+SMALLEST_TRITON_HEAD = 16
 LARGEST_ALONE = 1024  # queries whose scores exist at a time where tokens attend among themselves
 
 
@@ -64,13 +66,24 @@ def available_backends(
 
 def _refusal(backend: Backend, head_dims: Iterable[int], dtype: Any, device: Any, trees: bool) -> str | None:
     """Why a backend can't run on a device, or None."""
-    if backend == "pallas" and trees:
-        return "the Pallas attention kernel has no mask for trees of drafts"
-    if backend == "pallas" and device.platform != "tpu":
-        return f"the Pallas attention kernel needs a TPU, found {device.device_kind}"
-    if backend != "cudnn":
+    if backend == "xla":
         return None
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    if backend == "pallas":
+        if trees:
+            return "the Pallas attention kernel has no mask for trees of drafts"
+        if device.platform == "tpu":
+            return None
+        if not nvidia:
+            return f"the Pallas attention kernel needs a TPU or an NVIDIA GPU, found {device.device_kind}"
+        wrong = [width for width in head_dims if width < SMALLEST_TRITON_HEAD or width & (width - 1)]
+        if wrong:
+            return (
+                "the Pallas attention kernel takes on GPUs heads of a power of two from "
+                f"{SMALLEST_TRITON_HEAD} up, found head_dim {wrong[0]}"
+            )
+        return None
+    if not nvidia:
         return f"cuDNN's attention needs an NVIDIA GPU, found {device.device_kind}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's attention takes bfloat16, found {jnp.dtype(dtype).name}"
@@ -110,13 +123,14 @@ def attend(
     if backend == "xla":
         return attend_xla(q, k, v, start, causal, window, sees=sees)
     # Imported here: the kernels use this module's helpers, and xla does without Pallas.
-    from domino_jax.kernels import attention_cudnn, attention_tpu
+    from domino_jax.kernels import attention_cudnn, attention_gpu, attention_tpu
 
     def run(q: Array, k: Array, v: Array, start: Array, *sees: Array) -> Array:
         how: dict[str, Any] = {"causal": causal, "window": window}
         if backend == "cudnn":
             return attention_cudnn.attend_cudnn(q, k, v, start, **how, sees=sees[0] if sees else None)
-        return attention_tpu.attend_tpu(q, k, v, start, **how)
+        of_gpu = partial(attention_gpu.attend_gpu, **how, interpret=False)
+        return jax.lax.platform_dependent(q, k, v, start, cuda=of_gpu, default=partial(attention_tpu.attend_tpu, **how))
 
     letters = "B T N H", "B K S H", "B K S H", "B"
     if sees is None:
@@ -145,22 +159,27 @@ def attend_cached(
     """`attend` over one layer of a cache, contiguous or in pages.
 
     A cache in pages is gathered first, a layer at a time: right on any device, for one more copy of what the rows hold.
-    With pallas what is causal reads the pages themselves.
+    With pallas the pages themselves are read: on NVIDIA GPUs always, on TPUs where attention is causal.
     """
-    if isinstance(cache, PagedKVCache) and backend == "pallas" and causal and sees is None:
-        return _attend_pages(q, cache.pages[layer], cache.table, start, window)
+    if isinstance(cache, PagedKVCache) and backend == "pallas" and sees is None:
+        return _attend_pages(q, cache.pages[layer], cache.table, start, causal, window)
     return attend(q, *cache.layer(layer), start, causal, window, backend, sees)
 
 
-def _attend_pages(q: Array, pages: Array, table: Array, start: Array, window: int | None) -> Array:
-    """`attend_cached` by a TPU's kernel; where the program is compiled for a CPU, by gathering."""
+def _attend_pages(q: Array, pages: Array, table: Array, start: Array, causal: bool, window: int | None) -> Array:
+    """`attend_cached` by the kernel of the device that the program is compiled for; for a CPU by gathering."""
+    from domino_jax.kernels.attention_gpu import attend_pages_gpu
+    from domino_jax.kernels.attention_tpu import attend_tpu
     from domino_jax.kernels.paged_attention_tpu import attend_pages_tpu
 
-    def gathered(q: Array, pages: Array, table: Array, start: Array) -> Array:
-        return attend_xla(q, *gather_pages(pages, table), start, True, window)
+    def gathered(q: Array, pages: Array, table: Array, start: Array, run: Callable[..., Array] = attend_xla) -> Array:
+        return run(q, *gather_pages(pages, table), start, causal, window)
+
+    of_gpu = partial(attend_pages_gpu, causal=causal, window=window, interpret=False)
+    of_tpu = partial(attend_pages_tpu, window=window) if causal else partial(gathered, run=attend_tpu)
 
     def run(*given: Array) -> Array:
-        return jax.lax.platform_dependent(*given, cpu=gathered, default=partial(attend_pages_tpu, window=window))
+        return jax.lax.platform_dependent(*given, cpu=gathered, cuda=of_gpu, default=of_tpu)
 
     return _on_each_device(run, ("B T N H", "- - K H", "B -", "B"), q, pages, table, start)
 

@@ -1,6 +1,6 @@
 """Attention over pages on a TPU: JAX's ragged paged attention, which reads no page beyond a row's length.
 
-It has run on no TPU here: tests compile it for TPUs that are not there, and JAX 0.11 has no interpreter that runs it.
+It has run on no TPU here: tests interpret it and compile it for TPUs that are not there.
 """
 
 import jax.numpy as jnp

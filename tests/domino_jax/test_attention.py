@@ -23,8 +23,9 @@ from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from domino_jax import attention, decode, sharding
 from domino_jax.attention import attend, available_backends
 from domino_jax.errors import DominoError
-from domino_jax.kernels import attention_cudnn, attention_tpu
+from domino_jax.kernels import attention_cudnn, attention_gpu, attention_tpu
 from domino_jax.kernels.attention_cudnn import attend_cudnn
+from domino_jax.kernels.attention_gpu import attend_gpu
 from domino_jax.kernels.attention_tpu import attend_tpu
 from domino_jax.runtime import autotune
 from domino_jax.runtime.autotune import fastest_backend
@@ -45,6 +46,7 @@ BACKENDS: dict[str, Callable[..., Array]] = {
     "xla": attention.attend_xla,
     "cudnn, as JAX states it": partial(attend_cudnn, implementation="xla"),
     "pallas, interpreted": partial(attend_tpu, interpret=True),
+    "pallas for GPUs, interpreted": partial(attend_gpu, interpret=True),
 }
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1.5e-2}
 
@@ -81,6 +83,8 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_tpu, "LARGEST_QUERY_BLOCK", 32)
         patch.setattr(attention_tpu, "LARGEST_KEY_BLOCK", 64)
+        patch.setattr(attention_gpu, "LARGEST_QUERY_BLOCK", 32)
+        patch.setattr(attention_gpu, "LEAST_SHARE", 128)
         yield
 
 
@@ -102,7 +106,8 @@ def test_every_backend_is_the_restatement(case, name, dtype):
     np.testing.assert_allclose(ours[:4], theirs, atol=TOLERANCES[dtype], rtol=0)
 
 
-def test_the_kernel_reads_no_block_that_nobody_sees():
+@pytest.mark.parametrize("kernel", [attend_tpu, attend_gpu])
+def test_the_kernel_reads_no_block_that_nobody_sees(kernel):
     """Neither beyond a row's length nor before its window: poison there does not show."""
     q, k, v = arrays(4, 2, 2, jnp.float32, rows=3)
     starts = [0, 70, 190]
@@ -114,7 +119,7 @@ def test_the_kernel_reads_no_block_that_nobody_sees():
             if narrow:
                 poisoned[row, :, : max(0, start - narrow + 1) // 64 * 64] = np.nan
         assert np.isnan(poisoned).any(axis=(1, 2, 3)).sum() >= 2
-        run = partial(attend_tpu, causal=causal, window=narrow, interpret=True)
+        run = partial(kernel, causal=causal, window=narrow, interpret=True)
         clean = run(q, k, v, jnp.array(starts, jnp.int32))
         np.testing.assert_array_equal(run(q, k, jnp.asarray(poisoned), jnp.array(starts, jnp.int32)), clean)
 
@@ -180,7 +185,7 @@ def test_the_backend_of_this_device(backend):
 
 def test_what_cannot_run_here_is_refused(monkeypatch):
     assert available_backends("auto", [6], jnp.float32) == available_backends("xla", [6], jnp.float32) == ("xla",)
-    with pytest.raises(DominoError, match=r"needs a TPU, found cpu"):
+    with pytest.raises(DominoError, match=r"needs a TPU or an NVIDIA GPU, found cpu"):
         available_backends("pallas", [128], jnp.bfloat16)
     with pytest.raises(DominoError, match=r"needs an NVIDIA GPU, found cpu"):
         available_backends("cudnn", [128], jnp.bfloat16)
@@ -197,19 +202,21 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Gpu])
     assert available_backends("auto", [128], jnp.bfloat16) == ("xla",), "no kernel was tested on this kind of device"
     monkeypatch.setitem(attention.TESTED_KINDS, "NVIDIA H200", ("cudnn", "pallas"))
-    assert available_backends("auto", [128], jnp.bfloat16) == ("xla", "cudnn")
-    assert (
-        available_backends("auto", [128], jnp.float32)
-        == available_backends("auto", [128, 100], jnp.bfloat16)
-        == ("xla",)
-    )
+    assert available_backends("auto", [128], jnp.bfloat16) == ("xla", "cudnn", "pallas")
+    assert available_backends("auto", [128], jnp.float32) == ("xla", "pallas")
+    assert available_backends("auto", [128, 100], jnp.bfloat16) == ("xla",)
     assert available_backends("cudnn", [128, 64], jnp.bfloat16) == ("cudnn",)
     with pytest.raises(DominoError, match="takes bfloat16, found float32"):
         available_backends("cudnn", [128], jnp.float32)
     for width in (100, 256):
         with pytest.raises(DominoError, match=f"up to 128, found head_dim {width}"):
             available_backends("cudnn", [128, width], jnp.bfloat16)
-    with pytest.raises(DominoError, match="needs a TPU, found NVIDIA H200"):
+    assert available_backends("pallas", [128, 64], jnp.float32) == ("pallas",)
+    for width in (8, 96, 100):
+        with pytest.raises(DominoError, match=f"a power of two from 16 up, found head_dim {width}"):
+            available_backends("pallas", [128, width], jnp.bfloat16)
+    Gpu.client.platform_version = "rocm 7"
+    with pytest.raises(DominoError, match="needs a TPU or an NVIDIA GPU, found NVIDIA H200"):
         available_backends("pallas", [128], jnp.bfloat16)
 
 
@@ -262,7 +269,7 @@ def test_auto_is_the_fastest_backend_with_the_same_output(monkeypatch):
 
 def test_the_command_line_refuses_too(tmp_path, capsys):
     make_target(tmp_path, tokenizer=False)
-    for backend, says in (("cudnn", "needs an NVIDIA GPU"), ("pallas", "needs a TPU")):
+    for backend, says in (("cudnn", "needs an NVIDIA GPU"), ("pallas", "needs a TPU or an NVIDIA GPU")):
         assert main(["one", "--model", str(tmp_path), "--attention", backend]) == 1
         assert says in capsys.readouterr().err
 

@@ -26,6 +26,8 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, end_process, run_command
 
 WAYS = ("closed", "slots", "pages")
+MOST_POINTS = 400  # of a curve of memory
+Held = list[tuple[int, int, int]]  # after each step: tokens so far, positions reserved, and those of running requests
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Mixed:
     """of each way, in turn; the median counts"""
     json: Annotated[Path | None, DisallowNone, UNSET] = None
     """file for the figures"""
+    plot: Annotated[Path | None, DisallowNone, UNSET] = None
+    """folder for memory.png: what slots and pages hold while plain steps answer, and what the tokens need"""
 
 
 def check_mixed(options: Mixed) -> None:
@@ -54,6 +58,7 @@ def check_mixed(options: Mixed) -> None:
 
     Raises:
         UsageError: one does not.
+        DominoError: a folder can't be written, or a package is missing.
     """
     options.model.check()
     for name in ("num_requests", "batch_size", "rounds"):
@@ -63,6 +68,12 @@ def check_mixed(options: Mixed) -> None:
         if not 1 <= least <= most:
             raise UsageError(f"--{name.replace('_', '-')} takes two lengths from 1 up, the shorter one first.")
     check_file("json", options.json, options.prompts, options.model.model, options.model.draft)
+    if options.plot:
+        from domino_jax.runtime.extras import require
+        from infer.bench.options import check_writable
+
+        require("matplotlib")
+        check_writable(options.plot)
 
 
 def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
@@ -98,8 +109,8 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
         for row, (prompt, length, limit) in enumerate(zip(ids[: o.num_requests], *lengths, strict=True))
     ]
 
-    def run(policy: DraftPolicy | None, way: str) -> tuple[float, list[Completion], int]:
-        """Seconds, what was generated, and the most positions that requests had memory for."""
+    def run(policy: DraftPolicy | None, way: str) -> tuple[float, list[Completion], int, Held]:
+        """Seconds, what was generated, and the positions that requests had memory for, at the most and after a step."""
         configs, params = loaded.configs, loaded.params
         if policy is None:
             configs, params = configs.without_drafter, params.without_drafter
@@ -109,13 +120,18 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
             pages = Pages(plan_pages(configs, loaded.dtype, o.batch_size, longest), share=False)
             kind = partial(PagedSlots, pages=pages)
         batch = kind(params, configs, o.batch_size, loaded.dtype, policy=policy)
-        completions = [Completion(request) for request in requests]
+        completions, held = [Completion(request) for request in requests], []
+
+        def note(changed: list[Completion]) -> None:
+            needed = sum(len(c.ids) for c in completions if c.tokens and c.finish_reason is None)
+            held.append((sum(len(c.tokens) for c in completions), batch.reserved, needed))
+
         size = o.batch_size if way == "closed" else len(completions)
         began = time.perf_counter()
         for start in range(0, len(completions), size):
-            for _ in batch.run(completions[start : start + size]):
+            for _ in batch.run(completions[start : start + size], note):
                 pass
-        return time.perf_counter() - began, completions, batch.most_reserved
+        return time.perf_counter() - began, completions, batch.most_reserved, held
 
     most = loaded.configs.proposals
     modes: dict[str, DraftPolicy | None] = {"plain": None}
@@ -124,11 +140,14 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str], list[float]] = {(mode, way): [] for mode in modes for way in WAYS}
     outputs: dict[tuple[str, str], list[list[int]]] = {}
     reserved: dict[tuple[str, str], int] = {}
+    memory: dict[str, Held] = {}
     with loaded.context(), console.status("warming up") as status:
         for number in range(o.rounds + 1):  # the first one compiles
             for mode, policy in modes.items():
                 for way in WAYS:
-                    spent, completions, reserved[mode, way] = run(policy, way)
+                    spent, completions, reserved[mode, way], held = run(policy, way)
+                    if mode == "plain":
+                        memory[way] = held
                     outputs[mode, way] = [c.tokens for c in completions]
                     if number:
                         seconds[mode, way].append(spent)
@@ -157,11 +176,14 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
                 "same_tokens_as_plain": outputs[mode, "slots"] == outputs["plain", "slots"],
             }
         )
+    for way, held in memory.items():
+        some = held[:: -(-len(held) // MOST_POINTS)]
+        rows[0][f"{way}_memory"] = [(at, kept * each, needed * each) for at, kept, needed in some]
     return rows
 
 
 def run_mixed(options: Mixed) -> None:
-    """Measure, print a table and write the figures."""
+    """Measure, print a table, draw and write the figures."""
     check_mixed(options)
     from domino_jax.runtime.compile_cache import enable_compile_cache
 
@@ -188,6 +210,10 @@ def run_mixed(options: Mixed) -> None:
         ratios += [f"{row[f'{way}_kv_mib']:.1f}" for way in ("slots", "pages")]
         table.add_row(row["mode"], *rates, *ratios, "yes" if row["same_tokens"] else "no")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+    if options.plot:
+        from infer.bench.plots import plot_memory
+
+        print(f"plot: {plot_memory(first, options.plot)}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -116,6 +116,33 @@ def plot_load(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     return written
 
 
+def plot_memory(row: dict[str, Any], folder: Path) -> Path:
+    """Write memory.png: what slots and pages hold for requests of mixed lengths, and what their tokens need.
+
+    Args:
+        row: of `infer.bench.mixed`, with `slots_memory` and `pages_memory`.
+
+    Raises:
+        DominoError: the folder can't be written.
+    """
+    figure, place = pyplot().subplots(figsize=(8, 4.5), constrained_layout=True)
+    kinds = {"contiguous slots": ("slots", 1), "pages": ("pages", 1), "the tokens of what runs": ("pages", 2)}
+    for number, (words, (way, column)) in enumerate(kinds.items()):
+        points = row[f"{way}_memory"]
+        place.plot(
+            [p[0] for p in points], [p[column] for p in points], label=words, linewidth=1.2, **line_style(number)
+        )
+    place.set(xlabel="tokens generated", ylabel="keys and values, MiB", ylim=(0, None))
+    place.grid(alpha=0.3)
+    place.legend(fontsize="small")
+    (least, most), count = row["new_tokens"], row["num_requests"]
+    words = f"{count} requests of {least:,} to {most:,} new tokens, {row['batch_size']} at a time, plain steps"
+    figure.suptitle(words, fontsize="small")
+    path = folder / "memory.png"
+    save_plots(figure, path)
+    return path
+
+
 def pyplot() -> Any:
     """matplotlib.pyplot without a display; slow to import, and most runs do without."""
     import matplotlib

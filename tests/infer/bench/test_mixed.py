@@ -28,7 +28,7 @@ def test_all_ways_give_the_same_tokens_and_pages_need_less(tmp_path, capsys):
         str(tmp_path / "m.json"),
     ]
     words += ["--num-requests", "6", "--batch-size", "2", "--new-tokens", "2", "40", "--prompt-tokens", "2", "12"]
-    assert main([*words, "--rounds", "1"]) == 0
+    assert main([*words, "--rounds", "1", "--plot", str(tmp_path / "plots")]) == 0
     rows = json.loads((tmp_path / "m.json").read_text())
     assert [row["mode"] for row in rows] == ["plain", "drafts", "auto"]
     for row in rows:
@@ -38,3 +38,7 @@ def test_all_ways_give_the_same_tokens_and_pages_need_less(tmp_path, capsys):
         assert row["slots_over_closed"] == pytest.approx(rates[1] / rates[0])
         assert row["pages_over_slots"] == pytest.approx(rates[2] / rates[1])
     assert "pages" in capsys.readouterr().out
+    for way in ("slots", "pages"):
+        assert max(kept for _, kept, _ in rows[0][f"{way}_memory"]) == pytest.approx(rows[0][f"{way}_kv_mib"])
+        assert all(0 <= needed <= kept for _, kept, needed in rows[0][f"{way}_memory"])
+    assert (tmp_path / "plots" / "memory.png").read_bytes().startswith(b"\x89PNG")

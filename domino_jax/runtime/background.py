@@ -1,7 +1,11 @@
 """Programs compiled beside decoding, so that no request waits for a program that another can stand in for."""
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from jax.stages import Compiled, Lowered
@@ -16,7 +20,7 @@ class BackgroundCompiler:
     def __init__(self):
         self._known: set[Hashable] = set()
         self._compiled: dict[Hashable, Future[Compiled]] = {}
-        self._thread = ThreadPoolExecutor(1, "compile")
+        self._thread = ThreadPoolExecutor(1, "compile", _yield_to_others)
 
     def ready(self, key: Hashable, lower: Callable[[], Lowered]) -> bool:
         """Whether a program can be called at once; if not it is compiled meanwhile.
@@ -41,3 +45,10 @@ class BackgroundCompiler:
     def close(self) -> None:
         """Compile nothing more; what is being compiled is waited for."""
         self._thread.shutdown(cancel_futures=True)
+
+
+def _yield_to_others() -> None:
+    """Give this thread the lowest priority, where a thread has one: on a CPU it competes with decoding."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.config import DecoderConfig
-from domino_jax.sharding import constrain, zeros
+from domino_jax.sharding import constrain, spec, zeros
 
 SMALLEST_BUCKET = 128
 POSITIONS = 2  # the axis S of a buffer
+FEW_ROWS = 16  # written one by one on a TPU; of more in a loop, since programs would grow long
 
 
 class KVCache(NamedTuple):
@@ -81,22 +82,51 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> 
 def write(buffer: Array, new: Array, start: Array) -> Array:
     """Write `new` [B, T, K, H] into `buffer` [B, K, S, H], row b from position start[b] on.
 
-    A single position may be written with the one behind it, which nothing has seen yet.
+    A single position may be written with the one behind it, which nothing has seen yet. On a TPU rows are written one
+    by one.
 
     The caller keeps start + max(T, 2) ≤ S for every row that still matters (XLA would clamp the start).
     """
     new = new.astype(buffer.dtype).swapaxes(1, 2)
+    elsewhere = _write_row if buffer.shape[0] == 1 else jax.vmap(_update)
+    return jax.lax.platform_dependent(buffer, new, start, tpu=_write_on_tpu, default=elsewhere)
 
-    def row(buffer: Array, new: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice(buffer, new, (0, start, 0))
 
-    if buffer.shape[0] == 1:  # a plain slice update instead of a scatter
-        if new.shape[2] == 1:
-            # XLA on a CPU fuses the update of one position into both of its readers, and then copies the whole buffer
-            # four times a step to do so (0.10, 0.11; tests/domino_jax/test_decode.py counts).
-            new = jnp.concatenate([new, new], axis=2)
-        return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
-    return jax.vmap(row)(buffer, new, start)
+def _update(buffer: Array, new: Array, start: Array) -> Array:
+    """One row, [K, S, H], with `new` [K, T, H] from position `start` on."""
+    return jax.lax.dynamic_update_slice(buffer, new, (0, start, 0))
+
+
+def _write_row(buffer: Array, new: Array, start: Array) -> Array:
+    """`write` of a single row, a plain slice update instead of a scatter; `new` is [1, K, T, H]."""
+    if new.shape[2] == 1:
+        # XLA on a CPU fuses the update of one position into both of its readers, and then copies the whole buffer four
+        # times a step to do so (0.10, 0.11; tests/domino_jax/test_decode.py counts).
+        new = jnp.concatenate([new, new], axis=2)
+    return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
+
+
+def _write_on_tpu(buffer: Array, new: Array, start: Array) -> Array:
+    """`write` row by row, on each device its own; `new` is [B, K, T, H].
+
+    A scatter for all rows would become a loop with seven operations around each row's update.
+    """
+
+    def put(b: Any, buffer: Array, new: Array, start: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(new, b, 1)
+        return jax.lax.dynamic_update_slice(buffer, row, (b, 0, start[b], 0))
+
+    def run(buffer: Array, new: Array, start: Array) -> Array:
+        if buffer.shape[0] > FEW_ROWS:
+            return jax.lax.fori_loop(0, buffer.shape[0], lambda b, buffer: put(b, buffer, new, start), buffer)
+        for b in range(buffer.shape[0]):
+            buffer = put(b, buffer, new, start)
+        return buffer
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(buffer, new, start)
+    rows = spec("B K S H")
+    return jax.shard_map(run, in_specs=(rows, rows, spec("B")), out_specs=rows)(buffer, new, start)
 
 
 def resize(buffer: Array, capacity: int, axis: int = POSITIONS) -> Array:

@@ -77,7 +77,7 @@ class Move(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one run of a computation costs; loops whose turns are not known count once."""
+    """What one run of a computation costs; loops whose turns neither they nor their counters say count once."""
 
     cycles: Counter[str]  # estimated, by phase
     collectives: Counter[str]  # by kind
@@ -206,9 +206,8 @@ class _Reader:
 
     def _instruction_cost(self, x: Instruction) -> Cost:
         if x.opcode == "while":
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.rest)
             names = (*x.called("body"), *x.called("condition"))
-            return _sum(map(self.cost, names), int(known[1]) if known else 1)
+            return _sum(map(self.cost, names), self._turns(x))
         if x.opcode == "conditional":
             names = x.called("branch_computations") or (*x.called("true_computation"), *x.called("false_computation"))
             return max(map(self.cost, names), key=lambda cost: cost.cycles.total(), default=_nothing())
@@ -226,6 +225,19 @@ class _Reader:
         if 0 < cycles < UNKNOWN:
             cost.cycles[self._phase(x)] += cycles
         return _sum((cost._replace(unknown=int(cycles >= UNKNOWN)), inner))
+
+    def _turns(self, loop: Instruction) -> int:
+        """How often a loop runs, as it says itself, or as its counter ends; 1 where neither is known."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known[1])
+        inside = [y for name in loop.called("condition") for y in self._program.computations.get(name, ())]
+        constants = {y.name: y.operands[0] for y in inside if y.opcode == "constant" and y.operands}
+        last = inside[-1] if inside else None
+        if last and last.opcode == "compare" and "direction=LT" in last.rest:
+            end = constants.get(last.operands[1], "")
+            return int(end) if end.isdigit() else 1
+        return 1
 
     def _phase(self, x: Instruction) -> str:
         """The phase that an operation belongs to: by its own scopes, or by those of most of what is fused in it."""

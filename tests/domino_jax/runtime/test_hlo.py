@@ -105,6 +105,26 @@ def test_the_loops_body_counts_once_and_inner_loops_by_their_turns():
     assert not moves
 
 
+@pytest.mark.parametrize(
+    ("end", "turns"),
+    [
+        ("compare(%gte, %end), direction=LT", 8),
+        ("compare(%gte, %gte), direction=LT", 1),
+        ("compare(%gte, %end), direction=NE", 1),
+        ("and(%gte, %end)", 1),
+    ],
+)
+def test_a_loop_that_does_not_say_its_turns_runs_as_its_counter_ends(end, turns):
+    """As the loop over rows that a scatter becomes."""
+    counter = f"""  %gte = s32[]{{:T(128)}} get-tuple-element(%arg.3), index=0
+  %end = s32[]{{:T(128)}} constant(8)
+  ROOT %less.1 = pred[]{{:T(512)}} {end}
+"""
+    text = LOOP.replace("  ROOT %true = pred[]{:T(512)} constant(true)\n", counter)
+    text = text.replace('backend_config={"known_trip_count":{"n":"4"}}', "backend_config={}")
+    assert counter in text and read_figures(text, PHASES).loop.cycles["head"] == 10 * turns
+
+
 def test_collectives_are_counted_by_kind_with_the_bytes_that_come_out():
     loop, around, _ = read_figures(LOOP, PHASES)
     assert loop.collectives == {"all-reduce": 1, "all-gather": 1} and not around.collectives

@@ -1,4 +1,7 @@
-"""A model's files from the Hugging Face Hub, in huggingface_hub's cache: config.json first, weights after the check."""
+"""A model's files from the Hugging Face Hub, in huggingface_hub's cache: config.json first, weights after the check.
+
+A GGUF file is fetched whole before: its config is in it.
+"""
 
 import hashlib
 import shutil
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from convert.companions import is_text_file
+from convert.gguf import as_folder, gguf_names, gguf_parts
 from convert.progress import byte_bars
 from convert.tensors import INDEX, SINGLE, tensor_files, tensor_index
 from domino_jax.errors import DominoError, first_line
@@ -31,13 +35,19 @@ class Snapshot:
     commit: str
     files: "Mapping[str, RepoSibling]"  # by name; empty where the Hub gives no answer and the cache is used
     flag: str  # the command line's, for errors
+    gguf: str | None = None  # the file that is meant; None for the repository's safetensors
 
-    def configure(self) -> Path:
+    def configure(self, console: Console) -> Path:
         """The folder, with config.json and the index of the weights in it; nothing else is fetched yet.
 
+        Of a GGUF file the folder that is made of it, which is fetched.
+
         Raises:
-            DominoError: there is no config.json, or fetching fails.
+            DominoError: there is no config.json or file of that name, or fetching fails.
         """
+        if self.gguf is not None:
+            download([self], console)
+            return as_folder(self.fetch(self.gguf))
         if self.files and CONFIG not in self.files:
             raise DominoError(f"{self.repo} has no {CONFIG}, so it is no model of this kind; see {self.flag}.")
         if INDEX in self.files:
@@ -78,6 +88,12 @@ class Snapshot:
         Raises:
             DominoError: the repository has no safetensors, or not all that its index names.
         """
+        if self.gguf is not None:
+            weights = gguf_names(self.gguf)
+            if lost := [name for name in weights if name not in self.files]:
+                there = ", ".join(sorted(name for name in self.files if name.endswith(".gguf"))[:8])
+                raise DominoError(f"{self.repo} has no {lost[0]}; its GGUF files are {there or 'none'}.")
+            return {name: self.files[name].size or 0 for name in weights if not self.has(name)}
         if SINGLE in self.files:  # before the index, as transformers and convert.hf look
             weights = [SINGLE]
         elif INDEX in self.files:
@@ -96,18 +112,20 @@ class Snapshot:
         """Record in the cache which commit the revision is, for use without the Hub."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        path = try_to_load_from_cache(self.repo, CONFIG, revision=self.revision)
-        if not isinstance(path, str) or Path(path).parent.name != self.commit:
+        name = self.gguf or CONFIG
+        path = try_to_load_from_cache(self.repo, name, revision=self.revision)
+        if not isinstance(path, str) or self.commit not in Path(path).parts:
             with _explained(self.repo, self.flag):
-                hf_hub_download(self.repo, CONFIG, revision=self.revision)
+                hf_hub_download(self.repo, name, revision=self.revision)
 
 
-def open_snapshot(repo: str, revision: str | None, flag: str, console: Console) -> Snapshot:
+def open_snapshot(repo: str, revision: str | None, flag: str, console: Console, gguf: str | None = None) -> Snapshot:
     """The commit of a revision, by the Hub, or by the cache where the Hub gives no answer.
 
     Args:
         revision: a branch, tag or commit; the main branch when None.
         flag: of the command line, for errors.
+        gguf: the GGUF file that is meant.
 
     Raises:
         DominoError: there is no such repository or revision, or neither the Hub nor the cache has the model.
@@ -122,27 +140,28 @@ def open_snapshot(repo: str, revision: str | None, flag: str, console: Console) 
             f"{repo} has no revision {revision!r} on the Hub; give a branch, a tag or a commit of it."
         ) from None
     except Exception as error:  # huggingface_hub's own, and those of its HTTP library
-        commit = _cached_commit(repo, revision)
+        commit = _cached_commit(repo, revision, gguf)
         if commit is None:
             raise _refusal(error, repo, flag) from None
         if not isinstance(error, OfflineModeIsEnabled):
             _say(console, f"{repo} is taken from the cache: the Hub gives no answer ({first_line(error)}).")
-        return Snapshot(repo, revision, commit, {}, flag)
-    return Snapshot(repo, revision, str(info.sha), {file.rfilename: file for file in info.siblings or ()}, flag)
+        return Snapshot(repo, revision, commit, {}, flag, gguf)
+    files = {file.rfilename: file for file in info.siblings or ()}
+    return Snapshot(repo, revision, str(info.sha), files, flag, gguf)
 
 
-def _cached_commit(repo: str, revision: str | None) -> str | None:
-    """The commit of a revision in the cache, if the cache has its config.json and all its weights."""
+def _cached_commit(repo: str, revision: str | None, gguf: str | None) -> str | None:
+    """The commit of a revision in the cache, if the cache has its config.json and all its weights, or the GGUF file."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    path = try_to_load_from_cache(repo, gguf or CONFIG, revision=revision)
     if not isinstance(path, str):
         return None
     try:
-        tensor_files(Path(path).parent)
+        _ = tensor_files(Path(path).parent) if gguf is None else gguf_parts(Path(path))
     except DominoError:
         return None
-    return Path(path).parent.name
+    return Path(path).parents[(gguf or CONFIG).count("/")].name
 
 
 def download(snapshots: list[Snapshot], console: Console) -> None:

@@ -51,7 +51,7 @@ TABLE = {
 DFLASH = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash}
 DRAFTERS = {name: public.drafter for name, public in TABLE.items() if public.drafter} | DFLASH
 # What --help says, here and in the benchmark.
-MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, a GGUF file, or org/repo on the Hub"
+MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, a GGUF file, or org/repo or org/repo/FILE.gguf on the Hub"
 DRAFT_HELP = (
     f"drafter: {', '.join(DRAFTERS)}, a folder or org/repo; a smaller Qwen3, such as qwen3-0.6b, as assistant; ngram "
     "for matches in the text, DIR+ngram for both; or none. By default the public one of the model's name or repository"
@@ -59,6 +59,7 @@ DRAFT_HELP = (
 REVISION_HELP = "branch, tag or commit of the target's repository; its main branch when not given"
 DRAFT_REVISION_HELP = "branch, tag or commit of the drafter's repository"
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+FILE_OF_REPOSITORY = rf"({REPOSITORY})/((?:[\w.-]+/)*[\w.-]+\.gguf)"
 
 
 def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
@@ -161,7 +162,7 @@ def resolve_folders(
         )
         if place is not None
     ]
-    folders = [place if isinstance(place, Path) else place.configure() for place in found]
+    folders = [place if isinstance(place, Path) else place.configure(console) for place in found]
     target, drafter = folders[0], folders[1] if len(folders) > 1 else None
     remote = [place for place in found if not isinstance(place, Path)]
     if remote:
@@ -228,7 +229,7 @@ def _is_folder(place: str) -> bool:
 
 
 def open_place(place: str, asked: str, flag: str, revision: str | None, console: "Console") -> "Path | Snapshot":
-    """The folder `place`, or the Hub repository of that name; `asked` is what the user wrote.
+    """The folder `place`, or the Hub's repository or GGUF file of that name; `asked` is what the user wrote.
 
     Raises:
         DominoError: it is neither, or the Hub does not have it.
@@ -237,7 +238,8 @@ def open_place(place: str, asked: str, flag: str, revision: str | None, console:
         return _readable(Path(place))
     if place.startswith(str(DEMO_FOLDER)):
         raise DominoError(f"the shipped model is not in this installation ({place}); give a folder with {flag} DIR.")
-    if not re.fullmatch(REPOSITORY, place):
+    file = re.fullmatch(FILE_OF_REPOSITORY, place)
+    if not file and not re.fullmatch(REPOSITORY, place):
         known = DRAFTERS if flag == "--draft" else TABLE
         raise DominoError(
             f"{asked!r} is neither a name ({', '.join(known)}) nor a folder or GGUF file here nor org/repo on the Hub; "
@@ -245,6 +247,8 @@ def open_place(place: str, asked: str, flag: str, revision: str | None, console:
         )
     from convert import hub
 
+    if file:
+        return hub.open_snapshot(file[1], revision, flag, console, file[2])
     return hub.open_snapshot(place, revision, flag, console)
 
 

@@ -23,6 +23,7 @@ from train.demo.pretrain import main as pretrain
 from train.evaluate.validate import Validate, check_validate
 from train.options import parse_options
 from train.regenerate.command import Regenerate, check_regenerate
+from train.regenerate.instructions import Instructions, check_instructions
 
 ODD = [
     "",
@@ -54,6 +55,7 @@ COMMANDS: dict[str, tuple[Any, list[str], Callable[[Any], Any]]] = {
     "infer.bench plan": (Plan, ["--devices", "v6e-4", "--model", "m"], check_plan),
     "train": (TrainConfig, ["--target", "t", "--data", "d"], lambda options: None),
     "train regenerate": (Regenerate, [*PAIR, "--data", "d", "--out", "o"], check_regenerate),
+    "train instructions": (Instructions, ["--target", "t", "--out", "o"], check_instructions),
     "train validate": (Validate, [*PAIR, "--prompts", "p"], check_validate),
     "train pretrain": (Pretrain, ["--out", "o"], check_pretrain),
 }

@@ -64,6 +64,10 @@ FILES: dict[str, tuple[str, Callable[[Path, Path, Path], list[object]]]] = {
         "train.__main__",
         lambda out, model, file: ["regenerate", "--target", model, "--data", file, "--out", out],
     ),
+    "train instructions": (
+        "train.__main__",
+        lambda out, model, file: ["instructions", "--target", model, "--out", out],
+    ),
     "train prompts": ("train.__main__", lambda out, model, file: ["prompts", "--tokenizer", model, "--out", out]),
     "train bench": ("train.__main__", lambda out, model, file: ["bench", "--out", out]),
 }
@@ -151,7 +155,9 @@ def test_a_source_is_no_destination(places, capsys, monkeypatch, command, way):
     assert "is read" in refused(module, words(Path("./model"), Path("model"), Path("data.jsonl")), capsys, root)
 
 
-@pytest.mark.parametrize("command", [name for name in FILES if name not in ("train bench", "train prompts")])
+@pytest.mark.parametrize(
+    "command", [name for name in FILES if name not in ("train bench", "train instructions", "train prompts")]
+)
 @pytest.mark.parametrize("way", ["itself", "link", "hard link", "dots"])
 def test_a_file_that_is_read_is_not_written(places, capsys, command, way):
     root, model, file = places

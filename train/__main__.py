@@ -15,6 +15,7 @@ from train.options import parse_options
 
 SUBCOMMANDS = {
     "regenerate": Subcommand("train.regenerate.command", "let the target write the answers of your data"),
+    "instructions": Subcommand("train.regenerate.instructions", "let the target ask itself questions"),
     "capture": Subcommand("train.features.capture", "store the target's features for a corpus"),
     "validate": Subcommand("train.evaluate.validate", "measure a drafter's acceptance length"),
     "ablation": Subcommand("train.evaluate.ablation", "compare with and without head and curriculum"),

@@ -4,6 +4,6 @@ A file is shown to the rest of the project as a folder like Hugging Face's (`fol
 they are read, tensor by tensor (`tensors`).
 """
 
-from convert.gguf.folder import as_folder, gguf_files, open_gguf
+from convert.gguf.folder import as_folder, gguf_files, gguf_names, gguf_parts, open_gguf
 
-__all__ = ["as_folder", "gguf_files", "open_gguf"]
+__all__ = ["as_folder", "gguf_files", "gguf_names", "gguf_parts", "open_gguf"]

@@ -68,21 +68,27 @@ def gguf_files(folder: Path) -> list[Path]:
     return gguf_parts(found[0]) if found else []
 
 
+def gguf_names(name: str) -> list[str]:
+    """The names of all files of the model that a GGUF file of this name is, or is a part of, in their order."""
+    match = PART.fullmatch(name)
+    if not match:
+        return [name]
+    return [f"{match[1]}-{part:05}-of-{match[3]}{SUFFIX}" for part in range(1, int(match[3]) + 1)]
+
+
 def gguf_parts(file: Path) -> list[Path]:
     """All files of the model that a GGUF file is, or is a part of, in their order.
 
     Raises:
         DominoError: one is missing.
     """
-    match = PART.fullmatch(file.name)
-    names = [file.name]
-    if match:
-        names = [f"{match[1]}-{part:05}-of-{match[3]}{SUFFIX}" for part in range(1, int(match[3]) + 1)]
+    names = gguf_names(file.name)
     # In a folder that was made here they are links, and errors name what they lead to.
     parts = [part.readlink() if _is_ours(part) else part for part in map(file.with_name, names)]
     missing = next((part for part in parts if not part.exists()), None)
     if missing is not None:
-        raise DominoError(f"{missing} does not exist" + (f"; {file.name} is a part of a model." if match else "."))
+        more = f"; {file.name} is a part of a model." if len(names) > 1 else "."
+        raise DominoError(f"{missing} does not exist{more}")
     return parts
 
 

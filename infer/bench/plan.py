@@ -135,8 +135,9 @@ def _config_folder(place: str, temporary: Path, flag: str) -> Path:
         temporary.mkdir()
         write_json(temporary / "config.json", public.to_hf())
         return temporary
-    found = registry.open_place(place, place, flag, None, Console(stderr=True))
-    return found if isinstance(found, Path) else found.configure()
+    console = Console(stderr=True)
+    found = registry.open_place(place, place, flag, None, console)
+    return found if isinstance(found, Path) else found.configure(console)
 
 
 def _public_configs() -> dict[str | None, Any]:

@@ -18,7 +18,7 @@ from convert import hf
 from convert.configs import NEUTRAL, OF_TRANSFORMERS
 from convert.draft_configs import NEUTRAL_IN_A_DRAFTER, export_warnings, is_drafter, read_draft_config
 from convert.tokenizer import end_tokens
-from domino_jax.config import DraftConfig, MoeConfig, TargetConfig
+from domino_jax.config import DraftConfig, Llama3, MoeConfig, TargetConfig
 from domino_jax.errors import DominoError
 
 FILE = Path("models/some/config.json")
@@ -27,7 +27,16 @@ EXPERTS = dataclasses.replace(DENSE, moe=MoeConfig(8, 3, 20, norm_topk_prob=True
 DOMINO = factory.draft_config()
 PLAIN = factory.draft_config(head=None, shift_label=False)
 SLIDING = dataclasses.replace(DOMINO, windows=(7, 7))
-CONFIGS: dict[str, TargetConfig | DraftConfig] = {"dense": DENSE, "experts": EXPERTS, "Domino": DOMINO, "DFlash": PLAIN}
+LLAMA = dataclasses.replace(DENSE, qk_norm=False, rope_scaling=Llama3(8.0, 1.0, 4.0, 64), head_dim=8)
+QWEN2 = dataclasses.replace(DENSE, qk_norm=False, qkv_bias=True, head_dim=8)
+CONFIGS: dict[str, TargetConfig | DraftConfig] = {
+    "dense": DENSE,
+    "experts": EXPERTS,
+    "Llama": LLAMA,
+    "Qwen2": QWEN2,
+    "Domino": DOMINO,
+    "DFlash": PLAIN,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -120,12 +129,91 @@ def test_two_values_of_theta_are_refused_and_two_alike_are_one(kind, spelling):
         parse(raw | {spelling: {"rope_type": "default", "rope_theta": 1000}})
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+# --- Llama and Qwen2 ----------------------------------------------------------------------------------------------
+
+COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
+LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# As their makers publish them.
+PUBLIC: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Llama 3.1": (
+        COMMON
+        | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
+        | {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pretraining_tp": 1}
+        | {"hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072, "vocab_size": 128256}
+        | {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05}
+        | {"rope_scaling": LLAMA31 | {"rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": False},
+        {"head_dim": 128, "rope_scaling": Llama3(**LLAMA31), "qk_norm": False, "positions": 131072},
+    ),
+    "SmolLM2": (
+        COMMON
+        | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "is_llama_config": True, "pretraining_tp": 1}
+        | {"hidden_size": 576, "intermediate_size": 1536, "max_position_embeddings": 8192, "vocab_size": 49152}
+        | {"num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05}
+        | {"rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True},
+        {"head_dim": 64, "rope_theta": 1e5, "num_key_value_heads": 3, "tie_word_embeddings": True, "family": "llama"},
+    ),
+    "Llama 2, an early file": (
+        COMMON
+        | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}
+        | {"hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096, "vocab_size": 32000}
+        | {"num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-05},
+        {"num_key_value_heads": 32, "rope_theta": 1e4, "head_dim": 128, "tie_word_embeddings": False},
+    ),
+    "Qwen2.5": (
+        COMMON
+        | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "bos_token_id": 151643, "eos_token_id": 151645}
+        | {"hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768, "vocab_size": 151936}
+        | {"num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06}
+        | {"max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "rope_theta": 1000000.0}
+        | {"tie_word_embeddings": True},
+        {"head_dim": 64, "qkv_bias": True, "attention_bias": False, "qk_norm": False, "family": "qwen2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_files_of_other_families_are_read_and_written(name):
+    raw, expected = PUBLIC[name]
+    config = parse(raw)
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert parse(config.to_hf()) == config and config.to_hf()["architectures"] == raw["architectures"]
+    newer = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_scaling")}
+    if "rope_theta" in raw:  # as transformers 5 writes it
+        rope = {"rope_type": "default", **(raw.get("rope_scaling") or {}), "rope_theta": float(raw["rope_theta"])}
+        assert parse(newer | {"rope_parameters": rope}) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("Llama 3.1", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no rope_scaling.low_freq_factor"),
+        ("Llama 3.1", {"rope_scaling": LLAMA31 | {"rope_type": "llama3", "factor": "8"}}, 'rope_scaling.factor "8"'),
+        ("Llama 3.1", {"rope_scaling": LLAMA31 | {"rope_type": "llama3", "low_freq_factor": 4}}, "must be above"),
+        ("Llama 3.1", {"rope_scaling": LLAMA31 | {"rope_type": "llama3", "beta_fast": 4}}, "beta_fast among"),
+        ("Llama 3.1", {"mlp_bias": True}, "mlp_bias true"),
+        ("Llama 3.1", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("Llama 3.1", {"use_qk_norm": True}, "use_qk_norm true"),
+        ("SmolLM2", {"num_attention_heads": 7}, "num_attention_heads 7 does not divide hidden_size 576"),
+        ("SmolLM2", {"rope_interleaved": True}, "rope_interleaved true"),
+        ("SmolLM2", {"num_key_value_heads": 2}, "multiple of num_key_value_heads"),
+        ("Qwen2.5", {"use_sliding_window": True}, "sliding-window attention"),
+        ("Qwen2.5", {"num_key_value_heads": None}, "num_key_value_heads null"),
+        ("Qwen2.5", {"hidden_act": "gelu"}, 'hidden_act "gelu"'),
+    ],
+)
+def test_what_is_not_supported_of_other_families_is_refused(name, change, words):
+    with refused(words):
+        parse(PUBLIC[name][0] | change)
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts", "Llama", "Qwen2"])
 def test_what_transformers_refuses_is_refused_by_its_field(kind):
     """Its tokenizers read config.json as well: a file that it refuses would be called the tokenizer's fault."""
-    from transformers import Qwen3Config, Qwen3MoeConfig
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-    form, raw = {"dense": Qwen3Config, "experts": Qwen3MoeConfig}[kind], CONFIGS[kind].to_hf()
+    forms = {"dense": Qwen3Config, "experts": Qwen3MoeConfig, "Llama": LlamaConfig, "Qwen2": Qwen2Config}
+    form, raw = forms[kind], CONFIGS[kind].to_hf()
     names = [field.name for field in dataclasses.fields(form)]
     assert {"initializer_range", "use_cache", "bos_token_id"} <= set(names)
     count = 0

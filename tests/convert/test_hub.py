@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from factory import make_draft, make_target
+from factory import BYTE_TARGET, hf_weights, make_draft, make_target, random_weights
+from gguf_files import write_gguf
 from hub_server import Hub
+from rich.console import Console
 
 from convert import hf
+from convert import hub as convert_hub
 from convert import registry as names
 from convert.shapes import SHAPES
 from convert.tensors import tensor_files
@@ -169,6 +172,50 @@ def test_the_table_has_the_public_checkpoints():
         if public.shape:
             target = SHAPES[name].target
             assert public.shape == (target.hidden_size, target.num_hidden_layers)
+
+
+@pytest.mark.parametrize(
+    ("place", "repo", "file"),
+    [
+        ("my/repo/model-Q8_0.gguf", "my/repo", "model-Q8_0.gguf"),
+        ("my/repo/Q4/model-00001-of-00002.gguf", "my/repo", "Q4/model-00001-of-00002.gguf"),
+        ("my/repo", "my/repo", None),
+        ("my/repo.gguf", "my/repo.gguf", None),
+    ],
+)
+def test_a_file_of_a_repository_is_told_from_a_repository(monkeypatch, place, repo, file):
+    asked: list[Any] = []
+    monkeypatch.setattr(convert_hub, "open_snapshot", lambda *given: asked.append(given))
+    names.open_place(place, place, "--model", None, Console())
+    assert (asked[0][0], *asked[0][4:]) == ((repo, file) if file else (repo,))
+
+
+@pytest.mark.parametrize("place", ["./model.gguf", "/tmp/none/model.gguf", "model.gguf"])
+def test_a_gguf_file_that_is_not_here_is_not_looked_for_on_the_hub(place):
+    with pytest.raises(DominoError, match="nor a folder or GGUF file here"):
+        names.open_place(place, place, "--model", None, Console())
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_fetched_alone_and_found_again_without_the_hub(hub, machine, tmp_path):
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    config = BYTE_TARGET
+    for name in ("a.gguf", "b-00001-of-00002.gguf"):
+        write_gguf(repo / name, config, hf_weights(random_weights(config, 0), config))
+    hub.add("my/files", repo)
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    fetched = machine.fetch("my/files/a.gguf", **home)
+    assert "fetching my/files (" in fetched.err and fetched.target.name == "a"
+    assert (fetched.target / "a.gguf").read_bytes() == (repo / "a.gguf").read_bytes()
+    assert not [request for request in hub.log if "b-0000" in request.path]
+    assert machine.fetch("my/files/a.gguf", HF_HUB_OFFLINE="1", **home).target == fetched.target
+    assert machine.refuse("--model", "my/files/c.gguf", "--draft", "none") == (
+        "error: my/files has no c.gguf; its GGUF files are a.gguf, b-00001-of-00002.gguf."
+    )
+    assert "has no b-00002-of-00002.gguf" in machine.refuse(
+        "--model", "my/files/b-00001-of-00002.gguf", "--draft", "none"
+    )
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,19 @@ def test_cos_and_sin_are_transformers(spelling, scaling):
         np.testing.assert_allclose(found[:70], whole[:70, :64], atol=2e-5, rtol=0)
 
 
+def test_llamas_cos_and_sin_are_transformers():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = make(qk_norm=False, head_dim=64, rope_theta=5e5, rope_scaling=dataclasses.replace(LLAMA3, factor=32.0))
+    positions = np.concatenate([np.arange(0, 70), [4095, 8191, 32768]])
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(config.to_hf()))
+    expected = [a.numpy()[0] for a in theirs(torch.zeros(1), torch.from_numpy(positions)[None])]
+    for found, whole in zip(layers.rotary(jnp.asarray(positions, jnp.int32), config), expected, strict=True):
+        np.testing.assert_allclose(found, whole[:, :32], atol=0.01, rtol=0)
+        np.testing.assert_allclose(found[:70], whole[:70, :32], atol=2e-5, rtol=0)
+
+
 def test_qwens_recipe_gives_its_positions():
     """It adds rope_scaling to config.json, whose max_position_embeddings stays 40960."""
     config = hf.parse_config(REAL.to_hf() | {"rope_scaling": RECIPE})

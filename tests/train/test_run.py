@@ -6,13 +6,19 @@ from threading import Event
 from types import SimpleNamespace
 
 import factory
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from convert import hf
+from domino_jax import layers
 from domino_jax.errors import DominoError
+from domino_jax.weights import flatten, unflatten
 from train import run
 from train.config import DrafterOptions, TrainConfig
-from train.init import check_target_layers, read_first_drafter
+from train.init import check_target_layers, from_target, read_first_drafter
 from train.run import settle_drafter
 from train.stopping import agreed_stop
 
@@ -83,6 +89,33 @@ def test_a_drafter_that_can_not_begin_as_the_targets_last_layers_is_refused(chan
     check_target_layers(same, TARGET)
     with pytest.raises(DominoError, match="can begin as the target's last layers only if"):
         check_target_layers(dataclasses.replace(same, **change), TARGET)
+
+
+@pytest.mark.parametrize("changes", [{"qk_norm": False}, {"qk_norm": False, "qkv_bias": True}], ids=["Llama", "Qwen2"])
+def test_a_drafter_of_a_target_without_norms_of_q_and_k_begins_with_their_size(changes):
+    """Its layers have these norms, and queries and keys are about as large after them as the target's."""
+    target = dataclasses.replace(TARGET, **changes)
+    draft = factory.draft_config(target, **target.geometry(num_hidden_layers=2))
+    theirs, ours = factory.random_weights(target, 0, scale=0.7), factory.random_weights(draft, 1)
+    made = unflatten(draft, from_target(flatten(ours), draft, target, theirs))
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(rng.normal(size=(1, 50, target.hidden_size)), jnp.float32)
+    for mine, layer in zip(made.layers, theirs.layers[-2:], strict=True):
+        np.testing.assert_array_equal(mine.kv, layer.kv)
+        angles = layers.rotary(jnp.arange(50), target)
+        for project in (layers.queries, lambda *given: layers.keys_values(*given)[0]):
+            one, other = (
+                float(jnp.sqrt(jnp.mean(jnp.square(project(of, y * layer.input_norm, angles, 1e-5)))))
+                for of in (mine, without_bias(layer))
+            )
+            assert 0.9 < one / other < 1.1
+
+
+def without_bias(layer):
+    """The layer as the drafter's copy has it: Qwen2's biases are left out."""
+    same = jax.tree.map(lambda leaf: leaf, layer)
+    same.q_bias = same.kv_bias = nnx.data(None)
+    return same
 
 
 def test_few_steps_are_started_ahead_so_that_a_signal_is_heard_within_seconds(monkeypatch):

@@ -97,6 +97,11 @@ OF_TRANSFORMERS: dict[str, Kind[Any]] = {
     "eos_token_id": nullable(TOKEN_IDS),
 }
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+OF_LLAMA: dict[str, Kind[Any]] = {
+    "initializer_range": number(least=0, point=True, most=1),
+    "pretraining_tp": nullable(integer(-1)),
+    "mlp_bias": BOOLEAN,
+}
 KINDS_OF_ROPE: dict[str, set[str]] = {  # and their settings
     "default": set(),
     "yarn": {*Yarn.__dataclass_fields__, "mscale", "mscale_all_dim"},
@@ -122,7 +127,7 @@ def read_target_config(raw: Mapping[str, Any], file: Path | None = None) -> Targ
         raise DominoError(f"{where} has model_type {as_json(kind)}; supported are {', '.join(ARCHITECTURES)}.")
     has_norms = kind.startswith("qwen3")
     refuse_others(where, raw, NEUTRAL | {"use_qk_norm": (None, has_norms)})
-    for name, of in OF_TRANSFORMERS.items():
+    for name, of in (OF_TRANSFORMERS | (OF_LLAMA if kind == "llama" else {})).items():
         fields.get(name, of, None)
     types = fields.get("layer_types", nullable(TEXTS), None)
     if "sliding_attention" in (types or ()) or fields.get("use_sliding_window", BOOLEAN, False):
@@ -196,14 +201,14 @@ def decoder_fields(fields: Fields, family: str = "qwen3") -> dict[str, Any]:
     kv_heads = fields.get("num_key_value_heads", nullable(SIZE), None) if llama else None
     read["num_key_value_heads"] = kv_heads or (heads if llama else fields.get("num_key_value_heads", SIZE))
     head_dim = fields.get("head_dim", nullable(SIZE), None) if family in DEFAULT_THETA else None
-    if head_dim is None and family in DEFAULT_THETA:
-        if read["hidden_size"] % heads:
-            raise DominoError(
-                f"{fields.where} has no head_dim, and num_attention_heads {heads} does not divide hidden_size "
-                f"{read['hidden_size']}."
-            )
-        head_dim = read["hidden_size"] // heads
-    read["head_dim"] = head_dim or fields.get("head_dim", SIZE)
+    # transformers wants this of every Llama.
+    if read["hidden_size"] % heads and (llama or (head_dim is None and family in DEFAULT_THETA)):
+        raise DominoError(
+            f"{fields.where} has num_attention_heads {heads}, which does not divide hidden_size {read['hidden_size']}."
+        )
+    read["head_dim"] = head_dim or (
+        read["hidden_size"] // heads if family in DEFAULT_THETA else fields.get("head_dim", SIZE)
+    )
     read["rms_norm_eps"] = fields.get("rms_norm_eps", number(above=0, point=True))
     # Qwen2's are where they are, whatever this field says.
     read["attention_bias"] = fields.get("attention_bias", BOOLEAN, False) and family != "qwen2"

@@ -28,15 +28,18 @@ def integer(least: int = 0, most: int = LARGEST) -> Kind[int]:
     return Kind(words, lambda x: type(x) is int and least <= x <= most, int)
 
 
-def number(least: float = -math.inf, above: float = -math.inf, point: bool = False) -> Kind[float]:
+def number(
+    least: float = -math.inf, above: float = -math.inf, point: bool = False, most: float = math.inf
+) -> Kind[float]:
     """A finite number; with `point`, one that is written with a decimal point or an exponent."""
     words = "a number" + (" with a decimal point" if point else "")
     words += f" of at least {least:g}" if least > -math.inf else f" above {above:g}" if above > -math.inf else ""
+    words += f" and at most {most:g}" if most < math.inf else ""
 
     def holds(x: Any) -> bool:
         if type(x) is not float and (point or type(x) is not int or abs(x) > 2**1000):
             return False
-        return math.isfinite(x) and x >= least and x > above
+        return math.isfinite(x) and x >= least and x > above and x <= most
 
     return Kind(words, holds, float)
 

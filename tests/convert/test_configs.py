@@ -134,7 +134,7 @@ def test_two_values_of_theta_are_refused_and_two_alike_are_one(kind, spelling):
 COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # As their makers publish them.
-PUBLIC: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Llama 3.1": (
         COMMON
         | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
@@ -172,9 +172,9 @@ PUBLIC: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_public_files_of_other_families_are_read_and_written(name):
-    raw, expected = PUBLIC[name]
+    raw, expected = FAMILIES[name]
     config = parse(raw)
     assert {field: getattr(config, field) for field in expected} == expected
     assert parse(config.to_hf()) == config and config.to_hf()["architectures"] == raw["architectures"]
@@ -194,7 +194,7 @@ def test_public_files_of_other_families_are_read_and_written(name):
         ("Llama 3.1", {"mlp_bias": True}, "mlp_bias true"),
         ("Llama 3.1", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("Llama 3.1", {"use_qk_norm": True}, "use_qk_norm true"),
-        ("SmolLM2", {"num_attention_heads": 7}, "num_attention_heads 7 does not divide hidden_size 576"),
+        ("SmolLM2", {"num_attention_heads": 7}, "num_attention_heads 7, which does not divide hidden_size 576"),
         ("SmolLM2", {"rope_interleaved": True}, "rope_interleaved true"),
         ("SmolLM2", {"num_key_value_heads": 2}, "multiple of num_key_value_heads"),
         ("Qwen2.5", {"use_sliding_window": True}, "sliding-window attention"),
@@ -204,7 +204,7 @@ def test_public_files_of_other_families_are_read_and_written(name):
 )
 def test_what_is_not_supported_of_other_families_is_refused(name, change, words):
     with refused(words):
-        parse(PUBLIC[name][0] | change)
+        parse(FAMILIES[name][0] | change)
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts", "Llama", "Qwen2"])

@@ -128,7 +128,9 @@ def run_instructions(options: Instructions) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     tokenizer = load_tokenizer(target)
     ids, end = user_turn(tokenizer, options.system)
-    with open_answers(options.samples, decisive(options, target, draft, ids, end), {"target": str(target)}) as samples:
+    with open_answers(
+        options.samples, decisive_of_questions(options, target, draft, ids, end), {"target": str(target)}
+    ) as samples:
         missing = [row for row in range(options.count) if (row, 0) not in samples]
         if missing:
             with progress_bars(console) as loading:
@@ -172,7 +174,9 @@ def user_turn(tokenizer: Any, system: str | None) -> tuple[list[int], int]:
     return encode(tokenizer, before, special=False), end
 
 
-def decisive(options: Instructions, target: Path, draft: Path | None, ids: list[int], end: int) -> dict[str, Any]:
+def decisive_of_questions(
+    options: Instructions, target: Path, draft: Path | None, ids: list[int], end: int
+) -> dict[str, Any]:
     """What decides the samples, for the file beside them."""
     o = options
     sampling = o.sampling.params()

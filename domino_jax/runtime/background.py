@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from jax.stages import Compiled, Lowered
@@ -15,23 +15,27 @@ class BackgroundCompiler:
     """The programs that can be called without a wait: those that have run, and those compiled by a thread of its own.
 
     Calls come from one thread. A program that does not compile is never ready.
+
+    Args:
+        context: what programs are traced in: a mesh, say. A thread does not have that of another.
     """
 
-    def __init__(self):
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]] = nullcontext):
+        self._context = context
         self._known: set[Hashable] = set()
         self._compiled: dict[Hashable, Future[Compiled]] = {}
         self._thread = ThreadPoolExecutor(1, "compile", _yield_to_others)
 
-    def ready(self, key: Hashable, lower: Callable[[], Lowered]) -> bool:
+    def ready(self, key: Hashable, describe: Callable[[], Callable[[], Lowered]]) -> bool:
         """Whether a program can be called at once; if not it is compiled meanwhile.
 
         Args:
-            lower: traces it.
+            describe: called where it has to be compiled; gives what traces it in the other thread.
         """
         if key in self._known:
             return True
         if key not in self._compiled:
-            self._compiled[key] = self._thread.submit(lower().compile)
+            self._compiled[key] = self._thread.submit(self._compile, describe())
         compiled = self._compiled[key]
         return compiled.done() and compiled.exception() is None
 
@@ -41,6 +45,10 @@ class BackgroundCompiler:
             return compiled.result()
         self._known.add(key)
         return None
+
+    def _compile(self, lower: Callable[[], Lowered]) -> Compiled:
+        with self._context():
+            return lower().compile()
 
     def close(self) -> None:
         """Compile nothing more; what is being compiled is waited for."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.stages import Lowered
 
 from domino_jax import cache, decode
 from domino_jax.decode import Accept, Caches, DecodeConfig, DecodeState, Rows
@@ -688,12 +689,16 @@ class Slots:
         if self._compiler is None or (lengths is not None and not lengths.any()):
             return True
         configs, each = self._drafting(configs, drafts, lengths)
-        return self._compiler.ready(
-            self._key(configs, greedy),
-            lambda: decode.speculate.lower(
-                self._params, configs, self._state, self._cycles, greedy, np.int32(1), self._accept, each
-            ),
-        )
+
+        def describe() -> Callable[[], Lowered]:
+            # The state's own arrays will have been given away.
+            params, state, lengths = jax.tree.map(_described, (self._params, self._state, each))
+            most = np.int32(1)
+            return lambda: decode.speculate.lower(
+                params, configs, state, self._cycles, greedy, most, self._accept, lengths
+            )
+
+        return self._compiler.ready(self._key(configs, greedy), describe)
 
     def _verified(self, lengths: np.ndarray) -> int:
         """Tokens that the target runs in a cycle: of few sizes, since each is a program to compile."""
@@ -756,6 +761,10 @@ class Slots:
             configs = dataclasses.replace(self._configs, drafts=drafts)
             if self._state is not None and not drafter_is_finite(self._params, configs, self._state):
                 warn()
+
+
+def _described(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=jax.typeof(x).weak_type)
 
 
 def check_request(configs: DecodeConfig, request: Request) -> None:

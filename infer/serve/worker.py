@@ -164,7 +164,7 @@ class Worker:
         most = loaded.configs.proposals
         policy = AutoDrafts.of(loaded.configs) if auto and most else FixedDrafts(most)
         # What auto may choose besides the whole block and plain steps is compiled when it is wanted, beside decoding.
-        self._compiler = BackgroundCompiler() if link is None else None
+        self._compiler = BackgroundCompiler(loaded.context) if link is None else None
         with loaded.context():
             self._slots = self._make(size, policy)
         self._commands: SimpleQueue[Command] = SimpleQueue()

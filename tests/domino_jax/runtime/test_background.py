@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import pytest
 from factory import BYTE_TARGET, Pair
 
+from domino_jax import sharding
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.runtime.background import BackgroundCompiler
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
 from domino_jax.runtime.timing import compile_seconds
 from domino_jax.sampling import SamplingParams
+from domino_jax.weights import Params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     target = replace(BYTE_TARGET, tie_word_embeddings=False)
-    return factory.good_pair(target, 3, num_hidden_layers=1)
+    return factory.good_pair(target, 3, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 
 
 class Held:
@@ -51,7 +54,7 @@ def test_a_program_is_ready_once_it_is_compiled_or_has_run():
 
     def lower() -> Any:
         traced.append(1)
-        return held
+        return lambda: held
 
     assert not compiler.ready("a", lower) and not compiler.ready("a", lower) and traced == [1]
     assert compiler.get("b") is None and compiler.ready("b", lower), "it has run"
@@ -65,9 +68,9 @@ def test_a_program_is_ready_once_it_is_compiled_or_has_run():
 def test_a_program_that_does_not_compile_is_never_ready():
     compiler, held = BackgroundCompiler(), Held(None, RuntimeError("too little memory"))
     held.go.set()
-    assert not compiler.ready("a", lambda: held)  # type: ignore[arg-type]
+    assert not compiler.ready("a", lambda: lambda: held)  # type: ignore[arg-type]
     compiler.close()
-    assert not compiler.ready("a", lambda: held)  # type: ignore[arg-type]
+    assert not compiler.ready("a", lambda: lambda: held)  # type: ignore[arg-type]
     assert compiler.get("a") is None, "it is run as any other"
 
 
@@ -89,11 +92,16 @@ def compiler(monkeypatch):
     made, submit = BackgroundCompiler(), BackgroundCompiler.ready
     made.go = threading.Event()  # type: ignore[attr-defined]
 
-    def ready(self: BackgroundCompiler, key: Any, lower: Any) -> bool:
+    def ready(self: BackgroundCompiler, key: Any, describe: Any) -> bool:
         def held() -> Any:
-            found = Held(lower())
-            found.go = made.go  # type: ignore[attr-defined]
-            return found
+            lower = describe()
+
+            def later() -> Held:
+                found = Held(lower())
+                found.go = made.go  # type: ignore[attr-defined]
+                return found
+
+            return later
 
         return submit(self, key, held)
 
@@ -132,3 +140,28 @@ def test_decoding_goes_on_without_a_program_until_it_is_compiled(pair, compiler,
     while batch.busy:
         batch.step()
     assert [c.tokens for c in found] == [c.tokens for c in expected]
+
+
+@pytest.mark.slow
+def test_on_a_mesh_the_program_is_for_arrays_as_they_lie(pair):
+    """In the thread's own context; a state that lies otherwise has a program of its own."""
+    target, draft = pair.configs.target, pair.configs.draft
+    assert draft is not None
+    mesh = sharding.make_mesh(1, 2)
+    drafter = BlockDrafter(sharding.fit_to_mesh(draft, 2))
+    configs = replace(pair.configs, target=sharding.fit_to_mesh(target, 2), drafter=drafter)
+    params = Params(factory.place(pair.params.target, target, mesh), factory.place(pair.params.draft, draft, mesh))
+    expected, dtype = completions(1), jnp.dtype("float32")
+    list(Slots(pair.params, pair.configs, 1, dtype).run(expected))
+    compiler = BackgroundCompiler(lambda: jax.set_mesh(mesh))
+    with jax.set_mesh(mesh):
+        policy, found = Wanting(configs.proposals), completions(1)
+        batch = Slots(params, configs, 1, dtype, cycles=1, policy=policy, compiler=compiler)
+        batch.admit(found[0])
+        while batch.busy:
+            batch.step()
+            for compiled in compiler._compiled.values():
+                compiled.result(120)
+    compiler.close()
+    assert found[0].tokens == expected[0].tokens
+    assert {len(cycle.drafts) for cycle in found[0].cycles[-3:]} == {2}

@@ -1,6 +1,7 @@
 """Convert a model between its forms, or check it.
 
 python -m convert SRC DST                      Hugging Face -> Orbax; Orbax, GGUF, a training run -> Hugging Face
+python -m convert DRAFTER DST --format FORM    a drafter for another program: SpecForge's form, DeepSpec's, speculators'
 python -m convert --check DIR [--target DIR]   what a folder holds, and what is wrong with it
 """
 
@@ -11,12 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import DisallowNone, Positional, arg
 
 from convert.options import UNSET, Dtype
 from domino_jax.runtime.command import DONE, FAILED, UsageError, end_process, run_command
+from domino_jax.runtime.parsing import parse_json
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
     from convert.check import FolderReport
@@ -32,6 +34,10 @@ class Convert:
     """folder to write: Orbax from Hugging Face files, Hugging Face files from the others"""
     dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
     """dtype to write (default: as stored, and bfloat16 of a training run)"""
+    format: Annotated[Literal["specforge", "deepspec", "speculators"] | None, DisallowNone, UNSET] = None
+    """write a block drafter's files in this form; with --target those of the last two have copies of its embeddings"""
+    hf_overrides: Annotated[str | None, DisallowNone, UNSET, arg(metavar="JSON")] = None
+    """fields of a block drafter's config.json that take the place of the file's, as '{"shift_label": true}'"""
     check: Annotated[Path | None, DisallowNone, UNSET] = None
     """report what a model holds and what is wrong with it, and compare a target's logits with transformers'"""
     target: Annotated[Path | None, DisallowNone, UNSET] = None
@@ -41,10 +47,30 @@ class Convert:
 def check_words(options: Convert) -> None:
     """Raises: UsageError: the options make no sense together."""
     o = options
-    if o.check and (o.source or o.dtype):
+    if o.check and (o.source or o.dtype or o.format or o.hf_overrides):
         raise UsageError("--check takes one folder, and --target; it converts nothing.")
     if not o.check and not (o.source and o.destination):
         raise UsageError("give SRC and DST, or --check DIR.")
+
+
+def overrides(options: Convert) -> dict[str, Any]:
+    """The fields of --hf-overrides.
+
+    Raises:
+        UsageError: it is no JSON object.
+    """
+    if options.hf_overrides is None:
+        return {}
+    try:
+        found = parse_json(options.hf_overrides)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found:
+        raise UsageError(
+            f"--hf-overrides takes a JSON object of fields, such as '{{\"shift_label\": true}}', found "
+            f"{options.hf_overrides!r}."
+        )
+    return found
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
@@ -60,6 +86,7 @@ def run_convert(options: Convert) -> int:
         DominoError: a folder can't be read or written.
     """
     check_words(options)
+    changed = overrides(options)
     # Nothing here gains from an accelerator, and one may be serving a model meanwhile.
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax.numpy as jnp
@@ -81,7 +108,8 @@ def run_convert(options: Convert) -> int:
                 assert options.source and options.destination
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
                 reading = partial(progress, f"reading {options.source}")
-                was, now = convert_folder(as_folder(options.source), options.destination, reading, dtype, target)
+                source, form = as_folder(options.source), options.format
+                was, now = convert_folder(source, options.destination, reading, dtype, target, form, changed)
     except KeyboardInterrupt:
         print_report(report)
         known = ", what is known so far is above" if report.lines else ""

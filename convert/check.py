@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from convert import hf, orbax
 from convert.draft_configs import least_depth
 from convert.drafters import form_of
 from convert.folders import GGUF, HF, folder_format, load_weights, read_config
+from convert.packagings import packaging_of
 from convert.tensors import (
     FLOATS,
     account_tensors,
@@ -30,10 +31,16 @@ from convert.tensors import (
 from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax import target
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig, Yarn, check_pair
+from domino_jax.drafters import block
 from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError, first_line
 
 TEXT = "def greet(name):\n    return 'Hello, ' + name\n\n\nThe capital of France is"
+ALIGNMENTS = {
+    True: "anchored: the anchor's own row makes the first proposal",
+    False: "fill-in: the row after the anchor's makes the first proposal",
+}
+ANCHORS = 192  # tokens of a text after which a drafter's first proposal is compared with the target's own token
 LARGEST_DIFFERENCE = 1e-3  # of the largest logit, in float32: two orders above what rounding gives
 
 
@@ -84,8 +91,18 @@ def check_folder(
     tensors = _stored(folder, config, report, target_folder) if stored else _orbax(folder, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
     if not isinstance(config, TargetConfig):
+        if isinstance(config, DraftConfig):
+            report.say("packaging", packaging_of(raw))
+            report.say("alignment", ALIGNMENTS[config.shift_label])
         report.warnings += form_of(raw).warnings(raw, depth, file)
         report.say("target", _fit(config, other, report) if other else "not given: --target DIR says if they fit")
+        if (
+            target_folder
+            and isinstance(other, TargetConfig)
+            and isinstance(config, DraftConfig)
+            and not report.problems
+        ):
+            report.say("agreement", _agreement(CheckedPair(folder, config, target_folder, other), report))
         return report
     tokenizer = None
     try:
@@ -120,6 +137,8 @@ def describe(config: TargetConfig | DraftConfig | CustomDraftConfig) -> str:
         family = c.family.partition("_")[0].capitalize()
         return f"{family} target: {shape}, {'tied' if c.tie_word_embeddings else 'untied'} embeddings"
     head, sizes = head_of(c).name, head_of(c).describe()
+    if c.causal:
+        head = f"{head} with causal blocks" if c.head else "JetSpec"
     return (
         f"{head} drafter: {shape}, block {c.block_size} with {c.num_proposals} proposals, "
         f"reading layers {', '.join(map(str, c.target_layer_ids))}" + (f", {sizes}" if sizes else "")
@@ -260,6 +279,64 @@ def _parity(folder: Path, of: str, config: TargetConfig, tokenizer: Any, report:
             f"logits differ from transformers' by up to {difference:.2g}, the largest is {largest:.2g}"
         )
     return f"logits of {len(ids)} tokens differ by at most {difference:.1e}, the largest is {largest:.1f} (float32)"
+
+
+class CheckedPair(NamedTuple):
+    """A drafter and its target."""
+
+    folder: Path
+    config: DraftConfig
+    target_folder: Path
+    target: TargetConfig
+
+
+def _agreement(pair: CheckedPair, report: FolderReport) -> str:
+    """How often the row that makes the first proposal says what the target does, and whether the other row does better.
+
+    A drafter that is read with the wrong alignment runs without an error, and next to nothing of it is accepted.
+    """
+    config, other = pair.config, pair.target
+    needed, free = int(4.5 * (parameters(config) + parameters(other))), _free_memory()
+    if free is not None and needed > free:
+        return f"not measured: in float32 it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
+    if config.block_size < 2:
+        return "not measured: a block has one row"
+    tokenizer = load_tokenizer(pair.target_folder)
+    text = Path(__file__).read_text(encoding="utf-8")
+    ids = tokenizer(text)["input_ids"] if tokenizer else [i * 7 % other.vocab_size for i in range(ANCHORS)]
+    ids = ids[: min(ANCHORS, other.max_position_embeddings - config.block_size)]
+    target_weights = load_weights(pair.target_folder, other, jnp.float32)
+    weights = load_weights(pair.folder, config, jnp.float32, target=pair.target_folder)
+    with jax.default_matmul_precision("highest"):
+        found = np.asarray(_first_tokens(target_weights, weights, other, config, jnp.array([ids])))
+    own, rest = (int((found[2] == found[row]).sum()) for row in ((0, 1) if config.shift_label else (1, 0)))
+    count = len(ids)
+    if rest - own > max(0.05 * count, 3 * count**0.5 / 2):
+        report.warnings.append(
+            f"after {rest} of {count} tokens the row that makes no first proposal has the target's next token, the one "
+            f"that makes it after {own}: the drafter was probably trained with the other alignment; set shift_label to "
+            f"{str(not config.shift_label).lower()} with --hf-overrides."
+        )
+    return f"the first proposal is the target's token after {own} of {count}; the other alignment's after {rest}"
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _first_tokens(
+    target_weights: Any, weights: Any, other: TargetConfig, config: DraftConfig, ids: jax.Array
+) -> jax.Array:
+    """The likeliest tokens by rows 0 and 1 of a block after each token of ids [1, S], and by the target: [3, S]."""
+    hidden, features, _ = target.forward(target_weights, other, ids, target_layer_ids=config.target_layer_ids)
+    anchors = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    x = block.block_inputs(target_weights.embed, config, ids)
+    z = block.training_blocks(weights, config, x, anchors, features)[:, :, :2]  # [1, S, 2, D]
+    logits = target.logits(target_weights, other, z)
+    head = head_of(config)
+    for row in range(2):
+        correction = head.teacher_forced(weights.head, z[:, :, row : row + 1], ids[..., None], target_weights.embed)
+        if correction is not None:
+            logits = logits.at[:, :, row].add((correction.rank @ correction.output.T)[:, :, 0])
+    theirs = target.logits(target_weights, other, hidden)
+    return jnp.concatenate([jnp.moveaxis(logits, 2, 1), theirs[:, None]], axis=1).argmax(axis=-1)[0]
 
 
 def _free_memory() -> int | None:

@@ -13,16 +13,30 @@ from convert.speculators import SPECULATORS, from_speculators, is_speculators
 from domino_jax.config import CustomDraftConfig, DraftConfig, default_target_layer_ids, last_layer_warning
 from domino_jax.drafters.heads import HEADS
 from domino_jax.drafters.heads.base import Head
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.heads.none import NoHead
 from domino_jax.errors import DominoError
-from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXTS, Fields, as_json, integer, listed, one_of
+from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXT, TEXTS, Fields, as_json, integer, listed, one_of
 
 Custom = TypeVar("Custom", bound=CustomDraftConfig)
 NESTED: Final = "dflash_config"
 # Any of them makes a config.json a drafter's.
 DRAFTER_FIELDS: Final = (NESTED, "block_size", "num_target_layers", "target_layer_ids", *SPECULATORS)
 TARGET_LAYER_IDS: Final = ("target_layer_ids", "layer_ids")  # one setting, by two names
-ARCHITECTURES: Final = ("DFlashDraftModel", "DominoDraftModel")  # the field's name, and the first Domino files'
+DFLASH, DOMINO = "DFlashDraftModel", "DominoDraftModel"  # the field's name, and the first Domino files'
+DSPARK: Final = ("Qwen3DSparkModel", "DSparkDraftModel")  # DeepSpec's, with a Markov head or without, and SpecForge's
+ARCHITECTURES: Final = (DFLASH, DOMINO, *DSPARK)
+UNSUPPORTED: Final = {
+    "DFlash2DraftModel": "DFlash 2, with convolutions in its layers and a path selector",
+    "DFlashLinearDraftModel": "SpecForge's drafter with linear attention",
+    "Lfm2DSparkDraftModel": "a DSpark drafter for targets of the LFM2 family",
+    "Qwen35DSparkModel": "a DSpark drafter with Qwen3.5's layers",
+    "Qwen3OmniDSparkModel": "a DSpark drafter for Qwen3-Omni",
+    "Gemma4DSparkModel": "a DSpark drafter with Gemma 4's layers",
+    "MuseGlimmerAssistantModel": "a drafter with Muse Glimmer's layers",
+}
+# Of one setting, all names; a value for one of them takes the place of all.
+NAMES: Final = (("shift_label", "sample_from_anchor", "dspark_bonus_anchor"), TARGET_LAYER_IDS)
 # Fields of other drafters on the same backbone, and the values with which they change nothing.
 NEUTRAL_IN_A_DRAFTER: Final[dict[str, tuple[Any, ...]]] = {
     "attention_sink": (None, False),
@@ -32,14 +46,12 @@ NEUTRAL_IN_A_DRAFTER: Final[dict[str, tuple[Any, ...]]] = {
     "attention_value_scale": (None, 1),
     "use_aux_hidden_state": (None, True),
     "draft_shift": (None, False),
-    "markov_rank": (None, 0),
-    "enable_confidence_head": (None, False),
-    "use_confidence_head": (None, False),
     "conv_kernel_size": (None, 0),
     "conv_group_size": (None, 0),
     "selector_rank": (None, 0),
     "selector_top_k": (None, 0),
     "draft_adapter_rank": (None, 0),
+    "dspark_bonus_anchor": (None, False, True),  # shift_label, the other way round
 }
 # Fields that change nothing: transformers' own, and notes about the training.
 INERT: Final = {
@@ -50,8 +62,14 @@ INERT: Final = {
     *("use_bfloat16", "pruned_heads", "is_decoder", "add_cross_attention", "cross_attention_hidden_size"),
     *("tie_encoder_decoder", "finetuning_task", "task_specific_params", "problem_type"),
     *("tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "mask_token"),
-    *("num_anchors", "max_anchors", "lambda_base_start", "lambda_base_decay_ratio"),
+    *("num_anchors", "max_anchors", "lambda_base_start", "lambda_base_decay_ratio", "confidence_head_alpha"),
+    *("attention_mode", "target_model_type"),
 }
+# What to do where a file does not say whether the anchor's own row proposes.
+OVERRIDE: Final = (
+    'add "shift_label": true or false to the file, or make a copy that has it: python -m convert SRC DST '
+    "--hf-overrides '{\"shift_label\": true}'"
+)
 LAYER_TYPES: Final = listed(
     one_of("full_attention", "sliding_attention"), 'a list of "full_attention" and "sliding_attention"'
 )
@@ -96,10 +114,23 @@ def read_draft_config(
     fields = Fields(where, (f"{NESTED}.", nested), ("", raw), null_is_absent=True)
     with said_of(where):
         config, guesses = _read_draft(fields, num_target_layers)
-    warnings += guesses
-    _check_directions(fields, config)
     known = INERT | NEUTRAL.keys() | NEUTRAL_IN_A_DRAFTER.keys() | {NESTED}
-    return DrafterFile(config, warnings + _unread(fields, known))
+    return DrafterFile(config, warnings + guesses + _unread(fields, known))
+
+
+def with_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A drafter's config.json with other values: each takes the place of the field, by whatever names and levels."""
+    changed: dict[str, Any] = dict(raw)
+    levels = [changed]
+    if isinstance(raw.get(NESTED), Mapping):
+        changed[NESTED] = dict(raw[NESTED])
+        levels.append(changed[NESTED])
+    for name, value in overrides.items():
+        for level in levels:
+            for other in next((names for names in NAMES if name in names), (name,)):
+                level.pop(other, None)
+        changed[name] = value
+    return changed
 
 
 def read_custom_config(
@@ -126,8 +157,13 @@ def export_warnings(
     Besides its warnings: whether it reads the target's last layer, where the target's depth is known.
     """
     config, warnings = read_draft_config(raw, num_target_layers or least_depth(raw), file)
-    known = num_target_layers is not None or any(level.get("num_target_layers") for level in _levels(raw))
+    known = num_target_layers is not None or states_depth(raw)
     return warnings + (last_layer_warning(config.target_layer_ids, config.num_target_layers) if known else [])
+
+
+def states_depth(raw: Mapping[str, Any]) -> bool:
+    """Whether a drafter's config.json says how many layers its target has."""
+    return any(level.get("num_target_layers") for level in _levels(raw))
 
 
 def least_depth(raw: Mapping[str, Any]) -> int | None:
@@ -164,7 +200,7 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
     if depth is None:
         raise DominoError(f"{where} has no num_target_layers and no target was given to take it from.")
     target_layer_ids = _target_layer_ids(fields, depth, layers, warnings)
-    head = _head(fields, warnings)
+    head, windows = _head(fields, warnings), _windows(fields, layers)
     return DrafterFile(
         DraftConfig(
             **decoder,
@@ -174,7 +210,8 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
             num_target_layers=depth,
             head=head,
             shift_label=_shift_label(fields, head, warnings),
-            windows=_windows(fields, layers),
+            windows=windows,
+            causal=_causal(fields, windows),
         ),
         warnings,
     )
@@ -182,26 +219,64 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
 
 def _head(fields: Fields, warnings: list[str]) -> Head | None:
     """The head, None for a plain DFlash drafter."""
-    kind = HEADS[fields.get("projector_type", one_of(*HEADS), NoHead.projector_type)]
+    where, architectures = fields.where, fields.get("architectures", TEXTS, ())
+    stated = fields.get("projector_type", one_of(*HEADS), None)
+    rank = fields.get("markov_rank", integer(), None)
+    kind = HEADS[stated or NoHead.projector_type]
+    is_dspark = bool(set(DSPARK) & set(architectures))
+    if stated is None and (rank or is_dspark):
+        kind = MarkovHead
+    if kind is MarkovHead and rank == 0:  # as DeepSpec writes its plain DFlash drafters
+        kind = NoHead
+    if kind is not MarkovHead and (rank or (is_dspark and kind is not NoHead)):
+        other = f"markov_rank {rank}" if rank else ", ".join(architectures)
+        raise DominoError(
+            f"{where} has projector_type {as_json(stated)} and {other}: "
+            "it can't be told which head the drafter has; leave one of them out."
+        )
     if kind is not NoHead:
         return kind.read(fields, warnings)
-    if ARCHITECTURES[1] in fields.get("architectures", TEXTS, ()):
+    if DOMINO in architectures:
         raise DominoError(
-            f'{fields.where} has architectures ["{ARCHITECTURES[1]}"] and no projector_type "domino": it can\'t be '
+            f'{where} has architectures ["{DOMINO}"] and no projector_type "domino": it can\'t be '
             "told whether the drafter has a causal head."
         )
+    fields.given("markov_head_type", "confidence_head_with_markov")
+    if fields.get("enable_confidence_head", BOOLEAN, False, also=["use_confidence_head"]):
+        warnings.append(f"{where} has a confidence head and no Markov head: the confidence head is not read.")
     return None
 
 
 def _shift_label(fields: Fields, head: Head | None, warnings: list[str]) -> bool:
-    """Whether the anchor's own row proposes. Without a head a file need not say that it does not: none else can."""
-    given = fields.get("shift_label", BOOLEAN, None, also=["sample_from_anchor"])
-    if given is None and head is not None:
+    """Whether the anchor's own row proposes: as the file says, else as files of its kind do.
+
+    Without a head a file need not say that it does not: none but DeepSpec's do.
+    """
+    where, architectures = fields.where, fields.get("architectures", TEXTS, ())
+    given, bonus = fields.get(NAMES[0][0], BOOLEAN, None, also=NAMES[0][1:2]), fields.get(NAMES[0][2], BOOLEAN, None)
+    if given is not None and bonus is not None and given == bonus:
+        name = fields.given(*NAMES[0][:2])[0][0]
+        raise DominoError(
+            f"{where} has {name} {as_json(given)} and {NAMES[0][2]} {as_json(bonus)}: one says that the anchor's own "
+            f"row proposes, the other that it does not; {OVERRIDE}."
+        )
+    if given is not None or bonus is not None:
+        return not bonus if given is None else given
+    if set(DSPARK) & set(architectures):
+        return True
+    if isinstance(head, MarkovHead):
+        if fields.get("projector_type", TEXT, None) is None:
+            raise DominoError(
+                f"{where} has a Markov head and neither shift_label nor projector_type: it can't be told whether the "
+                f"anchor's own row proposes; {OVERRIDE}."
+            )
+        return True
+    if head is not None:
         warnings.append(
-            f"{fields.where} has no shift_label: taken as false, the format's default. Where acceptance lengths are "
+            f"{where} has no shift_label: taken as false, the format's default. Where acceptance lengths are "
             'near 1, the drafter was trained with "shift_label": true.'
         )
-    return bool(given)
+    return False
 
 
 def _target_layer_ids(fields: Fields, depth: int, layers: int, warnings: list[str]) -> tuple[int, ...]:
@@ -248,21 +323,25 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _check_directions(fields: Fields, config: DraftConfig) -> None:
-    """Refuse a block that is to be seen otherwise than here, where only a sliding window hides later rows."""
-    full, sliding = (None in config.windows), any(config.windows)
-    for name, wrong in (
-        ("is_causal", {True: full, False: sliding}),
-        ("causal", {True: full, False: sliding}),
-        ("causal_head", {True: full, False: False}),
-        ("sliding_window_non_causal", {True: sliding, False: False}),
-    ):
-        value = fields.get(name, BOOLEAN, None)
-        if value is not None and wrong[value]:
-            raise DominoError(
-                f"{fields.where} has {fields.given(name)[0][0]} {as_json(value)}, which is not supported: a layer with "
-                "full attention sees the whole block here, and one with a sliding window the rows before."
-            )
+def _causal(fields: Fields, windows: tuple[int | None, ...]) -> bool:
+    """Whether layers with full attention hide a block's later rows; those with a sliding window always do here."""
+    full, sliding = (None in windows), any(windows)
+    both = fields.get("sliding_window_non_causal", BOOLEAN, None)
+    causal = fields.get("is_causal", BOOLEAN, None, also=["causal"])
+    if sliding and (both or causal is False):
+        name = fields.given(*(["sliding_window_non_causal"] if both else ["is_causal", "causal"]))[0][0]
+        raise DominoError(
+            f"{fields.where} has {name} {as_json(bool(both))}, which is not supported: a layer with a sliding window "
+            "sees only the rows before here."
+        )
+    ours = fields.get("causal_head", BOOLEAN, None)
+    if full and causal is not None and ours is not None and causal != ours:
+        name = fields.given("is_causal", "causal")[0][0]
+        raise DominoError(
+            f"{fields.where} has {name} {as_json(causal)} and causal_head {as_json(ours)}: they are one setting, so "
+            "give one of them, or the same value."
+        )
+    return full and bool(causal or ours)
 
 
 def _unread(fields: Fields, known: Set[str]) -> list[str]:
@@ -280,11 +359,12 @@ def _refuse_other_drafters(where: str, raw: Mapping[str, Any]) -> None:
     """Drafters of other kinds, by their names."""
     names = Fields(where, ("", raw), null_is_absent=True).get("architectures", TEXTS, ())
     if not set(names) <= set(ARCHITECTURES):
+        what = next((UNSUPPORTED[name] for name in names if name in UNSUPPORTED), "another kind of drafter")
         raise DominoError(
-            f'{where} has architectures {as_json(list(names))}: another kind of drafter; ["{ARCHITECTURES[0]}"] is '
-            "supported."
+            f"{where} has architectures {as_json(list(names))}: {what}, which is not supported; "
+            f"{', '.join(ARCHITECTURES)} are."
         )
     if raw.get("model_type") == "qwen3_moe" or raw.get("num_experts") or raw.get("num_local_experts"):
         raise DominoError(f"{where} asks for experts (num_experts); a drafter's layers are dense.")
-    if raw.get("model_type") not in (None, "qwen3"):
+    if raw.get("model_type") not in (None, "qwen3", *(["dspark"] if set(DSPARK) & set(names) else [])):
         raise DominoError(f'{where} has model_type {as_json(raw["model_type"])}; a drafter\'s layers are "qwen3".')

@@ -5,13 +5,14 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from convert import hf, orbax
-from convert.draft_configs import least_depth
+from convert.draft_configs import is_drafter, least_depth, states_depth, with_overrides
+from convert.packagings import Packaging, copies, packaged, renamed
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import check_output, lock_file, lock_folder
@@ -56,6 +57,8 @@ def convert_folder(
     progress: hf.Progress | None = None,
     dtype: Any = None,
     target: Path | None = None,
+    form: Packaging | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[str, str]:
     """Write the model of `source` in another form: Hugging Face's to Orbax, all others to Hugging Face's.
 
@@ -66,6 +69,8 @@ def convert_folder(
 
     Args:
         target: the folder of a drafter's target, for drafters with copies of its embeddings or LM head.
+        form: of a block drafter, to be Hugging Face's files whatever it was.
+        overrides: fields of config.json that take the place of the file's; of a block drafter.
 
     Returns:
         The names of the two forms, from and to.
@@ -86,35 +91,73 @@ def convert_folder(
         earlier = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
         for left in [file for file in parent.iterdir() if earlier.fullmatch(file.name)]:  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        return _convert(source, destination, partial, progress, dtype, target)
+        model = ConvertedModel(source, target, overrides or {})
+        return _convert(model, destination, partial, progress, dtype, form)
+
+
+class ConvertedModel(NamedTuple):
+    """What is converted."""
+
+    folder: Path
+    target: Path | None  # of a drafter
+    overrides: Mapping[str, Any]  # of config.json's fields
+
+    def read(self) -> tuple[Mapping[str, Any], TargetConfig | DraftConfig | CustomDraftConfig]:
+        """Its config.json, and the config.
+
+        Raises:
+            DominoError: it is of no supported model, or of one that has no overrides.
+        """
+        file = self.folder / "config.json"
+        raw: Mapping[str, Any] = hf.read_json(file)
+        if self.overrides:
+            if not is_drafter(raw):
+                raise DominoError(f"--hf-overrides is for a block drafter's config.json; {file} is of another model.")
+            raw = with_overrides(raw, self.overrides)
+        depth = None if self.target is None else read_config(self.target).num_hidden_layers
+        return raw, hf.parse_config(raw, depth or least_depth(raw), file)
 
 
 def _convert(
-    source: Path, destination: Path, partial: Path, progress: hf.Progress | None, dtype: Any, target: Path | None
+    source: ConvertedModel,
+    destination: Path,
+    partial: Path,
+    progress: hf.Progress | None,
+    dtype: Any,
+    form: Packaging | None,
 ) -> tuple[str, str]:
     """See `convert_folder`; `partial` is the folder to write, on the disk of the destination."""
-    raw: Mapping[str, Any] = hf.read_json(source / "config.json")
-    config = hf.parse_config(raw, least_depth(raw), source / "config.json")
-    was = folder_format(source)
-    now = ORBAX if was == HF else HF
+    raw, config = source.read()
+    folder, target = source.folder, source.target
+    was = folder_format(folder)
+    now = ORBAX if was == HF and form is None else HF
     if was == RUN and not isinstance(config, CustomDraftConfig):  # none of them is trained here
         raw, dtype = config.to_hf(), dtype or jnp.bfloat16  # in today's names, whatever version began the run
+    how: dict[str, Any] = {}
+    if form is not None:
+        if not isinstance(config, DraftConfig):
+            raise DominoError(f"--format is for block drafters; {folder} holds another model.")
+        if target is None and not states_depth(raw):
+            raise DominoError(f"{folder} does not say how many layers its target has: give --target DIR.")
+        stored = {name: raw[name] for name in ("dtype", "torch_dtype") if name in raw}
+        raw = packaged(config, form) | stored
+        how = {"names": renamed(config, form), "more": copies(form, target)}
     try:
         partial.mkdir()
-        if was == GGUF:
-            module = hf.load_hf(source, config, progress=progress)
-            hf.save_hf(partial, module, config, raw, dtype)
+        if now == HF and was in (HF, GGUF):
+            module = hf.load_hf(folder, config, progress=progress, target=target)
+            hf.save_hf(partial, module, config, raw, dtype, **how)
         elif now == HF:
-            saved = orbax.Saved(source, config)
-            hf.write_hf(partial, saved.read, config, raw, dtype, progress)
+            saved = orbax.Saved(folder, config)
+            hf.write_hf(partial, saved.read, config, raw, dtype, progress, **how)
         else:
-            orbax.save_orbax(partial, hf.load_hf(source, config, dtype, progress, target=target))
-        if dtype is None:
-            shutil.copyfile(source / "config.json", partial / "config.json")
+            orbax.save_orbax(partial, hf.load_hf(folder, config, dtype, progress, target=target))
+        if dtype is None and form is None and not source.overrides:
+            shutil.copyfile(folder / "config.json", partial / "config.json")
         else:
-            hf.write_json(partial / "config.json", hf.with_dtype(raw, dtype))
+            hf.write_json(partial / "config.json", raw if dtype is None else hf.with_dtype(raw, dtype))
         if was != RUN:  # beside a run lie its settings and metrics, which are no part of the drafter
-            hf.copy_companions(source, partial)
+            hf.copy_companions(folder, partial)
         if partial.parent == destination:
             for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # without it, no model
                 file.replace(destination / file.name)

@@ -80,7 +80,8 @@ def load_hf(
     table, files = entries(config), open_tensors(folder)
     with mesh_context(mesh):
         account = account_tensors(config, files.stored)
-        where, problems = account.stored, account.problems or compare_derived(config, account, files, target)
+        where = account.stored
+        problems = account.problems or compare_derived(config, account, files, target, whole=False)
         if problems:
             raise DominoError(f"{folder} does not hold the model of its config.json: {some(problems)}.")
         # The largest first: what is needed besides a tensor itself is needed while the device is still empty.
@@ -103,10 +104,12 @@ def load_hf(
     return unflatten(config, leaves)
 
 
-def save_hf(folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any], dtype: Any = None) -> None:
-    """Write a module as a Hugging Face folder; see `write_hf`."""
+def save_hf(
+    folder: Path, module: Any, config: DecoderConfig, raw: Mapping[str, Any], dtype: Any = None, **how: Any
+) -> None:
+    """Write a module as a Hugging Face folder; see `write_hf`, which takes what else is given."""
     leaves = flatten(module)
-    write_hf(folder, lambda paths: {path: leaves[path] for path in paths}, config, raw, dtype)
+    write_hf(folder, lambda paths: {path: leaves[path] for path in paths}, config, raw, dtype, **how)
 
 
 def write_hf(
@@ -116,6 +119,8 @@ def write_hf(
     raw: Mapping[str, Any],
     dtype: Any = None,
     progress: Progress | None = None,
+    names: Callable[[str], str] = str,
+    more: Mapping[str, Callable[[], np.ndarray]] | None = None,
 ) -> None:
     """Write a model as a Hugging Face folder: config.json, and safetensors in shards of at most 5 GB.
 
@@ -125,6 +130,8 @@ def write_hf(
         raw: the config.json to write, as read or from `config.to_hf()`.
         dtype: to convert to; as held when None.
         progress: called after each group, with float32's bytes where `dtype` is None.
+        names: what a tensor is to be called, by its name in `convert.names`.
+        more: other tensors by name, each read when it is its turn.
 
     Raises:
         DominoError: the folder can't be written (a full disk, say); no half-written file keeps a final name.
@@ -143,28 +150,34 @@ def write_hf(
             save_file(shard, files[-1][0], metadata={"format": "pt"})
             shard = {}
 
+        def write(name: str, tensor: np.ndarray) -> None:
+            nonlocal written
+            if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
+                flush()
+            shard[name] = np.ascontiguousarray(tensor)
+            written += tensor.nbytes
+
         for group in grouped(table, lambda unit: _bytes(unit, dtype)):
             held = leaves([entry.path for unit in group for entry in unit])
             for unit in group:
                 parts = {entry.path: _on_host(held[entry.path], dtype) for entry in unit}
                 for name, tensor in to_hf(unit, parts).items():
-                    if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
-                        flush()
-                    shard[name] = np.ascontiguousarray(tensor)
-                    written += tensor.nbytes
+                    write(names(name), tensor)
             done += sum(_bytes(unit, dtype) for unit in group)
             if progress:
                 progress(done, total)
+        for name, read in (more or {}).items():
+            write(name, read())
         flush()
         count = len(files)
         # Of another model: one would be read instead of the other. A single file gives way at once, whole to whole.
         for earlier in (INDEX,) if count == 1 else (INDEX, SINGLE):
             (folder / earlier).unlink(missing_ok=True)
-        names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        for name, (file, _) in zip(names, files, strict=True):
+        called = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        for name, (file, _) in zip(called, files, strict=True):
             file.replace(folder / name)
         if count > 1:
-            weight_map = {tensor: name for name, (_, inside) in zip(names, files, strict=True) for tensor in inside}
+            weight_map = {tensor: name for name, (_, inside) in zip(called, files, strict=True) for tensor in inside}
             write_json(folder / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
         write_json(folder / "config.json", raw if dtype is None else with_dtype(raw, dtype))
     except (OSError, SafetensorError) as error:

@@ -5,8 +5,8 @@ tensor's name. Ours are the same axes in the same order, with heads split: nothi
 layer's number.
 
 Several names make one weight of ours, one tensor after another along the first axis ("2"). `{e}` stands for an expert's
-number, where each expert has a tensor of its own: theirs lie along a first axis E. Two rows with one name divide the
-tensor's last axis between them.
+number, where each expert has a tensor of its own: theirs lie along a first axis E. Rows with one name divide the
+tensor's last axis between them, in their order.
 """
 
 import itertools
@@ -126,9 +126,9 @@ def entries(config: DecoderConfig) -> list[Entry]:
         letters = (*stack, *re.findall(r"\w+", theirs))
         rows[path.format(i=i), letters] = (theirs, [name.replace("{i}", str(i)) for name in names])
     taken: dict[str, int] = {}  # columns of each divided tensor
-    made = []
-    for path, text in flatten(axes(config)).items():
-        letters = tuple(text.split())
+    made = {}
+    ours = {(path, tuple(text.split())): path for path, text in flatten(axes(config)).items()}
+    for path, letters in sorted(ours, key={row: place for place, row in enumerate(rows)}.__getitem__):
         theirs, names = rows[path, letters]
         experts = range(sizes["E"]) if "{e}" in names[0] else range(1)
         names = tuple(name.replace("{e}", str(e)) for e in experts for name in names)
@@ -138,8 +138,11 @@ def entries(config: DecoderConfig) -> list[Entry]:
         columns = slice(taken.get(names[0], 0), taken.get(names[0], 0) + width)
         taken[names[0]] = columns.stop
         stacked = len(letters) - sum(map(len, groups))
-        made.append(Entry(path, letters, shape, names, tuple(map(prod, groups)), stacked, groups, columns))
-    return [replace(entry, hf_shape=(*entry.hf_shape[:-1], taken[entry.hf_names[0]])) for entry in made]
+        made[path] = Entry(path, letters, shape, names, tuple(map(prod, groups)), stacked, groups, columns)
+    return [
+        replace(made[path], hf_shape=(*made[path].hf_shape[:-1], taken[made[path].hf_names[0]]))
+        for path in ours.values()
+    ]
 
 
 def units(table: list[Entry]) -> list[list[Entry]]:
@@ -147,7 +150,7 @@ def units(table: list[Entry]) -> list[list[Entry]]:
     found: dict[str, list[Entry]] = {}
     for entry in table:
         found.setdefault(entry.hf_names[0], []).append(entry)
-    return list(found.values())
+    return [sorted(unit, key=lambda entry: entry.columns.start) for unit in found.values()]
 
 
 def to_hf(unit: list[Entry], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

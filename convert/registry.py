@@ -26,30 +26,57 @@ class PublicModel(NamedTuple):
     domino: str | None = None
     dflash: str | None = None
     shape: tuple[int, int] | None = None  # width and layers of a target with drafters, to recognise it in a folder
+    others: tuple[tuple[str, str], ...] = ()  # kinds of more drafters, as their names end, and the best of them first
 
     @property
     def drafter(self) -> str | None:
-        """The one that is taken where none is asked for: Domino's, else DFlash's."""
-        return self.domino or self.dflash
+        """The one that is taken where none is asked for: Domino's, else DFlash's, else the first."""
+        return self.domino or self.dflash or next((place for _, place in self.others), None)
+
+
+def _deepspec(size: str) -> tuple[tuple[str, str], ...]:
+    """DeepSpec's drafters for Qwen3 of a size: DSpark, and its DFlash."""
+    kinds = {"dspark": "dspark", "dflash-block7": "dflash"}
+    return tuple((name, f"deepseek-ai/{kind}_qwen3_{size}_block7") for name, kind in kinds.items())
 
 
 TABLE = {
     "demo": PublicModel(str(DEMO_FOLDER / "target"), str(DEMO_FOLDER / "draft")),
     "qwen3-0.6b": PublicModel("Qwen/Qwen3-0.6B"),
     "qwen3-1.7b": PublicModel("Qwen/Qwen3-1.7B"),
-    "qwen3-4b": PublicModel("Qwen/Qwen3-4B", "Huang2020/Qwen3-4B-Domino-b16", "z-lab/Qwen3-4B-DFlash-b16", (2560, 36)),
-    "qwen3-8b": PublicModel("Qwen/Qwen3-8B", "Huang2020/Qwen3-8B-Domino-b16", "z-lab/Qwen3-8B-DFlash-b16", (4096, 36)),
-    "qwen3-14b": PublicModel("Qwen/Qwen3-14B"),
+    "qwen3-4b": PublicModel(
+        "Qwen/Qwen3-4B",
+        "Huang2020/Qwen3-4B-Domino-b16",
+        "z-lab/Qwen3-4B-DFlash-b16",
+        (2560, 36),
+        _deepspec("4b"),
+    ),
+    "qwen3-8b": PublicModel(
+        "Qwen/Qwen3-8B",
+        "Huang2020/Qwen3-8B-Domino-b16",
+        "z-lab/Qwen3-8B-DFlash-b16",
+        (4096, 36),
+        (
+            *_deepspec("8b"),
+            ("jetspec", "JetSpec/jetspec-qwen3-8b"),
+            ("dflash-jetspec", "JetSpec/dflash-qwen3-8b-epoch6-3e-4-no-gamma"),
+        ),
+    ),
+    "qwen3-14b": PublicModel("Qwen/Qwen3-14B", shape=(5120, 40), others=_deepspec("14b")),
     "qwen3-32b": PublicModel("Qwen/Qwen3-32B"),
-    "qwen3-30b-a3b": PublicModel("Qwen/Qwen3-30B-A3B"),
+    "qwen3-30b-a3b": PublicModel(
+        "Qwen/Qwen3-30B-A3B", shape=(2048, 48), others=(("jetspec", "JetSpec/jetspec-qwen3-30b-a3b"),)
+    ),
     "llama-3.1-8b": PublicModel(
         "meta-llama/Llama-3.1-8B-Instruct", dflash="z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"
     ),
     "smollm2-135m": PublicModel("HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
-# After --draft a target's name means its Domino drafter, where it has one; its DFlash drafter has a name of its own.
-DFLASH = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash}
-DRAFTERS = {name: public.drafter for name, public in TABLE.items() if public.drafter} | DFLASH
+# After --draft a target's name means its drafter, of several Domino's; the others have names of their own.
+OTHER_DRAFTERS = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash} | {
+    f"{name}-{kind}": place for name, public in TABLE.items() for kind, place in public.others
+}
+DRAFTERS = {name: public.drafter for name, public in TABLE.items() if public.drafter} | OTHER_DRAFTERS
 # What --help says, here and in the benchmark.
 MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, a GGUF file, or org/repo or org/repo/FILE.gguf on the Hub"
 DRAFT_HELP = (
@@ -72,7 +99,7 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
     Raises:
         DominoError: `model` is a drafter's name, or `draft` that of a target without one.
     """
-    if model in DFLASH:
+    if model in OTHER_DRAFTERS:
         raise DominoError(f"{model} is a drafter: give it with --draft, and its target with --model.")
     # The table comes first; a folder of the same name is given as "./demo".
     target = TABLE[model].target if model in TABLE else model

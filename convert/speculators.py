@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from domino_jax.errors import DominoError
-from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, Fields, Kind, as_json, integer
+from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXT, Fields, Kind, as_json, integer
 
 SPECULATORS: Final = ("speculators_model_type", "speculators_config", "transformer_layer_config")  # its marks
 SIZE: Final = integer(1)
@@ -26,6 +26,12 @@ QWEN3: Final[dict[str, Any]] = {  # defaults of transformers' Qwen3Config
 }
 BLOCK_SIZE: Final = 8  # the library's defaults
 DRAFT_VOCAB_SIZE: Final = 32000
+MARKOV: Final[dict[str, tuple[Kind[Any], Any]]] = {
+    "markov_rank": (integer(), 256),
+    "markov_head_type": (TEXT, "vanilla"),
+    "enable_confidence_head": (BOOLEAN, True),
+    "confidence_head_with_markov": (BOOLEAN, True),
+}
 HEAD: Final = {
     "gru_hidden_dim": ("gru_hidden_dim", 1024),
     "emb_dim": ("logits_correction_emb_dim", 256),
@@ -49,10 +55,10 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
         DominoError: it is not of a supported kind, a field is missing or of another kind, or fields contradict.
     """
     kind = raw.get("speculators_model_type")
-    if kind not in ("dflash", "domino"):
+    if kind not in ("dflash", "domino", "dspark"):
         raise DominoError(
-            f'{where} is of the speculators library and has speculators_model_type {as_json(kind)}; "dflash" and '
-            '"domino" are supported.'
+            f'{where} is of the speculators library and has speculators_model_type {as_json(kind)}; "dflash", '
+            '"domino" and "dspark" are supported.'
         )
     if "dflash_config" in raw:
         raise DominoError(f"{where} has dflash_config beside {SPECULATORS[0]}: it is of two forms; leave out one.")
@@ -73,7 +79,7 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
             "a reduced vocabulary is not supported."
         )
     block_size = fields.get("block_size", SIZE, BLOCK_SIZE)
-    anchored, warnings = _anchored(fields, block_size, kind == "domino")
+    anchored, warnings = _anchored(fields, block_size, kind != "dflash")
     draft: dict[str, Any] = {
         "block_size": block_size,
         "mask_token_id": fields.get("mask_token_id", integer()),
@@ -83,6 +89,8 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
     }
     if kind == "domino":
         draft |= {ours: fields.get(theirs, integer(), default) for ours, (theirs, default) in HEAD.items()}
+    if kind == "dspark":
+        draft |= {name: fields.get(name, of, default) for name, (of, default) in MARKOV.items()}
     rest = {name: raw[name] for _, name in fields.unread()}  # scales, windows, what is not known here
     return {**layer, **rest, "architectures": ["DFlashDraftModel"], "dflash_config": draft}, warnings
 

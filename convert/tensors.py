@@ -14,6 +14,8 @@ from convert.names import entries
 from convert.safetensors import Stored, TensorFiles
 from domino_jax import layers
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.errors import DominoError
 
 SINGLE = "model.safetensors"
@@ -21,10 +23,26 @@ INDEX = "model.safetensors.index.json"
 FLOATS = {"F32", "F16", "BF16", "float32", "float16", "bfloat16"}  # dtypes, in the words of safetensors and of NumPy
 # Some older drafters nest the causal head, and those of the speculators library.
 HEAD_PREFIXES = ("logit_head.", "logits_correction.")
+# NVIDIA's Model-Optimizer leaves out what DSpark's tensors stand in: its names, and the others'.
+MARKOV, CONFIDENCE = "markov_head.", "confidence_head."
+FLAT = {
+    **{f"{name}.": f"{MARKOV}{name}." for name in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")},
+    "confidence_proj.": f"{CONFIDENCE}proj.",
+}
+# What the speculators library has beside a drafter's own tensors in training, and some converters leave in a file.
+VERIFIER = ("verifier_lm_head.weight", "verifier_norm.weight")
+# By the first part of a tensor's name: drafters whose heads have such tensors.
+TOLD_BY_NAMES = {
+    "prefix_gru": "Domino",
+    "embed_proj": "Domino",
+    MARKOV[:-1]: "DSpark",
+    "candidate_selector": "DFlash 2",
+}
 MODEL_PREFIX = "model."  # of a whole language model's tensors, but for its LM head; some files lack it, some add it
 EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 FREQUENCIES = "rotary_emb.inv_freq"  # a buffer that older versions of transformers stored with each layer
 COMPARED_ROWS = 4096  # of two matrices at a time
+FEW_ROWS = 16
 
 
 def tensor_index(folder: Path) -> dict[str, Path] | None:
@@ -133,18 +151,19 @@ def account_tensors(config: DecoderConfig, found: Mapping[str, Stored]) -> Accou
             return Account({}, {}, [f"{named[name].name} and {stored.name} are one tensor by two names"])
         named[name] = stored
     derived = {name: stored for name, stored in named.items() if name not in wanted and _is_derived(config, name)}
-    named = {name: stored for name, stored in named.items() if name not in derived}
+    named = {name: stored for name, stored in named.items() if name not in derived and not _is_spare(config, name)}
     if named and not named.keys() & wanted.keys():
         first = next(iter(named.values()))
         problem = (
             f"none of its {len(named)} tensors has a name of this model's: found {first.name}, expected names like"
         )
         return Account(named, derived, [f"{problem} {min(wanted)}"])
+    other = _other_head(config, named.keys() - wanted.keys())
     shapes = {name: (stored.shape, stored.dtype) for name, stored in named.items()}
     miscounted = _read_layers(config, named)
     if miscounted:
         del wanted["fc.weight"], shapes["fc.weight"]
-    return Account(named, derived, miscounted + tensor_differences(wanted, shapes))
+    return Account(named, derived, other + miscounted + tensor_differences(wanted, shapes))
 
 
 def _prefixed(config: DecoderConfig, found: Mapping[str, Stored]) -> Iterator[tuple[str, Stored]]:
@@ -154,7 +173,8 @@ def _prefixed(config: DecoderConfig, found: Mapping[str, Stored]) -> Iterator[tu
         if isinstance(config, DraftConfig):
             for prefix in (MODEL_PREFIX, *HEAD_PREFIXES):
                 name = name.removeprefix(prefix)
-            yield name, stored
+            flat = next((theirs for theirs in FLAT if name.startswith(theirs)), None)
+            yield (name if flat is None else FLAT[flat] + name.removeprefix(flat)), stored
         else:
             yield (MODEL_PREFIX + name if bare and name != LM_HEAD else name), stored
 
@@ -167,13 +187,37 @@ def _is_derived(config: DecoderConfig, name: str) -> bool:
     return name in (EMBED, LM_HEAD)
 
 
+def _is_spare(config: DecoderConfig, name: str) -> bool:
+    """Whether a drafter's tensor is not used, whatever it holds: a confidence head that the config does not have."""
+    if not isinstance(config, DraftConfig):
+        return False
+    sure = isinstance(config.head, MarkovHead) and config.head.enable_confidence_head
+    return name in VERIFIER or (name.startswith(CONFIDENCE) and not sure)
+
+
+def _other_head(config: DecoderConfig, unexpected: set[str]) -> list[str]:
+    """Whether a drafter's tensors are of another head than its config says, in words."""
+    if not isinstance(config, DraftConfig):
+        return []
+    for name in sorted(unexpected):
+        told = TOLD_BY_NAMES.get(name.split(".")[0]) or ("DFlash 2" if name.endswith("_conv.base_kernel") else None)
+        ours = head_of(config).name
+        if told and told != ours:
+            return [
+                f"{name} is of a {told} drafter's head, and its config.json is a {ours} drafter's: correct "
+                "projector_type (and markov_rank) there"
+            ]
+    return []
+
+
 def compare_derived(
-    config: DecoderConfig, account: Account, files: TensorFiles, target: Path | None = None
+    config: DecoderConfig, account: Account, files: TensorFiles, target: Path | None = None, whole: bool = True
 ) -> list[str]:
     """What of the derived tensors is not what the model has by other means, in words.
 
     Args:
         target: the folder of a drafter's target, with whose embeddings and LM head the drafter's copies are compared.
+        whole: compare all rows of those copies; else some, since they are as large as the drafter.
     """
     problems = []
     for name, stored in account.derived.items():
@@ -192,19 +236,22 @@ def compare_derived(
             other = f"that of {target}"
             theirs = open_tensors(target)
             known = {name.removeprefix(MODEL_PREFIX): found for name, found in theirs.stored.items()}
-            same = _same(files, stored, theirs, known.get(name) or known.get(EMBED))
+            same = _same(files, stored, theirs, known.get(name) or known.get(EMBED), whole)
         if not same:
             tied = ", and tie_word_embeddings is true" if isinstance(config, TargetConfig) and name == LM_HEAD else ""
             problems.append(f"{stored.name} is not {other}{tied}: it would be left out, and the output be another")
     return problems
 
 
-def _same(files: TensorFiles, one: Stored, others: TensorFiles, other: Stored | None) -> bool:
-    """Whether two matrices have the same values."""
+def _same(files: TensorFiles, one: Stored, others: TensorFiles, other: Stored | None, whole: bool = True) -> bool:
+    """Whether two matrices have the same values; unless `whole`, in some rows at the beginning, middle and end."""
     if other is None or one.shape != other.shape:
         return False
-    for start in range(0, one.shape[0], COMPARED_ROWS):
-        rows = (slice(start, min(start + COMPARED_ROWS, one.shape[0])), *(slice(None),) * (len(one.shape) - 1))
+    count = one.shape[0]
+    starts = range(0, count, COMPARED_ROWS) if whole else {0, count // 2, max(0, count - FEW_ROWS)}
+    for start in starts:
+        end = min(start + (COMPARED_ROWS if whole else FEW_ROWS), count)
+        rows = (slice(start, end), *(slice(None),) * (len(one.shape) - 1))
         a, b = (np.asarray(of.read(tensor, rows)) for of, tensor in ((files, one), (others, other)))
         if not np.array_equal(a.astype(np.float32), b.astype(np.float32)):
             return False

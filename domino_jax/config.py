@@ -8,11 +8,11 @@ Axis legend, used in every docstring and einsum of the project:
     V   vocabulary                   H   head width
     L   target layers that are read  F   MLP width
     M   draft block length           U   GRU width (GU = its three gates, 3·U)
-    J   proposals of a block         R   rank of the head's projection
+    J   proposals of a block         R   rank of the head's projection (3R = three of them side by side)
     A   anchors in training          LD  width of the target's features, L·D
     E   experts                      I   MLP width of one expert
     RE  the router's scores of all experts: as many as E, but whole on every device
-    NH  query heads side by side, N·H    2   K and V, or gate and up
+    NH  query heads side by side, N·H    2   K and V, or gate and up    1   one number, such as a confidence
 """
 
 from abc import ABC, abstractmethod
@@ -213,7 +213,8 @@ class TargetConfig(DecoderConfig):
 class DraftConfig(DecoderConfig):
     """A block-parallel drafter: DFlash's backbone, and its head (`domino_jax.drafters.heads`); None is plain DFlash.
 
-    `windows[i]` is the sliding window of layer i in positions, or None for full attention.
+    `windows[i]` is the sliding window of layer i in positions, or None for full attention. With `causal` (JetSpec) no
+    row of a block sees later ones; in layers with a window they never do.
     """
 
     block_size: int
@@ -223,6 +224,7 @@ class DraftConfig(DecoderConfig):
     shift_label: bool = False
     head: "Head | None" = None
     windows: tuple[int | None, ...] = field(default=())
+    causal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,6 +242,8 @@ class DraftConfig(DecoderConfig):
                 f"block_size {self.block_size} with shift_label {self.shift_label} proposes nothing; "
                 "block_size must be at least 2 (1 with shift_label)."
             )
+        if self.causal and None not in self.windows:
+            object.__setattr__(self, "causal", False)  # it says nothing
         outside = [i for i in self.target_layer_ids if not 0 <= i < self.num_target_layers]
         if not self.target_layer_ids or outside:
             raise DominoError(
@@ -269,13 +273,15 @@ class DraftConfig(DecoderConfig):
             "shift_label": self.shift_label,
         }
         top: dict[str, Any] = {}
+        if self.causal:
+            draft |= {"causal_head": True, "causal": True}  # JetSpec's name and vLLM's
         if self.head:
             nested, top = self.head.to_hf()
             draft |= nested
         elif self.shift_label:
             draft |= {"sample_from_anchor": True}  # without a head other loaders know this by that name alone
         raw = {
-            "architectures": ["DFlashDraftModel"],
+            "architectures": [self.head.architecture if self.head else "DFlashDraftModel"],
             **_hf_fields(self),
             **top,
             "tie_word_embeddings": False,

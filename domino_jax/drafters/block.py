@@ -25,6 +25,8 @@ from domino_jax.paged import AnyKVCache
 from domino_jax.sharding import constrain, gathered
 from domino_jax.weights import Draft, Layer, axes
 
+ENDLESS = 2**30  # a window of more positions than there are
+
 
 @dataclass(frozen=True)
 class BlockDrafter:
@@ -135,8 +137,8 @@ def block(
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
         cache = cache.append(i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
-        # Every block position sees the whole context and the whole block: no causal mask.
-        attended = attend_cached(q, cache, i, start, causal=False, window=window, backend=attention)
+        # Every block position sees the whole context and, unless the drafter is causal, the whole block.
+        attended = attend_cached(q, cache, i, start, causal=config.causal, window=window, backend=attention)
         x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B M D")
     return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
 
@@ -179,7 +181,9 @@ def training_blocks(
         q = layers.queries(layer, y, angles, eps)
         own = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
         seen = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
-        attended = training_attention.attend_blocks(q, own, seen, anchors, first, config.windows[number], backend)
+        # To be causal is to have a window without an end.
+        window = config.windows[number] or (ENDLESS if config.causal else None)
+        attended = training_attention.attend_blocks(q, own, seen, anchors, first, window, backend)
         return constrain(layers.residual(layer, x, attended, eps), "B A M D")
 
     for number, layer in enumerate(params.layers):

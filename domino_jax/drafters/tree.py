@@ -97,7 +97,7 @@ class SharedPaths:
             if names is not None:
                 token = jnp.take_along_axis(names, token, axis=1)
             if place + 1 < depth:
-                state = paths.advance(state, token)
+                state = paths.advance(state, token, place)
 
     def start(self) -> tuple[()]:
         return ()
@@ -105,7 +105,7 @@ class SharedPaths:
     def logits(self, state: tuple[()], place: int) -> tuple[Array, Array | None]:
         return self._found[place]
 
-    def advance(self, state: tuple[()], tokens: Array) -> tuple[()]:
+    def advance(self, state: tuple[()], tokens: Array, place: int) -> tuple[()]:
         return state
 
 
@@ -157,7 +157,7 @@ def best_first(paths: Paths, nodes: int, depth: int, lanes: int, temperature: Ar
             break
         scores, here, parent = kept[:, :following], here[:, :following], parent[:, :following]
         state = jax.tree.map(lambda x, parent=parent: _at(x, parent), state)
-        state = paths.advance(state, new.tokens[:, :following])
+        state = paths.advance(state, new.tokens[:, :following], place)
     return _chosen(_Scored(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))), nodes)
 
 

@@ -226,8 +226,10 @@ def test_a_gguf_file_is_fetched_alone_and_found_again_without_the_hub(hub, machi
         ("qwen3-8b", "qwen3-8b-dflash", ("Qwen/Qwen3-8B", "z-lab/Qwen3-8B-DFlash-b16")),
         ("qwen3-8b", "qwen3-8b", ("Qwen/Qwen3-8B", "Huang2020/Qwen3-8B-Domino-b16")),
         ("qwen3-8b", "none", ("Qwen/Qwen3-8B", None)),
-        ("qwen3-30b-a3b", None, ("Qwen/Qwen3-30B-A3B", None)),
-        ("Qwen/Qwen3-14B", None, ("Qwen/Qwen3-14B", None)),
+        ("qwen3-30b-a3b", None, ("Qwen/Qwen3-30B-A3B", "JetSpec/jetspec-qwen3-30b-a3b")),
+        ("Qwen/Qwen3-14B", None, ("Qwen/Qwen3-14B", "deepseek-ai/dspark_qwen3_14b_block7")),
+        ("qwen3-8b", "qwen3-8b-dspark", ("Qwen/Qwen3-8B", "deepseek-ai/dspark_qwen3_8b_block7")),
+        ("Qwen/Qwen3-32B", None, ("Qwen/Qwen3-32B", None)),
         ("qwen3-14b", "my/drafter", ("Qwen/Qwen3-14B", "my/drafter")),
         ("some/model", None, ("some/model", None)),
         ("llama-3.1-8b", None, LLAMA),
@@ -254,7 +256,7 @@ def test_a_target_without_a_public_drafter_has_none_and_a_drafter_is_no_target()
 
 
 def test_a_folder_of_a_public_shape_is_told_which_drafter_fits(tmp_path):
-    for name, hint in (("qwen3-8b", "with --draft qwen3-8b."), ("qwen3-14b", "give one with --draft DIR.")):
+    for name, hint in (("qwen3-8b", "with --draft qwen3-8b."), ("qwen3-32b", "give one with --draft DIR.")):
         folder = tmp_path / name
         folder.mkdir()
         hf.write_json(folder / "config.json", SHAPES[name].target.to_hf())
@@ -275,7 +277,7 @@ def names_console() -> Any:
         (("--model", "demo", "--revision", "v1"), "--revision chooses"),
         (("--model", "qwen3-4b", "--draft", ".", "--draft-revision", "v1"), "--draft-revision chooses"),
         (("--model", "qwen3-4b", "--draft", "none", "--draft-revision", "v1"), "--draft-revision needs a drafter"),
-        (("--model", "qwen3-14b", "--draft-revision", "v1"), "--draft-revision needs a drafter"),
+        (("--model", "qwen3-32b", "--draft-revision", "v1"), "--draft-revision needs a drafter"),
     ],
 )
 def test_a_revision_of_what_has_none_is_a_contradiction(words, says, capsys):

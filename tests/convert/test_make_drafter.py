@@ -92,7 +92,7 @@ def test_settings_of_another_drafter_are_refused(config, how, said):
         make_drafter(config, **how)
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-14b"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-32b"])
 def test_a_name_without_a_drafter_is_an_assistant(name):
     assert locate("qwen3-8b", name) == ("Qwen/Qwen3-8B", registry.TABLE[name].target)
     with pytest.raises(DominoError, match=f"no drafter is public for {name}"):

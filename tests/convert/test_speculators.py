@@ -15,6 +15,7 @@ from convert.check import check_folder
 from convert.draft_configs import export_warnings, is_drafter, least_depth, read_draft_config
 from domino_jax.config import DraftConfig
 from domino_jax.drafters.heads.domino import DominoHead
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten
 
@@ -116,7 +117,8 @@ def test_which_rows_propose_is_what_the_file_says_or_how_many_tokens_it_proposes
     ("changes", "words"),
     [
         ({"speculators_model_type": "eagle3"}, 'speculators_model_type "eagle3"'),
-        ({"speculators_model_type": "dspark"}, 'speculators_model_type "dspark"'),
+        ({"speculators_model_type": "dflash2"}, 'speculators_model_type "dflash2"'),
+        ({"speculators_model_type": "jetspec"}, 'speculators_model_type "jetspec"'),
         ({"speculators_model_type": ...}, "speculators_model_type null"),
         ({"aux_hidden_state_layer_ids": ...}, "no aux_hidden_state_layer_ids"),
         ({"aux_hidden_state_layer_ids": [0, 1]}, "aux_hidden_state_layer_ids [0, 1]"),
@@ -167,6 +169,18 @@ def test_a_whole_folder_is_read_and_converted(tmp_path):
         assert all(np.array_equal(read[path], x) for path, x in flatten(module).items())
         report = check_folder(tmp_path / name)
         assert not report.problems and not report.warnings
+
+
+def test_a_dspark_drafter_has_the_librarys_defaults():
+    config = dataclasses.replace(DOMINO, head=MarkovHead(256, "vanilla", True, True))
+    raw = theirs(config, speculators_model_type="dspark")
+    assert read_draft_config(raw, 3, FILE) == (config, [])
+    raw |= {"markov_rank": 5, "markov_head_type": "rnn", "enable_confidence_head": False}
+    assert read_draft_config(raw, 3, FILE)[0].head == MarkovHead(5, "rnn")
+    del raw["sample_from_anchor"], raw["speculators_config"]
+    found, (warning,) = read_draft_config(raw, 3, FILE)
+    assert found.shift_label and "sample_from_anchor" in warning
+    assert not read_draft_config(raw | {"speculators_config": proposing(4)}, 3, FILE)[0].shift_label  # as GLM-5.2's
 
 
 def test_an_unknown_field_is_named():

@@ -24,6 +24,7 @@ from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.heads.domino import DominoHead
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.sampling import Sampling, SamplingParams, mass_above_reaches, probabilities, sample, settings
@@ -236,9 +237,10 @@ TARGET = dataclasses.replace(
 DRAFTERS = {
     "Domino": {"block_size": 3, "head": DominoHead(5, 4, 1)},
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
+    "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn")},
 }
 OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head")
-RARE = ("DFlash", "Domino and n-gram", "tree without a head")
+RARE = ("DFlash", "DSpark", "Domino and n-gram", "tree without a head")
 LOOKUP = NgramDrafter(3, 2, 1)  # of seven tokens one is often there already
 
 

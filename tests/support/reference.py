@@ -264,6 +264,8 @@ def draft_block(draft_w, draft_cfg, embed, features, anchor_token, a, block_size
         if layer_types[i] == "sliding_attention":
             distance = block_positions[:, None] - all_positions[None, :]  # q - k
             visible = (distance >= 0) & (distance < draft_cfg["sliding_window"])
+        elif draft_cfg["dflash_config"].get("causal_head"):  # JetSpec: a row sees the context and no later row
+            visible = block_positions[:, None] >= all_positions[None, :]
         y = rms_norm(x, draft_w[prefix + "input_layernorm.weight"], eps)
         keys_from = np.concatenate([context, y], axis=0)  # the context side is c as it is, in every layer
         q = project_heads(draft_w, prefix, draft_cfg, "q", y, block_positions)
@@ -278,6 +280,41 @@ def draft_block(draft_w, draft_cfg, embed, features, anchor_token, a, block_size
 def has_head(draft_cfg):
     """Section 4: whether the checkpoint has the causal head (`projector_type` "domino"; absent: plain DFlash)."""
     return (draft_cfg.get("dflash_config") or {}).get("projector_type") == "domino"
+
+
+def has_markov(draft_cfg):
+    """Section 4: whether the checkpoint has DSpark's head (`projector_type` "dspark")."""
+    return (draft_cfg.get("dflash_config") or {}).get("projector_type") == "dspark"
+
+
+def markov_correction(draft_w, draft_cfg, before, z):
+    """Section 4: what DSpark's head adds to the base logits of each place: before, a list of n tokens (the anchor,
+    then proposals), z [n, D] of the places after them -> [n, V]."""
+    kind = draft_cfg["dflash_config"]["markov_head_type"]
+    w1, w2 = f64(draft_w["markov_head.markov_w1.weight"]), f64(draft_w["markov_head.markov_w2.weight"])
+    added, state = [], np.zeros(w1.shape[1])
+    for token, z_j in zip(before, f64(z), strict=True):
+        rank = w1[int(token)]
+        if kind == "gated":
+            name = "markov_head.gate_proj."
+            joined = np.concatenate([z_j, rank])
+            rank = sigmoid(linear(joined, draft_w[name + "weight"], draft_w[name + "bias"])) * rank
+        if kind == "rnn":
+            name = "markov_head.joint_proj."
+            joined = np.concatenate([state, rank, z_j])
+            gate, new, out = np.split(linear(joined, draft_w[name + "weight"], draft_w[name + "bias"]), 3)
+            state = sigmoid(gate) * state + (1 - sigmoid(gate)) * np.tanh(new)
+            rank = np.tanh(out)
+        added.append(w2 @ rank)
+    return np.array(added)
+
+
+def markov_confidence(draft_w, before, z):
+    """How likely each proposal is to be accepted, if those before it are: before and z as in `markov_correction`."""
+    rows = f64(draft_w["markov_head.markov_w1.weight"])[[int(token) for token in before]]
+    weight = f64(draft_w["confidence_head.proj.weight"])
+    joined = np.concatenate([f64(z), rows], axis=1)[:, : weight.shape[1]]  # without the rows where it takes none
+    return sigmoid(linear(joined, weight, draft_w["confidence_head.proj.bias"])[:, 0])
 
 
 def proposal_rows(draft_cfg, block_size=None):
@@ -355,6 +392,9 @@ def propose_greedy(draft_w, draft_cfg, embed, lm_head, features, anchor_token, a
             h = gru_step(draft_w, f64(embed[token]), h)  # now has eaten the anchor and all earlier proposals
             if j >= p:
                 logits[j] = logits[j] + head_correction(draft_w, z[j], h)
+        if has_markov(draft_cfg):
+            before = [int(anchor_token), *drafts]
+            logits[j] = logits[j] + markov_correction(draft_w, draft_cfg, before, z[: j + 1])[j]
         token = int(np.argmax(logits[j]))
         drafts.append(token)
     return drafts, logits

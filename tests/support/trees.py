@@ -56,12 +56,17 @@ def head_following(
         shared: every path is corrected as the likeliest one.
     """
     head = reference.has_head(draft_cfg)
-    prefix = reference.prefix_length(draft_cfg, len(z)) if head else len(z)
+    markov = reference.has_markov(draft_cfg)
+    prefix = reference.prefix_length(draft_cfg, len(z)) if head else 0 if markov else len(z)
 
     def scores(path: tuple[int, ...]) -> tuple[np.ndarray, Sequence[int]]:
         place = len(path)
         logits, names = reference.f64(base[place]), range(base.shape[1])
-        if place >= prefix:
+        if markov:
+            before = (anchor, *path)
+            logits = logits + reference.markov_correction(draft_w, draft_cfg, before, z[: place + 1])[place]
+            names = names if candidates is None else candidates[place]
+        elif place >= prefix:
             state = np.zeros(np.asarray(draft_w["prefix_gru.weight_hh_l0"]).shape[1])
             for token in (anchor, *path):
                 state = reference.gru_step(draft_w, reference.f64(embed[token]), state)

@@ -3,10 +3,11 @@
 from domino_jax.config import DraftConfig
 from domino_jax.drafters.heads.base import Head
 from domino_jax.drafters.heads.domino import DominoHead
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.heads.none import NoHead
 
 NO_HEAD = NoHead()
-HEADS: dict[str, type[Head]] = {head.projector_type: head for head in (DominoHead, NoHead)}
+HEADS: dict[str, type[Head]] = {head.projector_type: head for head in (DominoHead, MarkovHead, NoHead)}
 
 
 def head_of(config: DraftConfig) -> Head:

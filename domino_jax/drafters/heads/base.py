@@ -40,8 +40,8 @@ class Paths(Protocol):
         """
         ...
 
-    def advance(self, state: Any, tokens: Array) -> Any:
-        """The state after one token more of each path: tokens [B, L]."""
+    def advance(self, state: Any, tokens: Array, place: int) -> Any:
+        """The state after one token more of each path: tokens [B, L], proposed at that place."""
         ...
 
 
@@ -56,6 +56,8 @@ class Head(Protocol):
     """Of a drafter with this head, for people"""
     projector_type: ClassVar[str]
     """Of a config.json whose drafter has this head"""
+    architecture: ClassVar[str]
+    """Of a config.json that is written for a drafter with this head"""
     tensors: ClassVar[tuple[TensorRow, ...]]
     """Rows of the table in `convert.names`, with paths within the head"""
     unquantized: ClassVar[tuple[str, ...]]

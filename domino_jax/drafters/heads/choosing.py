@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.drafters.base import DraftTokens
+from domino_jax.layers import unembed
+from domino_jax.matrix import AnyMatrix, take
 from domino_jax.sampling import Sampling, probabilities, sample
 from domino_jax.sharding import MODEL, constrain, model_devices, spec
 
@@ -99,6 +101,33 @@ def likeliest(logits: Array, count: int) -> tuple[Array, Array]:
     # Sorted, since jax.lax.top_k would gather the rows of the other devices' batches first.
     lowest, ids = jax.lax.sort((-best, ids), num_keys=1)
     return -lowest[..., :count], ids[..., :count]
+
+
+class LowRankLogits:
+    """Base logits of a block's places, and what a low-rank correction makes of them: of all tokens, or of a few."""
+
+    def __init__(self, base: Array, output: AnyMatrix, candidates: int | None):
+        """Args:
+        base: [B, J, V].
+        output: [V, R], a matrix that takes a rank vector to logits.
+        candidates: C, see `heads.base.Head.propose`.
+        """
+        self._base, self._output, self._few = base, output, None
+        if candidates is not None and candidates < base.shape[-1]:
+            best, ids = likeliest(base, candidates)  # [B, J, C]
+            self._few = best, ids, take(output, ids)  # the last [B, J, C, R]
+
+    def plain(self, place: int) -> tuple[Array, None]:
+        """The base logits at a place alone: [B, 1, V]."""
+        return self._base[:, place, None], None
+
+    def corrected(self, place: int, rank: Array) -> tuple[Array, Array | None]:
+        """With rank vectors [B, L, R] of L paths: see `heads.base.Paths.logits`."""
+        if self._few is None:
+            return constrain(self._base[:, place, None] + unembed(rank, self._output), "B L V"), None
+        best, names, rows = (x[:, place] for x in self._few)
+        added = jnp.einsum("BLR,BCR->BLC", rank, rows, preferred_element_type=jnp.float32)
+        return best[:, None] + added, names
 
 
 def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:

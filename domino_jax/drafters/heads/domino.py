@@ -11,11 +11,10 @@ from jax import Array
 from domino_jax import matrix
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.drafters.heads.base import Correction
-from domino_jax.drafters.heads.choosing import choose_token, likeliest, stacked
+from domino_jax.drafters.heads.choosing import LowRankLogits, choose_token, stacked
 from domino_jax.errors import DominoError
 from domino_jax.fields import Fields, integer
-from domino_jax.layers import unembed
-from domino_jax.matrix import AnyMatrix, beside, dot, dot_rows, operands, take
+from domino_jax.matrix import AnyMatrix, beside, dot, dot_rows, operands
 from domino_jax.sharding import constrain
 from domino_jax.weights import Leaf, TensorRow
 
@@ -46,6 +45,7 @@ class DominoHead:
 
     name: ClassVar[str] = "Domino"
     projector_type: ClassVar[str] = "domino"
+    architecture: ClassVar[str] = "DFlashDraftModel"
     tensors: ClassVar[tuple[TensorRow, ...]] = (
         ("gru_in", "GU D", ("prefix_gru.weight_ih_l0",)),
         ("gru_state", "GU U", ("prefix_gru.weight_hh_l0",)),
@@ -124,7 +124,7 @@ class DominoHead:
         # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
         for j in range(base.shape[1]):
             if j > 0:
-                state = paths.advance(state, made[-1][0][:, None])
+                state = paths.advance(state, made[-1][0][:, None], j - 1)
             logits, names = paths.logits(state, j)
             drawn = j == 0 or j >= self.pure_draft_prefix_len
             made.append(choose_token(logits[:, 0], keys, j, view.sampling, vocab, drawn, names))
@@ -167,21 +167,21 @@ class DominoPaths:
 
     def __init__(self, weights: DominoWeights, prefix: int, z: Array, base: Array, view: View, candidates: int | None):
         """Args: prefix: proposals that are not corrected; the others: see `heads.base.Head.propose`."""
-        self._weights, self._prefix, self._base, self._view = weights, prefix, base, view
+        self._weights, self._prefix, self._view = weights, prefix, view
         self._part = dot(z, weights.proj_block)  # no token changes it, so a block needs it once
         self._from_state = beside(weights.gru_state, weights.proj_state)  # one product with a state, not two
-        self._few = None
-        if candidates is not None and candidates < base.shape[-1]:
-            best, ids = likeliest(base, candidates)  # [B, J, C]
-            self._few = best, ids, take(weights.proj_out, ids)  # the last [B, J, C, R]
+        self._logits = LowRankLogits(base, weights.proj_out, candidates)
 
     def start(self) -> tuple[Array, Array, Array]:
         batch, width = self._view.token.shape[0], self._weights.gru_state.shape[1]
         state = jnp.zeros((batch, 1, width), self._part.dtype)
         recurrent = jnp.zeros((batch, 1, 3 * width), self._part.dtype)  # what a state of zeros gives the gates
-        return self.advance((state, recurrent, None), self._view.token[:, None])
+        return self._advance((state, recurrent, None), self._view.token[:, None])
 
-    def advance(self, state: tuple[Array, Array, Array | None], tokens: Array) -> tuple[Array, Array, Array]:
+    def advance(self, state: tuple[Array, Array, Array], tokens: Array, place: int) -> tuple[Array, Array, Array]:
+        return self._advance(state, tokens)
+
+    def _advance(self, state: tuple[Array, Array, Array | None], tokens: Array) -> tuple[Array, Array, Array]:
         before, recurrent, _ = state
         gates = dot_rows(self._view.target.embed, tokens, self._weights.gru_in)
         after = gru_cell(gates, recurrent, before)
@@ -189,15 +189,9 @@ class DominoPaths:
         return after, recurrent, inner
 
     def logits(self, state: tuple[Array, Array, Array], place: int) -> tuple[Array, Array | None]:
-        base = self._base[:, place, None]
         if place < self._prefix:
-            return base, None
-        rank = jax.nn.silu(self._part[:, place, None] + state[2])  # [B, L, R]
-        if self._few is None:
-            return constrain(base + unembed(rank, self._weights.proj_out), "B L V"), None
-        best, names, rows = (x[:, place] for x in self._few)
-        added = jnp.einsum("BLR,BCR->BLC", rank, rows, preferred_element_type=jnp.float32)
-        return best[:, None] + added, names
+            return self._logits.plain(place)
+        return self._logits.corrected(place, jax.nn.silu(self._part[:, place, None] + state[2]))
 
 
 def gru_cell(inputs: Array, recurrent: Array, state: Array) -> Array:

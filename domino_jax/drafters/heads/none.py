@@ -25,7 +25,7 @@ class SamePaths:
     def logits(self, state: tuple[()], place: int) -> tuple[Array, None]:
         return self.base[:, place, None], None
 
-    def advance(self, state: tuple[()], tokens: Array) -> tuple[()]:
+    def advance(self, state: tuple[()], tokens: Array, place: int) -> tuple[()]:
         return state
 
 
@@ -39,6 +39,7 @@ class NoHead:
 
     name: ClassVar[str] = "DFlash"
     projector_type: ClassVar[str] = "dflash"
+    architecture: ClassVar[str] = "DFlashDraftModel"
     tensors: ClassVar[tuple[TensorRow, ...]] = ()
     unquantized: ClassVar[tuple[str, ...]] = ()
     looped: ClassVar[tuple[str, ...]] = ()

@@ -45,14 +45,14 @@ def check_all_free(batch: PagedSlots) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("size", "memory", "share"),
+    ("sizes", "memory", "share"),
     [
-        (4, 1.5, True),
-        pytest.param(3, 40, True, marks=pytest.mark.slow),
-        pytest.param(5, 1.5, False, marks=pytest.mark.slow),
+        ((2, 4), 1.5, True),
+        pytest.param((1, 2, 3), 40, True, marks=pytest.mark.slow),
+        pytest.param((1, 2, 5), 1.5, False, marks=pytest.mark.slow),
     ],
 )
-def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(pair, small, size, memory, share):
+def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(pair, small, sizes, memory, share):
     """Greedy and sampled rows of any settings; memory for 1.5 requests sets some aside, which changes nothing."""
     rng = np.random.default_rng(5)
     kinds = [
@@ -62,7 +62,7 @@ def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(
     longest = max(len(c.request.prompt) + c.request.params.max_tokens for c in kinds)
     expected, found = [result(alone(pair, c)) for c in kinds], [afresh(c) for c in kinds]
     queue = [found[i] for i in rng.permutation(len(found))]
-    batch = paged(pair, size, int(memory * longest), share=share, cycles=2, sizes=(1, 2))
+    batch = paged(pair, sizes[-1], int(memory * longest), share=share, cycles=2, sizes=sizes)
     arriving(batch, [queue[i : i + 4] for i in range(0, len(queue), 4)])
     assert [result(c) for c in found] == expected
     assert (sum(c.preemptions for c in found) > 1) == (memory < 2)

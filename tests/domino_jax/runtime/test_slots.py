@@ -104,7 +104,7 @@ def test_every_answer_is_the_one_that_the_request_has_alone(pair, small, size):
         found, rng = requests(MIX * 2), np.random.default_rng(order)
         queue = [found[i] for i in rng.permutation(len(found))]
         arrivals = [queue[i : i + 4] for i in range(0, len(queue), 4)]
-        batch = Slots(pair.params, pair.configs, size, FLOAT32, sizes=(1, 2) if order else (), cycles=2)
+        batch = Slots(pair.params, pair.configs, size, FLOAT32, sizes=(1,) if order else (), cycles=2)
         arriving(batch, arrivals)
         assert [result(c) for c in found] == expected
         assert all(len(c.tokens) == 1 + sum(len(cycle.tokens) for cycle in c.cycles) for c in found)

@@ -26,7 +26,7 @@ class Processors(NamedTuple):
     repetition: Array  # [B] float32, 1 is off: of tokens of prompt and output, logits above 0 are divided by it
     presence: Array  # [B] float32, 0 is off: taken from the logits of tokens of the output
     frequency: Array  # [B] float32, 0 is off: likewise, once for each time that they are there
-    min_tokens: Array  # [B] int32: before so many tokens no stop id can come
+    min_tokens: Array  # [B] int32: before so many tokens no stop id can come, unless nothing else is allowed
     bias_ids: Array  # [B, MOST_BIASES] int32; V or above is none
     biases: Array  # [B, MOST_BIASES] float32, added to these tokens' logits
     allowed: Array  # [B, W] int32, a bit for each token, of the next position alone; -1 where all are
@@ -131,16 +131,19 @@ def process_logits(
     place = emitted[:, None] + (jnp.arange(logits.shape[1]) if tree is None else tree.depth)
     early = place < given.min_tokens[:, None]  # [B, J + 1]
 
+    def mask() -> Array:
+        bits = given.allowed[..., None] >> jnp.arange(WORD, dtype=jnp.int32) & 1
+        return bits.reshape(bits.shape[0], -1)[:, :vocab] == 1  # [B, V]
+
     def hold(logits: Array) -> Array:
         ends = (jnp.arange(vocab) == stop[..., None]).any(axis=1)  # [B, V]
+        ends &= (mask() & ~ends).any(axis=1, keepdims=True)  # a guide may allow nothing else
         return jnp.where(early[..., None] & ends[:, None], -jnp.inf, logits)
 
     logits = jax.lax.cond(early.any(), hold, lambda logits: logits, logits)
 
     def restrict(logits: Array) -> Array:
-        bits = given.allowed[..., None] >> jnp.arange(WORD, dtype=jnp.int32) & 1
-        mask = bits.reshape(bits.shape[0], -1)[:, :vocab] == 1
-        return jnp.where(mask[:, None], logits, -jnp.inf)
+        return jnp.where(mask()[:, None], logits, -jnp.inf)
 
     logits = jax.lax.cond((given.allowed != -1).any(), restrict, lambda logits: logits, logits)
     return constrain(logits, "B T V")

@@ -15,6 +15,7 @@ from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
+from domino_jax.processors import WORD, new_processors, process_logits
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params
@@ -197,3 +198,21 @@ def test_who_does_not_expect_them_is_told(pair):
     batch = Slots(pair.params, pair.configs, 1, FLOAT32)
     with pytest.raises(DominoError, match="processors=True"):
         batch.admit(Completion(Request([5], SamplingParams(presence_penalty=1.0))))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [((9,), {9}), ((9, 31), {9, 31}), ((9, 40), {40}), ((40, 41), {40, 41}), (None, set(range(260)) - set(STOPS))],
+)
+def test_a_guide_that_allows_nothing_but_the_end_is_not_held_by_the_minimum(allowed, expected):
+    """A grammar may be at its end before so many tokens: then no token could come at all."""
+    bits = np.zeros(-(-260 // WORD), np.uint32)
+    for token in allowed or ():
+        bits[token // WORD] |= np.uint32(1 << token % WORD)
+    mask = bits.view(np.int32) if allowed else None
+    given = new_processors([SamplingParams(min_tokens=9)], [[5]], 260, [mask])
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 260)), jnp.float32)
+    stop, none = jnp.asarray([[*STOPS, -1]], jnp.int32), jnp.zeros((1, 0), jnp.int32)
+    for emitted, there in ((3, expected), (9, set(allowed or range(260)))):
+        found = process_logits(logits, none, jnp.asarray([emitted], jnp.int32), stop, given)
+        assert set(np.flatnonzero(np.isfinite(found[0, 0])).tolist()) == there

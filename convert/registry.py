@@ -80,7 +80,7 @@ DRAFTERS = {name: public.drafter for name, public in TABLE.items() if public.dra
 # What --help says, here and in the benchmark.
 MODEL_HELP = f"target: {', '.join(TABLE)}, a folder, a GGUF file, or org/repo or org/repo/FILE.gguf on the Hub"
 DRAFT_HELP = (
-    f"drafter: {', '.join(DRAFTERS)}, a folder or org/repo; a smaller Qwen3, such as qwen3-0.6b, as assistant; ngram "
+    f"drafter: {', '.join(DRAFTERS)}, a folder or org/repo; a smaller model, such as qwen3-0.6b, as assistant; ngram "
     "for matches in the text, DIR+ngram for both; or none. By default the public one of the model's name or repository"
 )
 REVISION_HELP = "branch, tag or commit of the target's repository; its main branch when not given"

@@ -54,7 +54,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Generate:
-    """Generate with a Qwen3 target and its Domino drafter: the same output, sooner."""
+    """Generate with a target and its Domino drafter: the same output, sooner."""
 
     prompt: Annotated[Positional[str | None], UNSET, arg(metavar="PROMPT")] = None
     """the prompt. "-", or none in a pipe, reads standard input; none at a terminal starts a chat"""

@@ -1,4 +1,4 @@
-"""Train a Domino drafter for a frozen Qwen3 target; what belongs to a training is a subcommand.
+"""Train a Domino drafter for a frozen target; what belongs to a training is a subcommand.
 
 python -m train --config qwen3-4b --data data.jsonl --out runs/drafter
 python -m train --target DIR --data data.jsonl --out runs/drafter

@@ -164,7 +164,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a Domino drafter for a frozen Qwen3 target (base-anchored curriculum)."""
+    """Train a Domino drafter for a frozen target (base-anchored curriculum)."""
 
     target: Unset[str] = None
     """the frozen target: a name such as qwen3-4b, a folder, or org/repo on the Hub"""

@@ -52,7 +52,7 @@ TARGETS = {
     "everything": make(attention_bias=True, moe=MIXED, rope_scaling=YARN, head_dim=16),
     "Llama": make(qk_norm=False, head_dim=8, tie_word_embeddings=True, num_key_value_heads=4),
     "Llama 3.1": make(qk_norm=False, rope_scaling=LLAMA3, head_dim=16, attention_bias=True),
-    "Qwen2": make(qk_norm=False, qkv_bias=True, head_dim=8, num_hidden_layers=2),
+    "Qwen2": make(qk_norm=False, qkv_bias=True, head_dim=8),
 }
 SMALL = dataclasses.replace(TARGETS["everything"], num_hidden_layers=2)
 WITHIN = {"experts, not normalised, a dense layer among them", "YaRN", "biases", "Llama"}  # "everything" has these too
@@ -115,7 +115,14 @@ def test_we_read_what_transformers_writes_and_give_it_back_bit_for_bit(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "name", ["everything", pytest.param("experts, not normalised, a dense layer among them", marks=pytest.mark.slow)]
+    "name",
+    [
+        "everything",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("experts, not normalised, a dense layer among them", "Llama 3.1", "Qwen2")
+        ),
+    ],
 )
 def test_decoding_with_a_cache_is_transformers_greedy_decoding(tmp_path, name):
     """The lean loop and Domino's cycles (the drafter's layers have biases and YaRN where the target's do)."""

@@ -208,7 +208,8 @@ def load_model(
                 prepare.tabulate_head(params, chosen.fitted.draft, 0 if mesh else prepare.LARGEST_TABLE)
         if not plain and jax.default_backend() == "tpu":
             groups = mesh.shape[DATA] if mesh else 1
-            params = prepare.prepare_for_tpu(params, chosen.fitted.target, chosen.fitted.draft, groups)
+            with mesh_context(mesh):
+                params = prepare.prepare_for_tpu(params, chosen.fitted.target, chosen.fitted.draft, groups)
         jax.block_until_ready(params)
     with matmul_precision(kind):
         backend, notes = fastest_backend(

@@ -11,7 +11,7 @@ from domino_jax.config import TargetConfig
 from domino_jax.errors import DominoError
 from domino_jax.finite import first_not_finite
 from domino_jax.runtime.slots import Completion
-from domino_jax.weights import Target
+from domino_jax.weights import JOINED, Target
 
 NOT_FINITE_DRAFTS = (
     "the drafter's numbers are not finite (NaN or infinite), so that few or none of its drafts stand: the output is "
@@ -70,6 +70,9 @@ def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], d
 
 def _tensor(config: TargetConfig, path: str) -> str:
     """The name in the file of the weight that has a leaf at this path."""
+    *layer, name = path.removesuffix(".values").split(".")
+    if name in JOINED:
+        return " or ".join(_tensor(config, ".".join([*layer, part])) for part in JOINED[name])
     for entry in entries(config):
         if f"{path}.".startswith(f"{entry.path}."):
             more = f" or one of {len(entry.hf_names) - MOST_NAMES} more" if len(entry.hf_names) > MOST_NAMES else ""

@@ -121,7 +121,12 @@ def attend(
     """
     assert backend in get_args(Backend) and (sees is None or (window is None and backend != "pallas"))
     if backend == "xla":
-        return attend_xla(q, k, v, start, causal, window, sees=sees)
+
+        def run_xla(q: Array, k: Array, v: Array, start: Array, sees: Array | None, **how: bool) -> Array:
+            return attend_xla(q, k, v, start, causal, window, None, sees, **how)
+
+        on_tpu = partial(run_xla, heads_first=True)
+        return jax.lax.platform_dependent(q, k, v, start, sees, tpu=on_tpu, default=run_xla)
     # Imported here: the kernels use this module's helpers, and xla does without Pallas.
     from domino_jax.kernels import attention_cudnn, attention_gpu, attention_tpu
 
@@ -260,20 +265,29 @@ def attend_xla(
     window: int | None,
     since: Array | None = None,
     sees: Array | None = None,
+    heads_first: bool = False,
 ) -> Array:
     """`attend` as plain matrix products: any other order of axes and XLA on a CPU transposes the cache.
 
     Args:
         since: [B, T], positions before which a query sees nothing; 0 when None.
         sees: see `attend`.
+        heads_first: keep the G queries of a position apart, in the order of the projection: on a TPU nothing is then
+            transposed on the way in and out.
     """
-    tokens, kv_heads = q.shape[1], k.shape[1]
-    rows = side_by_side(q, kv_heads)
-    scores = jnp.einsum("BKXH,BKSH->BKXS", rows, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    tokens, kv_heads, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[1]
     seen = visible(start, tokens, k.shape[2], causal, window, sees)
     if since is not None:
         seen &= jnp.arange(k.shape[2], dtype=jnp.int32) >= since[:, :, None]
-    seen = jnp.repeat(seen, q.shape[2] // kv_heads, axis=1)[:, None]
+    if heads_first:
+        rows, axes = q.reshape(*q.shape[:2], kv_heads, group, -1).transpose(0, 2, 3, 1, 4), "GT"
+        seen = seen[:, None, None]
+    else:
+        rows, axes = side_by_side(q, kv_heads), "X"
+        seen = jnp.repeat(seen, group, axis=1)[:, None]
+    scores = jnp.einsum(f"BK{axes}H,BKSH->BK{axes}S", rows, k, preferred_element_type=jnp.float32)
+    scores *= q.shape[-1] ** -0.5
     # Finite, so that a query that sees nothing (a padded row) gives a mean and not NaN.
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
-    return apart(jnp.einsum("BKXS,BKSH->BKXH", weights, v), tokens)
+    out = jnp.einsum(f"BK{axes}S,BKSH->BK{axes}H", weights, v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape) if heads_first else apart(out, tokens)

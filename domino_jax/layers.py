@@ -9,7 +9,7 @@ from jax import Array
 from domino_jax import moe
 from domino_jax.config import DecoderConfig, Llama3, MoeConfig, Yarn
 from domino_jax.matrix import AnyMatrix, dot, dot_each, take
-from domino_jax.weights import Layer
+from domino_jax.weights import JoinedLayer, Layer
 
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
 
@@ -102,6 +102,16 @@ def keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Arr
     if layer.kv_bias is not None:
         k, v = k + layer.kv_bias[0], v + layer.kv_bias[1]
     return rotate(normed_heads(k, layer.k_norm, eps), angles), v
+
+
+def queries_keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array, Array]:
+    """`queries` and `keys_values` of one input."""
+    if not isinstance(layer, JoinedLayer):
+        return (queries(layer, x, angles, eps), *keys_values(layer, x, angles, eps))
+    both, v = dot(x, layer.qk), dot(x, layer.v)  # [..., T, K, G + 1, H]
+    heads = rms_norm(both, layer.qk_norm, eps).reshape(*x.shape[:-1], -1, both.shape[-1])
+    both = rotate(heads, angles).reshape(both.shape)
+    return both[..., :-1, :].reshape(*x.shape[:-1], -1, both.shape[-1]), both[..., -1, :], v
 
 
 def residual(layer: Layer, x: Array, attended: Array, eps: float, experts: MoeConfig | None = None) -> Array:

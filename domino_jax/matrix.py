@@ -142,10 +142,11 @@ class Separate(Matrix):
     """A stack of matrices of one input, held one by one; only `dot_each` can use it.
 
     On a CPU one row's product with K and V (or gate and up) in one took a tenth of a whole step longer: the barriers
-    of `CpuFloat32` let nothing after the product take its parts from where they are.
+    of `CpuFloat32` let nothing after the product take its parts from where they are. On a TPU there is room in the
+    vector memory to read the half of a large stack ahead, where there is none for all of it.
     """
 
-    parts: tuple[Matrix, ...]  # each [out..., in]
+    parts: tuple[AnyMatrix, ...]  # each [out..., in]
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -15,9 +16,9 @@ from domino_jax import matrix
 from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
-from domino_jax.matrix import ForTpu, Scaled, Tabulated
+from domino_jax.matrix import ForTpu, Scaled, Separate, Tabulated
 from domino_jax.sharding import constrain
-from domino_jax.weights import Params, axes, flatten, is_matrix, lm_head
+from domino_jax.weights import JoinedLayer, Layer, Params, Target, axes, flatten, is_matrix, lm_head
 
 LARGEST_TABLE = 32 << 20  # bytes
 
@@ -42,16 +43,19 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
         if plain:
             prepared = weight.astype("float32")
         elif letters.startswith("2 "):
-            prepared = matrix.Separate(tuple(map(matrix.for_cpu, _unstacked(weight, letters.removeprefix("2 ")))))
+            prepared = Separate(tuple(map(matrix.for_cpu, _unstacked(weight, letters.removeprefix("2 ")))))
         else:
             prepared = matrix.for_cpu(weight)
         setattr(owner, name, nnx.data(jax.block_until_ready(prepared)))
 
 
 def prepare_for_tpu(params: Params, target: DecoderConfig, draft: DecoderConfig | None, groups: int = 1) -> Params:
-    """The params with matrices that a TPU multiplies fastest with one row: `matrix.ForTpu`. Nothing is computed.
+    """The params as a TPU runs them fastest: matrices as `matrix.ForTpu`, and a target's layers as `JoinedLayer`.
 
-    Experts and their router stay plain arrays, and so does what is a table.
+    Experts and their router stay plain arrays, and so does what is a table. Layers stay as they are where heads have
+    biases or no norms. A target's gate and up are held one by one: there is sooner room to read a half ahead.
+
+    The layers of `params.target` itself are replaced, and one at most is held twice.
 
     Args:
         groups: of devices that have rows of their own: the mesh's `data`.
@@ -64,13 +68,39 @@ def prepare_for_tpu(params: Params, target: DecoderConfig, draft: DecoderConfig 
 
         def one(path: Any, leaf: Any) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return leaf if name in plain or isinstance(leaf, Tabulated) else ForTpu(leaf, groups)
+            if name in plain or name.endswith("qk_norm") or isinstance(leaf, Tabulated):
+                return leaf
+            if isinstance(leaf, Separate):
+                return Separate(tuple(ForTpu(part, groups) for part in leaf.parts))
+            return ForTpu(leaf, groups)
 
+        if isinstance(module, Target):
+            for number, layer in enumerate(module.layers):
+                module.layers[number] = _layer_for_tpu(layer)
         return jax.tree_util.tree_map_with_path(one, module, is_leaf=lambda leaf: isinstance(leaf, matrix.Matrix))
 
     output = None if params.output is None else ForTpu(params.output, groups)
     drafter = params.draft if draft is None else wrapped(params.draft, draft)
     return Params(wrapped(params.target, target), drafter, output)
+
+
+def _layer_for_tpu(layer: Layer) -> Layer:
+    """A target's layer with other matrices, see `prepare_for_tpu`."""
+    if layer.q_norm is not None and layer.q_bias is None:
+        layer = JoinedLayer(layer, *_joined_heads(layer.q, layer.kv, layer.q_norm, layer.k_norm))
+    if layer.router is None:
+        layer.gate_up = nnx.data(Separate(_unstacked(layer.gate_up, "F D")))  # type: ignore[assignment]
+    return jax.block_until_ready(layer)
+
+
+@jax.jit
+def _joined_heads(q: Array, kv: Array, q_norm: Array, k_norm: Array) -> tuple[Array, Array, Array]:
+    """What `JoinedLayer` takes, of a layer's arrays."""
+    queries = q.reshape(kv.shape[1], -1, *q.shape[1:])
+    qk = jnp.concatenate([queries, kv[0][:, None]], axis=1)
+    norms = jnp.broadcast_to(q_norm, queries.shape[:-1]), jnp.broadcast_to(k_norm, (*kv.shape[1:2], 1, *k_norm.shape))
+    norm = jnp.concatenate(norms, axis=1)
+    return constrain(qk, "K - H D"), constrain(kv[1], "K H D"), constrain(norm, "K - H")
 
 
 @partial(jax.jit, static_argnums=1)

@@ -58,8 +58,7 @@ def forward(
     for i, layer in enumerate(params.layers):
         layer = gathered(layer, letters.layers[i])
         y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        q = layers.queries(layer, y, angles, config.rms_norm_eps)
-        k, v = layers.keys_values(layer, y, angles, config.rms_norm_eps)
+        q, k, v = layers.queries_keys_values(layer, y, angles, config.rms_norm_eps)
         if cache is None:
             attended = attend_without_cache(q, k, v, starts, attention)
         else:

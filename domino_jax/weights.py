@@ -50,6 +50,27 @@ class Layer(nnx.Module):
         self.down: Array = leaf("E D I" if experts else "D F")
 
 
+JOINED = {"qk": ("q", "kv"), "v": ("kv",), "qk_norm": ("q_norm", "k_norm")}  # of a JoinedLayer, and whose values
+
+
+class JoinedLayer(Layer):
+    """A layer in which each KV head's queries and its key are one matrix: one product, norm and rotation for both.
+
+    Args:
+        layer: one with norms of queries and keys, and without biases.
+        qk: [K, G + 1, H, D], the key behind the queries.
+        v: [K, H, D].
+        qk_norm: [K, G + 1, H].
+    """
+
+    def __init__(self, layer: Layer, qk: AnyMatrix, v: AnyMatrix, qk_norm: Array):
+        none = nnx.data(None)
+        self.q = self.kv = self.q_norm = self.k_norm = self.q_bias = self.kv_bias = none  # type: ignore[assignment]
+        self.qk, self.v, self.qk_norm = nnx.data(qk), nnx.data(v), nnx.data(qk_norm)
+        for name in ("input_norm", "o", "o_bias", "mlp_norm", "router", "gate_up", "down"):
+            setattr(self, name, nnx.data(getattr(layer, name)))
+
+
 class Target(nnx.Module):
     """A target; `lm_head` is None where the embeddings are tied."""
 

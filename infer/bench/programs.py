@@ -135,7 +135,8 @@ def describe_params(chosen: LoadPlan, place: Place) -> Params:
     kind, target, draft = chosen.draft_dtype, chosen.fitted.target, chosen.fitted.draft
     if kind is not None and isinstance(draft, DraftConfig):
         params = place.outputs(lambda params: prepare.quantize_drafter(params, draft, kind), params)
-    return prepare.prepare_for_tpu(params, target, draft, place.mesh.shape[DATA] if place.mesh else 1)
+    groups = place.mesh.shape[DATA] if place.mesh else 1
+    return place.outputs(lambda params: prepare.prepare_for_tpu(params, target, draft, groups), params)
 
 
 def describe_state(configs: DecodeConfig, batch: int, capacity: int, dtype: Any, place: Place) -> DecodeState:

@@ -44,6 +44,7 @@ CASES = {  # T, G, K, causal, window
 }
 BACKENDS: dict[str, Callable[..., Array]] = {
     "xla": attention.attend_xla,
+    "xla on TPUs": partial(attention.attend_xla, heads_first=True),
     "cudnn, as JAX states it": partial(attend_cudnn, implementation="xla"),
     "pallas, interpreted": partial(attend_tpu, interpret=True),
     "pallas for GPUs, interpreted": partial(attend_gpu, interpret=True),

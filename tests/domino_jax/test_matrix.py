@@ -1,6 +1,7 @@
 """What makes a cycle cheaper and must not change the output: the forms of a matrix, 8 bits, candidates."""
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ import loops
 import numpy as np
 import pytest
 from factory import Pair, with_candidates
+from flax import nnx
 from loops import Output
 
-from domino_jax import decode, layers, matrix, prepare
+from domino_jax import decode, layers, matrix, prepare, sharding
 from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads.base import under
@@ -22,7 +24,7 @@ from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.matrix import CpuBfloat16, CpuFloat32, ForTpu, Scaled, Separate, Tabulated
 from domino_jax.sampling import settings
-from domino_jax.weights import Params, axes, flatten, is_matrix
+from domino_jax.weights import JoinedLayer, Params, axes, flatten, is_matrix
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [40, 7] * 4, [11], [5, 28, 30, 44]]
@@ -282,6 +284,11 @@ def test_matrices_beside_each_other_are_one_of_all_their_outputs():
     assert isinstance(matrix.beside(*weights), jax.Array)
 
 
+def copied(params: Params) -> Params:
+    """Other modules with the same arrays."""
+    return jax.tree.map(lambda leaf: leaf, params)
+
+
 FORMS_OF_DRAFTERS = ["alone", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "candidates", "no head"))]
 
 
@@ -289,22 +296,48 @@ FORMS_OF_DRAFTERS = ["alone", *(pytest.param(x, marks=pytest.mark.slow) for x in
 def test_a_tpus_form_changes_no_token(more):
     pair = good(head=None, shift_label=False) if more == "no head" else good()
     pair = eight_bits(pair, "int8") if more == "int8" else with_candidates(pair, 7) if more == "candidates" else pair
-    made = prepare.prepare_for_tpu(pair.params, pair.configs.target, pair.configs.draft)
+    made = prepare.prepare_for_tpu(copied(pair.params), pair.configs.target, pair.configs.draft)
     forms = {path.removesuffix(".values") for path in flatten(made.target) if path.endswith(".values")}
     letters = flatten(axes(pair.configs.target))
-    assert forms == {path for path, names in letters.items() if is_matrix(path, names)}
+    matrices = {path for path, names in letters.items() if is_matrix(path, names)}
+    names = {"qk": "q", "v": "kv", "gate_up.parts.0": "gate_up", "gate_up.parts.1": "gate_up"}
+    assert {re.sub(r"(?<=\d\.)\w+.*", lambda found: names.get(found[0], found[0]), path) for path in forms} == matrices
     state = loops.begin(made, pair.configs, PROMPTS[1:2], COUNT)
     plain = loops.begin(pair.params, pair.configs, PROMPTS[1:2], COUNT)
     expected = loops.speculate(pair.params, pair.configs, plain)
     assert loops.speculate(made, pair.configs, state) == expected
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (6, 3), (4, 4)])
+@pytest.mark.parametrize("sizes", [None, (1, 2)], ids=str)
+def test_a_joined_layers_queries_keys_and_values_are_those_of_the_layer(heads, kv_heads, sizes):
+    """Bit for bit, at any number of queries a KV head, alone and on a mesh."""
+    if sizes and (heads % 2 or kv_heads % 2):
+        pytest.skip("the mesh does not divide these heads")
+    config = dataclasses.replace(TARGET, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    params = Params(factory.random_weights(config, 0))
+    norms = np.random.default_rng(0).normal(size=(2, config.head_dim)).astype(np.float32)
+    layer = params.target.layers[0]
+    layer.q_norm, layer.k_norm = nnx.data(jnp.asarray(norms[0])), nnx.data(jnp.asarray(norms[1]))
+    x = jax.random.normal(jax.random.key(0), (2, 3, config.hidden_size))
+    angles = layers.rotary(jnp.arange(6).reshape(2, 3), config)
+    run = jax.jit(layers.queries_keys_values, static_argnums=3)
+    expected = run(layer, x, angles, 1e-6)
+    with sharding.mesh_context(sharding.make_mesh(*sizes) if sizes else None):
+        joined = prepare.prepare_for_tpu(params, config, None).target.layers[0]
+        assert isinstance(joined, JoinedLayer) and joined.q is None and joined.kv is None
+        found = run(joined, x, angles, 1e-6)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0)
+
+
 @pytest.mark.slow
 def test_experts_and_routers_stay_as_they_are_on_a_tpu():
     pair = Pair.make(None, dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True)))
-    made = prepare.prepare_for_tpu(pair.params, pair.configs.target, None)
+    made = prepare.prepare_for_tpu(copied(pair.params), pair.configs.target, None)
     layer = made.target.layers[0]
-    assert isinstance(layer.q, ForTpu) and isinstance(made.target.embed, ForTpu)
+    assert isinstance(layer, JoinedLayer) and isinstance(layer.qk, ForTpu) and isinstance(made.target.embed, ForTpu)
     assert layer.router is pair.params.target.layers[0].router
     assert layer.gate_up is pair.params.target.layers[0].gate_up
 

@@ -1,7 +1,7 @@
 """Which drafter runs: the forms of checkpoints and the drafters that they make, and the one that has no weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def make_drafter(
     prompt_lookup_max: int | None = None,
     prompt_lookup_min: int | None = None,
     tree: TreeSettings | None = None,
+    confidence_threshold: float | None = None,
 ) -> Drafter | None:
     """The drafter, None where there is neither a config nor n-gram drafting.
 
@@ -84,6 +85,7 @@ def make_drafter(
         candidates: tokens that a head scores.
         prompt_lookup_max, prompt_lookup_min: tokens of the longest and shortest match of n-grams.
         tree: of a block drafter's proposals; a chain when None.
+        confidence_threshold: where a block drafter's chain ends, see `BlockDrafter`.
 
     Raises:
         DominoError: a setting does not fit the drafter.
@@ -96,6 +98,10 @@ def make_drafter(
         if not isinstance(made, BlockDrafter):
             raise DominoError("head candidates need a drafter with a causal head: give one with --draft DIR.")
         made = BlockDrafter(made.config, candidates)
+    if confidence_threshold is not None:
+        if ngram or tree or not isinstance(made, BlockDrafter):
+            raise DominoError("a confidence threshold needs chains of a block drafter alone: give it with --draft DIR.")
+        made = replace(made, confidence_threshold=confidence_threshold)
     if tree is not None:
         if ngram or not isinstance(made, BlockDrafter):
             what = "n-grams" if ngram else "no drafter" if made is None else "another model as drafter"

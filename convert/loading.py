@@ -96,6 +96,7 @@ def plan_load(
     matrices: Matrices = "auto",
     devices: Sequence[Any] | None = None,
     tree: TreeSettings | None = None,
+    confidence_threshold: float | None = None,
 ) -> LoadPlan:
     """How a pair will run here, from its configs alone: what can't is refused before a weight is fetched or read.
 
@@ -112,6 +113,7 @@ def plan_load(
         devices: of a topology that is compiled for, which need not be here; `mesh` is then given. This process's when
             None.
         tree: of drafts; a chain when None.
+        confidence_threshold: see `drafters.block.BlockDrafter`.
 
     Raises:
         DominoError: a setting does not fit the pair or these devices.
@@ -127,6 +129,7 @@ def plan_load(
         prompt_lookup_max=prompt_lookup_max,
         prompt_lookup_min=prompt_lookup_min,
         tree=tree,
+        confidence_threshold=confidence_threshold,
     )
     if draft_dtype is not None and not isinstance(draft_config, DraftConfig):
         raise DominoError("8-bit weights are for a drafter of the target's blocks: give one with --draft DIR.")
@@ -241,6 +244,7 @@ def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, P
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
     drafter.head = nnx.data(None)
     changes: dict[str, Any] = {"config": dataclasses.replace(configs.drafter.config, head=None), "candidates": None}
+    changes["confidence_threshold"] = None
     if isinstance(configs.drafter, TreeDrafter):
         changes["correction"] = "path"
     plain = dataclasses.replace(configs.drafter, **changes)

@@ -175,6 +175,7 @@ class PlanOptions(TypedDict, total=False):
     draft_dtype: DraftDtype | None
     matrices: Matrices
     tree: TreeSettings | None
+    confidence_threshold: float | None
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ class DraftingOptions:
     """--tree: highest base logits that drafts are made of, or all (default: all; 64 for the public Domino drafters)"""
     tree_correction: TreeCorrection = "path"
     """--tree: what the head goes by: each node's own path, or one path that all nodes of a depth share"""
+    confidence_threshold: Annotated[float | None, DisallowNone, UNSET] = None
+    """end a chain before the first draft that a DSpark drafter's confidence head is less sure of, from 0 to 1"""
 
     @property
     def tree_flags(self) -> list[str]:
@@ -304,6 +307,7 @@ class ModelOptions:
             "draft_dtype": self.drafting.draft_dtype,
             "matrices": self.device.matrices,
             "tree": self.tree,
+            "confidence_threshold": self.drafting.confidence_threshold,
         }
 
     def check(self) -> None:
@@ -322,6 +326,7 @@ class ModelOptions:
                 "--head-candidates": self.head_candidates,
                 "--draft-dtype": drafting.draft_dtype,
                 "--tree": drafting.tree,
+                "--confidence-threshold": drafting.confidence_threshold,
             }
             for flag in (flag for flag, value in used.items() if value is not None):
                 raise UsageError(f"{flag} needs a drafter with weights, and --draft {drafting.draft} has none.")
@@ -332,6 +337,10 @@ class ModelOptions:
                 if not self.ngram:
                     raise UsageError(f"--{name.replace('_', '-')} is for n-gram drafting: add --draft ngram.")
         self._check_tree()
+        if drafting.confidence_threshold is not None:
+            check_real("confidence_threshold", drafting.confidence_threshold, "from 0 to 1")
+            if self.ngram or drafting.tree is not None:
+                raise UsageError("--confidence-threshold is for chains of a block drafter alone.")
         longest, shortest = drafting.prompt_lookup_max, drafting.prompt_lookup_min
         if longest is not None and shortest is not None and shortest > longest:
             raise UsageError(f"--prompt-lookup-min {shortest} is above --prompt-lookup-max {longest}.")

@@ -31,6 +31,7 @@ FLAT = {
 }
 # What the speculators library has beside a drafter's own tensors in training, and some converters leave in a file.
 VERIFIER = ("verifier_lm_head.weight", "verifier_norm.weight")
+VOCABULARIES = ("d2t", "t2d")  # of a reduced vocabulary, which is refused where config.json says so
 # By the first part of a tensor's name: drafters whose heads have such tensors.
 TOLD_BY_NAMES = {
     "prefix_gru": "Domino",
@@ -192,7 +193,7 @@ def _is_spare(config: DecoderConfig, name: str) -> bool:
     if not isinstance(config, DraftConfig):
         return False
     sure = isinstance(config.head, MarkovHead) and config.head.enable_confidence_head
-    return name in VERIFIER or (name.startswith(CONFIDENCE) and not sure)
+    return name in (*VERIFIER, *VOCABULARIES) or (name.startswith(CONFIDENCE) and not sure)
 
 
 def _other_head(config: DecoderConfig, unexpected: set[str]) -> list[str]:

@@ -520,7 +520,8 @@ def speculate(
     def cycle(state: DecodeState) -> tuple[DecodeState, _Cycle]:
         keys = None if greedy else position_keys(state, configs.depth)
         draft, state = propose(params, configs, state, None if keys is None else keys[:, :-1, 0])
-        draft = draft._replace(lengths=lengths)
+        if lengths is not None:
+            draft = draft._replace(lengths=lengths if draft.lengths is None else jnp.minimum(lengths, draft.lengths))
         return _verify(params, configs, state, draft, keys, accept)
 
     return _loop(cycle, state, cycles, most, configs, configs.proposals, configs.depth)
@@ -598,7 +599,10 @@ def _verify(
     """Run the target over the drafts, accept, tell the drafter, and commit: the rest of a cycle after the proposal."""
     if draft.parents is not None:
         return _verify_tree(params, configs, state, draft, keys)
-    plain, features, cache = run_target(params, configs, state, draft.tokens, lengths=draft.lengths)
+    if draft.lengths is not None and configs.verified is None:
+        plain, features, cache = _run_target_to_the_longest(params, configs, state, draft.tokens, draft.lengths)
+    else:
+        plain, features, cache = run_target(params, configs, state, draft.tokens, lengths=draft.lengths)
     with jax.named_scope("verify"):
         logits = _processed(state, plain, draft.tokens)
         accepted, bonus = accept(keys, draft, logits, state)
@@ -705,6 +709,25 @@ def run_target(
         if packed is not None:
             logits, features = packed.rows(logits), packed.rows(features)
         return logits, features, cache
+
+
+def _run_target_to_the_longest(
+    params: Params, configs: DecodeConfig, state: DecodeState, drafts: Array, lengths: Array
+) -> tuple[Array, Array, AnyKVCache]:
+    """`run_target` where each row verifies its first `lengths` [B] drafts: no more tokens than the longest row needs.
+
+    Shapes are static, so the program has a few numbers of tokens, and runs the next one above.
+    """
+    most = drafts.shape[1]
+    sizes = sorted({0, most // 2, most})
+
+    def run(count: int, state: DecodeState) -> tuple[Array, Array, AnyKVCache]:
+        logits, features, cache = run_target(params, configs, state, drafts[:, :count])
+        logits, features = (jnp.pad(x, ((0, 0), (0, most - count), (0, 0))) for x in (logits, features))
+        return logits, features, cache
+
+    size = jnp.sum(jnp.max(lengths) > jnp.array(sizes[:-1]))
+    return jax.lax.switch(size, [partial(run, count) for count in sizes], state)
 
 
 def _forward(

@@ -240,6 +240,7 @@ def load(
     tree_lanes: int | None = None,
     tree_candidates: int | Literal["all"] | None = None,
     tree_correction: TreeCorrection = "path",
+    confidence_threshold: float | None = None,
 ) -> Model:
     """A target and its drafter, fetched from the Hub where needed. The keywords are the flags of `python -m infer`.
 
@@ -257,6 +258,7 @@ def load(
         tree: verify a tree of so many drafts a cycle, in place of a chain; --num-draft-tokens auto then chooses between
             it and plain steps.
         tree_lanes, tree_candidates, tree_correction: how it is made, see `domino_jax.drafters.tree.TreeDrafter`.
+        confidence_threshold: end a chain before the first draft that DSpark's confidence head is less sure of.
 
     Raises:
         DominoError: a model is not found, not supported, or can't run here; UsageError: the values contradict.
@@ -273,6 +275,7 @@ def load(
             tree_lanes=tree_lanes,
             tree_candidates=tree_candidates,
             tree_correction=tree_correction,
+            confidence_threshold=confidence_threshold,
         ),
         DeviceOptions(dtype, matrices, attention, mesh),
     )

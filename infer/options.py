@@ -139,5 +139,6 @@ class Generate:
             "--head-candidates": drafting.head_candidates != "all",
             "--draft-dtype": drafting.draft_dtype is not None,
             "--tree": drafting.tree is not None,
+            "--confidence-threshold": drafting.confidence_threshold is not None,
         }
         return [flag for flag, given in flags.items() if given]

@@ -38,7 +38,10 @@ class DraftTokens(NamedTuple):
     # A tree alone, whose nodes are chosen and not drawn (`probs` is None): [B, J] int32, the node that each follows, 0
     # for the row's last token and i + 1 for tokens[:, i]. Parents stand before children, and siblings differ.
     parents: Array | None = None
-    lengths: Array | None = None  # [B] int32, how many of them decoding verifies; all when None. No drafter sets it.
+    # [B] int32, how many of a chain decoding verifies; all when None. A drafter that ends one early decides of each
+    # token by those before it alone: otherwise the output would be distributed as another's.
+    lengths: Array | None = None
+    confidence: Array | None = None  # [B, J] float32, how likely each is to be accepted, if those before it are
 
 
 class Product(NamedTuple):

@@ -4,7 +4,7 @@ The context side of attention is a function of its position alone, so in decodin
 context keys and values are cached, and a cycle adds the positions it committed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
 from domino_jax.paged import AnyKVCache
@@ -36,19 +37,28 @@ class BlockDrafter:
 
     Args:
         candidates: C, tokens of (nearly) the highest base logits that the head scores; the vocabulary when None.
+        confidence_threshold: a chain ends before the first proposal that its head is less sure of; all when None.
 
     Raises:
-        DominoError: `candidates` is below 1, or there is no head.
+        DominoError: `candidates` is below 1, or there is no head, or none that says how sure it is.
     """
 
     config: DraftConfig
     candidates: int | None = None
+    confidence_threshold: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.candidates is not None and not self.config.head:
             raise DominoError("head candidates need a drafter with a causal head, and this one has none.")
         if self.candidates is not None and self.candidates < 1:
             raise DominoError(f"head candidates must be at least 1, found {self.candidates}.")
+        threshold, head = self.confidence_threshold, self.config.head
+        if threshold is None:
+            return
+        if not (isinstance(head, MarkovHead) and head.enable_confidence_head):
+            raise DominoError("a confidence threshold needs a drafter with a confidence head, and this one has none.")
+        if not 0 <= threshold <= 1:
+            raise DominoError(f"a confidence threshold must be from 0 to 1, found {threshold}.")
 
     @property
     def most(self) -> int:
@@ -70,6 +80,10 @@ class BlockDrafter:
         z, base, state = self.draft_block(weights, state, view, proposals)
         with jax.named_scope("head"):
             draft = head_of(self.config).propose(weights.head, z, base, view, keys, self.candidates)
+        if self.confidence_threshold is not None:
+            assert draft.confidence is not None
+            sure = draft.confidence >= self.confidence_threshold
+            draft = draft._replace(lengths=jnp.sum(jnp.cumprod(sure.astype(jnp.int32), axis=1), axis=1))
         return draft, state, view.cache
 
     def draft_block(

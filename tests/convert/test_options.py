@@ -27,6 +27,17 @@ from domino_jax.runtime.command import UsageError
         (ModelOptions(drafting=DraftingOptions(tree=4, tree_lanes=5)), "--tree-lanes 5 is more than the 4 nodes"),
         (ModelOptions(drafting=DraftingOptions(tree=4, tree_candidates=0)), "--tree-candidates must be at least 1"),
         (ModelOptions(drafting=DraftingOptions(tree=4, head_candidates=8)), "with --tree give --tree-candidates"),
+        (ModelOptions(drafting=DraftingOptions(confidence_threshold=1.5)), "confidence-threshold must be from 0 to 1"),
+        (
+            ModelOptions(drafting=DraftingOptions(confidence_threshold=0.5, tree=4)),
+            "--confidence-threshold is for chains",
+        ),
+        (ModelOptions(drafting=DraftingOptions("none", confidence_threshold=0.5)), "--confidence-threshold needs a"),
+        (ModelOptions(drafting=DraftingOptions("ngram", confidence_threshold=0.5)), "--confidence-threshold needs a"),
+        (
+            ModelOptions(drafting=DraftingOptions("a+ngram", confidence_threshold=0.5)),
+            "is for chains of a block drafter",
+        ),
         (ModelOptions(drafting=DraftingOptions(tree_lanes=2)), "--tree-lanes says how a tree of drafts is made"),
         (ModelOptions(drafting=DraftingOptions(tree_candidates="all")), "--tree-candidates says how a tree"),
         (ModelOptions(drafting=DraftingOptions(tree_correction="depth")), "--tree-correction says how a tree"),

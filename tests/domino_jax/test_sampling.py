@@ -22,6 +22,7 @@ from domino_jax import decode, sampling, verify
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
@@ -237,10 +238,10 @@ TARGET = dataclasses.replace(
 DRAFTERS = {
     "Domino": {"block_size": 3, "head": DominoHead(5, 4, 1)},
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
-    "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn")},
+    "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn", enable_confidence_head=True)},
 }
-OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head")
-RARE = ("DFlash", "DSpark", "Domino and n-gram", "tree without a head")
+OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head", "DSpark, ended early")
+RARE = ("DFlash", "DSpark", "DSpark, ended early", "Domino and n-gram", "tree without a head")
 LOOKUP = NgramDrafter(3, 2, 1)  # of seven tokens one is often there already
 
 
@@ -273,7 +274,10 @@ def make(drafter: str) -> Pair:
     if drafter in OTHERS:
         domino = make("Domino")
         assert domino.configs.drafter is not None and domino.configs.draft is not None
+        dspark = make("DSpark")
+        assert dspark.configs.draft is not None
         made: dict[str, tuple[Drafter, Any]] = {
+            "DSpark, ended early": (BlockDrafter(dspark.configs.draft, confidence_threshold=0.3), dspark.params.draft),
             "tree": (TreeDrafter(domino.configs.draft, nodes=5), domino.params.draft),
             "n-gram": (LOOKUP, None),
             "assistant": (AssistantDrafter(TARGET, 3), factory.random_weights(TARGET, 12)),

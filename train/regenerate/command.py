@@ -118,6 +118,7 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
         "ngram": how.model().ngram,
         "head_candidates": how.model().head_candidates,
         "draft_dtype": how.drafting.draft_dtype,
+        **({"confidence_threshold": sure} if (sure := how.drafting.confidence_threshold) is not None else {}),
         **({"tree": list(how.model().tree or ())} if how.drafting.tree is not None else {}),
         "data_sha256": lines.sha256,
         **({"shard": str(o.part)} if o.part.count > 1 else {}),

@@ -142,13 +142,15 @@ class MarkovHead:
     ) -> DraftTokens:
         """See `heads.base.Head`. Every proposal knows the token before it, so each is drawn from its distribution."""
         paths, vocab, made = self.paths(weights, z, base, view, candidates), base.shape[-1], []
-        state = paths.start()
+        state, sure = paths.start(), []
         for j in range(base.shape[1]):
             if j > 0:
                 state = paths.advance(state, made[-1][0][:, None], j - 1)
             logits, names = paths.logits(state, j)
             made.append(choose_token(logits[:, 0], keys, j, view.sampling, vocab, names=names))
-        return stacked(made)
+            if self.enable_confidence_head:
+                sure.append(_confidence(weights, z[:, j], state[0][:, 0]))
+        return stacked(made)._replace(confidence=jnp.stack(sure, axis=1) if sure else None)
 
     def paths(
         self, weights: MarkovWeights, z: Array, base: Array, view: View, candidates: int | None = None
@@ -226,6 +228,14 @@ class MarkovPaths:
 def _gated(weights: MarkovWeights, from_block: Array, rows: Array) -> Array:
     """Rank vectors [..., R]: those of tokens, of which a gate lets a part through."""
     return jax.nn.sigmoid(from_block + dot(rows, weights.gate_token) + weights.gate_bias) * rows
+
+
+def _confidence(weights: MarkovWeights, z: Array, rows: Array) -> Array:
+    """How likely proposals are to be accepted, if those before them are: z [B, D] and rows of W1 [B, R] -> [B]."""
+    logit = dot(z, weights.confidence_block, jnp.float32)
+    if weights.confidence_token is not None:
+        logit += dot(rows, weights.confidence_token, jnp.float32)
+    return jax.nn.sigmoid(logit + weights.confidence_bias.astype(jnp.float32))[:, 0]
 
 
 def _rnn_cell(y: Array, state: Array) -> tuple[Array, Array]:

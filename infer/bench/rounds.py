@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from convert.folders import GGUF, HF, folder_format
+from convert.tensors import open_tensors
 from domino_jax.errors import DominoError
 from infer.bench.options import Bench
 from infer.bench.rows import LEAN
@@ -43,6 +46,29 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
     return {**figures, "used": used}
 
 
+def transformers_model(folder: Path, dtype: str) -> Any:
+    """transformers' model with a folder's weights; None where it can't have them.
+
+    Of GGUF blocks it gets the values that we read: its own reading of them needs one more package.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    form, how = folder_format(folder), {"local_files_only": True, "trust_remote_code": False}
+    if form == HF:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **how)
+    if form != GGUF:
+        return None
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **how), dtype=getattr(torch, dtype))
+    files = open_tensors(folder)
+    values = {name: np.asarray(files.read(stored)).astype(np.float32) for name, stored in files.stored.items()}
+    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in values.items()}, strict=False)
+    if unexpected or not set(missing) <= {"lm_head.weight"}:  # a mixture of experts, which it holds otherwise
+        return None
+    model.tie_weights()
+    return model
+
+
 def transformers_runner(
     folder: Path, options: Bench, dtype: str
 ) -> Callable[[list[list[int]], int], dict[str, Any]] | None:
@@ -52,17 +78,16 @@ def transformers_runner(
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM
     except ImportError:
         return None
-    if not options.sampling.greedy or not any(folder.glob("*.safetensors")):
+    if not options.sampling.greedy:
         return None
     place = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
     if place is None or (place == "cuda" and not torch.cuda.is_available()):
         return None
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
-    )
+    model = transformers_model(folder, dtype)
+    if model is None:
+        return None
     model = model.to(place).eval()
 
     def generate(ids: Any, new: int) -> Any:

@@ -13,6 +13,7 @@ import factory
 import gguf
 import gguf_files
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -29,10 +30,12 @@ from convert.identity import model_fingerprint
 from convert.loading import load_model
 from convert.registry import read_configs
 from convert.tokenizer import end_tokens, load_tokenizer
+from domino_jax import target
 from domino_jax.config import Llama3, MoeConfig, TargetConfig, Yarn
 from domino_jax.errors import DominoError
 from domino_jax.sharding import make_mesh
 from domino_jax.weights import flatten
+from infer.bench.rounds import transformers_model
 
 K = GGMLQuantizationType
 SMOLLM = Path(os.environ.get("SMOLLM2_GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -292,6 +295,28 @@ def test_a_folder_with_files_of_two_models_asks_for_one(tmp_path):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DominoError, match=r"2 models \(a.gguf, b.gguf\): name one of the files"):
         as_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", "qwen2"])
+def test_the_benchmark_gives_transformers_the_same_values(tmp_path, name):
+    """Its logits are ours: q and k are in its order, and Llama's frequencies divided."""
+    import torch
+
+    config = MODELS[name]
+    file = write_gguf(tmp_path / "m.gguf", config, weights(config), lambda name: K.Q8_0)
+    model = transformers_model(as_folder(file), "float32").eval()
+    ids = np.arange(1, 40)[None]
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids)).logits.numpy()
+    params = hf.load_hf(as_folder(file), config)
+    ours = target.logits(params, config, target.forward(params, config, jnp.asarray(ids, jnp.int32))[0])
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    assert (
+        transformers_model(
+            as_folder(write_gguf(tmp_path / "e.gguf", MODELS["qwen3moe"], weights(MODELS["qwen3moe"]))), "float32"
+        )
+        is None
+    )
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------------------------

@@ -49,7 +49,9 @@ class Snapshot:
             download([self], console)
             return as_folder(self.fetch(self.gguf))
         if self.files and CONFIG not in self.files:
-            raise DominoError(f"{self.repo} has no {CONFIG}, so it is no model of this kind; see {self.flag}.")
+            files = self._gguf_files()
+            more = f"name one of its GGUF files, such as {self.repo}/{files[0]}" if files else f"see {self.flag}"
+            raise DominoError(f"{self.repo} has no {CONFIG}, so it is no model of this kind; {more}.")
         if INDEX in self.files:
             self.fetch(INDEX)
         return self.fetch(CONFIG).parent
@@ -91,8 +93,8 @@ class Snapshot:
         if self.gguf is not None:
             weights = gguf_names(self.gguf)
             if lost := [name for name in weights if name not in self.files]:
-                there = ", ".join(sorted(name for name in self.files if name.endswith(".gguf"))[:8])
-                raise DominoError(f"{self.repo} has no {lost[0]}; its GGUF files are {there or 'none'}.")
+                there = ", ".join(self._gguf_files()[:8]) or "none"
+                raise DominoError(f"{self.repo} has no {lost[0]}; its GGUF files are {there}.")
             return {name: self.files[name].size or 0 for name in weights if not self.has(name)}
         if SINGLE in self.files:  # before the index, as transformers and convert.hf look
             weights = [SINGLE]
@@ -107,6 +109,9 @@ class Snapshot:
             raise DominoError(f"{self.repo} {what} (pickles are never read); give another with {self.flag}.")
         names = [*sorted(filter(is_text_file, self.files)), *weights]
         return {name: self.files[name].size or 0 for name in names if not self.has(name)}
+
+    def _gguf_files(self) -> list[str]:
+        return sorted(name for name in self.files if name.endswith(".gguf"))
 
     def remember(self) -> None:
         """Record in the cache which commit the revision is, for use without the Hub."""

@@ -245,7 +245,7 @@ def load(
     """A target and its drafter, fetched from the Hub where needed. The keywords are the flags of `python -m infer`.
 
     Args:
-        model: a public name such as "qwen3-4b", a folder, or "org/repo"; the shipped demo by default.
+        model: a public name such as "qwen3-4b", a folder, a GGUF file, or "org/repo"; the shipped demo by default.
         draft: likewise the drafter, or "none"; by default the public one of the model.
         revision, draft_revision: branch, tag or commit of a Hub repository.
         num_draft_tokens: draft tokens verified per cycle; None and "auto" choose by measured time and acceptance.

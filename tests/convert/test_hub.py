@@ -196,6 +196,14 @@ def test_a_gguf_file_that_is_not_here_is_not_looked_for_on_the_hub(place):
         names.open_place(place, place, "--model", None, Console())
 
 
+def test_a_repository_of_gguf_files_alone_asks_for_one():
+    files: Any = dict.fromkeys(["README.md", "b-Q8_0.gguf", "a-Q4_K_M.gguf"])
+    with pytest.raises(DominoError, match=r"has no config.json.*GGUF files, such as my/repo/a-Q4_K_M.gguf\."):
+        convert_hub.Snapshot("my/repo", None, "c0", files, "--model").configure(Console())
+    with pytest.raises(DominoError, match=r"has no c.gguf; its GGUF files are a-Q4_K_M.gguf, b-Q8_0.gguf\."):
+        convert_hub.Snapshot("my/repo", None, "c0", files, "--model", "c.gguf").missing()
+
+
 @pytest.mark.slow
 def test_a_gguf_file_is_fetched_alone_and_found_again_without_the_hub(hub, machine, tmp_path):
     repo = tmp_path / "repo"

@@ -10,6 +10,8 @@ import factory
 import numpy as np
 import pytest
 from factory import BYTE_DRAFT, make_draft, make_target
+from gguf.constants import GGMLQuantizationType
+from gguf_files import F32, write_gguf
 from safetensors.numpy import load_file, save_file
 
 from convert import folders, hf
@@ -63,7 +65,10 @@ def test_a_drafter_is_the_same_in_every_form_that_has_it(name, form):
     assert parse(packaged(config, form)) == (config, [])
 
 
-@pytest.mark.parametrize("name", ["Domino", "DSpark", "rnn, fill-in", "DeepSpec's DFlash"])
+@pytest.mark.parametrize(
+    "name",
+    ["Domino", "DSpark", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rnn, fill-in", "DeepSpec's DFlash"))],
+)
 def test_a_folder_keeps_its_bits_from_form_to_form(tmp_path, name):
     """Through every form that has it, with copies of the target's matrices, and back."""
     changes = {"head": CONFIGS[name].head, "shift_label": CONFIGS[name].shift_label}
@@ -244,6 +249,27 @@ def test_deepspecs_copies_are_compared_in_a_few_rows(tmp_path):
     rewrite(tmp_path / "draft", lambda t: t | {"lm_head.weight": other})
     with refused("lm_head.weight is not that of"):
         folders.load_weights(tmp_path / "draft", config, target=tmp_path / "target")
+
+
+@pytest.mark.parametrize("other", ["the same in blocks", "another"])
+def test_copies_of_a_target_in_gguf_are_the_same_up_to_its_blocks(tmp_path, other):
+    """A drafter's copies have all bits; the target's file has 8 or 4 of each weight."""
+    config, target = factory.TARGET, tmp_path / "target"
+    target.mkdir()
+    tensors = factory.hf_weights(factory.random_weights(config, 0), config)
+    blocks = GGMLQuantizationType.Q4_0
+    write_gguf(target / "t.gguf", config, tensors, lambda name: blocks if name.startswith("token_embd") else F32)
+    draft = factory.draft_config(config, head=MarkovHead(7))
+    hf.save_hf(tmp_path / "draft", factory.random_weights(draft, 1), draft, draft.to_hf())
+    copy = tensors["model.embed_tokens.weight"]
+    if other == "another":
+        copy = np.roll(copy, 1, axis=0)
+    rewrite(tmp_path / "draft", lambda t: t | {"embed_tokens.weight": copy})
+    if other == "another":
+        with refused("embed_tokens.weight is not that of"):
+            folders.load_weights(tmp_path / "draft", draft, target=target)
+    else:
+        folders.load_weights(tmp_path / "draft", draft, target=target)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ DECODED = {
     "DeepSpec's DFlash": factory.draft_config(head=None),
     "gated": config_of("gated"),
 }
-LONGER = ("gated", "DeepSpec's DFlash", "vanilla, fill-in")
+LONGER = ("gated", "JetSpec", "DeepSpec's DFlash", "vanilla, fill-in")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONGER else []) for n in DECODED])

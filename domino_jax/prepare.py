@@ -4,6 +4,7 @@ None of it changes the output: the products are the same sums, up to float32's r
 proposes other tokens (docs/algorithm.md, section 8).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,13 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
         setattr(owner, name, nnx.data(jax.block_until_ready(prepared)))
 
 
-def prepare_for_tpu(params: Params, target: DecoderConfig, draft: DecoderConfig | None, groups: int = 1) -> Params:
+def prepare_for_tpu(
+    params: Params,
+    target: DecoderConfig,
+    draft: DecoderConfig | None,
+    groups: int = 1,
+    call: Callable[..., Any] = lambda run, *given: run(*given),
+) -> Params:
     """The params as a TPU runs them fastest: matrices as `matrix.ForTpu`, and a target's layers as `JoinedLayer`.
 
     Experts and their router stay plain arrays, and so does what is a table. Layers stay as they are where heads have
@@ -59,6 +66,7 @@ def prepare_for_tpu(params: Params, target: DecoderConfig, draft: DecoderConfig 
 
     Args:
         groups: of devices that have rows of their own: the mesh's `data`.
+        call: runs a function of arrays; of arrays that are only described, another one says what it would give.
     """
 
     def wrapped(module: Any, config: DecoderConfig) -> Any:
@@ -76,7 +84,7 @@ def prepare_for_tpu(params: Params, target: DecoderConfig, draft: DecoderConfig 
 
         if isinstance(module, Target):
             for number, layer in enumerate(module.layers):
-                module.layers[number] = _layer_for_tpu(layer)
+                module.layers[number] = _layer_for_tpu(layer, call)
         return jax.tree_util.tree_map_with_path(one, module, is_leaf=lambda leaf: isinstance(leaf, matrix.Matrix))
 
     output = None if params.output is None else ForTpu(params.output, groups)
@@ -84,12 +92,12 @@ def prepare_for_tpu(params: Params, target: DecoderConfig, draft: DecoderConfig 
     return Params(wrapped(params.target, target), drafter, output)
 
 
-def _layer_for_tpu(layer: Layer) -> Layer:
+def _layer_for_tpu(layer: Layer, call: Callable[..., Any]) -> Layer:
     """A target's layer with other matrices, see `prepare_for_tpu`."""
     if layer.q_norm is not None and layer.q_bias is None:
-        layer = JoinedLayer(layer, *_joined_heads(layer.q, layer.kv, layer.q_norm, layer.k_norm))
+        layer = JoinedLayer(layer, *call(_joined_heads, layer.q, layer.kv, layer.q_norm, layer.k_norm))
     if layer.router is None:
-        layer.gate_up = nnx.data(Separate(_unstacked(layer.gate_up, "F D")))  # type: ignore[assignment]
+        layer.gate_up = nnx.data(Separate(call(_halves, layer.gate_up)))  # type: ignore[assignment]
     return jax.block_until_ready(layer)
 
 
@@ -101,6 +109,10 @@ def _joined_heads(q: Array, kv: Array, q_norm: Array, k_norm: Array) -> tuple[Ar
     norms = jnp.broadcast_to(q_norm, queries.shape[:-1]), jnp.broadcast_to(k_norm, (*kv.shape[1:2], 1, *k_norm.shape))
     norm = jnp.concatenate(norms, axis=1)
     return constrain(qk, "K - H D"), constrain(kv[1], "K H D"), constrain(norm, "K - H")
+
+
+def _halves(gate_up: Array) -> tuple[Array, ...]:
+    return _unstacked(gate_up, "F D")
 
 
 @partial(jax.jit, static_argnums=1)

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -136,7 +136,8 @@ def describe_params(chosen: LoadPlan, place: Place) -> Params:
     if kind is not None and isinstance(draft, DraftConfig):
         params = place.outputs(lambda params: prepare.quantize_drafter(params, draft, kind), params)
     groups = place.mesh.shape[DATA] if place.mesh else 1
-    return place.outputs(lambda params: prepare.prepare_for_tpu(params, target, draft, groups), params)
+    # Layer by layer, those of equal shapes once: one program for all would not fit where the weights do.
+    return prepare.prepare_for_tpu(params, target, draft, groups, cache(place.outputs))
 
 
 def describe_state(configs: DecodeConfig, batch: int, capacity: int, dtype: Any, place: Place) -> DecodeState:

@@ -107,6 +107,17 @@ def test_every_backend_is_the_restatement(case, name, dtype):
     np.testing.assert_allclose(ours[:4], theirs, atol=TOLERANCES[dtype], rtol=0)
 
 
+def test_a_tpus_order_of_queries_is_the_same_with_a_tree_and_with_packed_rows():
+    q, k, v = arrays(5, 3, 2, jnp.float32)
+    start = jnp.array([0, 60, 130, 251], jnp.int32)
+    rng = np.random.default_rng(0)
+    sees = jnp.asarray(np.tril(rng.random((4, 5, 5)) < 0.5) | np.eye(5, dtype=bool))
+    since = jnp.asarray(rng.integers(0, start[:, None] + 1, (4, 5)), jnp.int32)
+    for how in ({"sees": sees}, {"since": since}):
+        ours, theirs = (attention.attend_xla(q, k, v, start, True, None, **how, heads_first=x) for x in (True, False))
+        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize("kernel", [attend_tpu, attend_gpu])
 def test_the_kernel_reads_no_block_that_nobody_sees(kernel):
     """Neither beyond a row's length nor before its window: poison there does not show."""

@@ -6,6 +6,8 @@ from domino_jax.runtime.command import Subcommand, exit_code, find_subcommand, l
 from infer.bench.options import Bench, check_bench
 
 SUBCOMMANDS = {
+    "device": Subcommand("infer.bench.device", "all that a new device is to show, within minutes: one page"),
+    "correctness": Subcommand("infer.bench.correctness", "does this device compute what it should"),
     "scan": Subcommand("infer.bench.scanned", "unrolled layers against scanned ones"),
     "mixed": Subcommand("infer.bench.mixed", "requests of mixed lengths: slots against closed batches"),
     "compile": Subcommand("infer.bench.compile", "programs for TPUs that are not here: copies, memory, estimated cost"),

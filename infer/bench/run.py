@@ -35,7 +35,7 @@ def run_bench(options: Bench) -> int:
     console = Console(stderr=True)
     enable_compile_cache()
     try:
-        loaded, target = _load(options, console)
+        loaded, target = load_measured(options, console)
         if sets:
             modes = drafting(loaded, options.drafts, options.head_off)
             views = {(mode, int(drafts)): view for (mode, drafts), view in modes.items()}
@@ -48,6 +48,8 @@ def run_bench(options: Bench) -> int:
             with memory, loaded.context():
                 for more in measure_sweep(options, loaded, target, console):
                     rows += more
+                    if options.json:  # now: what ends the process later may leave no time
+                        write_rows(rows, options.json)
         finally:  # a sweep takes long: what it measured is kept, whatever ended it
             if rows:
                 report_bench(rows, options)
@@ -57,7 +59,7 @@ def run_bench(options: Bench) -> int:
     return 0
 
 
-def _load(options: Bench, console: Console) -> tuple[LoadedModel, Path | None]:
+def load_measured(options: Bench, console: Console) -> tuple[LoadedModel, Path | None]:
     """The model that the options name, and the target's folder if it has one; prints warnings.
 
     Raises:
@@ -92,4 +94,9 @@ def report_bench(rows: list[Row], options: Bench) -> None:
             print(*(f"plot: {path}" for path in plots or ["none, since nothing was swept"]), sep="\n")
     finally:
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(rows, options.json)
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    """Write the figures so far."""
+    path.write_text(json.dumps(rows, indent=1) + "\n")

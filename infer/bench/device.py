@@ -34,7 +34,7 @@ from infer.bench.device_report import DEMO, MAIN, REPORT, write_report
 TAU = "5"  # stated, so that cycles commit several tokens whatever the weights are
 GRACE = 10.0  # seconds that a part has to end by itself when its time is over
 RESERVE = 5.0  # of all, for the report
-LEAST = 5.0  # that a part needs to be begun
+LEAST = 20.0  # that a part gets, or is not begun
 PartName = Literal["attention", "drafters", "speed", "phases", "batches", "contexts", "int8", "float8", "training"]
 
 
@@ -143,7 +143,7 @@ def run_device(options: DeviceBench) -> int:
             print(f"{part.name}: {command_of(part)}", file=sys.stderr, flush=True)
             last = number == len(parts) - 1
             whole["parts"][number]["status"] = "cut off"
-            whole["parts"][number] |= run_part(part, folder, left() * (1.0 if last else part.share))
+            whole["parts"][number] |= run_part(part, folder, max(LEAST, left() * (1.0 if last else part.share)))
     finally:
         keep()
     print(folder / REPORT)

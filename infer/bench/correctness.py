@@ -106,10 +106,12 @@ def attention_checks(options: Correctness) -> Any:
     """Those of `infer.bench.forms`, in each dtype."""
     import jax
 
+    from domino_jax.config import DraftConfig
     from infer.bench.forms import check_forms
     from infer.bench.probe import pair_of
 
     pair = pair_of(options.shapes)
+    assert isinstance(pair.draft, DraftConfig)
     host = jax.default_backend() == "cpu"
     for dtype in options.dtypes or (("float32",) if host else ("float32", "bfloat16")):
         yield from check_forms(pair.target, pair.draft, dtype)

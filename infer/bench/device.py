@@ -29,7 +29,7 @@ from domino_jax.runtime.command import UsageError, end_process, own_command, own
 from domino_jax.runtime.files import check_output, write_text
 from domino_jax.runtime.interrupts import exit_on_sigterm
 from domino_jax.runtime.parsing import parse_json, read_text
-from infer.bench.device_report import DEMO, MAIN, REPORT, write_report
+from infer.bench.device_report import DEMO, MAIN, REPORT, write_page
 
 TAU = "5"  # stated, so that cycles commit several tokens whatever the weights are
 GRACE = 10.0  # seconds that a part has to end by itself when its time is over
@@ -55,7 +55,7 @@ class DeviceBench:
     """some of the parts alone, in this order of theirs (default: all)"""
 
 
-class Part(NamedTuple):
+class DevicePart(NamedTuple):
     """A command whose figures are a part of the whole."""
 
     name: str
@@ -64,7 +64,7 @@ class Part(NamedTuple):
     flag: str = "--json"  # of the file
 
 
-def list_parts(found: Mapping[str, Any]) -> list[Part]:
+def list_parts(found: Mapping[str, Any]) -> list[DevicePart]:
     """The parts, the most important first.
 
     Args:
@@ -86,15 +86,15 @@ def list_parts(found: Mapping[str, Any]) -> list[Part]:
         return ["--batch-sizes", *map(str, batches), "--num-prompts", str(max(batches))]
 
     return [
-        Part("attention", 0.3, ["infer.bench", "correctness", "attention", "--shapes", shapes]),
-        Part("drafters", 0.3, ["infer.bench", "correctness", "drafters"]),
-        Part("speed", 0.6, [*speed, *rows(1), "--no-phases"]),
-        Part("phases", 0.5, [*speed, *rows(1), "--no-head-off", "--roofline", "--rounds", "1"]),
-        Part("batches", 0.4, [*speed, *rows(4, 16), *quick]),
-        Part("contexts", 0.4, [*speed, *rows(1), "--contexts", *contexts, *quick]),
-        Part("int8", 0.4, [*speed, *rows(1), "--draft-dtype", "int8", *quick]),
-        Part("float8", 0.5, [*speed, *rows(1), "--draft-dtype", "float8", *quick]),
-        Part("training", 1.0, training, "--out"),
+        DevicePart("attention", 0.3, ["infer.bench", "correctness", "attention", "--shapes", shapes]),
+        DevicePart("drafters", 0.3, ["infer.bench", "correctness", "drafters"]),
+        DevicePart("speed", 0.6, [*speed, *rows(1), "--no-phases"]),
+        DevicePart("phases", 0.5, [*speed, *rows(1), "--no-head-off", "--roofline", "--rounds", "1"]),
+        DevicePart("batches", 0.4, [*speed, *rows(4, 16), *quick]),
+        DevicePart("contexts", 0.4, [*speed, *rows(1), "--contexts", *contexts, *quick]),
+        DevicePart("int8", 0.4, [*speed, *rows(1), "--draft-dtype", "int8", *quick]),
+        DevicePart("float8", 0.5, [*speed, *rows(1), "--draft-dtype", "float8", *quick]),
+        DevicePart("training", 1.0, training, "--out"),
     ]
 
 
@@ -121,13 +121,13 @@ def run_device(options: DeviceBench) -> int:
     def keep() -> None:
         whole["took_seconds"] = time.monotonic() - began
         write_text(folder / MAIN, json.dumps(whole, indent=1) + "\n")
-        write_report(folder)
+        write_page(folder)
 
     asked = [
         *(["--shapes", options.shapes] if options.shapes else []),
         *(["--mesh", options.mesh] if options.mesh else []),
     ]
-    first = Part("probe", 1.0, ["infer.bench.probe", *asked])
+    first = DevicePart("probe", 1.0, ["infer.bench.probe", *asked])
     try:
         done = run_part(first, folder, left())
         if done["status"] != "done":
@@ -153,7 +153,7 @@ def run_device(options: DeviceBench) -> int:
     return 0
 
 
-def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
+def run_part(part: DevicePart, folder: Path, seconds: float) -> dict[str, Any]:
     """Run a part's command: its status, seconds, and the reason where it failed.
 
     Its output goes to DIR/PART.log. What is over its time is asked to end, and ended when it does not.
@@ -199,7 +199,7 @@ def last_words(log: Path) -> str:
     return lines[-1].strip().removeprefix("error: ")[:500] if lines else ""
 
 
-def command_of(part: Part) -> str:
+def command_of(part: DevicePart) -> str:
     """The command of a part, to run by hand."""
     return shlex.join(["python", "-m", *part.words])
 

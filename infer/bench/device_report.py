@@ -35,21 +35,21 @@ TITLES = {
 }
 
 
-def write_report(folder: Path) -> None:
+def write_page(folder: Path) -> None:
     """Write the page of a folder's files; those that are missing or broken are said."""
     write_text(folder / REPORT, report(folder))
 
 
 def report(folder: Path) -> str:
     """The page."""
-    whole = read_figures(folder / MAIN)
+    whole = figures_in(folder / MAIN)
     whole = whole if isinstance(whole, dict) else {}
     found, parts = whole.get("found") or {}, whole.get("parts") or []
     sections = ["# What a device computes, and what that costs", introduction(found, whole)]
-    checked = {name: read_figures(folder / f"{name}.json") for name in ("attention", "drafters")}
+    checked = {name: figures_in(folder / f"{name}.json") for name in ("attention", "drafters")}
     sections += ["## Correctness", correctness({name: found for name, found in checked.items() if found})]
     for name, title in TITLES.items():
-        figures = read_figures(folder / f"{name}.json")
+        figures = figures_in(folder / f"{name}.json")
         if figures:
             make = {"phases": phase_table, "training": training_table}.get(name, speed_table)
             sections += [f"## {title}", safely(make, figures)]
@@ -57,7 +57,7 @@ def report(folder: Path) -> str:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def read_figures(path: Path) -> Any:
+def figures_in(path: Path) -> Any:
     """What a file holds; None where there is none, or none that can be read."""
     try:
         return parse_json(read_text(path))

@@ -31,7 +31,7 @@ EXPERTS = MoeConfig(16, 4, 256, norm_topk_prob=True)
 Check = dict[str, Any]
 
 
-class Form(NamedTuple):
+class ComparedForm(NamedTuple):
     """One way of computing something, and the plain one."""
 
     group: str
@@ -59,7 +59,7 @@ def check_forms(target: TargetConfig, draft: DraftConfig, dtype: str) -> Iterato
         yield check | run_form(form, dtype)
 
 
-def run_form(form: Form, dtype: str) -> Check:
+def run_form(form: ComparedForm, dtype: str) -> Check:
     """Whether a form agrees with the plain one: its error as a share of the largest value, and what it may be."""
     try:
         with matmul_precision(dtype):
@@ -81,7 +81,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return found if np.isfinite(found) else float("inf")
 
 
-def all_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterator[Form]:
+def all_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterator[ComparedForm]:
     """Those of decoding, of prompts without a cache, of training's blocks, and of experts."""
     yield from cached_forms(target, draft, dtype)
     yield from alone_forms(target, dtype)
@@ -89,7 +89,7 @@ def all_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterator[
     yield from expert_forms(target, dtype)
 
 
-def cached_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterator[Form]:
+def cached_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterator[ComparedForm]:
     """Attention over caches, contiguous and in pages, as models call it: rows at the beginning, middle and end."""
     host, block = jax.default_backend() == "cpu", draft.block_size
     capacity = min(SMALL if host else CAPACITY, length_bucket(target.positions))
@@ -116,10 +116,10 @@ def cached_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterat
         for backend in get_args(Backend):
             refusal = refused(partial(attention.available_backends, backend, (width,), dtype, None, tree))
             run = partial(attention.attend, **how, backend=backend, sees=seen)
-            yield Form("attention over caches", case, backend, run, plain, (q, k, v, start), refusal)
+            yield ComparedForm("attention over caches", case, backend, run, plain, (q, k, v, start), refusal)
             run, plain_of_pages = (partial(over_pages, how=how, sees=seen, backend=one) for one in (backend, "xla"))
             given = q, *pages_of(k, v), start
-            yield Form("attention over pages", case, backend, run, plain_of_pages, given, refusal)
+            yield ComparedForm("attention over pages", case, backend, run, plain_of_pages, given, refusal)
 
 
 def pages_of(k: Array, v: Array) -> tuple[Array, Array]:
@@ -149,7 +149,7 @@ def refused(ask: Callable[[], Any]) -> str | None:
     return None
 
 
-def alone_forms(target: TargetConfig, dtype: Any) -> Iterator[Form]:
+def alone_forms(target: TargetConfig, dtype: Any) -> Iterator[ComparedForm]:
     """Attention without a cache, of whole rows and of packed ones."""
     length = SMALL // 2 if jax.default_backend() == "cpu" else 2 * SMALL
     keys = jax.random.split(jax.random.key(2), 3)
@@ -165,10 +165,10 @@ def alone_forms(target: TargetConfig, dtype: Any) -> Iterator[Form]:
             run, plain = (
                 partial(attention.attend_without_cache, starts=starts, backend=one) for one in (backend, "xla")
             )
-            yield Form("attention without a cache", case, backend, run, plain, (q, k, v), refusal)
+            yield ComparedForm("attention without a cache", case, backend, run, plain, (q, k, v), refusal)
 
 
-def block_forms(draft: DraftConfig, dtype: Any) -> Iterator[Form]:
+def block_forms(draft: DraftConfig, dtype: Any) -> Iterator[ComparedForm]:
     """Attention of training's blocks, with its gradients."""
     host = jax.default_backend() == "cpu"
     length, blocks = (128, 8) if host else (1024, 64)
@@ -195,11 +195,11 @@ def block_forms(draft: DraftConfig, dtype: Any) -> Iterator[Form]:
 
         for backend in get_args(BlockBackend):
             refusal = refused(partial(training_attention.check_block_backend, backend, draft, dtype))
-            ways = (partial(run, backend=one) for one in (backend, "dense"))
-            yield Form("training's attention", case, backend, *ways, (q, own, context, anchors), refusal)
+            ours, plain = (partial(run, backend=one) for one in (backend, "dense"))
+            yield ComparedForm("training's attention", case, backend, ours, plain, (q, own, context, anchors), refusal)
 
 
-def expert_forms(target: TargetConfig, dtype: Any) -> Iterator[Form]:
+def expert_forms(target: TargetConfig, dtype: Any) -> Iterator[ComparedForm]:
     """A layer of few and small experts, by both backends."""
     config, width = EXPERTS, min(target.hidden_size, 1024)
     count, inner = config.num_experts, config.moe_intermediate_size
@@ -219,5 +219,6 @@ def expert_forms(target: TargetConfig, dtype: Any) -> Iterator[Form]:
         scores = jax.vmap(lambda key: jax.random.permutation(key, count))(jax.random.split(keys[2], 2 * tokens)) / 4
         y = jax.random.normal(keys[3], (2, tokens, width)).at[..., :count].set(scores.reshape(2, tokens, count))
         for backend in get_args(MoeBackend):
-            ways = (partial(run, backend=one) for one in (backend, "one by one"))
-            yield Form("experts", f"{tokens} tokens a row", backend, *ways, (y.astype(dtype), router, gate_up, down))
+            ours, plain = (partial(run, backend=one) for one in (backend, "one by one"))
+            given = y.astype(dtype), router, gate_up, down
+            yield ComparedForm("experts", f"{tokens} tokens a row", backend, ours, plain, given)

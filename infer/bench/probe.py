@@ -59,7 +59,7 @@ def probe(options: Probe) -> dict[str, Any]:
     stated = device_of_kind(device.device_kind)
     memory = None if device.platform == "cpu" else stats.get("bytes_limit") or (stated and stated.memory)
     asked = parse_mesh(options.mesh) if options.mesh else None
-    shapes, (data, model), fits = choose(options.shapes, asked, len(devices), memory)
+    shapes, (data, model), fits = choose_shape(options.shapes, asked, len(devices), memory)
     alone = data * model == 1
     return {
         "commit": git_commit(),
@@ -78,7 +78,7 @@ def probe(options: Probe) -> dict[str, Any]:
     }
 
 
-def choose(asked: str | None, mesh: tuple[int, int] | None, count: int, memory: float | None) -> Choice:
+def choose_shape(asked: str | None, mesh: tuple[int, int] | None, count: int, memory: float | None) -> Choice:
     """The shape, its mesh, and whether weights, caches and what programs need fit.
 
     Args:
@@ -90,20 +90,23 @@ def choose(asked: str | None, mesh: tuple[int, int] | None, count: int, memory: 
     Raises:
         DominoError: there is no such shape, or it can't be divided so.
     """
-    found = None
-    for name in (asked,) if asked else (DEMO,) if memory is None else CANDIDATES:
-        pair = pair_of(name)
-        configs = [config for config in (pair.target, pair.draft) if config]
-        data, model = mesh or (1, max(model for model in range(1, count + 1) if divides(configs, model)))
-        for config in configs:
-            fit_to_mesh(config, model)
-        found = Choice(name, (data, model), memory is None or needed_bytes(pair, model) <= memory)
-        if found.fits:
-            break
-    assert found is not None
+    names = (asked,) if asked else (DEMO,) if memory is None else CANDIDATES
+    choices = (fit_shape(name, mesh, count, memory) for name in names)
+    found = next((choice for choice in choices if choice.fits), None) or fit_shape(names[-1], mesh, count, memory)
+    data, model = found.mesh
     if data * model > count:
         raise DominoError(f"--mesh data={data},model={model} needs {data * model} devices; found {count}.")
     return found
+
+
+def fit_shape(name: str, mesh: tuple[int, int] | None, count: int, memory: float | None) -> Choice:
+    """One shape, its mesh, and whether it fits; arguments and errors as those of `choose_shape`."""
+    pair = pair_of(name)
+    configs = [config for config in (pair.target, pair.draft) if config]
+    data, model = mesh or (1, max(model for model in range(1, count + 1) if divides(configs, model)))
+    for config in configs:
+        fit_to_mesh(config, model)
+    return Choice(name, (data, model), memory is None or needed_bytes(pair, model) <= memory)
 
 
 def pair_of(name: str) -> Pair:

@@ -15,9 +15,9 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, parse_words
 from domino_jax.runtime.devices import GIB
 from infer.bench import correctness, device, probe
-from infer.bench.device import DeviceBench, Part, PartName, check_device, list_parts, run_device, run_part
+from infer.bench.device import DeviceBench, DevicePart, PartName, check_device, list_parts, run_device, run_part
 from infer.bench.device_report import report
-from infer.bench.forms import Form, run_form
+from infer.bench.forms import ComparedForm, run_form
 from infer.bench.options import Bench, check_bench
 from train.bench.command import TrainBench
 
@@ -69,16 +69,16 @@ def test_every_drafter_is_a_command_that_takes_its_words(case):
     ],
 )
 def test_the_largest_shape_that_fits_is_taken(memory, count, shapes, model):
-    assert probe.choose(None, None, count, memory) == (shapes, (1, model), True)
+    assert probe.choose_shape(None, None, count, memory) == (shapes, (1, model), True)
 
 
 def test_a_shape_that_is_asked_for_is_taken_whether_it_fits_or_not():
-    assert probe.choose("qwen3-32b", None, 1, 16 * GIB) == ("qwen3-32b", (1, 1), False)
-    assert probe.choose("qwen3-32b", (2, 4), 8, 16 * GIB) == ("qwen3-32b", (2, 4), False)
+    assert probe.choose_shape("qwen3-32b", None, 1, 16 * GIB) == ("qwen3-32b", (1, 1), False)
+    assert probe.choose_shape("qwen3-32b", (2, 4), 8, 16 * GIB) == ("qwen3-32b", (2, 4), False)
     with pytest.raises(DominoError, match="needs 8 devices; found 2"):
-        probe.choose("qwen3-8b", (1, 8), 2, 16 * GIB)
+        probe.choose_shape("qwen3-8b", (1, 8), 2, 16 * GIB)
     with pytest.raises(DominoError, match="no-such-shape"):
-        probe.choose("no-such-shape", None, 1, None)
+        probe.choose_shape("no-such-shape", None, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_words_that_make_no_sense(options, says, tmp_path):
 def started(monkeypatch: Any, folder: Path, parts: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Run the command with parts that are played: a status, or an exception; what it has written."""
 
-    def play(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
+    def play(part: DevicePart, folder: Path, seconds: float) -> dict[str, Any]:
         if part.name == "probe":
             (folder / "probe.json").write_text(json.dumps(ALONE))
         became = parts.get(part.name, "done")
@@ -166,7 +166,7 @@ def test_a_part_is_done_failed_or_cut_off(program, status, reason, monkeypatch, 
     monkeypatch.setattr(device, "GRACE", 0.2)
     began = time.monotonic()
     seconds = 1.0 if status == "cut off" else 60.0
-    done = run_part(Part("x", 1.0, ["y"]), tmp_path, seconds)
+    done = run_part(DevicePart("x", 1.0, ["y"]), tmp_path, seconds)
     assert (done["status"], done.get("reason")) == (status, reason) and time.monotonic() - began < 60
 
 
@@ -206,7 +206,7 @@ def test_the_page_is_made_of_whatever_is_there(tmp_path):
     ],
 )
 def test_a_form_is_equal_differs_or_fails(run, status):
-    found = run_form(Form("a", "b", "c", run, lambda x: 2 * x, (jnp.ones((3, 5)),)), "float32")
+    found = run_form(ComparedForm("a", "b", "c", run, lambda x: 2 * x, (jnp.ones((3, 5)),)), "float32")
     assert found["status"] == status and ("error" in found) == (status != "failed")
 
 

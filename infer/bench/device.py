@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -162,11 +162,14 @@ def run_part(part: DevicePart, folder: Path, seconds: float) -> dict[str, Any]:
     log = folder / f"{part.name}.log"
     words = own_command([*part.words, part.flag, str(folder.absolute() / f"{part.name}.json")])
     with log.open("wb") as said:
-        # A session of its own: Ctrl-C comes to this process alone, which passes it on.
-        process = subprocess.Popen(
-            words, env=own_environment(), stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
-        )
+        with signals_waiting() as came:
+            # A session of its own: Ctrl-C comes to this process alone, which passes it on.
+            process = subprocess.Popen(
+                words, env=own_environment(), stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+            )
         try:
+            for number in came:
+                signal.raise_signal(number)
             code = process.wait(max(1.0, seconds - GRACE))
         except subprocess.TimeoutExpired:
             code = None
@@ -178,6 +181,21 @@ def run_part(part: DevicePart, folder: Path, seconds: float) -> dict[str, Any]:
     if code is None:
         return {"status": "cut off", **figures}
     return {"status": "failed", "reason": last_words(log) or f"exit code {code}", **figures}
+
+
+@contextmanager
+def signals_waiting() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM that come inside, for whoever knows by then what has been started."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number, handler in before.items() if callable(handler)]
+    for number in heard:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
 
 
 def stop(process: "subprocess.Popen[bytes]", grace: float) -> None:

@@ -170,6 +170,24 @@ def test_a_part_is_done_failed_or_cut_off(program, status, reason, monkeypatch, 
     assert (done["status"], done.get("reason")) == (status, reason) and time.monotonic() - began < 60
 
 
+@pytest.mark.e2e
+def test_ctrl_c_while_a_part_is_started_ends_it(monkeypatch, tmp_path):
+    """The signal comes when the process is there and nobody knows of it yet."""
+    begun: list[Any] = []
+    popen = subprocess.Popen
+
+    def start(*words: Any, **how: Any) -> Any:
+        begun.append(popen(*words, **how))
+        signal.raise_signal(signal.SIGINT)
+        return begun[0]
+
+    monkeypatch.setattr(device, "own_command", lambda words: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(device.subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        run_part(DevicePart("x", 1.0, ["y"]), tmp_path, 60.0)
+    assert begun[0].poll() is not None
+
+
 def test_the_page_is_made_of_whatever_is_there(tmp_path):
     assert "No device was found." in report(tmp_path) and "Nothing was checked." in report(tmp_path)
     equal = {"group": "attention over caches", "backend": "pallas", "dtype": "bfloat16", "status": "equal"}

@@ -182,7 +182,12 @@ class Server:
             if len(found) > self._max_body:
                 raise Refused(413, f"the body has more than {self._max_body} bytes.", "invalid_request_error")
         try:
-            body = parse_json(found.decode("utf-8"))
+            text = found.decode("utf-8")
+            body = parse_json(text)
+            if "\\ud" in text.lower():  # what has no UTF-8 could be neither tokenized nor said again
+                json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadRequest("the body has half of a surrogate pair, which is no text.") from None
         except ValueError as error:
             raise BadRequest(f"the body is not JSON: {error}.") from None
         except RecursionError:

@@ -375,6 +375,15 @@ def test_other_refusals(running):
     for content in (b"{", b"\xff", b"[1]", b'{"prompt": NaN}', b'{"a": 1, "a": 2}', b"[" * 5000):
         response = httpx.post(running.url + "/v1/completions", content=content, headers=headers)
         assert response.status_code == 400 and response.json()["error"]["message"], content
+    for path, content in (
+        ("completions", b'{"prompt": "\\ud800"}'),
+        ("responses", b'{"input": "a", "metadata": {"a": "\\uDFFF", "b": "c"}}'),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "user": "\\ud83d"}'),
+    ):
+        response = httpx.post(f"{running.url}/v1/{path}", content=content, headers=headers)
+        assert response.status_code == 400 and "surrogate" in response.json()["error"]["message"], content
+    pair = b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    assert httpx.post(running.url + "/v1/completions", content=pair, headers=headers).status_code == 200
     with pytest.raises(openai.BadRequestError, match="no field"):
         running.client().completions.create(model="tiny", prompt="a", extra_body={"guided_regex": "a+"})
     assert (

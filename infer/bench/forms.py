@@ -117,9 +117,9 @@ def cached_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterat
             refusal = refused(partial(attention.available_backends, backend, (width,), dtype, None, tree))
             run = partial(attention.attend, **how, backend=backend, sees=seen)
             yield ComparedForm("attention over caches", case, backend, run, plain, (q, k, v, start), refusal)
-            run, plain_of_pages = (partial(over_pages, how=how, sees=seen, backend=one) for one in (backend, "xla"))
-            given = q, *pages_of(k, v), start
-            yield ComparedForm("attention over pages", case, backend, run, plain_of_pages, given, refusal)
+            run, contiguous = partial(over_pages, how=how, sees=seen, backend=backend), partial(not_paged, plain)
+            given = q, k, v, start, *pages_of(k, v)
+            yield ComparedForm("attention over pages", case, backend, run, contiguous, given, refusal)
 
 
 def pages_of(k: Array, v: Array) -> tuple[Array, Array]:
@@ -134,10 +134,23 @@ def pages_of(k: Array, v: Array) -> tuple[Array, Array]:
 
 
 def over_pages(
-    q: Array, pages: Array, table: Array, start: Array, how: dict[str, Any], sees: Array | None, backend: Backend
+    q: Array,
+    k: Array,
+    v: Array,
+    start: Array,
+    pages: Array,
+    table: Array,
+    how: dict[str, Any],
+    sees: Array | None,
+    backend: Backend,
 ) -> Array:
-    """`attention.attend_cached` of one layer in pages."""
+    """`attention.attend_cached` of one layer in pages; what they hold is not read from `k` and `v`."""
     return attention.attend_cached(q, PagedKVCache((pages,), table), 0, start, **how, sees=sees, backend=backend)
+
+
+def not_paged(plain: Callable[..., Array], q: Array, k: Array, v: Array, start: Array, *_: Array) -> Array:
+    """The same from the contiguous cache."""
+    return plain(q, k, v, start)
 
 
 def refused(ask: Callable[[], Any]) -> str | None:

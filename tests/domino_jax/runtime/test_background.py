@@ -111,7 +111,7 @@ def compiler(monkeypatch):
     made.close()
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_decoding_goes_on_without_a_program_until_it_is_compiled(pair, compiler, count):
     """With three rows of which one takes plain steps, all do until the rows may differ."""
     most, dtype = pair.configs.proposals, jnp.dtype("float32")

@@ -168,16 +168,8 @@ def drafters(pair: Pair) -> dict[str, Pair]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Domino",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("one token", "random", "tree", "n-gram", "Domino and n-gram", "assistant")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["Domino", "one token", "random", "tree", "n-gram", "Domino and n-gram", "assistant"])
+@pytest.mark.slow  # tests/domino_jax/test_processors.py has it for one drafter
 def test_neither_the_drafter_nor_the_number_of_drafts_changes_an_answer(pair, small, name):
     """Greedy ones and coupled samples."""
     plain = Pair(pair.params.without_drafter, pair.configs.without_drafter)
@@ -192,9 +184,8 @@ def test_neither_the_drafter_nor_the_number_of_drafts_changes_an_answer(pair, sm
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(
-    ("data", "model"), [(2, 2), pytest.param(2, 4, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("data", "model"), [(2, 2), (2, 4), (1, 2)])
+@pytest.mark.slow  # so has it meshes
 def test_on_a_mesh(pair, small, data, model):
     target, draft = pair.configs.target, pair.configs.draft
     assert draft is not None

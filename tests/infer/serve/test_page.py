@@ -61,6 +61,7 @@ class Fake:
         self.go = threading.Event()  # the rest of the answer waits for it
         self.go.set()
         self.left = threading.Event()
+        self.gone = False
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -75,7 +76,7 @@ class Fake:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if not self.is_allowed():
+                if fake.gone or not self.is_allowed():  # a browser may have connected ahead of time
                     return
                 fake.bodies.append((self.path, body))
                 if fake.refusal:
@@ -142,6 +143,7 @@ class Fake:
         out.write(b"data: [DONE]\n\n")
 
     def close(self) -> None:
+        self.gone = True
         self.go.set()
         self._server.shutdown()
         self._server.server_close()

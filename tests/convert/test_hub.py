@@ -301,6 +301,7 @@ def test_a_revision_of_what_has_none_is_a_contradiction(words, says, capsys):
 # --- Fetching -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_target_and_drafter_are_fetched_once_and_kept_for_when_the_hub_is_gone(hub, machine, models):
     first = machine.run("--model", "qwen3-4b")

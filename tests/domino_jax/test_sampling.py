@@ -404,7 +404,7 @@ BROKEN = {
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     "broken",
-    [pytest.param(BROKEN[n], id=n, marks=[] if n in ("residual", "coupling") else [pytest.mark.slow]) for n in BROKEN],
+    [pytest.param(BROKEN[n], id=n, marks=[] if n == "residual" else [pytest.mark.slow]) for n in BROKEN],
 )
 def test_the_test_would_catch_a_wrong_sampler(exact, broken):
     samples, _ = sample_rows(make("Domino"), loops.retraced(**broken), coupled="verify__accept_coupled" in broken)

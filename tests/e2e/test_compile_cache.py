@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import jax
 from domino_jax.runtime.compile_cache import enable_compile_cache
@@ -38,6 +40,7 @@ def test_a_second_start_reads_what_the_first_compiled(tmp_path):
     assert again == folder and int(hits) > 0
 
 
+@pytest.mark.slow
 def test_the_user_may_place_it_elsewhere_or_turn_it_off(tmp_path):
     place = tmp_path / "mine"
     assert start(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(place))[0] == str(place)

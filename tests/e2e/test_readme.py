@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/adding-a-drafter.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", pytest.param("docs/python.md", marks=pytest.mark.slow), "docs/adding-a-drafter.md"]
+)
 def test_python_of_the_pages_runs(page, capsys):
     source = (ROOT / page).read_text(encoding="utf-8")
     names: dict[str, object] = {}

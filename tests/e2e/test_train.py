@@ -103,6 +103,7 @@ def test_the_newest_state_of_a_run_becomes_a_drafter(finished, tmp_path):
         convert_folder(tmp_path / "earlier", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_run_begins_as_another_drafter_which_may_have_no_head(folder, finished, tmp_path):
     raw = hf.read_json(finished / "drafter" / "config.json")
     draft = hf.parse_config(raw)
@@ -310,6 +311,7 @@ def test_the_drafter_of_a_run_with_an_average_is_the_average(validated, tmp_path
     assert np.array_equal(found, rounded["average"]) and not np.array_equal(found, rounded["weights"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(folder, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)

@@ -271,6 +271,7 @@ def test_what_was_proposed_is_told_with_the_accepted_first(pair):
             assert emitted.drafts[cycle, row, :stood].tolist() == emitted.tokens[cycle, row, :stood].tolist()
 
 
+@pytest.mark.slow
 def test_where_a_tree_ends_a_row_begins_again_in_a_larger_bucket(pair):
     """Rows grow beyond their bucket, and plain steps stand between cycles."""
     ours = with_tree(pair, nodes=9)

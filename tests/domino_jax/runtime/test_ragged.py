@@ -49,6 +49,7 @@ class Uneven(FixedDrafts):
         return rng.integers(0, drafts + 1, len(rows)).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_every_answer_is_the_one_that_the_request_has_alone(pair, small):
     """Greedy and seeded rows of any settings: what they verify beside each other changes none of them."""

@@ -309,6 +309,7 @@ def test_numbers_that_are_not_finite_end_their_own_request_alone(pair):
     assert result(sound) == result(alone(pair, sound))
 
 
+@pytest.mark.slow
 def test_caches_shrink_where_short_requests_follow_long_ones(pair, small):
     batch, capacities = Slots(pair.params, pair.configs, 2, FLOAT32), []
     grow = decode.grow_caches

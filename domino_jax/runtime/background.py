@@ -56,7 +56,7 @@ class BackgroundCompiler:
 
 
 def _yield_to_others() -> None:
-    """Give this thread the lowest priority, where a thread has one: on a CPU it competes with decoding."""
+    """Give this thread, which traces, the lowest priority where a thread has one. XLA compiles in threads of its own."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

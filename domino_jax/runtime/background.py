@@ -56,7 +56,7 @@ class BackgroundCompiler:
 
 
 def _yield_to_others() -> None:
-    """Give this thread, which traces, the lowest priority where a thread has one. XLA compiles in threads of its own."""
+    """Give this thread, which traces, the lowest priority where a thread has one. XLA compiles in its own threads."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

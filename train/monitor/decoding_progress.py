@@ -2,11 +2,13 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from domino_jax.runtime.slots import Completion
 from train.monitor.progress import clock
 
 EVERY = 30.0  # seconds between two lines
@@ -19,6 +21,7 @@ class DecodingProgress:
         """Args: quiet: count, and show nothing."""
         self.what, self.total, self.drafting = what, total, drafting
         self.answers = self.tokens = self.cycles = self.accepted = 0
+        self._known: dict[Completion, tuple[int, int]] = {}  # tokens and cycles that were counted
         self._began = self._said = time.perf_counter()
         console = Console(stderr=True)
         self._lines, self._quiet = not console.is_terminal, quiet
@@ -46,6 +49,17 @@ class DecodingProgress:
             self.cycles += len(accepted)
             self.accepted += sum(accepted)
         self._show()
+
+    def stepped(self, changed: Iterable[Completion]) -> None:
+        """A step gave tokens to these requests."""
+        tokens, accepted = 0, []
+        for c in changed:
+            before = self._known.pop(c, (0, 0))
+            tokens += len(c.tokens) - before[0]
+            accepted += [cycle.accepted for cycle in c.cycles[before[1] :]]
+            if c.finish_reason is None:
+                self._known[c] = len(c.tokens), len(c.cycles)
+        self.decoded(tokens, accepted)
 
     def done(self) -> None:
         """An answer was written."""

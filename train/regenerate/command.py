@@ -22,36 +22,30 @@ beside which others a prompt runs, --batch-size, --mesh and the device change th
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 from tyro.conf import DisallowNone
 
-from convert.identity import model_fingerprint, text_fingerprint
-from convert.loading import LoadedModel, load_model
 from convert.messages import LeftOut, left_out_words
-from convert.not_finite import check_finite, warn_of_drafts
+from convert.not_finite import warn_of_drafts
 from convert.options import GROUP, UNSET, ProcessOptions, SamplingOptions, check_count, check_not_source
-from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
 from domino_jax.runtime.auto import AutoDrafts
 from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.processes import join_processes, wait_for_others
 from domino_jax.runtime.slots import Completion, Request, Slots, longest_first, room_after
 from train.loading import PairOptions, notes
-from train.monitor.decoding_progress import DecodingProgress
+from train.regenerate.decoding import Decoding, decisive_of_all, open_decoding
 from train.regenerate.output import Answers, FollowedAnswers, open_answers
 from train.regenerate.prompts import WHOLE, Lines, RowShard, Source, encode_turn, parse_shard
-from train.stopping import agreed_stop, stop_signals
 
 WINDOW_BATCHES = (
     64  # batches of lines that are sorted by length together, and brought to their last turns before the next
@@ -112,9 +106,7 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
     """What decides the answers, for the file beside them."""
     o, how = options, options.pair
     return {
-        "target_identity": model_fingerprint(target),
-        "text_identity": text_fingerprint(target),  # its tokenizer, template and end tokens
-        "draft_identity": model_fingerprint(draft) if draft else None,
+        **decisive_of_all(how, target, draft, o.sampling, o.max_new_tokens),
         "ngram": how.model().ngram,
         "head_candidates": how.model().head_candidates,
         "draft_dtype": how.drafting.draft_dtype,
@@ -122,12 +114,8 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
         **({"tree": list(how.model().tree or ())} if how.drafting.tree is not None else {}),
         "data_sha256": lines.sha256,
         **({"shard": str(o.part)} if o.part.count > 1 else {}),
-        **{name: getattr(o.sampling.params(), name) for name in ("temperature", "top_k", "top_p", "min_p")},
-        "max_new_tokens": o.max_new_tokens,
         "thinking": o.thinking,
-        "seed": o.sampling.seed or 0,
         **({"sampler": "coupled"} if o.sampling.params().coupled else {}),
-        "dtype": resolve_dtype(how.device.dtype).name,
     }
 
 
@@ -162,16 +150,10 @@ def run_regenerate(options: Regenerate) -> None:
             return
         if len(answers) and first:
             print(f"{options.file} has {len(answers)} answers; {missing} are missing", file=sys.stderr)
-        with progress_bars(console) as loading:
-            pair = load_model(target, draft, options.pair.device.dtype, loading, **options.pair.model().plan())
         size = min(options.batch_size, int((lines.turns > 0).sum()))
-        with (
-            pair.context(),
-            stop_signals(several=jax.process_count() > 1) as signalled,
-            DecodingProgress("answers", missing, pair.configs.drafter is not None, quiet=not first) as tally,
-        ):
-            stopping = agreed_stop(signalled)
-            writer = Writer(options, pair, lines, answers, tally, stopping, size)
+        with open_decoding(options.pair, target, draft, "answers", missing, console) as decoding:
+            tally, stopping = decoding.tally, decoding.stopping
+            writer = Writer(options, decoding, lines, answers, size)
             window = size * WINDOW_BATCHES * options.part.count
             for start in range(0, len(lines), window):
                 if not stopping():
@@ -201,15 +183,14 @@ class Writer:
     """What is needed to answer lines of the data and write them down."""
 
     options: Regenerate
-    pair: LoadedModel
+    decoding: Decoding
     lines: Lines
     answers: Answers | FollowedAnswers
-    tally: DecodingProgress
-    stopping: Callable[[], bool]
     batch: int
 
     def __post_init__(self) -> None:
         self.left_out: Counter[str] = Counter()  # conversations, or the rest of one, by reason
+        self.pair, self.tally = self.decoding.pair, self.decoding.tally
         pair, how = self.pair, self.options.sampling.params()
         # What samples by rejection depends on how many drafts a cycle has, and a resumed run is to go on alike.
         free = pair.configs.drafter is not None and (how.temperature == 0 or how.coupled)
@@ -225,22 +206,13 @@ class Writer:
         sources = dict(self.lines.sources(first, end))
         told: dict[int, list[str]] = {row: [] for row in sources}
         asked = [self._ask(row, 0, source, told[row]) for row, source in sources.items()]
-        for completion in longest_first(c for c in asked if c is not None):
-            self.slots.admit(completion)
-        told_of: dict[Completion, tuple[int, int]] = {}  # tokens and cycles that the tally knows
-        while self.slots.busy and not self.stopping():
-            changed = self.slots.step()
-            self._count(changed, told_of)
-            for answer in changed:
-                check_finite(answer, self.pair.params.target, self.pair.configs.target, self.pair.dtype)
-                if answer.finish_reason is None:
-                    continue
-                row, turn = answer.request.numbers
-                self._write(answer, sources[row], told[row])
-                self.tally.done()
-                following = self._ask(row, turn, sources[row], told[row])
-                if following is not None:
-                    self.slots.admit(following)
+        for answer in self.decoding.run(self.slots, longest_first(c for c in asked if c is not None)):
+            row, turn = answer.request.numbers
+            self._write(answer, sources[row], told[row])
+            self.tally.done()
+            following = self._ask(row, turn, sources[row], told[row])
+            if following is not None:
+                self.slots.admit(following)
 
     def _ask(self, row: int, turn: int, source: Source, told: list[str]) -> Completion | None:
         """The first turn from `turn` on that is missing; None where there is none, or it can't be answered."""
@@ -265,16 +237,6 @@ class Writer:
         limit = min(self.options.max_new_tokens, room_after(ids, positions))
         how = replace(self.options.sampling.params(), max_tokens=limit, stop_token_ids=tuple(self.pair.stop_ids))
         return Request(ids, how, (row, turn))
-
-    def _count(self, changed: list[Completion], known: dict[Completion, tuple[int, int]]) -> None:
-        """Tell the tally what a step gave."""
-        tokens, accepted = 0, []
-        for c in changed:
-            before = known.get(c, (0, 0))
-            known[c] = len(c.tokens), len(c.cycles)
-            tokens += len(c.tokens) - before[0]
-            accepted += [cycle.accepted for cycle in c.cycles[before[1] :]]
-        self.tally.decoded(tokens, accepted)
 
     def _write(self, answer: Completion, source: Source, told: list[str]) -> None:
         (row, turn), ids = answer.request.numbers, list(answer.request.prompt)

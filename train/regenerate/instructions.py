@@ -20,12 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 from tyro.conf import DisallowNone
 
-from convert.identity import model_fingerprint, text_fingerprint
-from convert.loading import LoadedModel, load_model
-from convert.not_finite import check_finite, warn_of_drafts
+from convert.not_finite import warn_of_drafts
 from convert.options import (
     GROUP,
     UNSET,
@@ -36,21 +33,18 @@ from convert.options import (
     check_not_source,
     check_real,
 )
-from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import decode, encode, load_tokenizer, render, special_tokens
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.files import read_jsonl, write_text
-from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.processes import join_processes, wait_for_others
 from domino_jax.runtime.slots import Completion, Request, Slots, room_after
 from train.loading import PairOptions, notes
-from train.monitor.decoding_progress import DecodingProgress
+from train.regenerate.decoding import Decoding, decisive_of_all, open_decoding
 from train.regenerate.output import Answers, FollowedAnswers, open_answers
 from train.regenerate.selection import Rules, Selection, ending, header_of, is_held_out
-from train.stopping import agreed_stop, stop_signals
 
 MARK = "question-goes-here"  # in the place of a user's text
 
@@ -133,17 +127,12 @@ def run_instructions(options: Instructions) -> None:
     ) as samples:
         missing = [row for row in range(options.count) if (row, 0) not in samples]
         if missing:
-            with progress_bars(console) as loading:
-                pair = load_model(target, draft, options.pair.device.dtype, loading, **options.pair.model().plan())
-            with (
-                pair.context(),
-                stop_signals(several=jax.process_count() > 1) as signalled,
-                DecodingProgress("questions", len(missing), pair.configs.drafter is not None, quiet=not first) as tally,
-            ):
-                stopping = agreed_stop(signalled)
-                sampler = Sampler(options, pair, ids, end, samples, tally)
+            with open_decoding(options.pair, target, draft, "questions", len(missing), console) as decoding:
+                tally, stopping = decoding.tally, decoding.stopping
+                sampler = Sampler(options, decoding, ids, end, samples)
                 for start in range(0, len(missing), options.batch_size * 64):
-                    sampler.run(missing[start : start + options.batch_size * 64], stopping)
+                    if not stopping():
+                        sampler.run(missing[start : start + options.batch_size * 64])
             if stopping():
                 if first:
                     summary = f"{len(samples)} questions in {options.samples}{tally.summary()}"
@@ -178,19 +167,12 @@ def decisive_of_questions(
     options: Instructions, target: Path, draft: Path | None, ids: list[int], end: int
 ) -> dict[str, Any]:
     """What decides the samples, for the file beside them."""
-    o = options
-    sampling = o.sampling.params()
     return {
-        "target_identity": model_fingerprint(target),
-        "text_identity": text_fingerprint(target),
-        "draft_identity": model_fingerprint(draft) if draft else None,
-        "drafting": repr(o.pair.drafting),
+        **decisive_of_all(options.pair, target, draft, options.sampling, options.max_new_tokens),
+        "drafting": repr(options.pair.drafting),
         "prompt": ids,
         "end": end,
-        **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "coupled")},
-        "seed": o.sampling.seed or 0,
-        "max_new_tokens": o.max_new_tokens,
-        "dtype": resolve_dtype(o.pair.device.dtype).name,
+        "coupled": options.sampling.params().coupled,
     }
 
 
@@ -200,36 +182,27 @@ class Sampler:
     def __init__(
         self,
         options: Instructions,
-        pair: LoadedModel,
+        decoding: Decoding,
         ids: list[int],
         end: int,
         samples: Answers | FollowedAnswers,
-        tally: DecodingProgress,
     ):
-        self.pair, self.ids, self.samples, self.tally = pair, ids, samples, tally
+        self.decoding, self.ids, self.samples = decoding, ids, samples
+        pair = decoding.pair
         limit = min(options.max_new_tokens, room_after(ids, pair.configs.target.positions))
         ends = tuple(dict.fromkeys((end, *pair.stop_ids)))
         self.params = replace(options.sampling.params(), max_tokens=limit, stop_token_ids=ends)
         size = min(options.batch_size, options.count)
         self.slots = Slots(pair.params, pair.configs, size, pair.dtype, warn=warn_of_drafts)
 
-    def run(self, rows: Sequence[int], stopping: Any) -> None:
+    def run(self, rows: Sequence[int]) -> None:
         """Sample the questions of these numbers, or those until an interruption."""
-        if stopping():
-            return
-        for row in rows:
-            self.slots.admit(Completion(Request(self.ids, self.params, (row, 0))))
-        known: Counter[Completion] = Counter()
-        while self.slots.busy and not stopping():
-            for sample in self.slots.step():
-                check_finite(sample, self.pair.params.target, self.pair.configs.target, self.pair.dtype)
-                self.tally.decoded(len(sample.tokens) - known[sample], [])
-                known[sample] = len(sample.tokens)
-                if sample.finish_reason is not None:
-                    values = {"tokens": sample.tokens, "finish_reason": sample.finish_reason}
-                    values["text"] = decode(self.pair.tokenizer, sample.tokens)
-                    self.samples.add(sample.request.numbers, values)  # type: ignore[arg-type]
-                    self.tally.done()
+        asked = (Completion(Request(self.ids, self.params, (row, 0))) for row in rows)
+        for sample in self.decoding.run(self.slots, asked):
+            values = {"tokens": sample.tokens, "finish_reason": sample.finish_reason}
+            values["text"] = decode(self.decoding.pair.tokenizer, sample.tokens)
+            self.samples.add(sample.request.numbers, values)  # type: ignore[arg-type]
+            self.decoding.tally.done()
 
 
 def write_questions(options: Instructions, special: set[int], end: int) -> str:

@@ -179,7 +179,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(folder, sampled, tmp_path
     if whole:  # killed while writing
         out.write_bytes(whole[:-7])
     assert run(folder, out, *words) == sampled
-    monkeypatch.setattr("train.regenerate.command.load_model", None)  # nothing is missing, so nothing is loaded
+    monkeypatch.setattr("train.regenerate.decoding.load_model", None)  # nothing is missing, so nothing is loaded
     assert run(folder, out, *words) == sampled
 
 
@@ -229,7 +229,7 @@ def test_a_shard_without_a_line_says_so(folder, tmp_path, capsys):
 
 def test_two_processes_do_not_write_into_one_file(folder, tmp_path, capsys, monkeypatch):
     """Each would read the other's answers as its own."""
-    monkeypatch.setattr("train.regenerate.command.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("train.regenerate.decoding.load_model", lambda *_, **__: pytest.fail("loaded"))
     with lock_file(tmp_path / "out.jsonl"):
         run(folder, tmp_path / "out.jsonl", status=1)
     assert f"error: {tmp_path / 'out.jsonl'} is being written by another process" in capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_two_processes_do_not_write_into_one_file(folder, tmp_path, capsys, monk
 )
 def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words, name):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("train.regenerate.command.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("train.regenerate.decoding.load_model", lambda *_, **__: pytest.fail("loaded"))
     out = tmp_path / "out.jsonl"
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)
@@ -258,7 +258,7 @@ def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words
 
 
 def test_other_data_another_target_and_foreign_files_are_refused(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("train.regenerate.command.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("train.regenerate.decoding.load_model", lambda *_, **__: pytest.fail("loaded"))
     out = tmp_path / "out.jsonl"
     with pytest.raises(pytest.fail.Exception):
         run(folder, out)

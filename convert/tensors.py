@@ -14,8 +14,7 @@ from convert.names import entries
 from convert.safetensors import Stored, TensorFiles
 from domino_jax import layers
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
-from domino_jax.drafters.heads import head_of
-from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads import has_confidence, head_of
 from domino_jax.errors import DominoError
 
 SINGLE = "model.safetensors"
@@ -193,8 +192,7 @@ def _is_spare(config: DecoderConfig, name: str) -> bool:
     """Whether a drafter's tensor is not used, whatever it holds: a confidence head that the config does not have."""
     if not isinstance(config, DraftConfig):
         return False
-    sure = isinstance(config.head, MarkovHead) and config.head.enable_confidence_head
-    return name in (*VERIFIER, *VOCABULARIES) or (name.startswith(CONFIDENCE) and not sure)
+    return name in (*VERIFIER, *VOCABULARIES) or (name.startswith(CONFIDENCE) and not has_confidence(config))
 
 
 def _other_head(config: DecoderConfig, unexpected: set[str]) -> list[str]:
@@ -210,6 +208,12 @@ def _other_head(config: DecoderConfig, unexpected: set[str]) -> list[str]:
                 "projector_type (and markov_rank) there"
             ]
     return []
+
+
+def vocabulary_tensor(target: TensorFiles, name: str) -> Stored | None:
+    """A target's EMBED or LM_HEAD; where embeddings are tied the LM head is they."""
+    known = {stored.removeprefix(MODEL_PREFIX): tensor for stored, tensor in target.stored.items()}
+    return known.get(name) or known.get(EMBED)
 
 
 def compare_derived(
@@ -237,8 +241,7 @@ def compare_derived(
         else:
             other = f"that of {target}"
             theirs = open_tensors(target)
-            known = {name.removeprefix(MODEL_PREFIX): found for name, found in theirs.stored.items()}
-            same = _same(files, stored, theirs, known.get(name) or known.get(EMBED), whole)
+            same = _same(files, stored, theirs, vocabulary_tensor(theirs, name), whole)
         if not same:
             tied = ", and tie_word_embeddings is true" if isinstance(config, TargetConfig) and name == LM_HEAD else ""
             problems.append(f"{stored.name} is not {other}{tied}: it would be left out, and the output be another")

@@ -18,8 +18,7 @@ from domino_jax.cache import init_cache
 from domino_jax.config import DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
-from domino_jax.drafters.heads import head_of
-from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads import has_confidence, head_of
 from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
 from domino_jax.paged import AnyKVCache
@@ -52,10 +51,10 @@ class BlockDrafter:
             raise DominoError("head candidates need a drafter with a causal head, and this one has none.")
         if self.candidates is not None and self.candidates < 1:
             raise DominoError(f"head candidates must be at least 1, found {self.candidates}.")
-        threshold, head = self.confidence_threshold, self.config.head
+        threshold = self.confidence_threshold
         if threshold is None:
             return
-        if not (isinstance(head, MarkovHead) and head.enable_confidence_head):
+        if not has_confidence(self.config):
             raise DominoError("a confidence threshold needs a drafter with a confidence head, and this one has none.")
         if not 0 <= threshold <= 1:
             raise DominoError(f"a confidence threshold must be from 0 to 1, found {threshold}.")

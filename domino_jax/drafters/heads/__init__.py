@@ -13,3 +13,8 @@ HEADS: dict[str, type[Head]] = {head.projector_type: head for head in (DominoHea
 def head_of(config: DraftConfig) -> Head:
     """The head of a block drafter; `NO_HEAD` where the config has none."""
     return config.head or NO_HEAD
+
+
+def has_confidence(config: DraftConfig) -> bool:
+    """Whether the head of a block drafter says how likely each proposal is to be accepted."""
+    return isinstance(config.head, MarkovHead) and config.head.enable_confidence_head

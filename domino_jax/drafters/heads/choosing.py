@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from domino_jax.drafters.base import DraftTokens
+from domino_jax.drafters.heads.base import Paths
 from domino_jax.layers import unembed
 from domino_jax.matrix import AnyMatrix, take
 from domino_jax.sampling import Sampling, probabilities, sample
@@ -48,6 +49,26 @@ def stacked(chosen: list[tuple[Array, Array | None]]) -> DraftTokens:
     """What `choose_token` gave at the places of a block, as one."""
     probs = [distribution for _, distribution in chosen if distribution is not None]
     return DraftTokens(jnp.stack([token for token, _ in chosen], axis=1), jnp.stack(probs, axis=1) if probs else None)
+
+
+def chosen_along(paths: Paths, base: Array, sampling: Sampling, keys: Array | None, drawn_from: int = 0) -> DraftTokens:
+    """The proposals of a block from left to right, each from the logits that follow those before it.
+
+    Args:
+        paths: of one path a row.
+        base: [B, J, V], of which the shape alone is read.
+        sampling, keys: see `choose_token`.
+        drawn_from: the first place after the first whose proposal is drawn; those between are the argmax.
+    """
+    made, state = [], paths.start()
+    # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
+    for j in range(base.shape[1]):
+        if j > 0:
+            state = paths.advance(state, made[-1][0][:, None], j - 1)
+        logits, names = paths.logits(state, j)
+        drawn = j == 0 or j >= drawn_from
+        made.append(choose_token(logits[:, 0], keys, j, sampling, base.shape[2], drawn, names))
+    return stacked(made)
 
 
 def largest(x: Array, count: int, divided: bool = False) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from jax import Array
 from domino_jax import matrix
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.drafters.heads.base import Correction
-from domino_jax.drafters.heads.choosing import LowRankLogits, choose_token, stacked
+from domino_jax.drafters.heads.choosing import LowRankLogits, chosen_along
 from domino_jax.errors import DominoError
 from domino_jax.fields import Fields, integer
 from domino_jax.matrix import AnyMatrix, beside, dot, dot_rows, operands
@@ -119,16 +119,8 @@ class DominoHead:
         The first proposal and every corrected one are drawn from their distributions. The others, of the uncorrected
         prefix, would be drawn independently of their neighbours: they are the argmax, with a one-hot distribution.
         """
-        paths, vocab, made = self.paths(weights, z, base, view, candidates), base.shape[-1], []
-        state = paths.start()
-        # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
-        for j in range(base.shape[1]):
-            if j > 0:
-                state = paths.advance(state, made[-1][0][:, None], j - 1)
-            logits, names = paths.logits(state, j)
-            drawn = j == 0 or j >= self.pure_draft_prefix_len
-            made.append(choose_token(logits[:, 0], keys, j, view.sampling, vocab, drawn, names))
-        return stacked(made)
+        paths = self.paths(weights, z, base, view, candidates)
+        return chosen_along(paths, base, view.sampling, keys, self.pure_draft_prefix_len)
 
     def paths(
         self, weights: DominoWeights, z: Array, base: Array, view: View, candidates: int | None = None

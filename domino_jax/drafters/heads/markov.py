@@ -10,7 +10,7 @@ from jax import Array
 
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.drafters.heads.base import Correction
-from domino_jax.drafters.heads.choosing import LowRankLogits, choose_token, stacked
+from domino_jax.drafters.heads.choosing import LowRankLogits, chosen_along
 from domino_jax.errors import DominoError
 from domino_jax.fields import BOOLEAN, Fields, integer, number, one_of
 from domino_jax.matrix import AnyMatrix, dot, take
@@ -141,16 +141,11 @@ class MarkovHead:
         candidates: int | None = None,
     ) -> DraftTokens:
         """See `heads.base.Head`. Every proposal knows the token before it, so each is drawn from its distribution."""
-        paths, vocab, made = self.paths(weights, z, base, view, candidates), base.shape[-1], []
-        state, sure = paths.start(), []
-        for j in range(base.shape[1]):
-            if j > 0:
-                state = paths.advance(state, made[-1][0][:, None], j - 1)
-            logits, names = paths.logits(state, j)
-            made.append(choose_token(logits[:, 0], keys, j, view.sampling, vocab, names=names))
-            if self.enable_confidence_head:
-                sure.append(_confidence(weights, z[:, j], state[0][:, 0]))
-        return stacked(made)._replace(confidence=jnp.stack(sure, axis=1) if sure else None)
+        draft = chosen_along(self.paths(weights, z, base, view, candidates), base, view.sampling, keys)
+        if not self.enable_confidence_head:
+            return draft
+        before = jnp.concatenate([view.token[:, None], draft.tokens[:, :-1]], axis=1)
+        return draft._replace(confidence=_confidence(weights, z, take(weights.w1, before).astype(z.dtype)))
 
     def paths(
         self, weights: MarkovWeights, z: Array, base: Array, view: View, candidates: int | None = None
@@ -231,11 +226,11 @@ def _gated(weights: MarkovWeights, from_block: Array, rows: Array) -> Array:
 
 
 def _confidence(weights: MarkovWeights, z: Array, rows: Array) -> Array:
-    """How likely proposals are to be accepted, if those before them are: z [B, D] and rows of W1 [B, R] -> [B]."""
+    """How likely each proposal is to be accepted, if those before it are, from z [B, J, D] and rows of W1 [B, J, R]."""
     logit = dot(z, weights.confidence_block, jnp.float32)
     if weights.confidence_token is not None:
         logit += dot(rows, weights.confidence_token, jnp.float32)
-    return jax.nn.sigmoid(logit + weights.confidence_bias.astype(jnp.float32))[:, 0]
+    return jax.nn.sigmoid(logit + weights.confidence_bias.astype(jnp.float32))[..., 0]
 
 
 def _rnn_cell(y: Array, state: Array) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from jax import Array
 
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.drafters.heads.base import Correction, Paths
-from domino_jax.drafters.heads.choosing import choose_token, stacked
+from domino_jax.drafters.heads.choosing import chosen_along
 from domino_jax.fields import Fields
 from domino_jax.matrix import AnyMatrix
 from domino_jax.weights import Leaf, TensorRow
@@ -71,8 +71,7 @@ class NoHead:
     def propose(
         self, weights: Any, z: Array, base: Array, view: View, keys: Array | None, candidates: int | None = None
     ) -> DraftTokens:
-        places, vocab = range(base.shape[1]), base.shape[-1]
-        return stacked([choose_token(base[:, j], keys, j, view.sampling, vocab, drawn=j == 0) for j in places])
+        return chosen_along(self.paths(weights, z, base, view), base, view.sampling, keys, drawn_from=base.shape[1])
 
     def paths(self, weights: Any, z: Array, base: Array, view: View, candidates: int | None = None) -> Paths:
         return SamePaths(base)

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.draft_configs import DSPARK, NESTED
 from convert.speculators import HEAD, MARKOV, is_speculators
-from convert.tensors import EMBED, LM_HEAD, MODEL_PREFIX, open_tensors
+from convert.tensors import EMBED, LM_HEAD, open_tensors, vocabulary_tensor
 from domino_jax.config import DraftConfig
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
@@ -67,13 +67,19 @@ def copies(form: Packaging, target: Path | None) -> dict[str, Callable[[], np.nd
 
     Args:
         target: its folder.
+
+    Raises:
+        DominoError: its files have no embeddings, or can't be read.
     """
     if target is None or form == SPECFORGE:
         return {}
-    files = open_tensors(target)
-    known = {name.removeprefix(MODEL_PREFIX): stored for name, stored in files.stored.items()}
-    # Of a tied target the LM head is its embeddings.
-    return {name: partial(files.read, known.get(name) or known[EMBED]) for name in (EMBED, LM_HEAD)}
+    files, made = open_tensors(target), {}
+    for name in (EMBED, LM_HEAD):
+        tensor = vocabulary_tensor(files, name)
+        if tensor is None:
+            raise DominoError(f"{target} has no {EMBED}: no copies can be made of it.")
+        made[name] = partial(files.read, tensor)
+    return made
 
 
 def _deepspec(config: DraftConfig) -> dict[str, Any]:

@@ -96,13 +96,16 @@ def _is_ours(file: Path) -> bool:
     return file.is_symlink() and user_cache() in file.parents
 
 
-def open_gguf(files: list[Path]) -> TensorFiles:
+def open_gguf(files: list[Path], first: Header | None = None) -> TensorFiles:
     """The tensors of a model's GGUF files, by Hugging Face's names.
+
+    Args:
+        first: the header of the first file, where it has been read.
 
     Raises:
         DominoError: a file is damaged, or has values that can't be dequantized.
     """
-    first = read_gguf_header(files[0])
+    first = first or read_gguf_header(files[0])
     return TensorFiles(files, lambda file: packed_tensors(first if file == files[0] else read_gguf_header(file), first))
 
 
@@ -140,7 +143,8 @@ def _write(folder: Path, texts: dict[str, str], files: Iterable[Path]) -> None:
 
 def _texts(files: list[Path]) -> dict[str, str]:
     """The files of the folder beside its weights, by name."""
-    header, tensors = read_gguf_header(files[0]), open_gguf(files)
+    header = read_gguf_header(files[0])
+    tensors = open_gguf(files, header)
     count = header.metadata.get("split.count", 0)
     if count not in (0, len(files)):
         raise DominoError(f"{files[0]} is one of {count} parts, and must be named as NAME-00001-of-{count:05}{SUFFIX}.")

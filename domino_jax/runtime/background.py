@@ -36,15 +36,18 @@ class BackgroundCompiler:
             return True
         if key not in self._compiled:
             self._compiled[key] = self._thread.submit(self._compile, describe())
-        compiled = self._compiled[key]
-        return compiled.done() and compiled.exception() is None
+        return self._finished(key) is not None
 
     def get(self, key: Hashable) -> Callable[..., Any] | None:
         """What `ready` has compiled, called without static arguments; None where nothing was, which is noted as run."""
-        if (compiled := self._compiled.get(key)) and compiled.done() and compiled.exception() is None:
-            return compiled.result()
-        self._known.add(key)
-        return None
+        finished = self._finished(key)
+        if finished is None:
+            self._known.add(key)
+        return finished
+
+    def _finished(self, key: Hashable) -> Compiled | None:
+        compiled = self._compiled.get(key)
+        return compiled.result() if compiled and compiled.done() and compiled.exception() is None else None
 
     def _compile(self, lower: Callable[[], Lowered]) -> Compiled:
         with self._context():

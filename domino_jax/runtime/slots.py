@@ -665,7 +665,8 @@ class Slots:
             return decode.autoregress(self._params, configs, self._state, longest, greedy, most)
         configs, each = self._drafting(configs, drafts, lengths)
         most = np.int32(cycles)
-        if self._compiler and (call := self._compiler.get(self._key(configs, greedy))):
+        whole = drafts == self._configs.proposals and lengths is None  # is compiled where it is run, as plain steps are
+        if self._compiler and not whole and (call := self._compiler.get(self._key(configs, greedy))):
             return call(self._params, self._state, most, each)
         return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept, each)
 

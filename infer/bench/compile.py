@@ -35,6 +35,7 @@ from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError, end_process, run_command
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.parsing import parse_json, read_text
+from infer.bench.markdown import markdown_table
 
 ProgramName = Literal["prefill", "step", "cycle"]
 
@@ -186,14 +187,14 @@ def compiled_table(runs: Sequence[Path]) -> str:
         "the larger",
         "tokens/s",
     )
-    lines = [heads, ("---",) * len(heads)]
+    lines = []
     for path in runs:
         try:
             row = parse_json(read_text(path))
             lines += [_cells(row, program) for program in row["programs"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DominoError(f"{path} is no file of --json: {first_line(error)}.") from None
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(heads, lines)
 
 
 def _cells(row: dict[str, Any], program: dict[str, Any]) -> tuple[str, ...]:

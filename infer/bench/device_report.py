@@ -6,6 +6,7 @@ from typing import Any
 
 from domino_jax.runtime.files import write_text
 from domino_jax.runtime.parsing import parse_json, read_text
+from infer.bench.markdown import markdown_table
 
 MAIN, REPORT = "device.json", "report.md"
 DEMO = "demo"  # the shipped pair
@@ -181,9 +182,3 @@ def parts_table(parts: Sequence[Row]) -> str:
         for part in parts
     ]
     return markdown_table(("part", "status", "seconds", "why", "command"), rows) if rows else "None was begun."
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

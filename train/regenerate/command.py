@@ -43,7 +43,7 @@ from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.processes import join_processes, wait_for_others
 from domino_jax.runtime.slots import Completion, Request, Slots, longest_first, room_after
 from train.loading import PairOptions, notes
-from train.regenerate.decoding import Decoding, decisive_of_all, open_decoding
+from train.regenerate.decoding import AnswerDecoding, decisive_of_all, open_decoding
 from train.regenerate.output import Answers, FollowedAnswers, open_answers
 from train.regenerate.prompts import WHOLE, Lines, RowShard, Source, encode_turn, parse_shard
 
@@ -183,7 +183,7 @@ class Writer:
     """What is needed to answer lines of the data and write them down."""
 
     options: Regenerate
-    decoding: Decoding
+    decoding: AnswerDecoding
     lines: Lines
     answers: Answers | FollowedAnswers
     batch: int

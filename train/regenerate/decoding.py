@@ -20,7 +20,7 @@ from train.monitor.decoding_progress import DecodingProgress
 from train.stopping import agreed_stop, stop_signals
 
 
-class Decoding(NamedTuple):
+class AnswerDecoding(NamedTuple):
     """A loaded pair, and how its decoding is told of and stopped."""
 
     pair: LoadedModel
@@ -45,7 +45,7 @@ class Decoding(NamedTuple):
 @contextmanager
 def open_decoding(
     options: PairOptions, target: Path, draft: Path | None, what: str, missing: int, console: Console
-) -> Iterator[Decoding]:
+) -> Iterator[AnswerDecoding]:
     """Load a pair from its folders, and run what is inside in its context.
 
     Args:
@@ -62,7 +62,7 @@ def open_decoding(
         stop_signals(several=jax.process_count() > 1) as signalled,
         DecodingProgress(what, missing, drafting, quiet) as tally,
     ):
-        yield Decoding(pair, tally, agreed_stop(signalled))
+        yield AnswerDecoding(pair, tally, agreed_stop(signalled))
 
 
 def decisive_of_all(

@@ -42,7 +42,7 @@ from domino_jax.runtime.files import read_jsonl, write_text
 from domino_jax.runtime.processes import join_processes, wait_for_others
 from domino_jax.runtime.slots import Completion, Request, Slots, room_after
 from train.loading import PairOptions, notes
-from train.regenerate.decoding import Decoding, decisive_of_all, open_decoding
+from train.regenerate.decoding import AnswerDecoding, decisive_of_all, open_decoding
 from train.regenerate.output import Answers, FollowedAnswers, open_answers
 from train.regenerate.selection import Rules, Selection, ending, header_of, is_held_out
 
@@ -182,7 +182,7 @@ class Sampler:
     def __init__(
         self,
         options: Instructions,
-        decoding: Decoding,
+        decoding: AnswerDecoding,
         ids: list[int],
         end: int,
         samples: Answers | FollowedAnswers,

@@ -1,6 +1,6 @@
 """One page of Markdown of what `infer.bench device` has found, also where it was cut off."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def report(folder: Path) -> str:
     found, parts = whole.get("found") or {}, whole.get("parts") or []
     sections = ["# What a device computes, and what that costs", introduction(found, whole)]
     checked = {name: figures_in(folder / f"{name}.json") for name in ("attention", "drafters")}
-    sections += ["## Correctness", correctness({name: found for name, found in checked.items() if found})]
+    ended = {part.get("name") for part in parts if part.get("status") == "cut off"}
+    sections += ["## Correctness", correctness({name: found for name, found in checked.items() if found}, ended)]
     for name, title in TITLES.items():
         figures = figures_in(folder / f"{name}.json")
         if figures:
@@ -93,12 +94,20 @@ def introduction(found: Row, whole: Row) -> str:
     )
 
 
-def correctness(checked: Mapping[str, list[dict[str, Any]]]) -> str:
-    """What was equal, in a table; each form that was not, in a line."""
+def correctness(checked: Mapping[str, list[dict[str, Any]]], ended: Collection[Any] = ()) -> str:
+    """What was equal, in a table; each form that was not, in a line.
+
+    Args:
+        ended: the parts whose time was over: what they were at has not failed.
+    """
     counts: dict[tuple[str, str, str], dict[str, int]] = {}
     lines, largest = [], {}
-    for check in (check for found in checked.values() if isinstance(found, list) for check in found):
+    for part, check in ((part, check) for part, found in checked.items() if isinstance(found, list) for check in found):
         if not isinstance(check, dict):
+            continue
+        what = " ".join(str(check.get(name, "")) for name in ("group", "case", "backend", "dtype"))
+        if part in ended and check.get("status") == "begun":
+            lines.append(f"- {' '.join(what.split())}: its time was over")
             continue
         status = {"begun": "failed"}.get(check.get("status", ""), check.get("status", ""))
         drafter = check.get("group") == "drafters"
@@ -110,7 +119,6 @@ def correctness(checked: Mapping[str, list[dict[str, Any]]]) -> str:
         if status in ("differs", "failed"):
             said = check.get("reason") or ("it had not come to its end" if "error" not in check else "")
             said = said or f"error {check['error']:.1e}, at most {check['bound']:.0e}"
-            what = " ".join(str(check.get(name, "")) for name in ("group", "case", "backend", "dtype"))
             lines.append(f"- **{' '.join(what.split())}: {status}** ({said})")
     if not counts:
         return "Nothing was checked."

@@ -212,6 +212,11 @@ def test_the_page_is_made_of_whatever_is_there(tmp_path):
     assert "| 48 | 1 | plain | 0 | 1,234 | 2.50 | 1.00 | 0.100 | 3 |" in page
     assert "## Batch sizes" not in page and "## Training step\n\nThe file can't be read." in page
     assert r"| speed | cut off | 3 |  | `a \| b` |" in page
+    parts.append({"name": "attention", "status": "cut off", "seconds": 3.2, "command": "c"})
+    (tmp_path / "device.json").write_text(json.dumps({"found": FOUND, "seconds": 480, "parts": parts}))
+    page = report(tmp_path)
+    assert "had not come" not in page and "| attention | cut off |" in page
+    assert "- attention over caches verification pallas bfloat16: its time was over" in page
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,10 @@ class AssistantDrafter:
             raise DominoError(f"an assistant proposes at least 1 token, found {self.most}.")
 
     @property
+    def name(self) -> str:
+        return "an assistant model"
+
+    @property
     def target_layer_ids(self) -> tuple[int, ...]:
         return ()
 

@@ -63,6 +63,11 @@ class Drafter(Protocol):
     """
 
     @property
+    def name(self) -> str:
+        """What people call it: "Domino", say."""
+        ...
+
+    @property
     def config(self) -> DecoderConfig | None:
         """The config of its weights; None where it has none."""
         ...

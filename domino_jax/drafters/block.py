@@ -60,6 +60,10 @@ class BlockDrafter:
             raise DominoError(f"a confidence threshold must be from 0 to 1, found {threshold}.")
 
     @property
+    def name(self) -> str:
+        return head_of(self.config).name
+
+    @property
     def most(self) -> int:
         return self.config.num_proposals
 

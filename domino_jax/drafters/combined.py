@@ -43,6 +43,10 @@ class CombinedDrafter:
             raise DominoError("an n-gram drafter is combined with a drafter that has weights.")
 
     @property
+    def name(self) -> str:
+        return f"{self.model.name} and {self.ngram.name}"
+
+    @property
     def config(self) -> DecoderConfig | None:
         return self.model.config
 

@@ -53,6 +53,10 @@ class NgramDrafter:
             )
 
     @property
+    def name(self) -> str:
+        return "n-grams"
+
+    @property
     def config(self) -> None:
         return None
 

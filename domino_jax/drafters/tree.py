@@ -49,6 +49,10 @@ class TreeDrafter(BlockDrafter):
             raise DominoError("a tree correction needs a drafter with a causal head, and this one has none.")
 
     @property
+    def name(self) -> str:
+        return f"{super().name}, in trees of {self.nodes}"
+
+    @property
     def most(self) -> int:
         return self.nodes
 

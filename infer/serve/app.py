@@ -225,7 +225,7 @@ class Server:
             "chat": service.is_chat,
             "thinking": service.is_chat and replies.has_switch(service.loaded.tokenizer),
             "thinking_default": service.thinking,
-            "drafter": type(drafter).__name__ if drafter else None,
+            "drafter": drafter.name if drafter else None,
         }
         return JSONResponse({"object": "list", "data": [model]})
 

@@ -36,6 +36,7 @@ from infer.serve.fields import BadRequest
 # Rows that a batch may have. On a CPU a row that nobody uses costs as much as one in use; elsewhere eight rows cost
 # hardly more than one, and each size is programs to compile.
 SIZES_ON_CPU, SIZES = (1, 4, 16, 64, 256), (8, 32, 128)
+COMPILING_ON_CPU = 0.1  # share of the time in which programs are compiled beside decoding, on the same cores
 
 
 class Text(Protocol):
@@ -164,7 +165,8 @@ class Worker:
         most = loaded.configs.proposals
         policy = AutoDrafts.of(loaded.configs) if auto and most else FixedDrafts(most)
         # What auto may choose besides the whole block and plain steps is compiled when it is wanted, beside decoding.
-        self._compiler = BackgroundCompiler(loaded.context) if link is None else None
+        share = COMPILING_ON_CPU if jax.devices()[0].platform == "cpu" else 1.0
+        self._compiler = BackgroundCompiler(loaded.context, share) if link is None else None
         with loaded.context():
             self._slots = self._make(size, policy)
         self._commands: SimpleQueue[Command] = SimpleQueue()
@@ -326,6 +328,8 @@ class Worker:
             self._fail(job, DominoError(f"the prompt's log-probabilities can't be had: {first_line(error)}."))
 
     def _step(self) -> None:
+        if self._compiler:
+            self._compiler.decoded()
         try:
             changed: list[Any] = self._slots.step(self._tell_all)
         except Exception as error:  # of the device: what was running is lost, what waits is not

@@ -78,6 +78,10 @@ class ChainDrafter:
     target_layer_ids = ()
 
     @property
+    def name(self) -> str:
+        return "a chain"
+
+    @property
     def most(self) -> int:
         return self.config.steps
 

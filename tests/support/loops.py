@@ -129,6 +129,7 @@ class TableDrafter:
     """
 
     most: int
+    name: str = "a table"
     config: None = None
     target_layer_ids: tuple[int, ...] = ()
 

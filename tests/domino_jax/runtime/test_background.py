@@ -13,6 +13,7 @@ from factory import BYTE_TARGET, Pair
 
 from domino_jax import sharding
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.runtime import background
 from domino_jax.runtime.background import BackgroundCompiler
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
 from domino_jax.runtime.timing import compile_seconds
@@ -72,6 +73,23 @@ def test_a_program_that_does_not_compile_is_never_ready():
     compiler.close()
     assert not compiler.ready("a", lambda: lambda: held)  # type: ignore[arg-type]
     assert compiler.get("a") is None, "it is run as any other"
+
+
+def test_compiling_rests_while_others_decode_on_the_same_cores(monkeypatch):
+    monkeypatch.setattr(background, "IDLE", 0.2)
+    compiler, lowered = BackgroundCompiler(share=1e-9), jax.jit(lambda x: x + 2).lower(jnp.zeros(3))
+    compiler.decoded()
+    until(lambda: compiler.ready("first", lambda: lambda: lowered))  # no rest before it
+    for _ in range(10):
+        compiler.decoded()
+        assert not compiler.ready("second", lambda: lambda: lowered)
+        time.sleep(0.05)
+    until(lambda: compiler.ready("second", lambda: lambda: lowered))  # nothing is decoded any more
+    compiler.decoded()
+    assert not compiler.ready("third", lambda: lambda: lowered)
+    began = time.monotonic()
+    compiler.close()
+    assert time.monotonic() < began + 10, "a rest does not hold up the end"
 
 
 class Wanting(FixedDrafts):

@@ -14,7 +14,7 @@ from browser import CHROMIUM, Browser, Tab
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "infer" / "serve" / "page.html"
-MODEL = {"id": "qwen3-8b", "chat": True, "thinking": True, "drafter": "DominoDrafter"}
+MODEL = {"id": "qwen3-8b", "chat": True, "thinking": True, "drafter": "Domino"}
 EVIL = '<img src=x onerror="window.ran = true"><script>window.ran = true</script>'
 USAGE = {"completion_tokens": 23, "domino": {"tau": 4.31, "tokens_per_second": 71.25, "cycles": 3, "plain_steps": 1}}
 SLOW = {"completion_tokens": 23, "domino": {"tau": None, "tokens_per_second": 28.5, "cycles": 0, "plain_steps": 22}}

@@ -45,7 +45,7 @@ def running(loaded) -> Iterator[Running]:
 
 def test_models_and_health(running):
     (model,) = running.client().models.list().data
-    assert (model.id, model.object) == ("tiny", "model")
+    assert (model.id, model.object, model.model_extra["drafter"]) == ("tiny", "model", "Domino")
     assert running.get("/health").json() == {"status": "ready"}
     assert running.get("/openapi.json").json() == describe_api("tiny")
 

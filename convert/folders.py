@@ -40,6 +40,7 @@ def load_weights(
     progress: hf.Progress | None = None,
     mesh: Mesh | None = None,
     target: Path | None = None,
+    form: hf.Form | None = None,
 ) -> Any:
     """The weights of a folder of any form as a module; see `hf.load_hf` and `orbax.load_orbax`.
 
@@ -47,8 +48,8 @@ def load_weights(
         target: the folder of a drafter's target.
     """
     if folder_format(folder) in (HF, GGUF):
-        return hf.load_hf(folder, config, dtype, progress, mesh, target)
-    return orbax.load_orbax(folder, config, dtype, progress, mesh)
+        return hf.load_hf(folder, config, dtype, progress, mesh, target, form)
+    return orbax.load_orbax(folder, config, dtype, progress, mesh, form)
 
 
 def convert_folder(

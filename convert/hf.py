@@ -35,6 +35,7 @@ GROUP_BYTES = 2**28  # weights that are asked for at a time
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Leaves = Callable[[list[str]], Mapping[str, Any]]  # paths of some weights -> their values
+Form = Callable[[str, Any], Any]  # a weight's path, and the weight -> what is to be held of it
 
 
 def parse_config(
@@ -59,6 +60,7 @@ def load_hf(
     progress: Progress | None = None,
     mesh: Mesh | None = None,
     target: Path | None = None,
+    form: Form | None = None,
 ) -> Any:
     """Read the weights of a Hugging Face folder into a module (Target or Draft), one tensor after another.
 
@@ -72,6 +74,7 @@ def load_hf(
         progress: called after each tensor.
         mesh: the default device when None.
         target: the folder of a drafter's target, for drafters with copies of its embeddings or LM head.
+        form: is given each weight when it is there, and says what is kept of it; the weight itself when None.
 
     Raises:
         DominoError: tensors are missing, unexpected or misshapen (all are named), one that would be left out is not
@@ -96,7 +99,8 @@ def load_hf(
             else:
                 stored = shard_stored(read, entry.letters, entry.shape, config, mesh)
             # Waiting for each keeps at most one in flight; reading costs more than the wait.
-            leaves[entry.path] = jax.block_until_ready(stored if dtype is None else stored.astype(dtype))
+            stored = jax.block_until_ready(stored if dtype is None else stored.astype(dtype))
+            leaves[entry.path] = stored if form is None else jax.block_until_ready(form(entry.path, stored))
             del stored
             done += prod(entry.shape)
             if progress:

@@ -33,6 +33,7 @@ from domino_jax.runtime.autotune import fastest_backend
 from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.memory import default_mesh_sizes, explain_out_of_memory
 from domino_jax.runtime.precision import Matrices, keeps_bfloat16, matmul_precision, resolve_dtype
+from domino_jax.runtime.weight_forms import WeightForm, resolve_weights
 from domino_jax.sharding import DATA, config_of_device, fit_to_mesh, make_mesh, mesh_context
 from domino_jax.weights import Draft, Params
 
@@ -50,6 +51,7 @@ class LoadedModel:
     seconds: float  # what loading took
     mesh: Mesh | None = None  # where weights and caches are spread; None for one device
     folder: Path | None = None  # of the target; None for one that is in no file
+    weights: WeightForm = "exact"  # of the target's matrices
 
     @property
     def narrow(self) -> bool:
@@ -77,7 +79,8 @@ class LoadPlan(NamedTuple):
     mesh: Mesh | None
     backends: tuple[Backend, ...]  # of attention, of which the fastest here is to be found
     narrow: bool  # matrices stored in bfloat16 stay so
-    draft_dtype: str | None  # of the drafter's matrices, where not `dtype`
+    weights: WeightForm  # of the target's matrices
+    draft_weights: WeightForm  # of the drafter's
 
 
 def plan_load(
@@ -92,7 +95,8 @@ def plan_load(
     mesh: tuple[int, int] | None = None,
     attention: BackendChoice = "auto",
     candidates: int | None = None,
-    draft_dtype: str | None = None,
+    weights: str = "auto",
+    draft_weights: str = "auto",
     matrices: Matrices = "auto",
     devices: Sequence[Any] | None = None,
     tree: TreeSettings | None = None,
@@ -108,8 +112,8 @@ def plan_load(
         mesh: sizes of its axes data and model; when None one device if the models fit (`memory.default_mesh_sizes`).
         attention: its backend; "auto" chooses among those that are tested on this kind of device.
         candidates: tokens that the causal head scores; the whole vocabulary when None.
-        draft_dtype: "int8" or "float8" for the drafter's matrices; `dtype` when None.
-        matrices: how a float32 run holds those that are stored in bfloat16 (see `prepare.prepare_for_cpu`).
+        weights, draft_weights: the form of the target's and the drafter's matrices, see `precision.resolve_weights`.
+        matrices: how a float32 run holds exact ones that are stored in bfloat16 (see `prepare.prepare_for_cpu`).
         devices: of a topology that is compiled for, which need not be here; `mesh` is then given. This process's when
             None.
         tree: of drafts; a chain when None.
@@ -131,12 +135,13 @@ def plan_load(
         tree=tree,
         confidence_threshold=confidence_threshold,
     )
-    if draft_dtype is not None and not isinstance(draft_config, DraftConfig):
-        raise DominoError("8-bit weights are for a drafter of the target's blocks: give one with --draft DIR.")
+    form, draft_form = resolve_weights(weights), resolve_weights(draft_weights, "--draft-weights")
+    if draft_form != "exact" and not isinstance(draft_config, DraftConfig):
+        raise DominoError("--draft-weights is for a drafter of the target's blocks: give one with --draft DIR.")
     configs = DecodeConfig(config, drafter, drafts if drafter else None)
     kind = resolve_dtype(dtype, platform)
     models = [c for c in (configs.target, configs.draft) if c]
-    sizes = mesh or default_mesh_sizes(models, kind)
+    sizes = mesh or default_mesh_sizes(models, kind, form)
     spread = make_mesh(*sizes, devices=devices) if sizes != (1, 1) else None
     fitted = dataclasses.replace(
         configs,
@@ -145,7 +150,7 @@ def plan_load(
     )
     backends = available_backends(attention, [c.head_dim for c in models], kind, device, configs.branching)
     narrow = keeps_bfloat16(matrices, kind, platform)
-    return LoadPlan(configs, fitted, kind, spread, backends, narrow, draft_dtype)
+    return LoadPlan(configs, fitted, kind, spread, backends, narrow, form, draft_form)
 
 
 def load_model(
@@ -155,7 +160,7 @@ def load_model(
     progress: Callable[[str, int, int], None] | None = None,
     *,
     plain: bool = False,
-    weights: Callable[[DecoderConfig, Any, Mesh | None], Any] | None = None,
+    make_weights: Callable[[DecoderConfig, Any, Mesh | None, hf.Form | None], Any] | None = None,
     **how: Unpack[PlanOptions],
 ) -> LoadedModel:
     """Load a target and its drafter; both configs are checked before any weight is read.
@@ -165,7 +170,8 @@ def load_model(
         dtype: see `plan_load`.
         progress: called with what is loaded, bytes done, bytes in all.
         plain: leave the weights in the form of `weights.axes`, which is what trains; none is made ready for decoding.
-        weights: makes each model's weights from its config, dtype and mesh; the folders' are read when None.
+        make_weights: makes each model's weights from its config, dtype and mesh, and what is kept of each
+            (`hf.load_hf`); the folders' are read when None.
         how: what else `plan_load` takes.
 
     Raises:
@@ -178,34 +184,36 @@ def load_model(
     if draft and isinstance(draft_config, TargetConfig):
         check_same_tokens(tokenizer, load_tokenizer(draft), draft)
     stop_ids, more = end_tokens(target, raw, tokenizer)
-    kind, mesh, eight_bits = chosen.dtype, chosen.mesh, chosen.draft_dtype
-
+    kind, mesh = chosen.dtype, chosen.mesh
     narrow = chosen.narrow and not plain
     on_cpu = narrow or (kind == jnp.float32 and jax.default_backend() == "cpu" and not plain)
 
-    def read(folder: Path, config: Any, what: str, whole: bool = False) -> Any:
-        """The weights of a model; where `whole`, as arrays of `kind`."""
-        stored = narrow and not whole
-        if weights:
-            module = weights(config, jnp.bfloat16 if stored else kind, mesh)
+    def read(folder: Path, config: Any, what: str, asked: WeightForm) -> Any:
+        """The weights of a model; a drafter that is to be in 8 bits is read whole, for its head says what stays."""
+        exact = asked == "exact"
+        stored = narrow and exact
+        form = prepare.target_form(config, asked) if what == "target" and not exact else None
+        if make_weights:
+            module = make_weights(config, jnp.bfloat16 if stored else kind, mesh, form)
         else:
             bar = partial(progress, f"loading {what}") if progress else None
-            module = _weights(folder, config, None if stored else kind, bar, mesh, target)
-        if on_cpu and not whole:
+            with mesh_context(mesh):
+                module = _weights(folder, config, None if stored else kind, bar, mesh, target, form)
+        if on_cpu and exact:
             with mesh_context(mesh):
                 prepare.prepare_for_cpu(module, config)
         return module
 
     with explain_out_of_memory(f"the device has too little memory for the weights in {kind.name}."):
         modules = (
-            read(target, chosen.configs.target, "target"),
-            read(draft, chosen.configs.draft, "drafter", whole=eight_bits is not None) if draft else None,
+            read(target, chosen.configs.target, "target", chosen.weights),
+            read(draft, chosen.configs.draft, "drafter", chosen.draft_weights) if draft else None,
         )
         params = Params(*modules)
         del modules  # what is made ready below is then held once
         with mesh_context(mesh):
-            if eight_bits is not None and chosen.fitted.draft:
-                params = prepare.quantize_drafter(params, chosen.fitted.draft, eight_bits)
+            if chosen.draft_weights != "exact" and chosen.fitted.draft:
+                params = prepare.quantize_drafter(params, chosen.fitted.draft, chosen.draft_weights)
             if not plain:
                 # On a mesh its rows would be on all devices.
                 prepare.tabulate_head(params, chosen.fitted.draft, 0 if mesh else prepare.LARGEST_TABLE)
@@ -221,7 +229,7 @@ def load_model(
     configs = dataclasses.replace(chosen.fitted, attention=backend)
     seconds = time.perf_counter() - began
     said = (*warnings, *more, *notes)
-    return LoadedModel(configs, params, tokenizer, stop_ids, kind, said, seconds, mesh, target)
+    return LoadedModel(configs, params, tokenizer, stop_ids, kind, said, seconds, mesh, target, chosen.weights)
 
 
 def _fitted(drafter: Drafter | None, model_devices: int) -> Drafter | None:
@@ -252,12 +260,18 @@ def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, P
 
 
 def _weights(
-    folder: Path, config: Any, dtype: Any, progress: hf.Progress | None, mesh: Mesh | None, target: Path
+    folder: Path,
+    config: Any,
+    dtype: Any,
+    progress: hf.Progress | None,
+    mesh: Mesh | None,
+    target: Path,
+    form: hf.Form | None,
 ) -> Any:
     """The one place where a folder's weights are read, in any of their forms."""
     if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
         with explain_missing_extra():
             from convert import folders  # brings in Orbax, which is slow to import and an extra
 
-        return folders.load_weights(folder, config, dtype, progress, mesh, target)
-    return hf.load_hf(folder, config, dtype, progress, mesh, target)
+        return folders.load_weights(folder, config, dtype, progress, mesh, target, form)
+    return hf.load_hf(folder, config, dtype, progress, mesh, target, form)

@@ -21,6 +21,7 @@ from convert.values import INT_LIMIT, is_number, is_whole, shown
 from domino_jax.runtime.command import UsageError, words_at_fault
 from domino_jax.runtime.files import output_kind, source_at
 from domino_jax.runtime.processes import ProcessConfig, resolve_processes
+from domino_jax.runtime.weight_forms import resolve_weights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from domino_jax.sampling import SamplingParams
 
 Dtype = Literal["float32", "bfloat16"]
-DraftDtype = Literal["int8", "float8"]
+Weights = Literal["auto", "exact", "int8", "float8", "int4"]
 Matrices = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn", "pallas"]
 Sampler = Literal["rejection", "coupled"]
@@ -38,6 +39,7 @@ TreeCorrection = Literal["path", "depth"]
 FEW_CANDIDATES = 64  # of a depth: with the public Domino drafters no node worth having is lost (arXiv 2607.08642)
 UNSET = arg(help_behavior_hint="")  # the help says in words what an option without a value does
 Flag = Annotated[bool, FlagCreatePairsOff, UNSET]
+DRAFT_WEIGHTS = arg(name="draft-dtype", aliases=("--draft-weights",))  # the older name; the help puts aliases first
 GROUP = arg(name="")  # the fields of a nested dataclass belong to the group around it
 
 
@@ -88,6 +90,11 @@ def check_real(name: str, value: Any, rule: str) -> None:
         raise UsageError(f"{flag(name)} must be a number, found {shown(value)}.")
     if not RANGES[rule](value) or value > sys.float_info.max:
         raise UsageError(f"{flag(name)} must be {rule}, found {shown(value)}.")
+
+
+def in_8_bits(weights: Weights) -> bool:
+    """Whether a form that was asked for is one of 8 bits."""
+    return weights in ("int8", "float8")
 
 
 def check_topology(name: str, value: str) -> None:
@@ -172,7 +179,8 @@ class PlanOptions(TypedDict, total=False):
     mesh: tuple[int, int] | None
     attention: Attention
     candidates: int | None
-    draft_dtype: DraftDtype | None
+    weights: Weights
+    draft_weights: Weights
     matrices: Matrices
     tree: TreeSettings | None
     confidence_threshold: float | None
@@ -186,8 +194,8 @@ class DraftingOptions:
     draft_revision: Annotated[str | None, DisallowNone, UNSET, arg(help=registry.DRAFT_REVISION_HELP)] = None
     head_candidates: int | Literal["all"] = "all"
     """vocabulary entries that the causal head scores: the highest base logits, or all"""
-    draft_dtype: Annotated[DraftDtype | None, DisallowNone, UNSET] = None
-    """8-bit weights for the drafter; the drafts change, the output does not (default: as --dtype)"""
+    draft_weights: Annotated[Weights, DRAFT_WEIGHTS] = "auto"
+    """the same for the drafter's matrices and its LM head; the drafts change, the output does not"""
     prompt_lookup_max: Annotated[int | None, DisallowNone, UNSET] = None
     """n-grams: tokens of the longest match that is looked for (default: 5; 8 beside another drafter)"""
     prompt_lookup_min: Annotated[int | None, DisallowNone, UNSET] = None
@@ -220,6 +228,9 @@ class DeviceOptions:
 
     dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
     """dtype of weights and caches (default: float32 on CPUs, bfloat16 elsewhere)"""
+    weights: Weights = "auto"
+    """the target's matrices: exact, the files' values; int8 or float8, made of them, is another model near it (auto:
+    exact; int4 runs nowhere yet)"""
     matrices: Matrices = "auto"
     """float32 runs only: bfloat16 keeps stored bfloat16 weights, at the same precision (auto: on CPUs with AMX)"""
     attention: Attention = "auto"
@@ -304,7 +315,8 @@ class ModelOptions:
             "mesh": self.device.mesh_sizes(),
             "attention": self.device.attention,
             "candidates": self.head_candidates,
-            "draft_dtype": self.drafting.draft_dtype,
+            "weights": self.device.weights,
+            "draft_weights": self.drafting.draft_weights,
             "matrices": self.device.matrices,
             "tree": self.tree,
             "confidence_threshold": self.drafting.confidence_threshold,
@@ -317,6 +329,9 @@ class ModelOptions:
             UsageError: they contradict each other, or a value is out of range.
         """
         drafting = self.drafting
+        with words_at_fault():
+            resolve_weights(self.device.weights)
+            resolve_weights(drafting.draft_weights, "--draft-weights")
         if self.head_candidates is not None:
             check_count("head_candidates", self.head_candidates)
         with words_at_fault():
@@ -324,7 +339,7 @@ class ModelOptions:
         if self.plain or (self.ngram and self.draft == registry.NO_DRAFT):
             used = {
                 "--head-candidates": self.head_candidates,
-                "--draft-dtype": drafting.draft_dtype,
+                "--draft-weights": drafting.draft_weights if in_8_bits(drafting.draft_weights) else None,
                 "--tree": drafting.tree,
                 "--confidence-threshold": drafting.confidence_threshold,
             }

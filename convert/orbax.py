@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from convert.fields import read_json
-from convert.hf import Progress, grouped, write_json
+from convert.hf import Form, Progress, grouped, write_json
 from convert.tensors import some, tensor_differences
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError, first_line
@@ -209,7 +209,12 @@ class Saved:
 
 
 def load_orbax(
-    folder: Path, config: DecoderConfig, dtype: Any = None, progress: Progress | None = None, mesh: Mesh | None = None
+    folder: Path,
+    config: DecoderConfig,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    form: Form | None = None,
 ) -> Any:
     """Read `folder`/weights into a module (Target or Draft), each device of a mesh its part.
 
@@ -217,6 +222,7 @@ def load_orbax(
         dtype: to convert to; as stored when None.
         progress: called now and then.
         mesh: the default device when None.
+        form: see `hf.load_hf`.
 
     Raises:
         DominoError: weights are missing, unexpected or misshapen (all are named), or damaged.
@@ -224,7 +230,11 @@ def load_orbax(
     saved = Saved(folder, config)
     total, leaves = sum(map(saved.bytes, saved.shapes)), {}
     for group in grouped(sorted(saved.shapes, key=saved.bytes, reverse=True), saved.bytes):
-        leaves |= jax.block_until_ready(saved.read(group, dtype, mesh))
+        read = jax.block_until_ready(saved.read(group, dtype, mesh))
+        for path in group:
+            weight = read.pop(path)
+            leaves[path] = weight if form is None else jax.block_until_ready(form(path, weight))
+            del weight
         if progress:
             progress(sum(map(saved.bytes, leaves)), total)
     return unflatten(config, leaves)

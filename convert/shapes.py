@@ -1,6 +1,7 @@
 """The shapes of the public models, and random weights for them, which cost what the real ones do and know nothing."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -85,17 +86,23 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def random_weights(config: DecoderConfig, dtype: Any, mesh: Mesh | None = None) -> Any:
+def random_weights(
+    config: DecoderConfig, dtype: Any, mesh: Mesh | None = None, form: Callable[[str, Any], Any] | None = None
+) -> Any:
     """A module (Target or Draft) of random weights, each made where it belongs: nothing crosses from the host.
 
     Norms are ones and biases zeros, the rest is uniform with standard deviation `STD`. Their shapes are those of
     `described_weights`.
+
+    Args:
+        form: is given each weight with its path, and says what is kept of it; the weight itself when None.
     """
     leaves = {}
     for number, (path, leaf) in enumerate(flatten(described_weights(config, dtype, mesh)).items()):
         constant = 0 if is_bias(path) else 1 if len(leaf.shape) == 1 else None
         make = _maker(leaf.shape, dtype, constant, leaf.sharding)
-        leaves[path] = make(jax.random.fold_in(jax.random.key(0), number))
+        weight = make(jax.random.fold_in(jax.random.key(0), number))
+        leaves[path] = weight if form is None else jax.block_until_ready(form(path, weight))
     return unflatten(config, leaves)
 
 

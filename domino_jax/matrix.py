@@ -44,6 +44,10 @@ class Matrix:
         """Rows ids [...] of a matrix [V, in]: [..., in]."""
         raise NotImplementedError
 
+    def dot_grouped(self, x: Array, sizes: Array) -> Array:
+        """See the function."""
+        raise NotImplementedError(f"{type(self).__name__} has no grouped product")
+
     def select(self, index: Array) -> Any:
         """The matrix at `index` of a stack of them [E, out..., in]."""
         return jax.tree.map(lambda part: part[index], self)
@@ -92,7 +96,7 @@ def dot_grouped(x: Array, matrix: AnyMatrix, sizes: Array) -> Array:
         [T, out...].
     """
     if isinstance(matrix, Matrix):
-        raise NotImplementedError(f"{type(matrix).__name__} has no grouped product")
+        return matrix.dot_grouped(x, sizes)
     flat = matrix.reshape(matrix.shape[0], -1, matrix.shape[-1])
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
     return jax.lax.ragged_dot_general(x, flat, sizes, numbers).reshape(x.shape[0], *matrix.shape[1:-1])
@@ -134,6 +138,11 @@ class Scaled(Matrix):
 
     def take(self, ids: Array) -> Array:
         return self.values[ids].astype(self.scale.dtype) * self.scale[ids][..., None]
+
+    def dot_grouped(self, x: Array, sizes: Array) -> Array:
+        out = dot_grouped(x, self.values.astype(x.dtype), sizes)
+        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+        return out * self.scale[jnp.minimum(group, sizes.shape[0] - 1)].astype(out.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -291,10 +300,11 @@ def quantize(matrix: AnyMatrix, kind: str) -> Scaled:
     w = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
     # Any scale is right for an all-zero output. A subnormal one would be flushed to zero, and divided by.
-    scale = jnp.where(largest > 0, jnp.maximum(largest / most, jnp.finfo(jnp.float32).tiny), 1.0)
-    values = w / scale
+    scale = jnp.where(largest > 0, jnp.maximum(largest / most, jnp.finfo(jnp.float32).tiny), 1.0).astype(out_dtype)
+    # Divided by the scale as it is kept; where that was rounded down, the largest value would lie beyond the end.
+    values = jnp.clip(w / scale.astype(jnp.float32), -most, most)
     values = (jnp.round(values) if whole else values).astype(dtype)
-    return Scaled(values, jnp.squeeze(scale, -1).astype(out_dtype))
+    return Scaled(values, jnp.squeeze(scale, -1))
 
 
 def for_cpu(weight: Array) -> Matrix:

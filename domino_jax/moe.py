@@ -65,7 +65,7 @@ def mlp(layer: Any, config: MoeConfig, y: Array) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return run(y, *route(layer.router, config, y), *weights[1:]).astype(y.dtype)
 
-    def part(y: Array, router: Array, *experts: Array) -> Array:
+    def part(y: Array, router: Array, *experts: AnyMatrix) -> Array:
         # Each device routes for itself: the compiler would gather what it can't divide, and it can't divide a top-k.
         shares, chosen = route(router, config, y)
         first = jax.lax.axis_index(MODEL) * experts[0].shape[0]
@@ -75,7 +75,7 @@ def mlp(layer: Any, config: MoeConfig, y: Array) -> Array:
     # No check of what varies over which axis: the sum of a loop begins with zeros, which vary over none.
     spread = jax.shard_map(
         part,
-        in_specs=(rows, spec("RE D"), spec("E 2 I D"), spec("E D I")),
+        in_specs=(rows, spec("RE D"), spec("E"), spec("E")),  # of each array of an expert's, scales too
         out_specs=rows,
         check_vma=False,
     )

@@ -1,11 +1,11 @@
-"""Weights made ready for decoding: in the form that a CPU or TPU multiplies fastest, and the drafter in 8 bits.
+"""Weights made ready for decoding: in the form that a CPU or TPU multiplies fastest, and in 8 bits where asked.
 
-None of it changes the output: the products are the same sums, up to float32's rounding, and an 8-bit drafter only
-proposes other tokens (docs/algorithm.md, section 8).
+A target in 8 bits is another model, near the one of the files. Nothing else here changes the output: the products are
+the same sums, up to float32's rounding, and an 8-bit drafter only proposes other tokens (docs/algorithm.md, section 8).
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ from flax import nnx
 from jax import Array
 
 from domino_jax import matrix
-from domino_jax.config import DecoderConfig, DraftConfig
+from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
-from domino_jax.matrix import ForTpu, Scaled, Separate, Tabulated
+from domino_jax.matrix import AnyMatrix, ForTpu, Scaled, Separate, Tabulated, select
 from domino_jax.sharding import constrain
-from domino_jax.weights import JoinedLayer, Layer, Params, Target, axes, flatten, is_matrix, lm_head
+from domino_jax.weights import JoinedLayer, Layer, Params, Target, axes, flatten, is_matrix, lm_head, unflatten
 
 LARGEST_TABLE = 32 << 20  # bytes
 
@@ -102,23 +102,35 @@ def _layer_for_tpu(layer: Layer, call: Callable[..., Any]) -> Layer:
 
 
 @jax.jit
-def _joined_heads(q: Array, kv: Array, q_norm: Array, k_norm: Array) -> tuple[Array, Array, Array]:
-    """What `JoinedLayer` takes, of a layer's arrays."""
-    queries = q.reshape(kv.shape[1], -1, *q.shape[1:])
-    qk = jnp.concatenate([queries, kv[0][:, None]], axis=1)
-    norms = jnp.broadcast_to(q_norm, queries.shape[:-1]), jnp.broadcast_to(k_norm, (*kv.shape[1:2], 1, *k_norm.shape))
+def _joined_heads(q: AnyMatrix, kv: AnyMatrix, q_norm: Array, k_norm: Array) -> tuple[AnyMatrix, AnyMatrix, Array]:
+    """What `JoinedLayer` takes, of a layer's weights."""
+    heads, width = kv.shape[1], kv.shape[2]
+    norms = jnp.broadcast_to(q_norm, (heads, q.shape[0] // heads, width)), jnp.broadcast_to(k_norm, (heads, 1, width))
     norm = jnp.concatenate(norms, axis=1)
-    return constrain(qk, "K - H D"), constrain(kv[1], "K H D"), constrain(norm, "K - H")
+
+    def joined(q: Array, kv: Array) -> Array:
+        return jnp.concatenate([q.reshape(heads, -1, *q.shape[1:]), kv[0][:, None]], axis=1)
+
+    qk = jax.tree.map(joined, q, kv)  # of the values, and of the scales
+    return _laid_out(qk, "K - H D"), _laid_out(select(kv, 1), "K H D"), constrain(norm, "K - H")
 
 
-def _halves(gate_up: Array) -> tuple[Array, ...]:
+def _halves(gate_up: AnyMatrix) -> tuple[AnyMatrix, ...]:
     return _unstacked(gate_up, "F D")
 
 
 @partial(jax.jit, static_argnums=1)
-def _unstacked(weight: Array, letters: str) -> tuple[Array, ...]:
-    """The arrays of a stack, each laid out by its axis letters."""
-    return tuple(constrain(part, letters) for part in weight)
+def _unstacked(weight: AnyMatrix, letters: str) -> tuple[AnyMatrix, ...]:
+    """The matrices of a stack, each laid out by its axis letters."""
+    return tuple(_laid_out(select(weight, index), letters) for index in range(weight.shape[0]))
+
+
+def _laid_out(weight: AnyMatrix, letters: str) -> AnyMatrix:
+    """A matrix in a program, laid out by its axis letters."""
+    if isinstance(weight, Scaled):
+        return Scaled(constrain(weight.values, letters), constrain(weight.scale, letters.rsplit(" ", 1)[0]))
+    assert isinstance(weight, Array)
+    return constrain(weight, letters)
 
 
 def tabulate_head(params: Params, config: DecoderConfig | None, largest: int = LARGEST_TABLE) -> None:
@@ -132,8 +144,41 @@ def tabulate_head(params: Params, config: DecoderConfig | None, largest: int = L
         head_of(config).tabulate(params.draft.head, params.target.embed, largest)
 
 
+def target_form(
+    config: TargetConfig, kind: str, call: Callable[..., Any] = lambda run, *given: run(*given)
+) -> Callable[[str, Array], AnyMatrix]:
+    """What becomes of each weight of a target in 8 bits, by its path: matrices are `matrix.Scaled`, all else stays.
+
+    In 8 bits are the layers' matrices, those of experts too, and the LM head. A router stays, for it is small and
+    chooses; embeddings stay where they are a table of their own, of which a step reads a few rows. Tied to the LM head
+    they are in its 8 bits.
+
+    Args:
+        kind: one of `matrix.QUANTIZED`.
+        call: see `prepare_for_tpu`.
+    """
+    letters = flatten(axes(config))
+    stay = {path for path, names in letters.items() if not is_matrix(path, names) or path.endswith(".router")}
+    stay |= set() if config.tie_word_embeddings else {"embed"}
+
+    def form(path: str, weight: Array) -> AnyMatrix:
+        return weight if path in stay else call(_quantizer(letters[path], kind), weight)
+
+    return form
+
+
+def quantize_target(
+    target: Target, config: TargetConfig, kind: str, call: Callable[..., Any] = lambda run, *given: run(*given)
+) -> Target:
+    """The target with its matrices in 8 bits; see `target_form`, which loading gives them one by one."""
+    form = target_form(config, kind, call)
+    return unflatten(config, {path: form(path, weight) for path, weight in flatten(target).items()})
+
+
 def quantize_drafter(params: Params, config: DraftConfig, kind: str) -> Params:
     """The params with the drafter's matrices in 8 bits, and an 8-bit copy of the LM head for drafting.
+
+    Where the target's own LM head is in 8 bits it serves for drafting too.
 
     Args:
         kind: one of `matrix.QUANTIZED`.
@@ -147,12 +192,13 @@ def quantize_drafter(params: Params, config: DraftConfig, kind: str) -> Params:
     def stays(path: str) -> bool:
         return path in whole or not is_matrix(path, letters[path])
 
-    done = [leaf if stays(path) else _quantized(leaf, letters[path], kind) for path, leaf in named]
-    return Params(params.target, jax.tree.unflatten(form, done), _quantized(lm_head(params.target), "V D", kind))
+    done = [leaf if stays(path) else _quantizer(letters[path], kind)(leaf) for path, leaf in named]
+    output = lm_head(params.target)
+    copy = None if isinstance(output, Scaled) else _quantizer("V D", kind)(output)
+    return Params(params.target, jax.tree.unflatten(form, done), copy)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _quantized(weight: matrix.AnyMatrix, letters: str, kind: str) -> Scaled:
-    """`matrix.quantize`, laid out by the weight's axis letters."""
-    small = matrix.quantize(weight, kind)
-    return Scaled(constrain(small.values, letters), constrain(small.scale, letters.rsplit(" ", 1)[0]))
+@cache
+def _quantizer(letters: str, kind: str) -> Callable[[AnyMatrix], AnyMatrix]:
+    """`matrix.quantize`, laid out by axis letters: one compiled function for all weights that have them."""
+    return jax.jit(lambda weight: _laid_out(matrix.quantize(weight, kind), letters))

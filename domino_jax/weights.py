@@ -169,6 +169,6 @@ def is_matrix(path: str, letters: str) -> bool:
     return len(letters.split()) > 1 and not is_bias(path)
 
 
-def lm_head(target: Target) -> Array:
+def lm_head(target: Target) -> AnyMatrix:
     """[V, D]: the output projection, the embedding itself where they are tied."""
     return target.embed if target.lm_head is None else target.lm_head

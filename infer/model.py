@@ -28,7 +28,6 @@ from convert.messages import Message
 from convert.options import (
     Attention,
     DeviceOptions,
-    DraftDtype,
     DraftingOptions,
     Dtype,
     Matrices,
@@ -36,6 +35,7 @@ from convert.options import (
     Sampler,
     SamplingOptions,
     TreeCorrection,
+    Weights,
     check_count,
 )
 from convert.values import json_kind, shown, token_ids
@@ -231,7 +231,8 @@ def load(
     draft_revision: str | None = None,
     num_draft_tokens: int | Literal["auto"] | None = None,
     head_candidates: int | Literal["all"] = "all",
-    draft_dtype: DraftDtype | None = None,
+    weights: Weights = "auto",
+    draft_weights: Weights = "auto",
     dtype: Dtype | None = None,
     matrices: Matrices = "auto",
     attention: Attention = "auto",
@@ -250,7 +251,8 @@ def load(
         revision, draft_revision: branch, tag or commit of a Hub repository.
         num_draft_tokens: draft tokens verified per cycle; None and "auto" choose by measured time and acceptance.
         head_candidates: vocabulary entries that the causal head scores.
-        draft_dtype: "int8" or "float8" for the drafter's weights.
+        weights: of the target's matrices: "exact" (so far "auto" too), or "int8" or "float8", which is another model.
+        draft_weights: likewise of the drafter's, which changes its drafts and not the output.
         dtype: of weights and caches; float32 on CPUs, bfloat16 elsewhere when None.
         matrices: how a float32 run holds weights that are stored in bfloat16.
         attention: the backend.
@@ -270,14 +272,14 @@ def load(
             draft,
             draft_revision,
             head_candidates,
-            draft_dtype,
+            draft_weights,
             tree=tree,
             tree_lanes=tree_lanes,
             tree_candidates=tree_candidates,
             tree_correction=tree_correction,
             confidence_threshold=confidence_threshold,
         ),
-        DeviceOptions(dtype, matrices, attention, mesh),
+        DeviceOptions(dtype, weights, matrices, attention, mesh),
     )
     asked.check()
     auto = num_draft_tokens in (None, "auto")

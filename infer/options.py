@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from tyro.conf import DisallowNone, Positional, UseAppendAction, arg
 
-from convert.options import GROUP, UNSET, Flag, ModelOptions, ProcessOptions, SamplingOptions, check_count, check_file
+from convert.options import (
+    GROUP,
+    UNSET,
+    Flag,
+    ModelOptions,
+    ProcessOptions,
+    SamplingOptions,
+    check_count,
+    check_file,
+    in_8_bits,
+)
 from convert.values import shown
 from domino_jax.runtime.command import UsageError
 from infer.prompts import parse_ids
@@ -137,7 +147,7 @@ class Generate:
             "--show-drafts": self.output.show_drafts,
             "--num-draft-tokens": self.num_draft_tokens is not None,
             "--head-candidates": drafting.head_candidates != "all",
-            "--draft-dtype": drafting.draft_dtype is not None,
+            "--draft-weights": in_8_bits(drafting.draft_weights),
             "--tree": drafting.tree is not None,
             "--confidence-threshold": drafting.confidence_threshold is not None,
         }

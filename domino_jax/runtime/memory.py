@@ -4,13 +4,17 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import DecoderConfig
+from domino_jax.config import DecoderConfig, TargetConfig
 from domino_jax.errors import DominoError
+from domino_jax.prepare import quantize_target
+from domino_jax.runtime.weight_forms import WeightForm
 from domino_jax.sharding import fit_to_mesh
 from domino_jax.weights import weight_shapes
 
@@ -29,7 +33,7 @@ def explain_out_of_memory(otherwise: str) -> Iterator[None]:
         raise DominoError(otherwise) from None
 
 
-def default_mesh_sizes(configs: Sequence[DecoderConfig], dtype: Any) -> tuple[int, int]:
+def default_mesh_sizes(configs: Sequence[DecoderConfig], dtype: Any, weights: WeightForm = "exact") -> tuple[int, int]:
     """The mesh (data, model) without --mesh: one device where the models fit, else as many as they can be divided over.
 
     A mesh that is not needed for memory costs more in communication than it saves for small models. Several processes
@@ -38,20 +42,25 @@ def default_mesh_sizes(configs: Sequence[DecoderConfig], dtype: Any) -> tuple[in
     Args:
         configs: of the models that will run together.
         dtype: of weights and caches.
+        weights: the form of the first model's.
     """
 
     several = jax.process_count() > 1
-    return smallest_mesh(configs, dtype, len(jax.devices()), 0 if several else _memory_limit())
+    return smallest_mesh(configs, dtype, len(jax.devices()), 0 if several else _memory_limit(), weights)
 
 
-def smallest_mesh(configs: Sequence[DecoderConfig], dtype: Any, devices: int, limit: float | None) -> tuple[int, int]:
+def smallest_mesh(
+    configs: Sequence[DecoderConfig], dtype: Any, devices: int, limit: float | None, weights: WeightForm = "exact"
+) -> tuple[int, int]:
     """The mesh (data, model) of the fewest devices: one where the models fit, else all that they can be divided over.
 
     Args:
         devices: that there are.
         limit: bytes that one of them has for us; None where it does not count.
+        weights: the form of the first model's.
     """
-    if limit is None or sum(_needed_bytes(config, dtype) for config in configs) <= SHARE * limit:
+    forms: list[WeightForm] = [weights, *repeat("exact", len(configs) - 1)]
+    if limit is None or sum(map(_needed_bytes, configs, repeat(dtype), forms)) <= SHARE * limit:
         return 1, 1
     return 1, max(model for model in range(1, devices + 1) if divides(configs, model))
 
@@ -84,8 +93,12 @@ def free_bytes() -> int | None:
     return max(0, int(0.9 * stats["bytes_limit"]) - stats.get("bytes_in_use", 0))
 
 
-def _needed_bytes(config: DecoderConfig, dtype: Any) -> int:
+def _needed_bytes(config: DecoderConfig, dtype: Any, form: WeightForm) -> int:
     """The bytes of a model's weights and of its cache for one row of POSITIONS."""
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weight_shapes(config)))
+    held = weight_shapes(config, dtype)
+    if form != "exact":
+        assert isinstance(config, TargetConfig)
+        held = jax.eval_shape(partial(quantize_target, config=config, kind=form), held)
+    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * POSITIONS
-    return (weights + cache) * jnp.dtype(dtype).itemsize
+    return weights + cache * jnp.dtype(dtype).itemsize

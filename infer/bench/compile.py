@@ -25,6 +25,7 @@ from convert.options import (
     DraftingOptions,
     Dtype,
     ModelOptions,
+    Weights,
     check_count,
     check_file,
     check_real,
@@ -54,6 +55,8 @@ class Compile:
     """devices to spread over, such as data=2,model=4 (default: model over all of the topology)"""
     dtype: Dtype = "bfloat16"
     """dtype of weights and caches"""
+    weights: Weights = "auto"
+    """form of the target's matrices, as in `python -m infer`"""
     attention: Literal["xla", "pallas"] = "xla"
     """attention backend"""
     batch: int = 1
@@ -76,7 +79,7 @@ class Compile:
     @property
     def asked(self) -> ModelOptions:
         """The options that other commands have too, as those have them."""
-        device = DeviceOptions(self.dtype, attention=self.attention, mesh=self.mesh)
+        device = DeviceOptions(self.dtype, self.weights, attention=self.attention, mesh=self.mesh)
         return ModelOptions(self.model or ModelOptions.model, drafting=self.drafting, device=device)
 
 

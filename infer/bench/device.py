@@ -92,8 +92,8 @@ def list_parts(found: Mapping[str, Any]) -> list[DevicePart]:
         DevicePart("phases", 0.5, [*speed, *rows(1), "--no-head-off", "--roofline", "--rounds", "1"]),
         DevicePart("batches", 0.4, [*speed, *rows(4, 16), *quick]),
         DevicePart("contexts", 0.4, [*speed, *rows(1), "--contexts", *contexts, *quick]),
-        DevicePart("int8", 0.4, [*speed, *rows(1), "--draft-dtype", "int8", *quick]),
-        DevicePart("float8", 0.5, [*speed, *rows(1), "--draft-dtype", "float8", *quick]),
+        DevicePart("int8", 0.4, [*speed, *rows(1), "--draft-weights", "int8", *quick]),
+        DevicePart("float8", 0.5, [*speed, *rows(1), "--draft-weights", "float8", *quick]),
         DevicePart("training", 1.0, training, "--out"),
     ]
 

@@ -22,9 +22,10 @@ from rich.table import Table
 from tyro.conf import DisallowNone, arg
 
 from convert import registry
-from convert.options import UNSET, DraftDtype, Dtype, Flag, check_count
+from convert.options import DRAFT_WEIGHTS, UNSET, Dtype, Flag, Weights, check_count
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, end_process, run_command, words_at_fault
+from domino_jax.runtime.weight_forms import resolve_weights
 from infer.bench.devices import Device, find_devices
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
@@ -48,8 +49,10 @@ class Plan:
     shapes: Annotated[str | None, DisallowNone, UNSET] = None
     """instead of --model, a public shape such as qwen3-14b, with a drafter as the public ones"""
     draft: Annotated[str | None, DisallowNone, UNSET, arg(help=registry.DRAFT_HELP)] = None
-    draft_dtype: Annotated[DraftDtype | None, DisallowNone, UNSET] = None
-    """8-bit weights for the drafter"""
+    weights: Weights = "auto"
+    """form of the target's matrices, as in `python -m infer`"""
+    draft_weights: Annotated[Weights, DRAFT_WEIGHTS] = "auto"
+    """form of the drafter's matrices"""
     dtype: Dtype = "bfloat16"
     """of weights and caches"""
     mesh: Annotated[str | None, DisallowNone, UNSET] = None
@@ -69,6 +72,8 @@ def check_plan(options: Plan) -> None:
     with words_at_fault():
         find_devices(options.devices)
         registry.split_draft(options.draft)
+        resolve_weights(options.weights)
+        resolve_weights(options.draft_weights, "--draft-weights")
     if (options.model is None) == (options.shapes is None):
         raise UsageError("give --model, or --shapes for a public shape: one of them.")
     if options.shapes and options.draft not in (None, registry.NO_DRAFT):
@@ -171,7 +176,7 @@ def plan_rows(options: Plan) -> list[dict[str, Any]]:
             raise DominoError(f"a mesh of {options.mesh} needs {math.prod(meshes[0])} devices; {_named(options)}.")
     else:
         every = [(count // model, model) for model in range(1, count + 1) if count % model == 0]
-        chosen = smallest_mesh(configs, _dtype(options), count, limit)
+        chosen = smallest_mesh(configs, _dtype(options), count, limit, resolve_weights(options.weights))
         meshes = list(dict.fromkeys([chosen, *(mesh for mesh in every if divides(configs, mesh[1]))]))
     return [_plan_row(options, pair, mesh, limit) for mesh in meshes]
 
@@ -186,7 +191,8 @@ def _plan_row(options: Plan, pair: "Pair", mesh: tuple[int, int], limit: float) 
     dtype = _dtype(options)
     device, count = find_devices(options.devices)
     configs = device_configs(pair, model)
-    weights = weight_bytes(pair, model, dtype, options.draft_dtype)
+    forms = resolve_weights(options.weights), resolve_weights(options.draft_weights)
+    weights = weight_bytes(pair, model, dtype, *forms)
     kv = position_bytes(configs.without_drafter, dtype)
     drafter = [state_bytes(configs, capacity, dtype) for capacity in (SMALLEST_BUCKET, 2 * SMALLEST_BUCKET)]
     drafter_kv, paged = (drafter[1] - drafter[0]) // SMALLEST_BUCKET, data == 1  # as the server chooses

@@ -70,7 +70,8 @@ def compile_programs(options: Compile, console: Console) -> dict[str, Any]:
         "model": options.shapes or options.model,
         "draft": options.drafting.draft or "",
         "head_candidates": str(options.drafting.head_candidates),
-        "draft_dtype": options.drafting.draft_dtype or "",
+        "target_weights": chosen.weights,
+        "draft_weights": chosen.draft_weights,
         "dtype": chosen.dtype.name,
         "attention": configs.attention,
         "batch": options.batch,
@@ -128,16 +129,19 @@ def cut_layers(
 
 
 def describe_params(chosen: LoadPlan, place: Place) -> Params:
-    """The weights of a pair as they are loaded, the drafter in 8 bits where asked."""
+    """The weights of a pair as they are loaded, in 8 bits where asked."""
     pair = chosen.configs
     weights = partial(described_weights, dtype=chosen.dtype, mesh=place.mesh, device=place.device)
     params = Params(weights(pair.target), weights(pair.draft) if pair.draft else None)
-    kind, target, draft = chosen.draft_dtype, chosen.fitted.target, chosen.fitted.draft
-    if kind is not None and isinstance(draft, DraftConfig):
+    kind, target, draft = chosen.draft_weights, chosen.fitted.target, chosen.fitted.draft
+    outputs = cache(place.outputs)
+    if chosen.weights != "exact":
+        params = params._replace(target=prepare.quantize_target(params.target, target, chosen.weights, outputs))
+    if kind != "exact" and isinstance(draft, DraftConfig):
         params = place.outputs(lambda params: prepare.quantize_drafter(params, draft, kind), params)
     groups = place.mesh.shape[DATA] if place.mesh else 1
     # Layer by layer, those of equal shapes once: one program for all would not fit where the weights do.
-    return prepare.prepare_for_tpu(params, target, draft, groups, cache(place.outputs))
+    return prepare.prepare_for_tpu(params, target, draft, groups, outputs)
 
 
 def describe_state(configs: DecodeConfig, batch: int, capacity: int, dtype: Any, place: Place) -> DecodeState:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convert.loading import LoadedModel
+from convert.options import in_8_bits
 from convert.registry import locate
 from convert.tokenizer import decode, has_template
 from domino_jax.errors import DominoError
@@ -285,7 +286,8 @@ def quality_figures(one: Measured, options: Bench, whole: Mode, about: dict[str,
     for key, tally in one.tallies.items():
         lengths = Counter(m + 1 for m in tally.accepted)
         asked, drafting = options.model, options.model.drafting
-        as_it_is = drafting.head_candidates == "all" and drafting.draft_dtype is None and not options.drafts
+        as_it_is = drafting.head_candidates == "all" and not in_8_bits(drafting.draft_weights) and not options.drafts
+        as_it_is &= not in_8_bits(asked.device.weights)
         as_it_is &= drafting.tree is None and asked.revision is None and drafting.draft_revision is None
         comparable = key == whole and options.sampling.greedy and as_it_is
         theirs = published(asked.model, asked.draft, one.set.name) if comparable else None

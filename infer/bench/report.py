@@ -18,8 +18,10 @@ def title(row: Row) -> str:
     """What was run, in one line; it names whatever is not real."""
     words = [row["model"] + (" shape with random weights (speed only)" if row["weights"] == "random" else "")]
     words += [row["dtype"], row["device"]]
-    changed = {"head candidates": "head_candidates", "drafter in": "draft_dtype", "attention": "attention"}
-    words += [f"{name} {row[key]}" for name, key in changed.items() if row.get(key) not in (None, "", "all", "xla")]
+    changed = {"target in": "target_weights", "drafter in": "draft_weights"}
+    changed |= {"head candidates": "head_candidates", "attention": "attention"}
+    usual = (None, "exact", "all", "xla")
+    words += [f"{name} {row[key]}" for name, key in changed.items() if row.get(key) not in usual]
     words += ["bfloat16 matrices"] if row.get("matrices") != row["dtype"] else []
     if row["simulated_tau"] is not None:
         words.append(f"acceptance length simulated: {row['simulated_tau']:g}")

@@ -36,4 +36,4 @@ def load_random(name: str, draft: str | None = None, **how: Any) -> LoadedModel:
             folders[-1].mkdir()
             write_json(folders[-1] / "config.json", config.to_hf())
         target, drafter = folders
-        return load_model(target, None if draft == NO_DRAFT else drafter, weights=random_weights, **how)
+        return load_model(target, None if draft == NO_DRAFT else drafter, make_weights=random_weights, **how)

@@ -11,7 +11,8 @@ from convert.drafters import make_drafter
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import LARGEST_CHUNK, DecodeConfig
 from domino_jax.errors import DominoError
-from domino_jax.prepare import quantize_drafter
+from domino_jax.prepare import quantize_drafter, quantize_target
+from domino_jax.runtime.weight_forms import WeightForm
 from domino_jax.sharding import MODEL, RULES, fit_to_mesh
 from domino_jax.weights import Params, build_module
 
@@ -48,12 +49,14 @@ def device_configs(pair: Pair, model: int) -> DecodeConfig:
     return DecodeConfig(part(pair.target), make_drafter(draft, ngram=pair.ngram))
 
 
-def weight_bytes(pair: Pair, model: int, dtype: Any, draft_dtype: str | None = None) -> tuple[int, int]:
+def weight_bytes(
+    pair: Pair, model: int, dtype: Any, weights: WeightForm = "exact", draft_weights: WeightForm = "exact"
+) -> tuple[int, int]:
     """Bytes of one device's part of the target's and the drafter's weights, as `shard_stored` divides them.
 
     Args:
         model: devices that share them.
-        draft_dtype: of the drafter's matrices; see `prepare.quantize_drafter`.
+        weights, draft_weights: the form of the target's and the drafter's matrices.
 
     Raises:
         DominoError: the model can't be divided so.
@@ -67,11 +70,14 @@ def weight_bytes(pair: Pair, model: int, dtype: Any, draft_dtype: str | None = N
         )
 
     params = Params(part(pair.target), part(pair.draft) if pair.draft else None)
-    if draft_dtype is not None:
+    if weights != "exact":
+        run = partial(quantize_target, config=pair.target, kind=weights)
+        params = params._replace(target=jax.eval_shape(run, params.target))
+    if draft_weights != "exact":
         if not isinstance(pair.draft, DraftConfig):
-            raise DominoError("8-bit weights are for a drafter of the target's blocks: give one with --draft DIR.")
+            raise DominoError("--draft-weights is for a drafter of the target's blocks: give one with --draft DIR.")
         params = jax.eval_shape(
-            partial(quantize_drafter, config=fit_to_mesh(pair.draft, model), kind=draft_dtype), params
+            partial(quantize_drafter, config=fit_to_mesh(pair.draft, model), kind=draft_weights), params
         )
     return _bytes(params.target), _bytes((params.draft, params.output))
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from convert.loading import LoadedModel
 from domino_jax import decode
 from domino_jax.runtime.provenance import distinct_ngrams, git_commit, processor
+from domino_jax.runtime.weight_forms import resolve_weights
 from infer.bench import roofline
 from infer.bench.memory import megabytes
 from infer.bench.modes import Drafts, SimulatedAcceptance, drafting, with_drafts
@@ -110,7 +111,8 @@ def circumstances(options: Bench, loaded: LoadedModel) -> Row:
         "mesh": options.model.device.mesh or "",
         "attention": loaded.configs.attention,
         "head_candidates": str(drafting.head_candidates),
-        "draft_dtype": drafting.draft_dtype or "",
+        "target_weights": loaded.weights,
+        "draft_weights": resolve_weights(drafting.draft_weights),
         **({f"tree_{name}": value for name, value in tree._asdict().items()} if tree else {}),
         "matrices": "bfloat16" if loaded.narrow else loaded.dtype.name,
         "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",

@@ -490,7 +490,7 @@ def test_tensors_that_are_missing_or_unknown_are_named(tmp_path):
     del tensors["model.layers.1.self_attn.q_norm.weight"]
     folder = as_folder(write_gguf(tmp_path / "model.gguf", config, tensors))
     with pytest.raises(DominoError, match=r"missing model.layers.1.self_attn.q_norm.weight"):
-        load_model(folder, weights=None)
+        load_model(folder)
 
 
 DAMAGE = {

@@ -11,18 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from factory import make_draft, make_target
+from gguf_files import write_gguf
 from jax.sharding import NamedSharding
 
 from convert import hf, loading, safetensors
 from convert.__main__ import main as convert_main
 from convert.folders import convert_folder, load_weights
+from convert.gguf.folder import as_folder
 from convert.registry import read_configs
 from convert.safetensors import TensorFiles
 from convert.tensors import tensor_files
+from domino_jax import matrix, prepare
 from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime import precision
-from domino_jax.sharding import fit_to_mesh, make_mesh, spec
+from domino_jax.sharding import fit_to_mesh, make_mesh, mesh_context, spec
 from domino_jax.weights import axes, flatten, weight_shapes
 from infer.bench.checkpoints import STEPS
 from infer.bench.checkpoints import main as checkpoints_main
@@ -149,6 +152,63 @@ def test_a_plan_follows_the_devices_that_it_is_for(tmp_path, monkeypatch):
         loading.plan_load(config, None, mesh=(1, 1), attention="cudnn", devices=[tpu])
     with pytest.raises(DominoError, match="needs 4 devices; found 1"):
         loading.plan_load(config, None, mesh=(1, 4), devices=[tpu])
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"),
+    [
+        ("Hugging Face", (1, 2)),
+        ("Orbax", None),
+        ("GGUF", None),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("Hugging Face", None), ("Orbax", (1, 2)))),
+        pytest.param("GGUF", (1, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_a_target_is_put_into_8_bits_matrix_by_matrix(tmp_path, monkeypatch, form, sizes):
+    """Of whatever source: the values are those of the exact weights, and at most one of them is wide at a time."""
+    config = dataclasses.replace(TARGET, moe=MoeConfig(4, 2, 20, norm_topk_prob=True) if form == "Orbax" else None)
+    module = factory.random_weights(config, 0)
+    source = tmp_path / "target"
+    hf.save_hf(source, module, config, config.to_hf(), jnp.bfloat16)
+    if form == "Orbax":
+        convert_folder(source, tmp_path / "orbax")
+        source = tmp_path / "orbax"
+    elif form == "GGUF":
+        source = as_folder(write_gguf(tmp_path / "model.gguf", config, factory.hf_weights(module, config)))
+    how: dict[str, Any] = {"mesh": sizes, "matrices": "float32"}
+    exact = loading.load_model(source, **how)
+    expected = exact.params.target
+    with mesh_context(exact.mesh):
+        wide = flatten(load_weights(source, config, jnp.float32, mesh=exact.mesh))
+    widest = max(leaf.nbytes for leaf in wide.values())
+    before = sum(leaf.nbytes for leaf in jax.live_arrays())
+    most = 0
+    plain = matrix.quantize
+
+    def watched(path: str, weight: Any) -> Any:
+        nonlocal most
+        made = made_of(path, weight)
+        most = max(most, sum(leaf.nbytes for leaf in jax.live_arrays()) - before)
+        return made
+
+    made_of = prepare.target_form(config, "int8")
+    monkeypatch.setattr(prepare, "target_form", lambda *_: watched)
+    loaded = loading.load_model(source, weights="int8", **how)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
+    assert loaded.weights == "int8" and exact.weights == "exact" and expected is not None
+    if form != "Orbax":  # which is read in groups of 256 MB
+        assert most < held + widest + 4096
+    found = flatten(loaded.params.target)
+    for path, letters in flatten(axes(config)).items():
+        if path in found:
+            np.testing.assert_array_equal(found[path], wide[path])
+            continue
+        small = plain(wide[path], "int8")
+        np.testing.assert_array_equal(found[f"{path}.values"], small.values)
+        np.testing.assert_allclose(found[f"{path}.scale"], small.scale, rtol=2**-23)
+        if sizes:
+            where = NamedSharding(make_mesh(*sizes), spec(letters))
+            assert found[f"{path}.values"].sharding.is_equivalent_to(where, small.values.ndim)
 
 
 def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, monkeypatch):

@@ -163,5 +163,5 @@ def test_eight_bits_are_for_block_drafters(tmp_path, target):
     make_target(tmp_path / "small", seed=3, num_hidden_layers=1)
     ways: list[tuple[Path | None, dict[str, Any]]] = [(tmp_path / "small", {}), (None, {"ngram": True})]
     for draft, how in ways:
-        with pytest.raises(DominoError, match="8-bit weights are for"):
-            load_model(target, draft, draft_dtype="int8", **how)
+        with pytest.raises(DominoError, match="--draft-weights is for a drafter"):
+            load_model(target, draft, draft_weights="int8", **how)

@@ -265,7 +265,7 @@ def test_a_head_is_a_class_and_a_line(markov, made, tmp_path):
     hf.save_hf(tmp_path / "draft", weights, config, config.to_hf())
     make_target(tmp_path / "target")
     plain, _ = generated(load_model(tmp_path / "target", None, "float32"))
-    ways: tuple[dict[str, Any], ...] = {}, {"draft_dtype": "int8"}, {"mesh": (1, 2)}
+    ways: tuple[dict[str, Any], ...] = {}, {"draft_weights": "int8"}, {"mesh": (1, 2)}
     for how in ways:
         loaded = load_model(tmp_path / "target", tmp_path / "draft", "float32", **how)
         drafter = loaded.configs.drafter

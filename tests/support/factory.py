@@ -235,7 +235,8 @@ def good_pair(target: TargetConfig = TARGET, seed: int = 0, **changes: Any) -> P
         identity, zero = np.eye(width, dtype=np.float32), np.zeros((width, width), np.float32)
         forget = np.zeros((width, width), np.float32)
         forget[0] = -10.0  # times the constant coordinate: u = σ(-40)
-        readout = np.asarray(weights.lm_head(model) * model.norm) * 100
+        lm_head = model.embed if model.lm_head is None else model.lm_head
+        readout = np.asarray(lm_head * model.norm) * 100
         drafter.head.gru_in = jnp.asarray(np.concatenate([zero, forget.T, identity / 8]))
         drafter.head.gru_state = jnp.zeros((3 * width, width))
         drafter.head.proj_block = jnp.zeros((2 * width, width))

@@ -271,7 +271,8 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
     figures: dict[str, Any] = {name: str(path.absolute()) if path else None for name, path in read.items()}
     figures["num_prompts"] = len(prompts)
     figures |= {name: getattr(o, name) for name in ("prompt_tokens", "new_tokens", "min_distinct", "batch_size")}
-    figures |= {"dtype": pair.dtype.name, "mesh": wanted.device.mesh, "draft_dtype": wanted.drafting.draft_dtype}
+    figures |= {"dtype": pair.dtype.name, "mesh": wanted.device.mesh}
+    figures |= {"weights": wanted.device.weights, "draft_weights": wanted.drafting.draft_weights}
     figures |= {"head_candidates": wanted.drafting.head_candidates, "tree": wanted.drafting.tree}
     each = {
         f"{name}_tau_per_prompt": one.per_prompt

@@ -33,7 +33,7 @@ from tyro.conf import DisallowNone
 
 from convert.messages import LeftOut, left_out_words
 from convert.not_finite import warn_of_drafts
-from convert.options import GROUP, UNSET, ProcessOptions, SamplingOptions, check_count, check_not_source
+from convert.options import GROUP, UNSET, ProcessOptions, SamplingOptions, check_count, check_not_source, in_8_bits
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
@@ -109,7 +109,8 @@ def decisive(options: Regenerate, target: Path, draft: Path | None, lines: Lines
         **decisive_of_all(how, target, draft, o.sampling, o.max_new_tokens),
         "ngram": how.model().ngram,
         "head_candidates": how.model().head_candidates,
-        "draft_dtype": how.drafting.draft_dtype,
+        # By the flag's older name, under which files were begun.
+        "draft_dtype": how.drafting.draft_weights if in_8_bits(how.drafting.draft_weights) else None,
         **({"confidence_threshold": sure} if (sure := how.drafting.confidence_threshold) is not None else {}),
         **({"tree": list(how.model().tree or ())} if how.drafting.tree is not None else {}),
         "data_sha256": lines.sha256,

@@ -15,6 +15,7 @@ from convert.options import SamplingOptions
 from convert.progress import progress_bars
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.slots import Completion, Slots
+from domino_jax.runtime.weight_forms import resolve_weights
 from train.loading import PairOptions
 from train.monitor.decoding_progress import DecodingProgress
 from train.stopping import agreed_stop, stop_signals
@@ -77,4 +78,5 @@ def decisive_of_all(
         "seed": sampling.seed or 0,
         "max_new_tokens": max_new_tokens,
         "dtype": resolve_dtype(options.device.dtype).name,
+        **({"weights": form} if (form := resolve_weights(options.device.weights)) != "exact" else {}),
     }

@@ -114,7 +114,7 @@ def test_drafters():
     assert drafter("--draft", "qwen3-8b") == public and drafter("--draft", "qwen3-8b-dflash")[0] < public[0]
     assert drafter("--draft", "qwen3-0.6b") == (2 * 596_049_920, 2 * 28 * 8 * 128 * 2)  # as Qwen states them
     assert drafter("--draft", "ngram") == (0, 4) and drafter("--draft", "qwen3-8b+ngram") == (public[0], public[1] + 4)
-    small, copy = drafter("--draft-dtype", "int8")[0], 151936 * 4096  # of the LM head, for drafting
+    small, copy = drafter("--draft-weights", "int8")[0], 151936 * 4096  # of the LM head, for drafting
     assert 0.45 * public[0] < small - copy < 0.6 * public[0]
 
 
@@ -159,7 +159,7 @@ def test_words_that_make_no_sense(words, says, capsys):
         (["--model", "qwen3-8b-dflash"], "is a drafter"),
         (["--model", "qwen3-8b", "--draft", "qwen3-4b"], "made for another target"),
         (["--model", "nowhere"], "neither a name"),
-        (["--model", "qwen3-8b", "--draft", "none", "--draft-dtype", "int8"], "8-bit weights are for a drafter"),
+        (["--model", "qwen3-8b", "--draft", "none", "--draft-weights", "int8"], "--draft-weights is for a drafter"),
     ],
 )
 def test_what_can_not_be_planned(words, says, capsys):

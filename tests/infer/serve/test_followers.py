@@ -109,7 +109,7 @@ def test_what_is_asked_arrives_as_it_was(params):
         ({"kv": KVOptions(page_size=32)}, "--page-size"),
         ({"model": ModelOptions(device=DeviceOptions(dtype="bfloat16"))}, "--dtype"),
         ({"model": ModelOptions(device=DeviceOptions(mesh="data=2"))}, "--mesh"),
-        ({"model": ModelOptions(drafting=DraftingOptions(draft_dtype="int8"))}, "--draft-dtype"),
+        ({"model": ModelOptions(drafting=DraftingOptions(draft_weights="int8"))}, "--draft-weights"),
     ],
 )
 def test_a_process_started_otherwise_is_refused(store, changed, name):

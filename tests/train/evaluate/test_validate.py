@@ -196,7 +196,8 @@ def test_the_command_prints_what_validation_gives(folder, capsys):
     assert found["num_prompts"] == 4 and len(found["final_tau_per_prompt"]) == 4
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert main([*words, "--json", "--draft-dtype", "int8", "--head-candidates", "16", "--mesh", "data=2,model=1"]) == 0
+    words += ["--json", "--draft-weights", "int8", "--head-candidates", "16", "--mesh", "data=2,model=1"]
+    assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["head_candidates"] == 16
     assert f"τ {report.final.tau:.2f} ± {report.final.error:.2f}" in text and "without the causal head " in text
 

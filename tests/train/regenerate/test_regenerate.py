@@ -244,7 +244,7 @@ def test_two_processes_do_not_write_into_one_file(folder, tmp_path, capsys, monk
         (["--max-new-tokens", "8"], "max_new_tokens"),
         (["--thinking"], "thinking"),
         (["--draft", "draft"], "draft_identity"),
-        (["--draft", "draft", "--draft-dtype", "int8"], "draft_identity"),
+        (["--draft", "draft", "--draft-weights", "int8"], "draft_identity"),
     ],
 )
 def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words, name):
@@ -376,7 +376,7 @@ def test_conversations_need_a_template_and_values_must_make_sense(folder, tmp_pa
         run(folder, tmp_path / "out.jsonl", *words, status=2)
         assert f"{words[0]} must be " in capsys.readouterr().err
     for words, says in (
-        (["--draft", "none", "--draft-dtype", "int8"], "--draft-dtype needs a drafter"),
+        (["--draft", "none", "--draft-weights", "int8"], "--draft-weights needs a drafter"),
         (["--draft-revision", "main"], "there is no drafter"),
         (["--mesh", "model"], "data=2,model=4"),
         (["--out", str(folder / "data.jsonl")], "is to be written, and"),

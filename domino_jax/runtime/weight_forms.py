@@ -1,0 +1,29 @@
+"""Forms of a model's matrices that are chosen when it is loaded; nothing here imports JAX."""
+
+from typing import Any, Literal
+
+from domino_jax.errors import DominoError
+
+WeightForm = Literal["exact", "int8", "float8"]
+
+NO_INT4 = "nothing runs 4 bits sooner than 8 here: XLA has no product of them in groups, and no kernel is there yet"
+
+
+def resolve_weights(asked: Any, flag: str = "--weights") -> WeightForm:
+    """The form of a model's matrices: the values of its files in the run's dtype, or 8 bits and a scale an output.
+
+    Args:
+        asked: "auto" is exact, on every device so far. On a CPU 8 bits are slower, since its programs widen a matrix at
+            every call. Elsewhere they are another model, and no accelerator has shown yet what they gain.
+        flag: the option's name, for errors.
+
+    Raises:
+        DominoError: there is no such form, or it runs nowhere.
+    """
+    if asked in ("auto", "exact"):
+        return "exact"
+    if asked in ("int8", "float8"):
+        return asked
+    if asked == "int4":
+        raise DominoError(f"{flag} int4: {NO_INT4}; take int8 or float8.")
+    raise DominoError(f"{flag} must be auto, exact, int8 or float8, found {str(asked)[:80]!r}.")

@@ -48,7 +48,7 @@ class Matrix:
         """See the function."""
         raise NotImplementedError(f"{type(self).__name__} has no grouped product")
 
-    def select(self, index: Array) -> Any:
+    def select(self, index: Array | int) -> Any:
         """The matrix at `index` of a stack of them [E, out..., in]."""
         return jax.tree.map(lambda part: part[index], self)
 
@@ -102,7 +102,7 @@ def dot_grouped(x: Array, matrix: AnyMatrix, sizes: Array) -> Array:
     return jax.lax.ragged_dot_general(x, flat, sizes, numbers).reshape(x.shape[0], *matrix.shape[1:-1])
 
 
-def select(matrix: AnyMatrix, index: Array) -> AnyMatrix:
+def select(matrix: AnyMatrix, index: Array | int) -> AnyMatrix:
     """The matrix [out..., in] at `index` of a stack [E, out..., in]."""
     return matrix.select(index) if isinstance(matrix, Matrix) else matrix[index]
 

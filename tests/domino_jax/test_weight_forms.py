@@ -1,6 +1,7 @@
 """A target in 8 bits is a model of its own: its values restated, and Domino's output over it that of plain decoding."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import factory
@@ -26,6 +27,7 @@ MOE = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, 
 DENSE = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 TARGETS = {"dense": DENSE, "experts, tied": dataclasses.replace(DENSE, moe=MOE, tie_word_embeddings=True)}
 PROMPTS = [[1, 2, 3], [40, 7] * 4]
+good = partial(factory.good_pair, seed=1, num_hidden_layers=1, num_attention_heads=4)  # heads that two devices share
 
 
 def restated_scale(weight: Any, kind: str) -> np.ndarray:
@@ -65,7 +67,7 @@ def test_values_and_scales_are_those_of_the_restatement(kind, dtype):
     if dtype == jnp.float32:
         ids, x = [0, 2, 4, 5], rng.normal(size=(3, 40)).astype(np.float32)
         true = x.astype(np.float64) @ values.astype(np.float64).T * scale
-        found = matrix.dot(x, small)
+        found = matrix.dot(jnp.asarray(x), small)
         np.testing.assert_allclose(found[:, ids], true[:, ids], rtol=1e-4, atol=1e-5)
         assert not np.asarray(found[:, 1]).any()
         whole = values.astype(np.float32) * scale[:, None]
@@ -86,8 +88,8 @@ def test_what_of_a_target_is_in_8_bits():
         assert all(after[f"{path}.values"].dtype == jnp.int8 for path in before.keys() - stay)
 
 
-def in_8_bits(config: TargetConfig, kind: str, seed: int = 1) -> Pair:
-    pair = factory.good_pair(config, seed, num_hidden_layers=1)
+def in_8_bits(config: TargetConfig, kind: str) -> Pair:
+    pair = good(config)
     return pair._replace(params=pair.params._replace(target=prepare.quantize_target(pair.params.target, config, kind)))
 
 
@@ -156,7 +158,7 @@ def test_a_mesh_of_two_devices_gives_one_devices_logits(name):
 def test_a_mesh_of_two_devices_gives_one_devices_tokens(sizes):
     pair = in_8_bits(DENSE, "int8")
     expected = loops.speculate(pair.params, pair.configs, loops.begin(pair.params, pair.configs, PROMPTS, 24))
-    whole, draft = factory.good_pair(DENSE, 1, num_hidden_layers=1), pair.configs.draft
+    whole, draft = good(DENSE), pair.configs.draft
     assert draft is not None
     mesh = sharding.make_mesh(*sizes)
     fitted = DecodeConfig(sharding.fit_to_mesh(DENSE, sizes[1]), BlockDrafter(sharding.fit_to_mesh(draft, sizes[1])))

@@ -245,6 +245,7 @@ def test_two_processes_do_not_write_into_one_file(folder, tmp_path, capsys, monk
         (["--thinking"], "thinking"),
         (["--draft", "draft"], "draft_identity"),
         (["--draft", "draft", "--draft-weights", "int8"], "draft_identity"),
+        (["--weights", "int8"], "weights"),
     ],
 )
 def test_another_setting_is_refused(folder, tmp_path, capsys, monkeypatch, words, name):

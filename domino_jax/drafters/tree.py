@@ -4,7 +4,7 @@ All of it is in the program. No branch depends on the data, and the shapes are t
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from domino_jax.drafters.heads.base import Paths
 from domino_jax.drafters.heads.choosing import largest
 from domino_jax.errors import DominoError
 from domino_jax.paged import AnyKVCache
+from domino_jax.sampling import Sampling, probabilities
 from domino_jax.weights import Draft
 
 
@@ -31,6 +32,8 @@ class TreeDrafter(BlockDrafter):
         lanes: W, paths that are followed to the next depth, the likeliest ones. The tree is the best one there is when
             None, which is N of them.
         correction: "depth" has the head correct along the likeliest path alone, and all nodes of a depth share that.
+        coupled: a sampled row's nodes are those that the target will draw the likeliest, given the noise that it draws
+            with; False has them be the likeliest ones whatever the noise, of which fewer are accepted.
 
     Raises:
         DominoError: a number is below 1, or there is no head to correct.
@@ -39,6 +42,7 @@ class TreeDrafter(BlockDrafter):
     nodes: int = 16
     lanes: int | None = None
     correction: Literal["path", "depth"] = "path"
+    coupled: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,28 +68,60 @@ class TreeDrafter(BlockDrafter):
     def propose(
         self, weights: Draft, state: AnyKVCache, view: View, proposals: int, keys: Array | None
     ) -> tuple[DraftTokens, AnyKVCache, AnyKVCache]:
-        """See `drafters.base.Drafter`: the nodes are chosen, so that `keys` only say whether rows may be sampled.
-
-        A sampled row's tree is the likeliest at its temperature.
-        """
+        """See `drafters.base.Drafter`. The nodes are chosen, not drawn: the output is exact whatever they are."""
         z, base, state = self.draft_block(weights, state, view, min(proposals, self.depth))
-        return self.grow(weights, z, base, view, proposals, sampled=keys is not None), state, view.cache
+        return self.grow(weights, z, base, view, proposals, keys), state, view.cache
 
-    def grow(self, weights: Draft, z: Array, base: Array, view: View, nodes: int, sampled: bool) -> DraftTokens:
-        """The tree of a block, from the states of its P first proposals [B, P, D] and their base logits [B, P, V].
-
-        Args:
-            sampled: static; some row has a temperature.
-        """
-        temperature = None
-        if sampled:
-            temperature = jnp.where(view.sampling.temperature > 0, view.sampling.temperature, 1.0)
+    def grow(self, weights: Draft, z: Array, base: Array, view: View, nodes: int, keys: Array | None) -> DraftTokens:
+        """The tree of a block, from the states of its P first proposals [B, P, D] and their base logits [B, P, V]."""
         with jax.named_scope("head"):
             paths: Paths = head_of(self.config).paths(weights.head, z, base, view, self.candidates)
             depth = z.shape[1]
+            if keys is not None and self.coupled:
+                paths = PerturbedPaths(paths, keys, view.sampling, base.shape[2])
+            elif keys is not None:
+                paths = ScaledPaths(paths, view.sampling.temperature)
             if self.correction == "depth":
                 paths = SharedPaths(paths, depth)
-            return best_first(paths, nodes, depth, self.lanes or nodes, temperature)
+            return best_first(paths, nodes, depth, self.lanes or nodes)
+
+
+class ScaledPaths:
+    """Another head's paths with each row's logits divided by its temperature, if it has one: a `heads.base.Paths`."""
+
+    def __init__(self, paths: Paths, temperature: Array):
+        self._paths = paths
+        self._temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
+        self.start, self.advance = paths.start, paths.advance
+
+    def logits(self, state: Any, place: int) -> tuple[Array, Array | None]:
+        logits, names = self._paths.logits(state, place)
+        return logits / self._temperature, names
+
+
+class PerturbedPaths:
+    """Another head's paths with the noise added with which the target will draw: a `heads.base.Paths`.
+
+    The target's token at a position is the argmax of its log-probabilities and of Gumbel noise that the position's key
+    makes (`sampling.sample`). Where a head's distribution is the target's, its best node is that token.
+
+    Args:
+        keys: [B, P], of the positions.
+        sampling: of each row. A greedy row's logits stay as they are.
+        vocab: V.
+    """
+
+    def __init__(self, paths: Paths, keys: Array, sampling: Sampling, vocab: int):
+        self._paths, self._keys, self._sampling, self._vocab = paths, keys, sampling, vocab
+        self.start, self.advance = paths.start, paths.advance
+
+    def logits(self, state: Any, place: int) -> tuple[Array, Array | None]:
+        logits, names = self._paths.logits(state, place)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (self._vocab,)))(self._keys[:, place])
+        if names is not None:
+            noise = jnp.take_along_axis(noise, names, axis=1)
+        perturbed = jnp.log(probabilities(logits, self._sampling)) + noise[:, None]
+        return jnp.where(self._sampling.temperature[:, None, None] > 0, perturbed, logits), names
 
 
 class SharedPaths:
@@ -121,7 +157,7 @@ class _Scored(NamedTuple):
     parents: Array  # [B, E] int32, among all that are scored, from 1 on; 0 is the anchor
 
 
-def best_first(paths: Paths, nodes: int, depth: int, lanes: int, temperature: Array | None = None) -> DraftTokens:
+def best_first(paths: Paths, nodes: int, depth: int, lanes: int) -> DraftTokens:
     """The tree of the likeliest paths, of which no more than `lanes` are followed from one depth to the next.
 
     A node's score is the sum of the log-probabilities along its path, so it is never above its parent's: the best N of
@@ -132,15 +168,12 @@ def best_first(paths: Paths, nodes: int, depth: int, lanes: int, temperature: Ar
         nodes: N, static.
         depth: P, static, of the longest path.
         lanes: W, static.
-        temperature: [B], which logits are divided by; 1 when None.
     """
     state, scores = paths.start(), jnp.zeros((1, 1), jnp.float32)
     here = jnp.zeros((1, 1), jnp.int32)  # of the paths, what `parents` call them
     found, count = [], 0
     for place in range(depth):
         logits, names = paths.logits(state, place)
-        if temperature is not None:
-            logits = logits / temperature[:, None, None]
         best, tokens = largest(logits, min(nodes - place, logits.shape[-1]), divided=names is None)  # [B, L or 1, k]
         best -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         if names is not None:

@@ -10,6 +10,7 @@ SUBCOMMANDS = {
     "correctness": Subcommand("infer.bench.correctness", "does this device compute what it should"),
     "scan": Subcommand("infer.bench.scanned", "unrolled layers against scanned ones"),
     "mixed": Subcommand("infer.bench.mixed", "requests of mixed lengths: slots against closed batches"),
+    "samplers": Subcommand("infer.bench.samplers", "ways of drafting at a temperature: acceptance and speed"),
     "compile": Subcommand("infer.bench.compile", "programs for TPUs that are not here: copies, memory, estimated cost"),
     "serve": Subcommand("infer.bench.serve", "servers of OpenAI's API under load, several in turn"),
     "plan": Subcommand("infer.bench.plan", "what fits on devices that need not be here: weights, caches, streams"),

@@ -48,16 +48,19 @@ def head_following(
     candidates: Sequence[Sequence[int]] | None = None,
     shared: bool = False,
     temperature: float = 1.0,
+    top_k: int = 0,
+    noise: np.ndarray | None = None,
 ) -> Following:
     """What a head says of a block [J, D] with base logits [J, V], by docs/algorithm.md, sections 4 and 10.
 
     Args:
         candidates: at each place those that are scored; the vocabulary when None.
         shared: every path is corrected as the likeliest one.
+        noise: [J, V], with which the target draws a token; where there is some, all but the `top_k` likeliest are out.
     """
     head = reference.has_head(draft_cfg)
     markov = reference.has_markov(draft_cfg)
-    prefix = reference.prefix_length(draft_cfg, len(z)) if head else 0 if markov else len(z)
+    prefix = reference.prefix_length(draft_cfg, draft_cfg["block_size"]) if head else 0 if markov else len(z)
 
     def scores(path: tuple[int, ...]) -> tuple[np.ndarray, Sequence[int]]:
         place = len(path)
@@ -72,7 +75,11 @@ def head_following(
                 state = reference.gru_step(draft_w, reference.f64(embed[token]), state)
             logits = logits + reference.head_correction(draft_w, z[place], state)
             names = names if candidates is None else candidates[place]
-        return logits[list(names)] / temperature, names
+        logits = logits[list(names)] / temperature
+        if noise is None:
+            return logits, names
+        lowest = np.sort(logits)[-top_k] if 0 < top_k < len(logits) else -np.inf
+        return np.where(logits < lowest, -np.inf, logits) + noise[place][list(names)], names
 
     greedy: tuple[int, ...] = ()
     while shared and len(greedy) < len(z):

@@ -38,16 +38,19 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "shared": {"nodes": 13, "correction": "depth"},
     "shared, candidates, lanes": {"nodes": 13, "correction": "depth", "candidates": 5, "lanes": 3},
     "no head": {"nodes": 14, "prefix": None},
-    "temperature": {"nodes": 10, "temperature": (0.0, 0.5, 1.7)},
+    "temperature": {"nodes": 10, "temperature": (0.0, 0.5, 1.7), "coupled": False},
+    "coupled": {"nodes": 10, "temperature": (0.0, 0.5, 1.7)},
+    "coupled, candidates, shared": {"nodes": 8, "temperature": (1.0, 0.5, 0.9), "candidates": 6, "correction": "depth"},
 }
-QUICK = ("best first", "two lanes", "shared", "no head", "temperature", "as few as there are candidates")
+QUICK = ("best first", "two lanes", "shared", "no head", "coupled", "as few as there are candidates")
+TOP_K = 20
 
 
 def grown(pair: Pair, drafter: TreeDrafter, temperature: tuple[float, ...] | None) -> Any:
     """The trees of three rows, and what they were grown from."""
     sampling = settings(3)
     if temperature:
-        sampling = sampling._replace(temperature=jnp.array(temperature, jnp.float32))
+        sampling = sampling._replace(temperature=jnp.array(temperature, jnp.float32), top_k=jnp.full(3, TOP_K))
     state = loops.begin(*pair, PROMPTS, 8, sampling=sampling)
 
     @jax.jit
@@ -55,7 +58,8 @@ def grown(pair: Pair, drafter: TreeDrafter, temperature: tuple[float, ...] | Non
         view = decode.view(params, pair.configs, state)
         z, base, _ = drafter.draft_block(params.draft, state.drafter, view, drafter.depth)
         few = likeliest(base, drafter.candidates)[1] if drafter.candidates else None
-        return drafter.grow(params.draft, z, base, view, drafter.nodes, bool(temperature)), z, base, few, state.token
+        keys = decode.position_keys(state, drafter.depth)[:, :-1, 0] if temperature else None
+        return drafter.grow(params.draft, z, base, view, drafter.nodes, keys), z, base, few, state.token, keys
 
     return jax.device_get(run(pair.params, state))
 
@@ -68,10 +72,13 @@ def test_the_search_is_its_restatement(name):
     config = factory.draft_config(head=head)
     pair = Pair.make(config)
     drafter = TreeDrafter(config, **how)
-    tree, z, base, few, anchors = grown(pair, drafter, temperature)
+    tree, z, base, few, anchors, keys = grown(pair, drafter, temperature)
     _, _, draft_w, draft_cfg = pair.reference()
     embed = np.asarray(pair.params.target.embed)
     for row in range(3):
+        noise = None
+        if temperature and temperature[row] and drafter.coupled:
+            noise = np.stack([jax.random.gumbel(key, base.shape[2:]) for key in keys[row]])
         following = restated.head_following(
             draft_w,
             draft_cfg,
@@ -82,6 +89,8 @@ def test_the_search_is_its_restatement(name):
             None if few is None else few[row].tolist(),
             drafter.correction == "depth",
             (temperature[row] or 1.0) if temperature else 1.0,
+            TOP_K,
+            noise,
         )
         lanes = drafter.lanes
         if lanes is None:
@@ -222,17 +231,16 @@ def in_a_row(parents: jax.Array, depth: int) -> trees.Tree:
     return tree._replace(depth=jnp.broadcast_to(jnp.arange(tree.depth.shape[1], dtype=jnp.int32), tree.depth.shape))
 
 
-def all_before(parents: jax.Array, depth: int) -> trees.Tree:
-    """Each node sees all before it; where it is, and whom it follows, stays."""
+def itself_alone(parents: jax.Array, depth: int) -> trees.Tree:
+    """Each node sees no other; where it is, and whom it follows, stays."""
     tree = TREE_OF(parents, depth)
-    order = jnp.arange(tree.depth.shape[1])
-    return tree._replace(sees=jnp.broadcast_to(order[:, None] >= order, tree.sees.shape))
+    return tree._replace(sees=jnp.broadcast_to(jnp.eye(tree.depth.shape[1], dtype=bool), tree.sees.shape))
 
 
 WRONG: dict[str, dict[str, Any]] = {
     "nothing is moved": {"cache__KVCache__compact": lambda cache, start, places: cache},
     "positions": {"tree__tree_of": in_a_row},
-    "mask": {"tree__tree_of": all_before},
+    "mask": {"tree__tree_of": itself_alone},
 }
 
 
@@ -244,7 +252,7 @@ def expected(pair) -> list[list[int]]:
 
 @pytest.mark.parametrize("broken", [pytest.param(n, marks=pytest.mark.slow if n == "mask" else []) for n in WRONG])
 def test_the_output_needs_each_of_its_parts(pair, expected, broken):
-    """With the caches not put in order, or nodes at wrong positions, or that see others, other tokens come out."""
+    """With the caches not put in order, or nodes at wrong positions, or that see no other, other tokens come out."""
     ours = with_tree(pair, nodes=8)
     run = loops.retraced(**WRONG[broken])
     other = loops.finish(ours.configs, loops.begin(*ours, PROMPTS, COUNT), lambda s: run(*ours, s, 8, True))

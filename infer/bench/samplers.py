@@ -1,0 +1,254 @@
+"""Ways of drafting at a temperature: what is drawn, what is chosen, and how many of it the target accepts.
+
+    python -m infer.bench samplers --temperatures 0 0.6 1 --trees 7 16 --json samplers.json
+
+Chains are drawn and verified by rejection sampling; drawn and verified with the noise that the target draws with
+(coupled); or greedy, and accepted where the target draws the same (sample and match). Trees are of the likeliest nodes,
+or of those that are the likeliest given that noise. All are exact. Each round has a seed of its own and runs every way
+in turn, so that a machine whose speed drifts treats them alike.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from tyro.conf import DisallowNone
+
+from convert.options import GROUP, UNSET, ModelOptions, check_count, check_file, check_real
+from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, end_process, run_command
+
+if TYPE_CHECKING:
+    from convert.loading import LoadedModel
+
+PLAIN = "plain steps"
+
+
+@dataclass(frozen=True)
+class Samplers:
+    """Compare ways of drafting at several temperatures: acceptance, and speed over plain steps."""
+
+    model: Annotated[ModelOptions, GROUP] = field(default_factory=ModelOptions)
+    temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
+    """each in turn; 0 is greedy, where chains do not differ"""
+    top_k: int = 0
+    """likeliest tokens that are drawn from; 0 for all"""
+    top_p: float = 1.0
+    """probability that the tokens drawn from have together"""
+    trees: tuple[int, ...] = (7, 16)
+    """nodes of trees"""
+    seeds: int = 3
+    """rounds, the first of seed 0"""
+    batch_size: int = 8
+    """sequences that run together"""
+    num_prompts: int = 32
+    """prompts of a round"""
+    prompt_tokens: int = 48
+    """of each prompt; longer ones are cut, shorter ones left out"""
+    new_tokens: int = 64
+    """of each answer"""
+    prompts: Annotated[Path | None, DisallowNone, UNSET] = None
+    """JSONL as for python -m infer.bench; the default are the demo's own prompts"""
+    json: Annotated[Path | None, DisallowNone, UNSET] = None
+    """file for the figures: a list of objects, one for each temperature and way"""
+
+
+class Way(NamedTuple):
+    """A way of drafting."""
+
+    name: str
+    model: "LoadedModel"
+    sampler: Literal["rejection", "coupled"]
+
+
+def check_samplers(options: Samplers) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+        UsageError: one does not.
+    """
+    options.model.check()
+    for name in ("seeds", "batch_size", "num_prompts", "prompt_tokens"):
+        check_count(name, getattr(options, name))
+    check_count("new_tokens", options.new_tokens, least=2)
+    check_count("top_k", options.top_k, least=0)
+    check_real("top_p", options.top_p, "above 0 and at most 1")
+    for nodes in options.trees:
+        check_count("trees", nodes)
+    if not options.temperatures:
+        raise UsageError("--temperatures needs at least one.")
+    for temperature in options.temperatures:
+        check_real("temperatures", temperature, "0 or more")
+    if options.model.drafting.tree is not None:
+        raise UsageError("--trees says of how many nodes trees are: leave --tree out.")
+    if options.num_prompts % options.batch_size:
+        raise UsageError(f"--num-prompts {options.num_prompts} is no multiple of --batch-size {options.batch_size}.")
+    check_file("json", options.json, options.prompts, options.model.model, options.model.draft)
+
+
+def ways_of(loaded: "LoadedModel", trees: Sequence[int], sampled: bool) -> list[Way]:
+    """Plain steps first, then chains, then trees.
+
+    Raises:
+        DominoError: the drafter is not a block drafter.
+    """
+    import jax
+
+    from domino_jax.drafters.block import BlockDrafter
+    from domino_jax.drafters.tree import TreeDrafter
+    from infer.bench.sweep import lean_view
+
+    @dataclass(frozen=True)
+    class GreedyDrafter(BlockDrafter):
+        """Proposes the likeliest tokens at any temperature, with the one-hot distributions that they have."""
+
+        def propose(self, weights: Any, state: Any, view: Any, proposals: int, keys: Any) -> Any:
+            draft, state, cache = super().propose(weights, state, view, proposals, None)
+            if keys is not None:
+                draft = draft._replace(probs=jax.nn.one_hot(draft.tokens, view.config.vocab_size))
+            return draft, state, cache
+
+    block = loaded.configs.drafter
+    if type(block) is not BlockDrafter:
+        raise DominoError("ways of drafting are compared for a block drafter, such as Domino: give one with --draft.")
+
+    def using(drafter: BlockDrafter) -> "LoadedModel":
+        return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafter=drafter, drafts=None))
+
+    chain = f"chain of {block.most}"
+    ways = [Way(PLAIN, lean_view(loaded), "coupled")]
+    if sampled:
+        greedy = GreedyDrafter(block.config, block.candidates)
+        ways += [
+            Way(f"{chain}, rejection", using(block), "rejection"),
+            Way(f"{chain}, coupled", using(block), "coupled"),
+            Way(f"{chain}, greedy drafts", using(greedy), "coupled"),
+        ]
+    else:
+        ways.append(Way(chain, using(block), "coupled"))
+    for nodes in trees:
+        tree = TreeDrafter(block.config, block.candidates, nodes)
+        if sampled:
+            likeliest = dataclasses.replace(tree, coupled=False)
+            ways.append(Way(f"tree of {nodes}, likeliest", using(likeliest), "coupled"))
+        ways.append(Way(f"tree of {nodes}, coupled" if sampled else f"tree of {nodes}", using(tree), "coupled"))
+    return ways
+
+
+def measure_samplers(options: Samplers) -> list[dict[str, Any]]:
+    """A row of figures for each temperature and way.
+
+    Raises:
+        DominoError: a model or file is wrong, or the file has too few prompts.
+    """
+    from rich.console import Console
+
+    from convert.options import load_pair
+    from domino_jax.runtime.provenance import git_commit, processor
+    from domino_jax.sampling import SamplingParams
+    from infer.bench.options import Bench
+    from infer.bench.prompts import read_bench_prompts
+    from infer.bench.rounds import batches
+    from infer.engine import Decoding, Engine, tau
+
+    o, console = options, Console(stderr=True)
+    loaded = dataclasses.replace(load_pair(o.model, console), stop_ids=(), tokenizer=None)
+    bench = Bench(o.model, prompts=o.prompts, prompt_tokens=o.prompt_tokens, num_prompts=o.num_prompts)
+    prompts = read_bench_prompts(bench, loaded)[: o.num_prompts]
+    if len(prompts) < o.num_prompts:
+        raise DominoError(f"{len(prompts)} prompts have {o.prompt_tokens} tokens, {o.num_prompts} are wanted.")
+
+    def run(engine: Engine, sampling: SamplingParams) -> tuple[float, list[int], list[list[int]]]:
+        """Seconds of decoding, accepted drafts of all cycles, and the answers."""
+        seconds, accepted, answers = 0.0, [], []
+        for number, group in enumerate(batches(prompts, o.batch_size)):
+            rows = [
+                engine.sequence(prompt, o.new_tokens, row=number * o.batch_size + i)[0]
+                for i, prompt in enumerate(group)
+            ]
+            engine.generate(rows, Decoding(sampling, engine.loaded.configs.drafter is not None))
+            seconds += engine.seconds["decode"]
+            accepted += [m for row in rows for m in row.accepted]
+            answers += [row.tokens for row in rows]
+        return seconds, accepted, answers
+
+    about = {"commit": git_commit(), "processor": processor(), "dtype": loaded.dtype.name, "model": o.model.model}
+    about |= {
+        name: getattr(o, name)
+        for name in ("top_k", "top_p", "seeds", "batch_size", "num_prompts", "prompt_tokens", "new_tokens")
+    }
+    rows = []
+    with loaded.context(), console.status("") as status:
+        for temperature in o.temperatures:
+            ways = ways_of(loaded, o.trees, temperature > 0)
+            engines = [Engine(way.model) for way in ways]
+            found: list[list[tuple[float, list[int], list[list[int]]]]] = [[] for _ in ways]
+            for seed in (None, *range(o.seeds)):  # the first compiles
+                status.update(f"temperature {temperature:g}: {'compiling' if seed is None else f'seed {seed}'}")
+                for way, engine, rounds in zip(ways, engines, found, strict=True):
+                    params = SamplingParams(temperature, o.top_k, o.top_p, seed=seed or 0, sampler=way.sampler)
+                    result = run(engine, params)
+                    if seed is not None:
+                        rounds.append(result)
+            plain = found[0]
+            for way, rounds in zip(ways, found, strict=True):
+                taus = [tau(accepted) for _, accepted, _ in rounds]
+                rows.append(
+                    {
+                        **about,
+                        "temperature": temperature,
+                        "way": way.name,
+                        "tau": None if way.name == PLAIN else statistics.mean(t or 1.0 for t in taus),
+                        "tau_of_seeds": taus,
+                        "tokens_per_second_over_plain": statistics.median(
+                            base / spent for (spent, *_), (base, *_) in zip(rounds, plain, strict=True)
+                        ),
+                        "same_answers_as_plain": None
+                        if way.sampler == "rejection"
+                        else all(a[2] == b[2] for a, b in zip(rounds, plain, strict=True)),
+                    }
+                )
+    return rows
+
+
+def run_samplers(options: Samplers) -> None:
+    """Measure, print a table in Markdown and write the figures."""
+    check_samplers(options)
+    from domino_jax.runtime.compile_cache import enable_compile_cache
+    from domino_jax.runtime.files import write_text
+    from infer.bench.markdown import markdown_table
+
+    enable_compile_cache()
+    rows = measure_samplers(options)
+    if options.json:
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
+    names = list(dict.fromkeys(row["way"] for row in rows))
+    cells = {(row["way"], row["temperature"]): row for row in rows}
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        speed = f"{row['tokens_per_second_over_plain']:.2f}×"
+        return speed if row["tau"] is None else f"{row['tau']:.2f}, {speed}"
+
+    heads = ["τ, tokens/s over plain steps", *(f"T = {temperature:g}" for temperature in options.temperatures)]
+    print(
+        markdown_table(heads, [[name, *(cell(cells.get((name, t))) for t in options.temperatures)] for name in names])
+    )
+    other = [f"{r['way']} at {r['temperature']:g}" for r in rows if r["same_answers_as_plain"] is False]
+    if other:
+        print(f"other answers than plain steps (rounding decides between equals): {', '.join(other)}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench samplers") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(Samplers, run_samplers, argv, prog=prog)
+
+
+if __name__ == "__main__":
+    end_process(main())

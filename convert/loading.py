@@ -30,6 +30,7 @@ from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.autotune import fastest_backend
+from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.memory import default_mesh_sizes, explain_out_of_memory
 from domino_jax.runtime.precision import Matrices, keeps_bfloat16, matmul_precision, resolve_dtype
@@ -59,6 +60,11 @@ class LoadedModel:
         return self.dtype == jnp.float32 and any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(self.params))
 
     @property
+    def platform(self) -> str:
+        """What its programs are compiled for, which is where its weights are: cpu, gpu or tpu."""
+        return next(iter(jax.tree.leaves(self.params)[0].sharding.device_set)).platform
+
+    @property
     def has_block_drafter(self) -> bool:
         """Whether a drafter drafts that was trained for this target."""
         return isinstance(self.configs.draft, DraftConfig)
@@ -78,6 +84,7 @@ class LoadPlan(NamedTuple):
     dtype: Any
     mesh: Mesh | None
     backends: tuple[Backend, ...]  # of attention, of which the fastest here is to be found
+    platform: str  # that it is for: cpu, gpu or tpu
     narrow: bool  # matrices stored in bfloat16 stay so
     weights: WeightForm  # of the target's matrices
     draft_weights: WeightForm  # of the drafter's
@@ -122,8 +129,8 @@ def plan_load(
     Raises:
         DominoError: a setting does not fit the pair or these devices.
     """
-    device = None if devices is None else devices[0]
-    platform = device and device.platform
+    there = own_devices() if devices is None else devices
+    platform = there[0].platform
     config = resolve_moe_backend(config, platform)
     drafter = make_drafter(
         draft_config,
@@ -141,16 +148,16 @@ def plan_load(
     configs = DecodeConfig(config, drafter, drafts if drafter else None)
     kind = resolve_dtype(dtype, platform)
     models = [c for c in (configs.target, configs.draft) if c]
-    sizes = mesh or default_mesh_sizes(models, kind, form)
+    sizes = mesh or default_mesh_sizes(models, kind, there, form)
     spread = make_mesh(*sizes, devices=devices) if sizes != (1, 1) else None
     fitted = dataclasses.replace(
         configs,
         target=fit_to_mesh(configs.target, sizes[1]),
         drafter=_fitted(configs.drafter, sizes[1]),
     )
-    backends = available_backends(attention, [c.head_dim for c in models], kind, device, configs.branching)
+    backends = available_backends(attention, [c.head_dim for c in models], kind, there[0], configs.branching)
     narrow = keeps_bfloat16(matrices, kind, platform)
-    return LoadPlan(configs, fitted, kind, spread, backends, narrow, form, draft_form)
+    return LoadPlan(configs, fitted, kind, spread, backends, platform, narrow, form, draft_form)
 
 
 def load_model(
@@ -186,7 +193,7 @@ def load_model(
     stop_ids, more = end_tokens(target, raw, tokenizer)
     kind, mesh = chosen.dtype, chosen.mesh
     narrow = chosen.narrow and not plain
-    on_cpu = narrow or (kind == jnp.float32 and jax.default_backend() == "cpu" and not plain)
+    on_cpu = narrow or (kind == jnp.float32 and chosen.platform == "cpu" and not plain)
 
     def read(folder: Path, config: Any, what: str, asked: WeightForm) -> Any:
         """The weights of a model; a drafter that is to be in 8 bits is read whole, for its head says what stays."""
@@ -217,7 +224,7 @@ def load_model(
             if not plain:
                 # On a mesh its rows would be on all devices.
                 prepare.tabulate_head(params, chosen.fitted.draft, 0 if mesh else prepare.LARGEST_TABLE)
-        if not plain and jax.default_backend() == "tpu":
+        if not plain and chosen.platform == "tpu":
             groups = mesh.shape[DATA] if mesh else 1
             with mesh_context(mesh):
                 params = prepare.prepare_for_tpu(params, chosen.fitted.target, chosen.fitted.draft, groups)

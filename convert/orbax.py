@@ -24,6 +24,7 @@ from convert.hf import Form, Progress, grouped, write_json
 from convert.tensors import some, tensor_differences
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError, first_line
+from domino_jax.runtime.devices import own_devices
 from domino_jax.sharding import DATA, MODEL, stored_shape
 from domino_jax.sharding import stored_spec as stored_as
 from domino_jax.weights import axes, flatten, unflatten, weight_shapes
@@ -187,7 +188,7 @@ class Saved:
     def _place(self, path: str, mesh: Mesh | None) -> tuple[tuple[int, ...], Any]:
         """The shape to restore a weight with, and where to."""
         if mesh is None:
-            return self.shapes[path], SingleDeviceSharding(jax.devices()[0])
+            return self.shapes[path], SingleDeviceSharding(own_devices()[0])
         letters, stored, model = self._letters[path].split(), self.shapes[path], mesh.shape[MODEL]
         shape = stored_shape(letters, stored, self.config, model)
         if "K" in letters and shape != stored:

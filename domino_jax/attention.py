@@ -36,25 +36,25 @@ BackendChoice = Literal["auto", "xla", "cudnn", "pallas"]
 TESTED_KINDS: dict[str, tuple[Backend, ...]] = {}
 WIDEST_CUDNN_HEAD = 128  # 256 from Hopper on; every model of the table has 128
 SMALLEST_TRITON_HEAD = 16
+TPU_LANES = 128  # JAX's kernel for pages takes heads of whole registers
 LARGEST_ALONE = 1024  # queries whose scores exist at a time where tokens attend among themselves
 
 
 def available_backends(
-    asked: BackendChoice, head_dims: Iterable[int], dtype: Any, device: Any = None, trees: bool = False
+    asked: BackendChoice, head_dims: Iterable[int], dtype: Any, device: Any, trees: bool = False
 ) -> tuple[Backend, ...]:
     """The backends to choose from on a device: the one asked for; with "auto" xla, then tested kernels.
 
     Args:
         head_dims: H of each model that will run.
         dtype: of queries and caches.
-        device: one of those that programs are compiled for; this process's first when None.
+        device: one of those that programs are compiled for.
         trees: queries will be the nodes of trees.
 
     Raises:
         DominoError: the backend asked for can't run here; it is never replaced by another one.
     """
     head_dims = tuple(head_dims)
-    device = jax.devices()[0] if device is None else device
     if asked == "auto":
         tested = TESTED_KINDS.get(device.device_kind, ())
         return ("xla", *(backend for backend in tested if not _refusal(backend, head_dims, dtype, device, trees)))
@@ -164,7 +164,8 @@ def attend_cached(
     """`attend` over one layer of a cache, contiguous or in pages.
 
     A cache in pages is gathered first, a layer at a time: right on any device, for one more copy of what the rows hold.
-    With pallas the pages themselves are read: on NVIDIA GPUs always, on TPUs where attention is causal.
+    With pallas the pages themselves are read: on NVIDIA GPUs always, on TPUs where attention is causal and heads are
+    a multiple of 128 wide.
     """
     if isinstance(cache, PagedKVCache) and backend == "pallas" and sees is None:
         return _attend_pages(q, cache.pages[layer], cache.table, start, causal, window)
@@ -181,7 +182,8 @@ def _attend_pages(q: Array, pages: Array, table: Array, start: Array, causal: bo
         return run(q, *gather_pages(pages, table), start, causal, window)
 
     of_gpu = partial(attend_pages_gpu, causal=causal, window=window, interpret=False)
-    of_tpu = partial(attend_pages_tpu, window=window) if causal else partial(gathered, run=attend_tpu)
+    by_kernel = causal and q.shape[-1] % TPU_LANES == 0
+    of_tpu = partial(attend_pages_tpu, window=window) if by_kernel else partial(gathered, run=attend_tpu)
 
     def run(*given: Array) -> Array:
         return jax.lax.platform_dependent(*given, cpu=gathered, cuda=of_gpu, default=of_tpu)

@@ -29,15 +29,15 @@ from domino_jax.matrix import AnyMatrix, dot, dot_each, dot_grouped, select
 from domino_jax.sharding import MODEL, spec
 
 
-def resolve_moe_backend(config: TargetConfig, platform: str | None = None) -> TargetConfig:
+def resolve_moe_backend(config: TargetConfig, platform: str) -> TargetConfig:
     """The config with the experts' backend for a platform; as it is for a model without experts.
 
     Args:
-        platform: that programs are compiled for ("cpu", "gpu", "tpu"); this process's when None.
+        platform: that programs are compiled for ("cpu", "gpu", "tpu").
     """
     if config.moe is None:
         return config
-    backend: MoeBackend = "one by one" if (platform or jax.default_backend()) == "cpu" else "grouped"
+    backend: MoeBackend = "one by one" if platform == "cpu" else "grouped"
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
 
 

@@ -172,15 +172,15 @@ def check_attention(
     target: TargetConfig,
     draft: DraftConfig,
     dtype: Any,
+    device: Any,
     captured: bool = False,
-    device: Any = None,
 ) -> None:
     """Refuse backends of attention that can't run, before a step is traced.
 
     Args:
         dtype: that the step computes in.
+        device: one of those that the step is compiled for.
         captured: the target does not run.
-        device: one of those that the step is compiled for; this process's first when None.
 
     Raises:
         DominoError: one can't.

@@ -36,6 +36,7 @@ from domino_jax.drafters.heads.base import under
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, words_at_fault
+from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
@@ -100,7 +101,8 @@ def prepare(options: TrainConfig) -> Setup:
     assert options.target is not None
     folder = find(options.target)
     raw, target, _, _ = read_configs(folder, None, "--target")
-    target = resolve_moe_backend(target)
+    device = own_devices()[0]
+    target = resolve_moe_backend(target, device.platform)
     if wanted.length > target.positions:
         raise UsageError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(folder)
@@ -118,8 +120,8 @@ def prepare(options: TrainConfig) -> Setup:
         warnings += read_first_drafter(options.drafter.init_from, draft).warnings
     for warning in warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    dtype = resolve_dtype(options.run.dtype)
-    check_attention(options.objective, target, draft, dtype, captured=wanted.features is not None)
+    dtype = resolve_dtype(options.run.dtype, device.platform)
+    check_attention(options.objective, target, draft, dtype, device, captured=wanted.features is not None)
     corpus, summary = dataset.read_corpus(
         wanted.data,
         wanted.length,
@@ -217,8 +219,9 @@ def resolve_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig)
     """
     words = options.run.mesh
     if words is None:
-        alone = jax.default_backend() == "cpu" and jax.process_count() == 1  # a CPU's devices are one and the same
-        words = f"fsdp={1 if alone else len(jax.devices())}"
+        devices = own_devices()
+        alone = devices[0].platform == "cpu" and jax.process_count() == 1  # a CPU's devices are one and the same
+        words = f"fsdp={1 if alone else len(devices)}"
     with words_at_fault():
         parse_training_mesh(words)
     mesh = meshes.make_training_mesh(words, [target, draft])

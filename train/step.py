@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
 from domino_jax.errors import DominoError
+from domino_jax.runtime.devices import own_devices
 from domino_jax.sharding import row_shards, shard_array, stored_spec
 from domino_jax.weights import Target, axes, flatten, unflatten
 from train import anchors
@@ -154,7 +155,7 @@ def checkpoint_form(recipe: Recipe) -> TrainState:
     """
     whole = state_shapes(recipe)
     if jax.sharding.get_abstract_mesh().empty:
-        where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), whole)
+        where = jax.tree.map(lambda _: SingleDeviceSharding(own_devices()[0]), whole)
     else:
         where = state_shardings(recipe, jax.sharding.get_mesh())
     return jax.tree.map(lambda x, laid: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid), whole, where)

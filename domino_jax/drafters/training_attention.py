@@ -45,17 +45,16 @@ def resolve_block_backend(asked: BlockBackendChoice, config: DraftConfig, count:
     return asked
 
 
-def check_block_backend(asked: BlockBackendChoice, config: DraftConfig, dtype: Any, device: Any = None) -> None:
+def check_block_backend(asked: BlockBackendChoice, config: DraftConfig, dtype: Any, device: Any) -> None:
     """Refuse a backend that can't run on a device; it is never replaced by another one.
 
     Args:
         dtype: of queries and keys.
-        device: one of those that programs are compiled for; this process's first when None.
+        device: one of those that programs are compiled for.
 
     Raises:
         DominoError: it can't.
     """
-    device = jax.devices()[0] if device is None else device
     if asked == "cudnn":
         attention.available_backends("cudnn", (config.head_dim,), dtype, device)
     if asked == "pallas" and device.platform != "tpu":

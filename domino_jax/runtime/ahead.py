@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.devices import DEVICES, Device, device_of_kind
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.hlo import WRITE_BACK, Move, read_figures
 from domino_jax.runtime.provenance import git_commit
-from domino_jax.sharding import spec
+from domino_jax.sharding import MODEL, spec
 
 
 class Place(NamedTuple):
@@ -56,8 +56,14 @@ class Place(NamedTuple):
         return self.array(x, " ".join(["B", *("-" for _ in x.shape[1:])]))
 
     def context(self) -> AbstractContextManager[Any]:
-        """What to lower programs in."""
-        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh) if self.mesh else nullcontext()
+        """What to lower programs in: the mesh; of one device a mesh without axes, which is empty.
+
+        JAX's kernels ask the mesh in context for its kind of device, and this process's devices where there is none.
+        """
+        mesh = (self.mesh or jax.make_mesh((1,), (MODEL,), devices=[self.device])).abstract_mesh
+        if self.mesh is None:
+            mesh = AbstractMesh((), (), abstract_device=mesh.abstract_device)
+        return jax.sharding.use_abstract_mesh(mesh)
 
     def outputs(self, run: Callable[..., Any], *given: Any) -> Any:
         """What a function gives, laid out as the compiler lays it out."""

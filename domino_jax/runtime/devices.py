@@ -1,9 +1,9 @@
-"""Accelerators by name: what one device of each has and gives, as its maker states it.
+"""This process's devices; and accelerators by name: what one of each has and gives, as its maker states it.
 
 A stated rate is a peak; what a program reaches is less. A device is what JAX counts as one: a chip of a TPU, one GPU.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 GIB, GB, TERA = 2.0**30, 1e9, 1e12
 
@@ -54,6 +54,16 @@ KINDS = {
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
+
+
+def own_devices() -> list[Any]:
+    """The devices that this process's own programs run on, which need not be those that it compiles for.
+
+    Whoever decides what is to run asks once, and tells the rest by an argument `device`, `devices` or `platform`.
+    """
+    import jax  # what makers state is read without it
+
+    return jax.devices()
 
 
 def device_of_kind(kind: str) -> Device | None:

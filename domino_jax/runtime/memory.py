@@ -33,7 +33,9 @@ def explain_out_of_memory(otherwise: str) -> Iterator[None]:
         raise DominoError(otherwise) from None
 
 
-def default_mesh_sizes(configs: Sequence[DecoderConfig], dtype: Any, weights: WeightForm = "exact") -> tuple[int, int]:
+def default_mesh_sizes(
+    configs: Sequence[DecoderConfig], dtype: Any, devices: Sequence[Any], weights: WeightForm = "exact"
+) -> tuple[int, int]:
     """The mesh (data, model) without --mesh: one device where the models fit, else as many as they can be divided over.
 
     A mesh that is not needed for memory costs more in communication than it saves for small models. Several processes
@@ -42,11 +44,11 @@ def default_mesh_sizes(configs: Sequence[DecoderConfig], dtype: Any, weights: We
     Args:
         configs: of the models that will run together.
         dtype: of weights and caches.
+        devices: that there are, of all processes.
         weights: the form of the first model's.
     """
-
     several = jax.process_count() > 1
-    return smallest_mesh(configs, dtype, len(jax.devices()), 0 if several else _memory_limit(), weights)
+    return smallest_mesh(configs, dtype, len(devices), 0 if several else _memory_limit(devices[0]), weights)
 
 
 def smallest_mesh(
@@ -73,9 +75,8 @@ def divides(configs: Sequence[DecoderConfig], model: int) -> bool:
         return False
 
 
-def _memory_limit() -> int | None:
+def _memory_limit(device: Any) -> int | None:
     """Bytes that a device gives us; None on a CPU, whose devices share one memory, and where it does not say."""
-    device = jax.devices()[0]
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 

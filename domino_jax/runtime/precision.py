@@ -13,13 +13,13 @@ Matrices = Literal["auto", "float32", "bfloat16"]
 CPUS = Path("/proc/cpuinfo")
 
 
-def resolve_dtype(asked: str | None, platform: str | None = None) -> Any:
+def resolve_dtype(asked: str | None, platform: str) -> Any:
     """The dtype `asked` for; when None float32 on a CPU, where XLA's bfloat16 products are slow, else bfloat16.
 
     Args:
-        platform: that programs are compiled for ("cpu", "gpu", "tpu"); this process's when None.
+        platform: that programs are compiled for ("cpu", "gpu", "tpu").
     """
-    return jnp.dtype(asked or ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"))
+    return jnp.dtype(asked or ("float32" if platform == "cpu" else "bfloat16"))
 
 
 def matmul_precision(dtype: Any) -> AbstractContextManager[Any]:
@@ -30,7 +30,7 @@ def matmul_precision(dtype: Any) -> AbstractContextManager[Any]:
     return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
 
 
-def keeps_bfloat16(asked: Matrices, dtype: Any, platform: str | None = None) -> bool:
+def keeps_bfloat16(asked: Matrices, dtype: Any, platform: str) -> bool:
     """Whether matrices that are stored in bfloat16 stay so in a run of `dtype` (see `prepare.prepare_for_cpu`).
 
     Args:
@@ -47,7 +47,7 @@ def keeps_bfloat16(asked: Matrices, dtype: Any, platform: str | None = None) -> 
         return False
     if asked != "auto":
         return asked == "bfloat16"
-    return (platform or jax.default_backend()) == "cpu" and jax.process_count() == 1 and has_amx()
+    return platform == "cpu" and jax.process_count() == 1 and has_amx()
 
 
 def has_amx() -> bool:

@@ -26,6 +26,7 @@ from tyro.conf import DisallowNone
 from convert.options import UNSET, DeviceOptions, check_count, check_file, local_sources
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, end_process, own_command, own_environment, run_command
+from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.files import lock_folder
 
 PROMPT = list(range(1, 33))
@@ -100,14 +101,13 @@ def run_checkpoints(options: Round) -> dict[str, Any]:
         mesh = parse_mesh(options.mesh) if options.step == "load_mesh" else (1, 1)
         source = first if options.step == "load" else orbax
         loaded: list[Any] = []
-        jax.devices()
+        host = own_devices()[0].platform == "cpu"
         figures = measured(lambda: loaded.append(load_model(source, dtype="float32", mesh=mesh, matrices="float32")))
         engine = Engine(loaded[0])
         sequence, _ = engine.sequence(PROMPT, NEW_TOKENS)
         engine.generate([sequence])
         parts = [part for x in jax.tree.leaves(loaded[0].params) for part in x.addressable_shards]
         held = {device: sum(p.data.nbytes for p in parts if p.device == device) for device in jax.local_devices()}
-        host = jax.default_backend() == "cpu"
         return figures | {
             "stays_bytes": sum(held.values()) if host else max(x.nbytes for x in jax.tree.leaves(loaded[0].params)),
             "device_bytes": max(held.values()),

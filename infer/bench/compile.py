@@ -35,8 +35,10 @@ from convert.registry import MODEL_HELP
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError, end_process, run_command
 from domino_jax.runtime.extras import require
+from domino_jax.runtime.pages import PAGE_SIZE
 from domino_jax.runtime.parsing import parse_json, read_text
 from infer.bench.markdown import markdown_table
+from infer.serve.options import KVOptions
 
 ProgramName = Literal["prefill", "step", "cycle"]
 
@@ -63,6 +65,10 @@ class Compile:
     """rows that run together"""
     context: int = 2048
     """live positions of each row; the caches have the next power of two of them"""
+    kv_cache: Literal["contiguous", "paged"] = "contiguous"
+    """keys and values of all rows in pages, as the server has them, or of each row in one piece"""
+    page_size: int = PAGE_SIZE
+    """positions of a page; a power of two up to 128"""
     num_draft_tokens: Annotated[int | None, DisallowNone, UNSET] = None
     """draft tokens verified per cycle (default: all of a block)"""
     layers: Annotated[int | None, DisallowNone, UNSET] = None
@@ -75,6 +81,11 @@ class Compile:
     """file for the figures"""
     table: Annotated[tuple[Path, ...], UNSET] = ()
     """compile nothing, and print the figures of these files of --json as a table in Markdown"""
+
+    @property
+    def pages(self) -> int | None:
+        """Positions of a page; None for a contiguous cache."""
+        return self.page_size if self.kv_cache == "paged" else None
 
     @property
     def asked(self) -> ModelOptions:
@@ -107,6 +118,7 @@ def check_compile(options: Compile) -> None:
     for name in ("batch", "context", "num_draft_tokens", "layers"):
         if getattr(options, name) is not None:
             check_count(name, getattr(options, name))
+    KVOptions(options.kv_cache, page_size=options.page_size).check()
     if options.tau is not None:
         check_real("tau", options.tau, "1 or more")
     if not options.programs:
@@ -119,6 +131,7 @@ def check_compile(options: Compile) -> None:
 def show_figures(row: dict[str, Any], console: Console) -> None:
     """The figures as a table for people."""
     drafts = f", {row['num_draft_tokens']} drafts" if row["num_draft_tokens"] else ""
+    drafts += f", pages of {row['page_size']}" if row["page_size"] else ""
     console.print(
         f"{row['model']}, {row['layers']} layers, {row['dtype']}, on {row['topology']} ({row['device']}), mesh "
         f"{row['mesh']}, batch {row['batch']}, context {row['context']}{drafts}. Estimated by libtpu {row['libtpu']}, "

@@ -106,17 +106,16 @@ def sentence(check: dict[str, Any]) -> str:
 
 def attention_checks(options: Correctness) -> Any:
     """Those of `infer.bench.forms`, in each dtype."""
-    import jax
-
     from domino_jax.config import DraftConfig
+    from domino_jax.runtime.devices import own_devices
     from infer.bench.forms import check_forms
     from infer.bench.probe import pair_of
 
     pair = pair_of(options.shapes)
     assert isinstance(pair.draft, DraftConfig)
-    host = jax.default_backend() == "cpu"
-    for dtype in options.dtypes or (("float32",) if host else ("float32", "bfloat16")):
-        yield from check_forms(pair.target, pair.draft, dtype)
+    device = own_devices()[0]
+    for dtype in options.dtypes or (("float32",) if device.platform == "cpu" else ("float32", "bfloat16")):
+        yield from check_forms(pair.target, pair.draft, dtype, device)
 
 
 def drafter_checks(options: Correctness) -> Any:

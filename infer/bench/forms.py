@@ -43,14 +43,15 @@ class ComparedForm(NamedTuple):
     refusal: str | None = None  # why it can't run here
 
 
-def check_forms(target: TargetConfig, draft: DraftConfig, dtype: str) -> Iterator[Check]:
+def check_forms(target: TargetConfig, draft: DraftConfig, dtype: str, device: Any) -> Iterator[Check]:
     """What becomes of each form: a dict before it runs, whose status is then "begun", and the same one after.
 
     Args:
         target, draft: whose heads and blocks are taken.
         dtype: of the forms; products in float32 are of full precision.
+        device: one of this process's, which the forms run on.
     """
-    for form in all_forms(target, draft, jnp.dtype(dtype)):
+    for form in all_forms(target, draft, jnp.dtype(dtype), device):
         check: Check = {"group": form.group, "case": form.case, "backend": form.backend, "dtype": dtype}
         if form.refusal:
             yield check | {"status": "refused", "reason": form.refusal}
@@ -81,17 +82,17 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return found if np.isfinite(found) else float("inf")
 
 
-def all_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterator[ComparedForm]:
+def all_forms(target: TargetConfig, draft: DraftConfig, dtype: Any, device: Any) -> Iterator[ComparedForm]:
     """Those of decoding, of prompts without a cache, of training's blocks, and of experts."""
-    yield from cached_forms(target, draft, dtype)
-    yield from alone_forms(target, dtype)
-    yield from block_forms(draft, dtype)
+    yield from cached_forms(target, draft, dtype, device)
+    yield from alone_forms(target, dtype, device)
+    yield from block_forms(draft, dtype, device)
     yield from expert_forms(target, dtype)
 
 
-def cached_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterator[ComparedForm]:
+def cached_forms(target: TargetConfig, draft: DraftConfig, dtype: Any, device: Any) -> Iterator[ComparedForm]:
     """Attention over caches, contiguous and in pages, as models call it: rows at the beginning, middle and end."""
-    host, block = jax.default_backend() == "cpu", draft.block_size
+    host, block = device.platform == "cpu", draft.block_size
     capacity = min(SMALL if host else CAPACITY, length_bucket(target.positions))
     heads, kv_heads, width = target.num_attention_heads, target.num_key_value_heads, target.head_dim
     keys = jax.random.split(jax.random.key(0), 3)
@@ -114,7 +115,7 @@ def cached_forms(target: TargetConfig, draft: DraftConfig, dtype: Any) -> Iterat
         how = {"causal": causal, "window": window}
         plain = partial(attention.attend, **how, sees=seen)
         for backend in get_args(Backend):
-            refusal = refused(partial(attention.available_backends, backend, (width,), dtype, None, tree))
+            refusal = refused(partial(attention.available_backends, backend, (width,), dtype, device, tree))
             run = partial(attention.attend, **how, backend=backend, sees=seen)
             yield ComparedForm("attention over caches", case, backend, run, plain, (q, k, v, start), refusal)
             run, contiguous = partial(over_pages, how=how, sees=seen, backend=backend), partial(not_paged, plain)
@@ -162,9 +163,9 @@ def refused(ask: Callable[[], Any]) -> str | None:
     return None
 
 
-def alone_forms(target: TargetConfig, dtype: Any) -> Iterator[ComparedForm]:
+def alone_forms(target: TargetConfig, dtype: Any, device: Any) -> Iterator[ComparedForm]:
     """Attention without a cache, of whole rows and of packed ones."""
-    length = SMALL // 2 if jax.default_backend() == "cpu" else 2 * SMALL
+    length = SMALL // 2 if device.platform == "cpu" else 2 * SMALL
     keys = jax.random.split(jax.random.key(2), 3)
     counts = target.num_attention_heads, target.num_key_value_heads, target.num_key_value_heads
     q, k, v = (
@@ -174,24 +175,24 @@ def alone_forms(target: TargetConfig, dtype: Any) -> Iterator[ComparedForm]:
     packed = jnp.tile(jnp.where(jnp.arange(length) < length // 3, 0, length // 3).astype(jnp.int32), (2, 1))
     for case, starts in (("whole rows", None), ("packed rows", packed)):
         for backend in ("xla", "cudnn"):
-            refusal = refused(partial(attention.available_backends, backend, (target.head_dim,), dtype))
+            refusal = refused(partial(attention.available_backends, backend, (target.head_dim,), dtype, device))
             run, plain = (
                 partial(attention.attend_without_cache, starts=starts, backend=one) for one in (backend, "xla")
             )
             yield ComparedForm("attention without a cache", case, backend, run, plain, (q, k, v), refusal)
 
 
-def block_forms(draft: DraftConfig, dtype: Any) -> Iterator[ComparedForm]:
+def block_forms(draft: DraftConfig, dtype: Any, device: Any) -> Iterator[ComparedForm]:
     """Attention of training's blocks, with its gradients."""
-    host = jax.default_backend() == "cpu"
-    length, blocks = (128, 8) if host else (1024, 64)
+    host, size = device.platform == "cpu", draft.block_size
+    # More than one group of blocks, else chunked would be dense.
+    length, blocks = (128 if host else 1024), max(0 if host else 64, training_attention.ROWS // size + 1)
     heads, kv_heads, width = draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
     keys = jax.random.split(jax.random.key(3), 6)
 
     def normal(key: Array, *shape: int) -> Array:
         return jax.random.normal(key, shape).astype(dtype)
 
-    size = draft.block_size
     q = normal(keys[0], 1, blocks, size, heads, width)
     own = tuple(normal(key, 1, blocks, size, kv_heads, width) for key in keys[1:3])
     context = tuple(normal(key, 1, length, kv_heads, width) for key in keys[3:5])
@@ -207,7 +208,7 @@ def block_forms(draft: DraftConfig, dtype: Any) -> Iterator[ComparedForm]:
             return out, gradients
 
         for backend in get_args(BlockBackend):
-            refusal = refused(partial(training_attention.check_block_backend, backend, draft, dtype))
+            refusal = refused(partial(training_attention.check_block_backend, backend, draft, dtype, device))
             ours, plain = (partial(run, backend=one) for one in (backend, "dense"))
             yield ComparedForm("training's attention", case, backend, ours, plain, (q, own, context, anchors), refusal)
 

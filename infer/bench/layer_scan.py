@@ -21,8 +21,10 @@ from domino_jax import cache as kv
 from domino_jax import layers, target
 from domino_jax.attention import attend
 from domino_jax.config import TargetConfig
+from domino_jax.moe import resolve_moe_backend
 from domino_jax.paged import AnyKVCache
 from domino_jax.runtime.command import UsageError
+from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.weights import Target
@@ -80,7 +82,7 @@ def time_program(
 
 def measure_scanned(options: Scan, config: TargetConfig) -> list[tuple[int, str, float, float]]:
     """(tokens, kind, ms of a pass, seconds to compile) of each."""
-    dtype = resolve_dtype(options.dtype)
+    dtype = resolve_dtype(options.dtype, own_devices()[0].platform)
     params = random_weights(config, dtype)
     start = jnp.full(1, options.positions // 2, jnp.int32)
     rows = []
@@ -124,13 +126,14 @@ def run_scan(options: Scan) -> None:
         UsageError: an option does not fit the shape.
         DominoError: the shape is unknown, or memory is exhausted.
     """
-    config = find_shape(options.shapes).target
+    platform = own_devices()[0].platform
+    config = resolve_moe_backend(find_shape(options.shapes).target, platform)
     count = config.num_hidden_layers if options.layers is None else options.layers
     if not 1 <= count <= config.num_hidden_layers:
         raise UsageError(f"--layers must be from 1 to {config.num_hidden_layers}, found {options.layers}.")
     config = dataclasses.replace(config, num_hidden_layers=count)
     table = Table("tokens", "layers", "ms a pass", "compile s", title=f"{options.shapes}, one row, no LM head")
-    precision = matmul_precision(resolve_dtype(options.dtype))
+    precision = matmul_precision(resolve_dtype(options.dtype, platform))
     memory = "the device has too little memory for both kinds of layers: fewer --layers."
     with explain_out_of_memory(memory), precision:
         for tokens, kind, ms, seconds in measure_scanned(options, config):

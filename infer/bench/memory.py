@@ -6,6 +6,7 @@ import jax
 
 from convert.loading import LoadedModel
 from domino_jax import cache as kv
+from domino_jax.runtime.devices import own_devices
 
 
 def megabytes(loaded: LoadedModel, batch: int, positions: int) -> dict[str, float]:
@@ -18,7 +19,7 @@ def megabytes(loaded: LoadedModel, batch: int, positions: int) -> dict[str, floa
     if drafter is not None:
         caches.append(jax.eval_shape(lambda: drafter.init(batch, capacity, loaded.dtype)))
     held["caches_mb"] = _mb(caches)
-    stats = jax.devices()[0].memory_stats()
+    stats = own_devices()[0].memory_stats()
     if stats:
         held["device_peak_mb"] = stats.get("peak_bytes_in_use", 0) / 1e6
     return held

@@ -16,7 +16,7 @@ from convert.shapes import find_shape
 from domino_jax.decode import position_bytes
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import end_process, run_command, words_at_fault
-from domino_jax.runtime.devices import device_of_kind
+from domino_jax.runtime.devices import device_of_kind, own_devices
 from domino_jax.runtime.files import write_text
 from domino_jax.runtime.memory import divides
 from domino_jax.runtime.provenance import git_commit, processor
@@ -54,7 +54,7 @@ def probe(options: Probe) -> dict[str, Any]:
     Raises:
         DominoError: there is no such shape, or it can't be divided over the mesh.
     """
-    devices = jax.devices()
+    devices = own_devices()
     device, stats = devices[0], devices[0].memory_stats() or {}
     stated = device_of_kind(device.device_kind)
     memory = None if device.platform == "cpu" else stats.get("bytes_limit") or (stated and stated.memory)

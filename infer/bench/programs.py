@@ -52,7 +52,7 @@ def compile_programs(options: Compile, console: Console) -> dict[str, Any]:
     if capacity < configs.lookahead:
         raise UsageError(f"--context {options.context} is too short for a cycle of {configs.lookahead} positions.")
     with words_at_fault():
-        state = describe_state(configs, options.batch, capacity, chosen.dtype, place)
+        state = describe_state(configs, options.batch, capacity, chosen.dtype, place, options.pages)
     params = describe_params(chosen, place)
     wanted: list[ProgramName] = [name for name in options.programs if name != "cycle" or configs.drafter is not None]
     programs, failed = [], {}
@@ -74,6 +74,8 @@ def compile_programs(options: Compile, console: Console) -> dict[str, Any]:
         "draft_weights": chosen.draft_weights,
         "dtype": chosen.dtype.name,
         "attention": configs.attention,
+        "kv_cache": options.kv_cache,
+        "page_size": options.pages,
         "batch": options.batch,
         "context": options.context,
         "capacity": capacity,
@@ -144,12 +146,12 @@ def describe_params(chosen: LoadPlan, place: Place) -> Params:
     return prepare.prepare_for_tpu(params, target, draft, groups, outputs)
 
 
-def describe_state(configs: DecodeConfig, batch: int, capacity: int, dtype: Any, place: Place) -> DecodeState:
-    """The state of `batch` rows that decode.
+def describe_state(
+    configs: DecodeConfig, batch: int, capacity: int, dtype: Any, place: Place, page_size: int | None = None
+) -> DecodeState:
+    """The state of `batch` rows that decode, laid out on its devices.
 
-    Args:
-        capacity: positions of the caches.
-        dtype: of the caches.
+    Args: see `decoding_state`.
 
     Raises:
         DominoError: the rows can't be divided over the mesh.
@@ -157,17 +159,36 @@ def describe_state(configs: DecodeConfig, batch: int, capacity: int, dtype: Any,
     data = place.mesh.shape[DATA] if place.mesh else 1
     if batch % data:
         raise DominoError(f"{batch} rows can't be divided over data={data}: give a multiple of it.")
+    if page_size is not None and data > 1:
+        raise DominoError(f"a KV cache in pages needs a mesh with data=1, found data={data}.")
+    how = configs, batch, capacity, dtype, page_size
+    placed = place.outputs(partial(empty_caches, *how))
+    state = jax.eval_shape(partial(decoding_state, *how))
+    return jax.tree.map(place.rows, state)._replace(cache=placed.target, drafter=placed.drafter)
 
-    def caches() -> decode.Caches:
+
+def decoding_state(
+    configs: DecodeConfig, batch: int, capacity: int, dtype: Any, page_size: int | None = None
+) -> DecodeState:
+    """The state of `batch` greedy rows.
+
+    Args:
+        capacity: positions of the caches.
+        dtype: of the caches.
+        page_size: positions of a page, of which there are as many as the rows can use; None for contiguous caches.
+    """
+    keys = jax.random.split(jax.random.key(0), batch)
+    rows = decode.new_rows(keys, [1] * batch, np.full((batch, STOP_IDS), -1, np.int32), settings(batch))
+    return decode.begin(rows, [1] * batch, empty_caches(configs, batch, capacity, dtype, page_size))
+
+
+def empty_caches(
+    configs: DecodeConfig, batch: int, capacity: int, dtype: Any, page_size: int | None = None
+) -> decode.Caches:
+    """Those of `decoding_state`."""
+    if page_size is None:
         return decode.init_caches(configs, batch, capacity, dtype)
-
-    def state() -> DecodeState:
-        keys = jax.random.split(jax.random.key(0), batch)
-        rows = decode.new_rows(keys, [1] * batch, np.full((batch, STOP_IDS), -1, np.int32), settings(batch))
-        return decode.begin(rows, [1] * batch, caches())
-
-    placed = place.outputs(caches)
-    return jax.tree.map(place.rows, jax.eval_shape(state))._replace(cache=placed.target, drafter=placed.drafter)
+    return decode.init_paged_caches(configs, batch, capacity, dtype, batch * capacity // page_size + 1, page_size)
 
 
 def compile_program(
@@ -178,27 +199,51 @@ def compile_program(
     Raises:
         DominoError: the compiler refuses it.
     """
-    batch, chunk = options.batch, min(decode.LARGEST_CHUNK, state.cache.capacity)
-    dtype, width = params.target.norm.dtype, configs.target.hidden_size
-    plain = params.without_drafter, configs.without_drafter, state._replace(drafter=None)
-    tokens = place.array(jax.ShapeDtypeStruct((batch, chunk), jnp.int32), "B T")
-    last = place.array(jax.ShapeDtypeStruct((batch, width), dtype), "B D")
-    lower: dict[ProgramName, Callable[[], Any]] = {
-        "prefill": lambda: decode.prefill.lower(params, configs, state, tokens, np.int32(0), last),
-        "step": lambda: decode.autoregress.lower(*plain, CYCLES * STEPS_PER_CYCLE, True, np.int32(1)),
-        "cycle": lambda: decode.speculate.lower(params, configs, state, CYCLES, True, np.int32(1)),
-    }
+    batch, chunk, dtype = options.batch, chunk_of(state), params.target.norm.dtype
+
+    def lower() -> Any:
+        return trace_program(name, configs, params, state, place.array).lower()
+
     began = time.perf_counter()
     with matmul_precision(dtype):
-        compiled, text = compile_ahead(name, place, lower[name])
+        compiled, text = compile_ahead(name, place, lower)
     seconds = time.perf_counter() - began
     mesh = (place.mesh.shape[DATA], place.mesh.shape[MODEL]) if place.mesh else (1, 1)
     machine = Machine(place.stated.bandwidth, place.stated.flops)
-    run = plain[:2] if name == "step" else (params, configs)
+    run = (params.without_drafter, configs.without_drafter) if name == "step" else (params, configs)
     needed = work(run[1], run[0], batch, options.context, mesh, chunk=chunk if name == "prefill" else None)
     floors = {scope: machine.milliseconds(needed[scope]) if scope in needed else 0.0 for scope in SCOPES}
     figures = program_figures(compiled, text, place.stated, floors, looped=name != "prefill")
     return {"name": name, "compile_seconds": seconds} | figures | rates(figures, produced(name, options, chunk))
+
+
+def chunk_of(state: DecodeState) -> int:
+    """Positions of each row that one run of the prefill program takes."""
+    return min(decode.LARGEST_CHUNK, state.cache.capacity)
+
+
+def trace_program(
+    name: ProgramName,
+    configs: DecodeConfig,
+    params: Params,
+    state: DecodeState,
+    array: Callable[[Any, str], Any] = lambda x, letters: x,
+) -> Any:
+    """A program as `Slots` runs it for greedy rows, traced (`jax.stages.Traced`) for weights and a state that need not
+    be there.
+
+    Args:
+        array: an array of a shape and dtype, by its axis letters, where the others are.
+    """
+    if name == "step":
+        plain = params.without_drafter, configs.without_drafter, state._replace(drafter=None)
+        return decode.autoregress.trace(*plain, CYCLES * STEPS_PER_CYCLE, True, np.int32(1))
+    if name == "cycle":
+        return decode.speculate.trace(params, configs, state, CYCLES, True, np.int32(1))
+    batch = state.token.shape[0]
+    tokens = array(jax.ShapeDtypeStruct((batch, chunk_of(state)), jnp.int32), "B T")
+    last = array(jax.ShapeDtypeStruct((batch, configs.target.hidden_size), params.target.norm.dtype), "B D")
+    return decode.prefill.trace(params, configs, state, tokens, np.int32(0), last)
 
 
 def produced(name: ProgramName, options: Compile, chunk: int) -> float | None:

@@ -25,6 +25,7 @@ from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.matrix import dot, for_cpu
+from domino_jax.runtime.devices import own_devices
 from domino_jax.sharding import DATA, MODEL
 from domino_jax.weights import Layer, Params, lm_head
 from infer.bench.rows import LEAN
@@ -53,7 +54,7 @@ class Machine(NamedTuple):
 
 def probe_sizes() -> tuple[int, int]:
     """Bytes to read and the side of the square product: beyond every cache, and within seconds."""
-    return (256 << 20, 1536) if jax.default_backend() == "cpu" else (2 << 30, 8192)
+    return (256 << 20, 1536) if own_devices()[0].platform == "cpu" else (2 << 30, 8192)
 
 
 def measure_device(dtype: Any, narrow: bool = False) -> Machine:

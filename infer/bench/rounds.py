@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert.folders import GGUF, HF, folder_format
 from convert.tensors import open_tensors
 from domino_jax.errors import DominoError
+from domino_jax.runtime.devices import own_devices
 from infer.bench.options import Bench
 from infer.bench.rows import LEAN
 from infer.engine import Decoding, Engine, Sequence, tau
@@ -82,7 +82,7 @@ def transformers_runner(
         return None
     if not options.sampling.greedy:
         return None
-    place = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    place = {"cpu": "cpu", "gpu": "cuda"}.get(own_devices()[0].platform)
     if place is None or (place == "cuda" and not torch.cuda.is_available()):
         return None
     model = transformers_model(folder, dtype)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from convert.loading import LoadedModel
 from domino_jax import decode
+from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.provenance import distinct_ngrams, git_commit, processor
 from domino_jax.runtime.weight_forms import resolve_weights
 from infer.bench import roofline
@@ -104,9 +105,10 @@ def build(options: Bench, loaded: LoadedModel) -> dict[Key, Engine]:
 def circumstances(options: Bench, loaded: LoadedModel) -> Row:
     """What every row says of the run, whatever it measures."""
     drafting, sampling, tree = options.model.drafting, options.sampling, options.model.tree
+    device = own_devices()[0]
     return {
         "commit": git_commit(),
-        "device": jax.devices()[0].device_kind,
+        "device": device.device_kind,
         "processor": processor(),
         "mesh": options.model.device.mesh or "",
         "attention": loaded.configs.attention,
@@ -115,7 +117,7 @@ def circumstances(options: Bench, loaded: LoadedModel) -> Row:
         "draft_weights": resolve_weights(drafting.draft_weights),
         **({f"tree_{name}": value for name, value in tree._asdict().items()} if tree else {}),
         "matrices": "bfloat16" if loaded.narrow else loaded.dtype.name,
-        "platform": f"{jax.default_backend()}, {platform.machine()}, Python {platform.python_version()}",
+        "platform": f"{device.platform}, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,
         "model": options.shapes or options.model.model,
         "draft": drafting.draft or "",

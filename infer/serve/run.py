@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import uvicorn
 from rich.console import Console
 
@@ -160,7 +159,7 @@ def plan_memory(options: Serve, loaded: LoadedModel, positions: int) -> Pages | 
     kv = options.kv
     with loaded.context():
         # Where there is no kernel pages are gathered, which on a CPU costs a fifth of the speed or more.
-        slow = row_shards() > 1 or jax.devices()[0].platform == "cpu"
+        slow = row_shards() > 1 or loaded.platform == "cpu"
         if kv.kv_cache == "contiguous" or (kv.kv_cache == "auto" and slow and not kv.asked):
             return None
         memory = parse_bytes(kv.kv_memory) if kv.kv_memory else None

@@ -11,8 +11,6 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-import jax
-
 from convert.loading import LoadedModel
 from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache
@@ -165,7 +163,7 @@ class Worker:
         most = loaded.configs.proposals
         policy = AutoDrafts.of(loaded.configs) if auto and most else FixedDrafts(most)
         # What auto may choose besides the whole block and plain steps is compiled when it is wanted, beside decoding.
-        share = COMPILING_ON_CPU if jax.devices()[0].platform == "cpu" else 1.0
+        share = COMPILING_ON_CPU if loaded.platform == "cpu" else 1.0
         self._compiler = BackgroundCompiler(loaded.context, share) if link is None else None
         with loaded.context():
             self._slots = self._make(size, policy)
@@ -186,7 +184,7 @@ class Worker:
             loaded.configs,
             size,
             loaded.dtype,
-            sizes=SIZES_ON_CPU if jax.devices()[0].platform == "cpu" else SIZES,
+            sizes=SIZES_ON_CPU if loaded.platform == "cpu" else SIZES,
             policy=policy,
             processors=True,
             warn=lambda: self._say(f"warning: {NOT_FINITE_DRAFTS}"),

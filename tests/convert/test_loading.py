@@ -26,7 +26,7 @@ from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime import precision
 from domino_jax.sharding import fit_to_mesh, make_mesh, mesh_context, spec
-from domino_jax.weights import axes, flatten, weight_shapes
+from domino_jax.weights import JoinedLayer, axes, flatten, weight_shapes
 from infer.bench.checkpoints import STEPS
 from infer.bench.checkpoints import main as checkpoints_main
 from infer.engine import Engine
@@ -123,16 +123,17 @@ def test_where_matrices_stay_narrow(tmp_path, monkeypatch):
         if flags:
             cpus.write_text(f"processor : 0\nflags\t\t: {flags}\n")
         monkeypatch.setattr(precision, "CPUS", cpus)
-        assert precision.keeps_bfloat16("auto", jnp.float32) == expected
-        assert precision.keeps_bfloat16("bfloat16", jnp.float32) and not precision.keeps_bfloat16(
-            "float32", jnp.float32
-        )
-        assert not precision.keeps_bfloat16("auto", jnp.bfloat16)
+        assert precision.keeps_bfloat16("auto", jnp.float32, "cpu") == expected
+        for platform in ("cpu", "gpu", "tpu"):
+            assert precision.keeps_bfloat16("bfloat16", jnp.float32, platform)
+            assert not precision.keeps_bfloat16("float32", jnp.float32, platform)
+            assert not precision.keeps_bfloat16("auto", jnp.bfloat16, platform)
+            assert platform == "cpu" or not precision.keeps_bfloat16("auto", jnp.float32, platform)
     with pytest.raises(DominoError, match="a choice of float32 runs: this one's are bfloat16"):
-        precision.keeps_bfloat16("bfloat16", jnp.dtype(jnp.bfloat16))
+        precision.keeps_bfloat16("bfloat16", jnp.dtype(jnp.bfloat16), "cpu")
     monkeypatch.setattr(precision, "CPUS", tmp_path / "True fpu amx_bf16 amx_tile")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert not precision.keeps_bfloat16("auto", jnp.float32), "all processes run the same program"
+    assert not precision.keeps_bfloat16("auto", jnp.float32, "cpu"), "all processes run the same program"
 
 
 def test_a_plan_follows_the_devices_that_it_is_for(tmp_path, monkeypatch):
@@ -209,6 +210,19 @@ def test_a_target_is_put_into_8_bits_matrix_by_matrix(tmp_path, monkeypatch, for
         if sizes:
             where = NamedSharding(make_mesh(*sizes), spec(letters))
             assert found[f"{path}.values"].sharding.is_equivalent_to(where, small.values.ndim)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_weights_take_the_form_of_the_platform_that_the_plan_is_for(platform, plain, tmp_path, monkeypatch):
+    make_target(tmp_path, tie_word_embeddings=False)
+    pretended = SimpleNamespace(platform=platform, device_kind=platform)
+    monkeypatch.setattr(loading, "own_devices", lambda: [pretended])
+    loaded = loading.load_model(tmp_path, dtype="float32", mesh=(1, 1), plain=plain, matrices="float32")
+    forms: dict[str, Any] = {"cpu": matrix.CpuFloat32, "gpu": jax.Array, "tpu": matrix.ForTpu}
+    assert isinstance(loaded.params.target.lm_head, jax.Array if plain else forms[platform])
+    assert isinstance(loaded.params.target.layers[0], JoinedLayer) == (platform == "tpu" and not plain)
+    assert loaded.platform == "cpu", "where the weights are"
 
 
 def test_a_mesh_reads_each_value_once_and_copies_of_a_kv_head_once(tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def test_a_token_does_not_feel_the_experts_of_others(form):
 
 def test_a_cpu_reads_no_expert_that_nobody_chose():
     """NaN in all of the others changes nothing, and no expert's weights are held a second time."""
-    config = moe.resolve_moe_backend(make(moe=dataclasses.replace(MOE, num_experts=64)))
+    config = moe.resolve_moe_backend(make(moe=dataclasses.replace(MOE, num_experts=64)), "cpu")
     many = config.moe
     assert many is not None
     layer = factory.random_weights(make(moe=many, num_hidden_layers=1), 3).layers[0]

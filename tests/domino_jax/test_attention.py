@@ -184,7 +184,7 @@ def test_on_a_mesh_each_device_has_its_own_part(sizes):
 def test_the_backend_of_this_device(backend):
     """On a GPU or a TPU its own backend, compiled, against xla, both in bfloat16."""
     try:
-        available_backends(backend, [128], jnp.bfloat16)
+        available_backends(backend, [128], jnp.bfloat16, jax.devices()[0])
     except DominoError as error:
         pytest.skip(str(error))
     for tokens, group, kv_heads, causal, window in CASES.values():
@@ -195,12 +195,17 @@ def test_the_backend_of_this_device(backend):
         np.testing.assert_allclose(ours, plain, atol=TOLERANCES["bfloat16"], rtol=0)
 
 
-def test_what_cannot_run_here_is_refused(monkeypatch):
-    assert available_backends("auto", [6], jnp.float32) == available_backends("xla", [6], jnp.float32) == ("xla",)
+def test_what_cannot_run_on_a_device_is_refused(monkeypatch):
+    cpu = jax.devices("cpu")[0]
+    assert (
+        available_backends("auto", [6], jnp.float32, cpu)
+        == available_backends("xla", [6], jnp.float32, cpu)
+        == ("xla",)
+    )
     with pytest.raises(DominoError, match=r"needs a TPU or an NVIDIA GPU, found cpu"):
-        available_backends("pallas", [128], jnp.bfloat16)
+        available_backends("pallas", [128], jnp.bfloat16, cpu)
     with pytest.raises(DominoError, match=r"needs an NVIDIA GPU, found cpu"):
-        available_backends("cudnn", [128], jnp.bfloat16)
+        available_backends("cudnn", [128], jnp.bfloat16, cpu)
 
     class Gpu:
         platform, device_kind = "gpu", "NVIDIA H200"
@@ -208,28 +213,29 @@ def test_what_cannot_run_here_is_refused(monkeypatch):
         class client:
             platform_version = "PJRT C API\ncuda 13000"
 
-    for asked in ("cudnn", "auto"):  # of another device than this process's
+    for asked in ("cudnn", "auto"):
         assert "xla" in available_backends("auto", [128], jnp.bfloat16, Gpu)
         assert available_backends(asked, [128], jnp.bfloat16, Gpu)
-    monkeypatch.setattr(jax, "devices", lambda: [Gpu])
-    assert available_backends("auto", [128], jnp.bfloat16) == ("xla",), "no kernel was tested on this kind of device"
+    assert available_backends("auto", [128], jnp.bfloat16, Gpu) == ("xla",), (
+        "no kernel was tested on this kind of device"
+    )
     monkeypatch.setitem(attention.TESTED_KINDS, "NVIDIA H200", ("cudnn", "pallas"))
-    assert available_backends("auto", [128], jnp.bfloat16) == ("xla", "cudnn", "pallas")
-    assert available_backends("auto", [128], jnp.float32) == ("xla", "pallas")
-    assert available_backends("auto", [128, 100], jnp.bfloat16) == ("xla",)
-    assert available_backends("cudnn", [128, 64], jnp.bfloat16) == ("cudnn",)
+    assert available_backends("auto", [128], jnp.bfloat16, Gpu) == ("xla", "cudnn", "pallas")
+    assert available_backends("auto", [128], jnp.float32, Gpu) == ("xla", "pallas")
+    assert available_backends("auto", [128, 100], jnp.bfloat16, Gpu) == ("xla",)
+    assert available_backends("cudnn", [128, 64], jnp.bfloat16, Gpu) == ("cudnn",)
     with pytest.raises(DominoError, match="takes bfloat16, found float32"):
-        available_backends("cudnn", [128], jnp.float32)
+        available_backends("cudnn", [128], jnp.float32, Gpu)
     for width in (100, 256):
         with pytest.raises(DominoError, match=f"up to 128, found head_dim {width}"):
-            available_backends("cudnn", [128, width], jnp.bfloat16)
-    assert available_backends("pallas", [128, 64], jnp.float32) == ("pallas",)
+            available_backends("cudnn", [128, width], jnp.bfloat16, Gpu)
+    assert available_backends("pallas", [128, 64], jnp.float32, Gpu) == ("pallas",)
     for width in (8, 96, 100):
         with pytest.raises(DominoError, match=f"a power of two from 16 up, found head_dim {width}"):
-            available_backends("pallas", [128, width], jnp.bfloat16)
+            available_backends("pallas", [128, width], jnp.bfloat16, Gpu)
     Gpu.client.platform_version = "rocm 7"
     with pytest.raises(DominoError, match="needs a TPU or an NVIDIA GPU, found NVIDIA H200"):
-        available_backends("pallas", [128], jnp.bfloat16)
+        available_backends("pallas", [128], jnp.bfloat16, Gpu)
 
 
 def test_auto_is_the_fastest_backend_with_the_same_output(monkeypatch):

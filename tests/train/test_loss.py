@@ -363,7 +363,7 @@ def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form
         "chunked",
     ]
     with pytest.raises(DominoError, match="needs an NVIDIA GPU"):
-        training_attention.check_block_backend("cudnn", config, jnp.bfloat16)
+        training_attention.check_block_backend("cudnn", config, jnp.bfloat16, jax.devices()[0])
 
 
 def test_the_chunks_gradients_are_summed_in_float32():

@@ -28,7 +28,7 @@ from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.ahead import Place, leave_devices, topology_devices
 from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
-from domino_jax.runtime.devices import device_of_kind
+from domino_jax.runtime.devices import device_of_kind, own_devices
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
 from domino_jax.sharding import mesh_context, parse_training_mesh
@@ -106,7 +106,7 @@ def configs(options: TrainBench) -> tuple[TargetConfig, DraftConfig]:
 
 def measured_peak(dtype: Any) -> float:
     """TFLOP/s of a large product on one device."""
-    size, turns = (512, 3) if jax.default_backend() == "cpu" else (8192, 20)
+    size, turns = (512, 3) if own_devices()[0].platform == "cpu" else (8192, 20)
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: jax.lax.fori_loop(0, turns, lambda _, y: (x @ y) * (1 / size), x))
     return 2 * size**3 * turns / median(lambda: multiply(x), 3) / 1e12
@@ -189,18 +189,18 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
             parse_training_mesh(options.mesh)
     if options.compile is not None:
         check_topology("compile", options.compile)
-    devices = device = None
+    devices = None
     if options.compile is not None:
         leave_devices()
         with words_at_fault():
             devices = topology_devices(options.compile)
-        device = devices[0]
-        target = resolve_moe_backend(target, device.platform)
-    dtype = resolve_dtype(options.dtype, device.platform if device else None)
-    check_attention(options.objective, target, config, dtype, options.captured, device)
+    device = (devices or own_devices())[0]
+    target = resolve_moe_backend(target, device.platform)
+    dtype = resolve_dtype(options.dtype, device.platform)
+    check_attention(options.objective, target, config, dtype, device, options.captured)
     made = mesh.make_training_mesh(options.mesh, (target, config), devices) if options.mesh else None
     recipe = Recipe(target, config, options.objective, options.optimizer, 1000, dtype.name, options.accumulate)
-    if device is not None:
+    if options.compile is not None:
         from train.bench.ahead import compile_step
 
         shapes = jax.eval_shape(lambda: _random_inputs(options, target, config, dtype))
@@ -234,7 +234,7 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
         raise DominoError("the step's loss or gradient is not finite: its time means nothing; try --dtype float32.")
     if parts:
         parts["optimizer_ms"] = took * 1e3 - sum(parts.values())
-    device, devices = jax.devices()[0], 1 if made is None else made.size
+    device, devices = own_devices()[0], 1 if made is None else made.size
     known = device_of_kind(device.device_kind)
     peak, source = options.peak_tflops or (known and known.flops / 1e12), "stated"
     if peak is None:

@@ -33,6 +33,7 @@ from domino_jax.errors import DominoError, first_line
 from domino_jax.moe import resolve_moe_backend
 from domino_jax.runtime.command import UsageError, run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
+from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.files import check_output, lock_folder
 from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
@@ -191,7 +192,8 @@ def run_capture(options: Capture) -> None:
     enable_compile_cache()
     folder = find(options.target)
     _, config, _, _ = read_configs(folder, None, "--target")
-    config = resolve_moe_backend(config)
+    platform = own_devices()[0].platform
+    config = resolve_moe_backend(config, platform)
     if options.length > config.positions:
         raise UsageError(f"--length {options.length} is beyond the target's {config.positions} positions.")
     depth = config.num_hidden_layers
@@ -200,7 +202,7 @@ def run_capture(options: Capture) -> None:
         raise UsageError(f"--target-layer-ids must name layers 0 to {depth - 1}, found {list(target_layer_ids)}.")
     for warning in last_layer_warning(target_layer_ids, depth):
         print(f"warning: {warning}", file=sys.stderr)
-    dtype = settle_dtype(options.dtype)
+    dtype = settle_dtype(options.dtype, platform)
     mesh = sharding.make_mesh(rows_at_once, model) if options.mesh else None
     fitted = sharding.fit_to_mesh(config, model)
     corpus = corpus_to_capture(options, folder, config)

@@ -13,6 +13,7 @@ from convert.loading import LoadedModel, load_model
 from convert.not_finite import check_finite
 from convert.options import SamplingOptions
 from convert.progress import progress_bars
+from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.precision import resolve_dtype
 from domino_jax.runtime.slots import Completion, Slots
 from domino_jax.runtime.weight_forms import resolve_weights
@@ -77,6 +78,6 @@ def decisive_of_all(
         **{name: getattr(sampling.params(), name) for name in ("temperature", "top_k", "top_p", "min_p")},
         "seed": sampling.seed or 0,
         "max_new_tokens": max_new_tokens,
-        "dtype": resolve_dtype(options.device.dtype).name,
+        "dtype": resolve_dtype(options.device.dtype, own_devices()[0].platform).name,
         **({"weights": form} if (form := resolve_weights(options.device.weights)) != "exact" else {}),
     }

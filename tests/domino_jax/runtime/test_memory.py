@@ -16,13 +16,13 @@ GIB = 2**30
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Replaces JAX's devices by `count` of one kind, each with so many bytes of memory (None: it doesn't say)."""
+    """`count` devices of one kind, each with so many bytes of memory (None: it doesn't say), of so many processes."""
 
-    def pretend(count: int, limit: int | None, platform: str = "gpu", processes: int = 1) -> None:
+    def pretend(count: int, limit: int | None, platform: str = "gpu", processes: int = 1) -> list[Any]:
         stats = None if limit is None else {"bytes_limit": limit}
         device: Any = SimpleNamespace(platform=platform, device_kind=platform, memory_stats=lambda: stats)
-        monkeypatch.setattr(jax, "devices", lambda: [device] * count)
         monkeypatch.setattr(jax, "process_count", lambda: processes)
+        return [device] * count
 
     return pretend
 
@@ -38,20 +38,20 @@ def pretend(monkeypatch):
     ],
 )
 def test_a_mesh_is_for_what_one_device_can_not_hold(pretend, count, limit, sizes):
-    pretend(count, limit)
-    assert default_mesh_sizes(QWEN3_8B, jnp.bfloat16) == sizes
+    devices = pretend(count, limit)
+    assert default_mesh_sizes(QWEN3_8B, jnp.bfloat16, devices) == sizes
 
 
 def test_memory_is_counted_in_the_dtype_and_with_a_cache(pretend):
-    pretend(4, 24 * GIB)
-    assert default_mesh_sizes(QWEN3_8B, jnp.bfloat16) == (1, 1)
-    assert default_mesh_sizes(QWEN3_8B, jnp.float32) == (1, 4)
+    devices = pretend(4, 24 * GIB)
+    assert default_mesh_sizes(QWEN3_8B, jnp.bfloat16, devices) == (1, 1)
+    assert default_mesh_sizes(QWEN3_8B, jnp.float32, devices) == (1, 4)
 
 
 def test_a_cpu_is_one_device_and_several_processes_share_a_mesh(pretend):
-    pretend(8, 1, platform="cpu")
-    assert default_mesh_sizes(QWEN3_8B, jnp.float32) == (1, 1)
-    pretend(8, 80 * GIB, processes=2)
-    assert default_mesh_sizes(QWEN3_8B, jnp.bfloat16) == (1, 8)
-    pretend(2, None, platform="cpu", processes=2)
-    assert default_mesh_sizes(QWEN3_8B, jnp.float32) == (1, 2)
+    devices = pretend(8, 1, platform="cpu")
+    assert default_mesh_sizes(QWEN3_8B, jnp.float32, devices) == (1, 1)
+    devices = pretend(8, 80 * GIB, processes=2)
+    assert default_mesh_sizes(QWEN3_8B, jnp.bfloat16, devices) == (1, 8)
+    devices = pretend(2, None, platform="cpu", processes=2)
+    assert default_mesh_sizes(QWEN3_8B, jnp.float32, devices) == (1, 2)

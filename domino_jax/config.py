@@ -18,7 +18,7 @@ Axis legend, used in every docstring and einsum of the project:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from domino_jax.errors import DominoError
 from domino_jax.fields import Fields
@@ -207,6 +207,15 @@ class TargetConfig(DecoderConfig):
             "model_type": self.family,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
+
+
+class BlockShape(Protocol):
+    """What is said of a drafter whose input is an anchor and masks."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def mask_token_id(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jax import Array
 from domino_jax import moe
 from domino_jax.config import DecoderConfig, Llama3, MoeConfig, Yarn
 from domino_jax.matrix import AnyMatrix, dot, dot_each, take
-from domino_jax.weights import JoinedLayer, Layer
+from domino_jax.weights import Attention, JoinedLayer, Layer
 
 Rotary = tuple[Array, Array]  # cos and sin, each [..., T, H/2] float32
 
@@ -91,12 +91,12 @@ def unembed(x: Array, vocabulary: AnyMatrix) -> Array:
     return dot(x, vocabulary, jnp.float32)
 
 
-def queries(layer: Layer, x: Array, angles: Rotary, eps: float) -> Array:
+def queries(layer: Attention, x: Array, angles: Rotary, eps: float) -> Array:
     """[..., T, D] -> [..., T, N, H]: projected, normed per head where the model does, rotated."""
     return rotate(normed_heads(biased(dot(x, layer.q), layer.q_bias), layer.q_norm, eps), angles)
 
 
-def keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array]:
+def keys_values(layer: Attention, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array]:
     """[..., T, D] -> two [..., T, K, H]: keys as queries are, values as projected."""
     k, v = dot_each(x, layer.kv)
     if layer.kv_bias is not None:
@@ -104,7 +104,7 @@ def keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Arr
     return rotate(normed_heads(k, layer.k_norm, eps), angles), v
 
 
-def queries_keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array, Array]:
+def queries_keys_values(layer: Attention, x: Array, angles: Rotary, eps: float) -> tuple[Array, Array, Array]:
     """`queries` and `keys_values` of one input."""
     if not isinstance(layer, JoinedLayer):
         return (queries(layer, x, angles, eps), *keys_values(layer, x, angles, eps))
@@ -114,14 +114,23 @@ def queries_keys_values(layer: Layer, x: Array, angles: Rotary, eps: float) -> t
     return both[..., :-1, :].reshape(*x.shape[:-1], -1, both.shape[-1]), both[..., -1, :], v
 
 
-def residual(layer: Layer, x: Array, attended: Array, eps: float, experts: MoeConfig | None = None) -> Array:
+def residual(
+    layer: Layer,
+    x: Array,
+    attended: Array,
+    eps: float,
+    experts: MoeConfig | None = None,
+    attention: Attention | None = None,
+) -> Array:
     """The rest of a layer after attention: x + o(attended), then x + MLP(norm(x)).
 
     Args:
         attended: [..., N, H].
         experts: of a model that has them; the layers with a router use them.
+        attention: whose `o` it is; the layer's own when None.
     """
-    x = x + biased(dot(attended.reshape(*x.shape[:-1], -1), layer.o), layer.o_bias)
+    of = layer if attention is None else attention
+    x = x + biased(dot(attended.reshape(*x.shape[:-1], -1), of.o), of.o_bias)
     y = rms_norm(x, layer.mlp_norm, eps)
     if layer.router is not None:
         assert experts is not None

@@ -22,20 +22,17 @@ Leaf = Callable[[str], Any]  # axis letters, separated by spaces -> what to put 
 TensorRow = tuple[str, str, tuple[str, ...]]
 
 
-class Layer(nnx.Module):
-    """One decoder layer; target and drafter share the form.
+class Attention(nnx.Module):
+    """The projections of a layer's attention, and its norms of queries and keys.
 
-    K lies with V, and gate with up, in one matrix each: both are products of the same input. What the config does not
-    have is None: biases, the norms of queries and keys, the router where the layer has one MLP. Where it has experts,
-    `gate_up` and `down` hold all of theirs.
+    K lies with V in one matrix: both are products of the same input. What the config does not have is None.
 
     Args:
         bias: of q, k, v and o, of "qkv" alone, or none.
     """
 
-    def __init__(self, leaf: Leaf, bias: bool | Literal["qkv"] = False, experts: bool = False, qk_norm: bool = True):
+    def __init__(self, leaf: Leaf, bias: bool | Literal["qkv"] = False, qk_norm: bool = True):
         none = nnx.data(None)
-        self.input_norm: Array = leaf("D")
         self.q: Array = leaf("N H D")
         self.kv: Array = leaf("2 K H D")
         self.q_bias: Array | None = leaf("N H") if bias else none
@@ -44,8 +41,20 @@ class Layer(nnx.Module):
         self.k_norm: Array | None = leaf("H") if qk_norm else none
         self.o: Array = leaf("D NH")
         self.o_bias: Array | None = leaf("D") if bias is True else none
+
+
+class Layer(Attention):
+    """One decoder layer; target and drafter share the form.
+
+    Gate lies with up in one matrix, as K does with V. The router is None where the layer has one MLP. Where it has
+    experts, `gate_up` and `down` hold all of theirs.
+    """
+
+    def __init__(self, leaf: Leaf, bias: bool | Literal["qkv"] = False, experts: bool = False, qk_norm: bool = True):
+        super().__init__(leaf, bias, qk_norm)
+        self.input_norm: Array = leaf("D")
         self.mlp_norm: Array = leaf("D")
-        self.router: Array | None = leaf("RE D") if experts else none
+        self.router: Array | None = leaf("RE D") if experts else nnx.data(None)
         self.gate_up: Array = leaf("E 2 I D" if experts else "2 F D")
         self.down: Array = leaf("E D I" if experts else "D F")
 

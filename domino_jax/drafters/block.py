@@ -15,7 +15,7 @@ from jax import Array
 from domino_jax import layers, target
 from domino_jax.attention import Backend, attend_cached
 from domino_jax.cache import init_cache
-from domino_jax.config import DraftConfig
+from domino_jax.config import BlockShape, DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.heads import has_confidence, head_of
@@ -111,7 +111,7 @@ def context(params: Draft, config: DraftConfig, features: Array) -> Array:
     return layers.rms_norm(dot(features, params.fc), params.context_norm, config.rms_norm_eps)
 
 
-def block_inputs(embed: AnyMatrix, config: DraftConfig, anchor: Array) -> Array:
+def block_inputs(embed: AnyMatrix, config: BlockShape, anchor: Array) -> Array:
     """The target's embeddings of [anchor, MASK, ..., MASK]: anchor [...] -> [..., M, D]."""
     masks = jnp.full((*anchor.shape, config.block_size - 1), config.mask_token_id, anchor.dtype)
     return layers.embed(embed, jnp.concatenate([anchor[..., None], masks], axis=-1))

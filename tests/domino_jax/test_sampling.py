@@ -24,6 +24,7 @@ from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.dual_view import DualViewConfig, DualViewDrafter
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.ngram import NgramDrafter
@@ -241,7 +242,17 @@ DRAFTERS = {
     "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn", enable_confidence_head=True)},
 }
 OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head", "DSpark, ended early")
-RARE = ("DFlash", "DSpark", "DSpark, ended early", "Domino and n-gram", "tree without a head")
+OTHERS += ("Orthrus", "Orthrus, drawn")
+RARE = (
+    "Orthrus",
+    "Orthrus, drawn",
+    "DFlash",
+    "DSpark",
+    "DSpark, ended early",
+    "Domino and n-gram",
+    "tree without a head",
+)
+VIEW = DualViewConfig(**TARGET.geometry(), block_size=4, mask_token_id=5)
 LOOKUP = NgramDrafter(3, 2, 1)  # of seven tokens one is often there already
 
 
@@ -280,6 +291,8 @@ def make(drafter: str) -> Pair:
             "DSpark, ended early": (BlockDrafter(dspark.configs.draft, confidence_threshold=0.3), dspark.params.draft),
             "tree": (TreeDrafter(domino.configs.draft, nodes=5), domino.params.draft),
             "n-gram": (LOOKUP, None),
+            "Orthrus": (DualViewDrafter(VIEW), factory.random_weights(VIEW, 13)),
+            "Orthrus, drawn": (DualViewDrafter(VIEW, drawn=True), factory.random_weights(VIEW, 13)),
             "assistant": (AssistantDrafter(TARGET, 3), factory.random_weights(TARGET, 12)),
             "Domino and n-gram": (CombinedDrafter(domino.configs.drafter, LOOKUP), domino.params.draft),
         }

@@ -232,6 +232,35 @@ def target_forward(weights, config, ids, taps):
     return logits, features
 
 
+def dual_view_block(weights, config, view, mask_token, size, ids, a):
+    """Section 11: logits [M, V] of the block [ids[a], MASK, ...] through Orthrus's second view, without a cache.
+
+    The text before the anchor runs through the target's own projections, the block through the second ones (`view`, by
+    their names in the files); every row of the block sees all of the text and all of the block."""
+    eps, embed = config["rms_norm_eps"], target_embedding(weights)
+    text, x = embed[np.asarray(ids[:a], np.int64)], embed[[ids[a]] + [mask_token] * (size - 1)]
+    before, places = np.arange(a), np.arange(a, a + size)
+    second = {name.replace("_diff", ""): tensor for name, tensor in view.items()}
+    for i in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{i}."
+        norm = weights[prefix + "input_layernorm.weight"]
+        y, own = rms_norm(text, norm, eps), rms_norm(x, norm, eps)
+        k, v = (project_heads(weights, prefix, config, name, y, before) for name in "kv")
+        q = project_heads(weights, prefix, config, "q", y, before)
+        if a:
+            text = text + output(weights, prefix, attention(q, k, v, before <= before[:, None]).reshape(a, -1))
+            after = rms_norm(text, weights[prefix + "post_attention_layernorm.weight"], eps)
+            text = text + layer_mlp(weights, prefix, config, after)
+        q2, k2, v2 = (project_heads(second, prefix, config, name, own, places) for name in "qkv")
+        seen = np.concatenate([k, k2]), np.concatenate([v, v2])
+        mixed = attention(q2, *seen, np.ones((size, a + size), bool)).reshape(size, -1)
+        x = x + output(second, prefix, mixed)
+        x = x + layer_mlp(
+            weights, prefix, config, rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
+        )
+    return linear(rms_norm(x, weights["model.norm.weight"], eps), target_lm_head(weights, config))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Drafter
 # ---------------------------------------------------------------------------------------------------------------

@@ -20,15 +20,17 @@ from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter, View
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.dual_view import DualView, DualViewConfig, DualViewDrafter
 from domino_jax.drafters.ngram import NgramDrafter, NgramState
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
-from domino_jax.weights import Params
+from domino_jax.weights import Params, Target, axes, flatten, unflatten
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 COUNT = 24
 LOOKUP = NgramDrafter(4, 3, 1)
+VIEW = DualViewConfig(**TARGET.geometry(), block_size=5, mask_token_id=88)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,11 @@ def plain(pair) -> dict[int, list[list[int]]]:
     }
 
 
+def copied_view(target: Target) -> DualView:
+    """A second view that is the first."""
+    return unflatten(VIEW, {path: flatten(target)[path] for path in flatten(axes(VIEW))})
+
+
 def make(name: str, pair: Pair, rows: int = 4) -> Pair:
     """The target with one of the drafters."""
     other = factory.random_weights(TARGET, 5)
@@ -70,6 +77,8 @@ def make(name: str, pair: Pair, rows: int = 4) -> Pair:
         "assistant": (AssistantDrafter(TARGET, 3), pair.params.target),
         "assistant, random": (AssistantDrafter(TARGET, 3), other),
         "assistant and n-gram": (CombinedDrafter(AssistantDrafter(TARGET, 3), LOOKUP), pair.params.target),
+        "dual view": (DualViewDrafter(VIEW), copied_view(pair.params.target)),
+        "dual view, random": (DualViewDrafter(VIEW), factory.random_weights(VIEW, 3)),
         "always wrong": (loops.TableDrafter(4), jnp.full((rows, 128), -1)),
         "always the same": (loops.TableDrafter(4), jnp.full((rows, 128), 7)),
     }
@@ -84,6 +93,7 @@ NAMES = {
     "block and n-gram": "Domino and n-grams",
     "assistant": "an assistant model",
     "assistant and n-gram": "an assistant model and n-grams",
+    "dual view": "Orthrus",
     "always wrong": "a table",
     "always the same": "a table",
 }
@@ -98,9 +108,15 @@ DRAFTERS = (
     "assistant",
     "assistant, random",
     "assistant and n-gram",
+    "dual view",
+    "dual view, random",
     "always wrong",
     "always the same",
 )
+
+
+# Of whose proposals some are accepted, and not all.
+BOTH = ("block", "tree", "tree, cheap", "n-gram", "block and n-gram", "assistant and n-gram", "dual view")
 
 
 @pytest.mark.parametrize("rows", [1, 4, pytest.param(17, marks=pytest.mark.slow)])
@@ -115,11 +131,11 @@ def test_greedy_output_is_the_targets(pair, plain, name, rows):
         assert accepted == {3}
     if name == "always wrong":
         assert accepted == {0}
-    if rows > 1 and name in ("block", "tree", "tree, cheap", "n-gram", "block and n-gram", "assistant and n-gram"):
+    if rows > 1 and name in BOTH:
         assert accepted >= {0, 1}
 
 
-@pytest.mark.parametrize("name", ["block", "tree", "n-gram", "block and n-gram", "assistant"])
+@pytest.mark.parametrize("name", ["block", "tree", "n-gram", "block and n-gram", "assistant", "dual view"])
 def test_rows_may_change_between_drafts_and_plain_steps(pair, plain, name):
     """Cycles after plain steps propose what they would have proposed without them."""
     ours = make(name, pair)
@@ -143,7 +159,7 @@ def test_rows_may_change_between_drafts_and_plain_steps(pair, plain, name):
                    for b in range(4) if counts[b])  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["tree", "tree, cheap", "n-gram", "block and n-gram", "assistant"])
+@pytest.mark.parametrize("name", ["tree", "tree, cheap", "n-gram", "block and n-gram", "assistant", "dual view"])
 def test_a_mesh_gives_the_tokens_of_one_device(pair, plain, name):
     mesh = sharding.make_mesh(2, 4)
     expected = loops.speculate(*make(name, pair), loops.begin(*make(name, pair), prompts(4), COUNT))
@@ -158,7 +174,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(pair, plain, name):
             draft = factory.place(draft, ours.configs.draft, mesh)
             config = sharding.fit_to_mesh(ours.configs.draft, 4)
             drafter = CombinedDrafter(BlockDrafter(config), LOOKUP)
-            if isinstance(ours.configs.drafter, TreeDrafter):
+            if isinstance(ours.configs.drafter, TreeDrafter | DualViewDrafter):
                 drafter = dataclasses.replace(ours.configs.drafter, config=config)
         params, configs = Params(target, draft), DecodeConfig(fitted, drafter)
         assert loops.speculate(params, configs, loops.begin(params, configs, prompts(4), COUNT)) == expected

@@ -87,7 +87,7 @@ class DecodeConfig:
     @property
     def branching(self) -> bool:
         """Whether the drafts of a cycle are a tree."""
-        return isinstance(self.drafter, Branching)
+        return isinstance(self.drafter, Branching) and self.drafter.branches(self.proposals)
 
     @property
     def depth(self) -> int:

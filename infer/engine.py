@@ -11,7 +11,7 @@ from convert.not_finite import NOT_FINITE_DRAFTS, check_finite
 from domino_jax import decode
 from domino_jax.decode import Accept
 from domino_jax.errors import DominoError
-from domino_jax.runtime.auto import AutoDrafts
+from domino_jax.runtime.auto_trees import auto_policy
 from domino_jax.runtime.slots import Completion, Request, Slots, check_request, room_after
 from domino_jax.runtime.timing import no_seconds
 from domino_jax.sampling import SamplingParams
@@ -111,7 +111,7 @@ class Engine:
         self.loaded = loaded
         self.cycles = cycles
         configs = loaded.configs
-        self.auto = AutoDrafts.of(configs) if auto and configs.drafter is not None else None
+        self.auto = auto_policy(configs) if auto and configs.drafter is not None else None
         self.seconds = no_seconds()  # of each phase of the newest call of `stream` or `generate`
         self._accept = accept
         self._warn: Callable[[str], None] | None = warn

@@ -257,8 +257,7 @@ def load(
         matrices: how a float32 run holds weights that are stored in bfloat16.
         attention: the backend.
         mesh: devices to spread over, such as "data=2,model=4".
-        tree: verify a tree of so many drafts a cycle, in place of a chain; --num-draft-tokens auto then chooses between
-            it and plain steps.
+        tree: verify a tree of so many drafts a cycle, or of half as many, or a chain, or none, as is faster.
         tree_lanes, tree_candidates, tree_correction: how it is made, see `domino_jax.drafters.tree.TreeDrafter`.
         confidence_threshold: end a chain before the first draft that DSpark's confidence head is less sure of.
 

@@ -15,7 +15,7 @@ from domino_jax.errors import DominoError, first_line
 
 if TYPE_CHECKING:
     from convert.loading import LoadedModel
-    from domino_jax.runtime.auto import AutoDrafts
+    from domino_jax.runtime.slots import DraftPolicy
     from infer.compare import Comparison
     from infer.engine import Chunk, Sequence
 
@@ -139,7 +139,7 @@ class RunSummary:
         self.seconds = {phase: spent + seconds[phase] for phase, spent in self.seconds.items()}
         self.wall_seconds += max((s.wall_seconds for s in sequences), default=0.0)
 
-    def show(self, auto: "AutoDrafts | None") -> None:
+    def show(self, auto: "DraftPolicy | None") -> None:
         """Print the times, τ, the accepted lengths, what --num-draft-tokens auto chose, and the comparison."""
         from infer.engine import tau, tokens_per_second
 

@@ -139,6 +139,10 @@ class Branching(Protocol):
         """Nodes of the longest path, at most: so many of a cycle's tokens can be accepted."""
         ...
 
+    def branches(self, proposals: int) -> bool:
+        """Whether so many proposals are a tree, and not a chain."""
+        ...
+
 
 @runtime_checkable
 class Recalling(Protocol):

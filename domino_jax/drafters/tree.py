@@ -65,10 +65,24 @@ class TreeDrafter(BlockDrafter):
         """See `drafters.base.Branching`."""
         return min(self.nodes, self.config.num_proposals)
 
+    @property
+    def longest_chain(self) -> int:
+        """Proposals of the longest chain that it makes where fewer than N are asked for; 0 if none."""
+        return min(self.nodes - 1, self.config.num_proposals)
+
+    def branches(self, proposals: int) -> bool:
+        """See `drafters.base.Branching`."""
+        return proposals > self.longest_chain
+
     def propose(
         self, weights: Draft, state: AnyKVCache, view: View, proposals: int, keys: Array | None
     ) -> tuple[DraftTokens, AnyKVCache, AnyKVCache]:
-        """See `drafters.base.Drafter`. The nodes are chosen, not drawn: the output is exact whatever they are."""
+        """See `drafters.base.Drafter`. Nodes are chosen, not drawn: the output is exact whatever they are.
+
+        A few proposals are a chain.
+        """
+        if not self.branches(proposals):
+            return super().propose(weights, state, view, proposals, keys)
         z, base, state = self.draft_block(weights, state, view, min(proposals, self.depth))
         return self.grow(weights, z, base, view, proposals, keys), state, view.cache
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from domino_jax.decode import DecodeConfig
 from domino_jax.runtime.slots import STEPS_PER_CYCLE, BatchCase, every_program
 
 Accepted = Mapping[Any, list[int]]  # by row, drafts accepted in each of its cycles
@@ -107,10 +106,26 @@ class AutoDrafts:
         self._expected = np.ones(most + 1)  # E when it was chosen
         self._given: dict[Hashable, int] = {}  # drafts of each row in the last dispatch, where they differed
 
-    @classmethod
-    def of(cls, configs: DecodeConfig) -> "AutoDrafts":
-        """For a target and its drafter."""
-        return cls(configs.proposals, configs.branching)
+    @property
+    def most(self) -> int:
+        """J of a whole block, or N of a tree."""
+        return self._most
+
+    def expectation(self, case: BatchCase, rows: Sequence[Hashable]) -> tuple[float, float]:
+        """Tokens of a row and seconds of a cycle with the drafts that give the most tokens a second."""
+        known = (self._cases.get(case) or self._open(case)).known()
+        expected = self._expect(self._texts[case[1]], rows)
+        best = max((j for j in known if j), key=lambda j: float(expected[j]) / known[j])
+        return float(expected[best]), known[best]
+
+    def rate(self, case: BatchCase, rows: Sequence[Hashable]) -> float | None:
+        """Tokens a second of a row by its drafts; None before enough of them were seen and timed."""
+        times = self._cases.get(case) or self._open(case)
+        timed = not times.fresh or any(drafts and seconds for drafts, seconds in times.timings.items())
+        if self._texts[case[1]].seen < ENOUGH or not timed:
+            return None
+        tokens, seconds = self.expectation(case, rows)
+        return tokens / seconds
 
     def next(
         self, case: BatchCase, rows: Sequence[Hashable], longest: int, ready: Callable[[int], bool] = every_program

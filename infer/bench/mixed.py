@@ -87,7 +87,7 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
     from convert.options import load_pair
     from convert.registry import DEMO_FOLDER
     from domino_jax.decode import position_bytes
-    from domino_jax.runtime.auto import AutoDrafts
+    from domino_jax.runtime.auto_trees import auto_policy
     from domino_jax.runtime.paged_slots import PagedSlots, Pages, plan_pages
     from domino_jax.runtime.provenance import git_commit, processor
     from domino_jax.runtime.slots import Completion, DraftPolicy, FixedDrafts, Request, Slots
@@ -136,7 +136,7 @@ def measure_mixed(options: Mixed) -> list[dict[str, Any]]:
     most = loaded.configs.proposals
     modes: dict[str, DraftPolicy | None] = {"plain": None}
     if most:
-        modes |= {"drafts": FixedDrafts(most), "auto": AutoDrafts.of(loaded.configs)}
+        modes |= {"drafts": FixedDrafts(most), "auto": auto_policy(loaded.configs)}
     seconds: dict[tuple[str, str], list[float]] = {(mode, way): [] for mode in modes for way in WAYS}
     outputs: dict[tuple[str, str], list[list[int]]] = {}
     reserved: dict[tuple[str, str], int] = {}

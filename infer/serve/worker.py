@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from convert.loading import LoadedModel
 from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError, first_line
-from domino_jax.runtime.auto import AutoDrafts
+from domino_jax.runtime.auto_trees import auto_policy
 from domino_jax.runtime.background import BackgroundCompiler
 from domino_jax.runtime.paged_slots import PagedSlots, Pages
 from domino_jax.runtime.prompt_logprobs import prompt_logprobs
@@ -161,7 +162,7 @@ class Worker:
         self._link = link
         self._loaded, self._warm_up, self._say, self._seen, self._pages = loaded, warm_up, say, seen, pages
         most = loaded.configs.proposals
-        policy = AutoDrafts.of(loaded.configs) if auto and most else FixedDrafts(most)
+        policy = auto_policy(loaded.configs) if auto and most else FixedDrafts(most)
         # What auto may choose besides the whole block and plain steps is compiled when it is wanted, beside decoding.
         share = COMPILING_ON_CPU if loaded.platform == "cpu" else 1.0
         self._compiler = BackgroundCompiler(loaded.context, share) if link is None else None
@@ -378,6 +379,8 @@ class Worker:
         """Run requests that need every program up to `warm_up` positions, by drafts and by plain steps."""
         configs, began = self._loaded.configs, time.monotonic()
         most = cache.length_bucket(min(self._warm_up, configs.target.positions)) if self._warm_up else 0
+        drafter = configs.drafter
+        chains = {drafter.longest_chain} if isinstance(drafter, TreeDrafter) else set()
         capacity = cache.SMALLEST_BUCKET
         while capacity <= most:
             self._say(f"compiling for {capacity} positions, up to {most}")
@@ -386,7 +389,7 @@ class Worker:
             lengths = sorted({min(chunk, room) for chunk in chunks if chunk < 2 * room})
             lengths = [n for n in lengths if cache.length_bucket(n + configs.lookahead) == capacity]
             for temperature in (0.0, 1.0):
-                for drafts in {configs.proposals, 0}:
+                for drafts in {configs.proposals, 0, *chains}:
                     for size in self._slots.sizes:
                         for length in lengths:
                             self._rehearse(size, length, temperature, drafts)

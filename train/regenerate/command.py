@@ -37,7 +37,7 @@ from convert.options import GROUP, UNSET, ProcessOptions, SamplingOptions, check
 from convert.registry import read_configs
 from convert.tokenizer import decode, final_answer, load_tokenizer
 from domino_jax.errors import DominoError
-from domino_jax.runtime.auto import AutoDrafts
+from domino_jax.runtime.auto_trees import auto_policy
 from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.processes import join_processes, wait_for_others
@@ -195,7 +195,7 @@ class Writer:
         pair, how = self.pair, self.options.sampling.params()
         # What samples by rejection depends on how many drafts a cycle has, and a resumed run is to go on alike.
         free = pair.configs.drafter is not None and (how.temperature == 0 or how.coupled)
-        policy = AutoDrafts.of(pair.configs) if free else None
+        policy = auto_policy(pair.configs) if free else None
         self.slots = Slots(pair.params, pair.configs, self.batch, pair.dtype, policy=policy, warn=warn_of_drafts)
 
     def window(self, first: int, end: int) -> None:

@@ -31,7 +31,8 @@ class Machine:
     """
 
     def __init__(self, seconds: dict[int, float], chance: tuple[float, float, float]):
-        self.seconds, self.chance = {0: 1.0} | seconds, dict(zip((CHAIN, TREE, SMALL), chance, strict=True))
+        self.seconds: dict[int, float] = {0: 1.0} | seconds
+        self.chance: dict[int, float] = dict(zip((CHAIN, TREE, SMALL), chance, strict=True))
         self.rng, self.time, self.tokens, self.uses = np.random.default_rng(0), 0.0, 0, Counter()
         self.ready: Callable[[int], bool] = lambda drafts: True
 
@@ -107,7 +108,7 @@ class InTurn(AutoDrafts):
         self._tokens += 1
         return ((9, 1), (5, 1), (2, 1), (0, 1))[int(self._tokens) % 4]
 
-    def observe(self, *args: Any) -> None:
+    def observe(self, case: Any, drafts: int, cycles: int, seconds: float | None, accepted: Any) -> None:
         """Learn nothing."""
 
 

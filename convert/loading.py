@@ -221,6 +221,8 @@ def load_model(
         with mesh_context(mesh):
             if chosen.draft_weights != "exact" and chosen.fitted.draft:
                 params = prepare.quantize_drafter(params, chosen.fitted.draft, chosen.draft_weights)
+            if on_cpu:
+                params = prepare.quantized_for_cpu(params)
             if not plain:
                 # On a mesh its rows would be on all devices.
                 prepare.tabulate_head(params, chosen.fitted.draft, 0 if mesh else prepare.LARGEST_TABLE)

@@ -1,5 +1,6 @@
 """What to say where a model's numbers are not finite."""
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +71,7 @@ def not_finite_error(params: Target, config: TargetConfig, ids: Sequence[int], d
 
 def _tensor(config: TargetConfig, path: str) -> str:
     """The name in the file of the weight that has a leaf at this path."""
-    *layer, name = path.removesuffix(".values").split(".")
+    *layer, name = re.sub(r"(\.values|\.scale)+$", "", path).split(".")
     if name in JOINED:
         return " or ".join(_tensor(config, ".".join([*layer, part])) for part in JOINED[name])
     for entry in entries(config):

@@ -6,6 +6,7 @@ are small pytree classes with the same operations:
     Scaled      8-bit values and a scale for each output
     CpuFloat32  float32 on a CPU, multiplied as the left factor
     CpuBfloat16 bfloat16 in a float32 run on a CPU, multiplied exactly in three pieces
+    CpuInt8     `Scaled` in int8 in a float32 run on a CPU, multiplied as integers
     ForTpu      any of those that a TPU has, whose product with one row is one with several
     Separate    a stack of matrices of one input, held one by one
     Beside      the outputs of several matrices of one input
@@ -23,7 +24,8 @@ import jax.numpy as jnp
 from jax import Array
 
 TPU_ROWS = 2  # enough for the matrix unit; partial sums cross between devices with all of them
-FEW_PIECES = 192  # rows of bfloat16 pieces, three for each of x: up to here they are the right factor of a product
+FEW_PIECES = 192  # rows of pieces, three for each of x: up to here they are the right factor of a product
+PIECE_STEPS = 254  # of an 8-bit piece in one of the piece before
 
 
 class Matrix:
@@ -97,9 +99,11 @@ def dot_grouped(x: Array, matrix: AnyMatrix, sizes: Array) -> Array:
     """
     if isinstance(matrix, Matrix):
         return matrix.dot_grouped(x, sizes)
+    # The values may be of 8 bits: a TPU's kernel takes them as they are. Converted before, they would all be written.
     flat = matrix.reshape(matrix.shape[0], -1, matrix.shape[-1])
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
-    return jax.lax.ragged_dot_general(x, flat, sizes, numbers).reshape(x.shape[0], *matrix.shape[1:-1])
+    out = jax.lax.ragged_dot_general(x, flat, sizes, numbers, preferred_element_type=x.dtype)
+    return out.reshape(x.shape[0], *matrix.shape[1:-1])
 
 
 def select(matrix: AnyMatrix, index: Array | int) -> AnyMatrix:
@@ -140,7 +144,7 @@ class Scaled(Matrix):
         return self.values[ids].astype(self.scale.dtype) * self.scale[ids][..., None]
 
     def dot_grouped(self, x: Array, sizes: Array) -> Array:
-        out = dot_grouped(x, self.values.astype(x.dtype), sizes)
+        out = dot_grouped(x, self.values, sizes)
         group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
         return out * self.scale[jnp.minimum(group, sizes.shape[0] - 1)].astype(out.dtype)
 
@@ -254,6 +258,46 @@ class CpuBfloat16(Matrix):
         return _widened(jax.lax.bitcast_convert_type(self.values, jnp.uint16)[ids])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CpuInt8(Scaled):
+    """Int8 in a float32 run on a CPU, multiplied as integers: nothing is widened but x, in three 8-bit pieces.
+
+    A CPU's program would write the whole matrix as float32 at every call, which takes ten times as long as to multiply
+    it. Sums of products of integers are exact in int32 (up to 133,000 of them): what is rounded is x, to 2^-24 of the
+    largest of its row, and the result has the same bits at any number of rows. Few rows are the right factor, as in
+    `CpuBfloat16`.
+    """
+
+    def dot(self, x: Array, out_dtype: Any = None) -> Array:
+        parts, step = fixed_point(x.astype(jnp.float32))
+        rows = parts.reshape(-1, parts.shape[-1])
+        if rows.shape[0] <= FEW_PIECES:
+            sums = jnp.moveaxis(jax.lax.optimization_barrier(_contract(self.values, rows, jnp.int32)), -1, 0)
+        else:
+            sums = _contract(rows, self.values, jnp.int32)
+        sums = sums.astype(jnp.float32).reshape(*parts.shape[:-1], *self.values.shape[:-1])
+        first, second, third = (jax.lax.index_in_dim(sums, n, x.ndim - 1, keepdims=False) for n in range(3))
+        whole = first + (second + third / PIECE_STEPS) / PIECE_STEPS
+        step = step.reshape(*x.shape[:-1], *(1 for _ in self.scale.shape))
+        return (whole * step * self.scale).astype(out_dtype or x.dtype)
+
+
+def fixed_point(x: Array) -> tuple[Array, Array]:
+    """x [..., D] float32 as three 8-bit integers for each number [..., 3, D], and the step of the first [..., 1].
+
+    x is step · (first + (second + third / 254) / 254), to 2^-24 of the largest of its row.
+    """
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    step = jnp.where(largest == 0, 1.0, largest / jnp.iinfo(jnp.int8).max)  # what is not a number stays so
+    rest, parts = x / step, []
+    for _ in range(3):
+        part = jnp.round(rest)
+        parts.append(part.astype(jnp.int8))
+        rest = (rest - part) * PIECE_STEPS
+    return jax.lax.optimization_barrier(jnp.stack(parts, axis=-2)), step
+
+
 def pieces(x: Array) -> Array:
     """x [..., D] float32 as three bfloat16 numbers whose sum it is, bit for bit (below 1e-33 nearly): [..., 3, D].
 
@@ -299,16 +343,19 @@ def quantize(matrix: AnyMatrix, kind: str) -> Scaled:
         weight, out_dtype = matrix, matrix.dtype
     w = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
-    # Any scale is right for an all-zero output. A subnormal one would be flushed to zero, and divided by.
-    scale = jnp.where(largest > 0, jnp.maximum(largest / most, jnp.finfo(jnp.float32).tiny), 1.0).astype(out_dtype)
+    # Any scale is right for an all-zero output. NaN goes into the scale, for integers have none. A subnormal scale
+    # would be flushed to zero, and divided by.
+    scale = jnp.where(largest == 0, 1.0, jnp.maximum(largest / most, jnp.finfo(jnp.float32).tiny)).astype(out_dtype)
     # Divided by the scale as it is kept; where that was rounded down, the largest value would lie beyond the end.
     values = jnp.clip(w / scale.astype(jnp.float32), -most, most)
     values = (jnp.round(values) if whole else values).astype(dtype)
     return Scaled(values, jnp.squeeze(scale, -1))
 
 
-def for_cpu(weight: Array) -> Matrix:
-    """How a float32 run on a CPU holds a matrix [out..., in]: bfloat16 stays, all else becomes float32."""
+def for_cpu(weight: Array | Scaled) -> Matrix:
+    """How a float32 run on a CPU holds a matrix [out..., in]: bfloat16 and 8 bits stay, all else becomes float32."""
+    if isinstance(weight, Scaled):
+        return CpuInt8(weight.values, weight.scale) if weight.values.dtype == jnp.int8 else weight
     return CpuBfloat16(weight) if weight.dtype == jnp.bfloat16 else CpuFloat32(weight.astype(jnp.float32))
 
 

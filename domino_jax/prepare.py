@@ -50,6 +50,15 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
         setattr(owner, name, nnx.data(jax.block_until_ready(prepared)))
 
 
+def quantized_for_cpu(params: Params) -> Params:
+    """The params with their 8-bit matrices in the form of `matrix.for_cpu`; nothing is copied."""
+
+    def form(leaf: Any) -> Any:
+        return matrix.for_cpu(leaf) if isinstance(leaf, Scaled) else leaf
+
+    return jax.tree.map(form, params, is_leaf=lambda leaf: isinstance(leaf, matrix.Matrix))
+
+
 def prepare_for_tpu(
     params: Params,
     target: DecoderConfig,

@@ -20,8 +20,8 @@ from domino_jax.runtime.command import UsageError
         (ModelOptions(drafting=DraftingOptions("none", head_candidates=4)), "--head-candidates needs a drafter"),
         (ModelOptions(drafting=DraftingOptions("none", draft_weights="int8")), "--draft-weights needs a drafter"),
         (ModelOptions(drafting=DraftingOptions("ngram", draft_weights="float8")), "--draft-weights needs a drafter"),
-        (ModelOptions(drafting=DraftingOptions(draft_weights="int4")), "--draft-weights int4: nothing runs 4 bits"),
-        (ModelOptions(device=DeviceOptions(weights="int4")), "--weights int4: nothing runs 4 bits sooner"),
+        (ModelOptions(drafting=DraftingOptions(draft_weights="int4")), "--draft-weights int4: 4 bits need scales"),
+        (ModelOptions(device=DeviceOptions(weights="int4")), "--weights int4: 4 bits need scales"),
         (ModelOptions(device=DeviceOptions(weights="int9")), "--weights must be auto, exact, int8 or float8, found"),  # type: ignore[arg-type]
         (ModelOptions(device=DeviceOptions(weights=None)), "--weights must be auto, exact, int8 or float8, found"),  # type: ignore[arg-type]
         (ModelOptions(drafting=DraftingOptions(tree=0)), "--tree must be at least 1, found 0"),

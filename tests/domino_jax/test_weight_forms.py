@@ -74,6 +74,16 @@ def test_values_and_scales_are_those_of_the_restatement(kind, dtype):
         np.testing.assert_array_equal(matrix.take(small, jnp.array(ids)), whole[ids])
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", matrix.QUANTIZED)
+def test_weights_that_are_not_finite_stay_so(kind, odd):
+    """So that decoding says so: an integer can't be NaN."""
+    small = matrix.quantize(jnp.ones((3, 4)).at[1, 2].set(odd), kind)
+    for form in (small, matrix.for_cpu(small)):
+        assert np.isfinite(matrix.dot(jnp.ones((2, 4)), form)).all(axis=0).tolist() == [True, False, True]
+        assert np.isfinite(matrix.take(form, jnp.arange(3))).all(axis=1).tolist() == [True, False, True]
+
+
 def test_what_of_a_target_is_in_8_bits():
     """Layers, experts and the LM head; a router, norms, and embeddings that are a table of their own stay."""
     for config in TARGETS.values():
@@ -205,5 +215,49 @@ def test_the_form_that_is_asked_for():
         "float8",
     ]
     for asked in ("int4", "fp8", "bfloat16", "", None, 8):
-        with pytest.raises(DominoError, match=r"^--weights (int4: nothing runs|must be auto, exact, int8 or float8)"):
+        with pytest.raises(
+            DominoError, match=r"^--weights (int4: 4 bits need|must be auto, exact, int8 or float8)"
+        ):
             resolve_weights(asked)
+
+
+def test_a_cpus_products_of_integers_are_as_exact_as_float32s():
+    """Against float64, as shares of both factors' lengths; and the same bits at any number of rows."""
+    rng = np.random.default_rng(2)
+    weight = jnp.asarray(rng.normal(size=(7, 11, 300)).astype(np.float32))
+    small = matrix.quantize(weight, "int8")
+    held = matrix.for_cpu(small)
+    assert isinstance(held, matrix.CpuInt8) and held.values is small.values
+    x = (rng.normal(size=(80, 1, 300)) * 10.0 ** rng.integers(-20, 20, (80, 1, 1))).astype(np.float32)
+    x[3], x[4, 0, 5], x[5] = 0, 1e4 * np.abs(x[4]).max(), np.resize([1, 0.5, -1.5], 300)
+    values, scale = np.asarray(small.values, np.float64), np.asarray(small.scale, np.float64)
+    true = np.einsum("bti,aci->btac", x.astype(np.float64), values) * scale
+    size = np.linalg.norm(x.astype(np.float64), axis=-1)[..., None, None] * np.linalg.norm(values, axis=-1) * scale
+    run = jax.jit(matrix.dot)
+    error = (np.asarray(run(jnp.asarray(x), held), np.float64) - true)[size[..., 0, 0] > 0] / size[size[..., 0, 0] > 0]
+    assert np.sqrt(np.mean(error**2)) < 2**-24 and np.abs(error).max() < 2**-22
+    assert not np.asarray(run(jnp.zeros((2, 300)), held)).any()
+    many = np.asarray(run(jnp.asarray(x), held))  # more rows than are few
+    for rows in (1, 2, 17):
+        np.testing.assert_array_equal(run(jnp.asarray(x[:rows]), held), many[:rows])
+    odd = jnp.asarray([[1.0, np.nan], [np.inf, 1.0], [1.0, 2.0]], jnp.float32)
+    found = np.asarray(run(odd, matrix.for_cpu(matrix.quantize(jnp.ones((2, 2)), "int8"))))
+    assert np.isfinite(found).all(axis=1).tolist() == [False, False, True]
+
+
+def test_a_cpus_program_of_an_8_bit_target_has_no_wide_copy_of_a_matrix():
+    """Of experts neither, one of which is taken out for a turn of the loop."""
+    config = dataclasses.replace(TARGETS["experts, tied"], num_hidden_layers=1, vocab_size=4096)
+    small = prepare.quantize_target(factory.random_weights(config, 0), config, "int8")
+    tokens, wide = jnp.zeros((1, 1), jnp.int32), 4096 * 32 * 4
+
+    def program(params: Params) -> int:
+        def logits(params: Any, tokens: jax.Array) -> jax.Array:
+            return target.logits(params, config, target.forward(params, config, tokens)[0])
+
+        compiled = jax.jit(logits).lower(params.target, tokens).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert program(prepare.quantized_for_cpu(Params(small))) < wide / 3 < wide <= program(Params(small))

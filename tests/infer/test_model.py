@@ -164,7 +164,7 @@ def test_loading_refuses_what_contradicts(folder):
         load(str(folder / "target"), head_candidates=0)
     odd: list[dict[str, Any]] = [{"weights": "int4"}, {"weights": "fp8"}, {"draft_weights": "int16"}, {"weights": 8}]
     for wrong in odd:
-        with pytest.raises(UsageError, match=r"weights (int4: nothing runs|must be auto, exact, int8)"):
+        with pytest.raises(UsageError, match=r"weights (int4: 4 bits need scales|must be auto, exact, int8)"):
             load(str(folder / "target"), **wrong)
     with pytest.raises(DominoError, match="drafts"):
         load(str(folder / "target"), draft=str(folder / "draft"), num_draft_tokens=9)

@@ -18,8 +18,8 @@ from factory import BYTE_TARGET, Pair, make_draft, make_target, make_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from convert.loading import LoadedModel
-from convert.not_finite import check_finite, warn_of_drafts
-from domino_jax import sampling, sharding
+from convert.not_finite import check_finite, not_finite_error, warn_of_drafts
+from domino_jax import prepare, sampling, sharding
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.slots import Completion, Request, Slots
@@ -131,6 +131,16 @@ def test_an_answer_from_numbers_that_are_not_finite_is_an_error(pair, case, way,
     with pytest.raises(DominoError, match=expected):
         engine.generate(rows, Decoding(WAYS[way], speculative=speculative))
     assert not any(s.tokens for s in rows if s.row == 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_a_weight_in_8_bits_is_named(pair, device):
+    harmed, config = copied(pair).params.target, pair.configs.target
+    one_value("layers.1.q", np.nan)(harmed)
+    params = Params(prepare.quantize_target(harmed, config, "int8"))
+    made = prepare.quantized_for_cpu(params) if device == "cpu" else prepare.prepare_for_tpu(params, config, None)
+    error = not_finite_error(made.target, config, PROMPTS[0], jnp.dtype(jnp.float32))
+    assert "from layer 1 on" in str(error) and "layers.1.self_attn.q_proj.weight" in str(error)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -21,6 +21,7 @@ COMMANDS = {
     "python -m infer.bench compile": "infer.bench.compile",
     "python -m infer.bench samplers": "infer.bench.samplers",
     "python -m infer.bench plan": "infer.bench.plan",
+    "python -m infer.bench products": "infer.bench.products",
     "python -m infer.serve.replicas": "infer.serve.replicas",
     "python -m convert": "convert.__main__",
 }

@@ -13,6 +13,7 @@ from infer.bench.checkpoints import main as checkpoints
 from infer.bench.compile import Compile, check_compile
 from infer.bench.options import Bench, check_bench
 from infer.bench.plan import Plan, check_plan
+from infer.bench.products import Products, check_products
 from infer.bench.serve import ServeLoad, check_serve_load
 from infer.options import Generate
 from infer.serve.options import Serve
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[Any, list[str], Callable[[Any], Any]]] = {
     "infer.bench": (Bench, [], check_bench),
     "infer.bench compile": (Compile, ["--shapes", "qwen3-8b", "--topology", "v5e:2x2"], check_compile),
     "infer.bench serve": (ServeLoad, [], check_serve_load),
+    "infer.bench products": (Products, [], check_products),
     "infer.bench plan": (Plan, ["--devices", "v6e-4", "--model", "m"], check_plan),
     "train": (TrainConfig, ["--target", "t", "--data", "d"], lambda options: None),
     "train regenerate": (Regenerate, [*PAIR, "--data", "d", "--out", "o"], check_regenerate),

@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "mixed": Subcommand("infer.bench.mixed", "requests of mixed lengths: slots against closed batches"),
     "samplers": Subcommand("infer.bench.samplers", "ways of drafting at a temperature: acceptance and speed"),
     "compile": Subcommand("infer.bench.compile", "programs for TPUs that are not here: copies, memory, estimated cost"),
+    "products": Subcommand("infer.bench.products", "what compiled programs make of 8-bit matrices, here and on TPUs"),
     "serve": Subcommand("infer.bench.serve", "servers of OpenAI's API under load, several in turn"),
     "plan": Subcommand("infer.bench.plan", "what fits on devices that need not be here: weights, caches, streams"),
     "checkpoints": Subcommand("infer.bench.checkpoints", "a checkpoint through all its forms: memory and rate"),

@@ -215,9 +215,7 @@ def test_the_form_that_is_asked_for():
         "float8",
     ]
     for asked in ("int4", "fp8", "bfloat16", "", None, 8):
-        with pytest.raises(
-            DominoError, match=r"^--weights (int4: 4 bits need|must be auto, exact, int8 or float8)"
-        ):
+        with pytest.raises(DominoError, match=r"^--weights (int4: 4 bits need|must be auto, exact, int8 or float8)"):
             resolve_weights(asked)
 
 

@@ -22,6 +22,7 @@ from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.command import UsageError
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import check_output
+from domino_jax.runtime.weight_forms import resolve_weights
 from infer.options import NUM_DRAFT_TOKENS, NumDraftTokens
 
 
@@ -35,6 +36,11 @@ class QualityOptions:
     """first questions of each --quality file; the default is all"""
     lean: Flag = False
     """with --quality: also run the autoregressive baseline on the same questions, for the speed ratio"""
+    forms: Annotated[tuple[str, ...], UNSET] = ()
+    """with --quality: the target in other forms of --weights too, or other folders of it, each beside the one of
+    --model: τ, answers that are the same, perplexity"""
+    perplexity: Annotated[Path | None, DisallowNone, UNSET] = None
+    """with --quality: a text file, whose perplexity is stated of each form"""
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,18 @@ def _check_quality(options: Bench) -> None:
     questions = options.questions
     if not questions.quality:
         if questions != QualityOptions():
-            raise UsageError("--limit-prompts and --lean need --quality NAME=FILE.")
+            raise UsageError("--limit-prompts, --lean, --forms and --perplexity need --quality NAME=FILE.")
         return
     for each in dataclasses.fields(options):
         if each.name in SPEED_ONLY and getattr(options, each.name) != each.default:
             raise UsageError(f"--{each.name.replace('_', '-')} is for measuring speed and does nothing with --quality.")
     if questions.limit_prompts is not None:
         check_count("limit_prompts", questions.limit_prompts)
+    if len(set(questions.forms)) < len(questions.forms):
+        raise UsageError("--forms names one twice.")
+    for form in questions.forms:
+        if form in ("auto", "int4") or form == resolve_weights(options.model.device.weights):
+            raise UsageError(f"--forms {form} is none beside --weights {options.model.device.weights}.")
     if len(options.batch_sizes) != 1:
         raise UsageError(f"--quality runs at one batch size, found {len(options.batch_sizes)} of --batch-sizes.")
     if "auto" in options.drafts:

@@ -28,12 +28,13 @@ from convert.tokenizer import decode, has_template
 from domino_jax.errors import DominoError
 from domino_jax.runtime.plotting import bar_style
 from infer.bench import plots
+from infer.bench.modes import drafting
 from infer.bench.options import Bench
 from infer.bench.questions import Question, QuestionSet, prompt, read_sets
 from infer.bench.rows import DFLASH, LEAN
+from infer.bench.target_forms import perplexity, text_ids
 from infer.engine import Decoding, Engine, Sequence, tau
 
-Mode = tuple[str, int]  # one of them, and the proposals that a cycle verifies (0 for the autoregressive baseline)
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -68,6 +69,14 @@ def read_answers(options: Bench) -> list[QuestionSet]:
     """
     questions = options.questions
     return read_sets(questions.quality, questions.limit_prompts) if questions.quality else []
+
+
+class Mode(NamedTuple):
+    """A way of decoding."""
+
+    name: str
+    drafts: int  # proposals that a cycle verifies; 0 for the autoregressive baseline
+    form: str  # of the target
 
 
 class QuestionAnswer(NamedTuple):
@@ -152,7 +161,7 @@ def measure_quality(one: Measured, engines: Mapping[Mode, Engine], options: Benc
                 break
             for mode, engine in engines.items():
                 rows, warned = _sequences(questions, engine, prompts, turn, options.new_tokens)
-                engine.generate(rows, Decoding(sampling.params(), mode[0] != LEAN, size))
+                engine.generate(rows, Decoding(sampling.params(), mode.name != LEAN, size))
                 tallies[mode].seconds += max(s.seconds["decode"] for s in rows)
                 tallies[mode].answers += [
                     QuestionAnswer(turn, s.tokens, s.accepted, s.finish_reason == "stop") for s in rows
@@ -192,16 +201,12 @@ def _sequences(
 
 
 def run_quality(
-    options: Bench,
-    sets: list[QuestionSet],
-    loaded: LoadedModel,
-    views: Mapping[Mode, LoadedModel],
-    about: dict[str, Any],
+    options: Bench, sets: list[QuestionSet], forms: Mapping[str, LoadedModel], about: dict[str, Any]
 ) -> int:
     """Measure the sets, print, and write JSON and plots, also of what there is when the user cancels or a run fails.
 
     Args:
-        views: the model for each way of drafting.
+        forms: the model in each form of its target; the first is what the others are compared with.
         about: what every row of figures says of the run.
 
     Returns:
@@ -211,18 +216,16 @@ def run_quality(
         DominoError: there is no drafter, no prompt of a set fits the model, or one can't be encoded.
         OSError: a file can't be written.
     """
-    if not views:
-        raise DominoError("--quality measures a drafter, and there is none: give one with --draft DIR.")
-    # The checkpoint as it is comes first: its answers are what second turns follow.
-    order = sorted(views, key=lambda key: key[0] == DFLASH)
-    engines = {key: Engine(dataclasses.replace(views[key], tokenizer=None)) for key in order}
-    if options.questions.lean:
-        engines[LEAN, 0] = Engine(dataclasses.replace(loaded, tokenizer=None))
+    loaded, engines = next(iter(forms.values())), form_engines(options, forms)
+    first = next(iter(engines))
     room = positions_of(engines)
     for one in sets:  # before anything runs
         if all(len(prompt(question, [], loaded.tokenizer)) > room for question in one.questions):
             raise DominoError(f"{one.path} has no prompt that fits the model's {room} positions.")
 
+    text = options.questions.perplexity
+    ids = text_ids(text, loaded) if text else []
+    said = {form: perplexity(one, ids) if ids else None for form, one in forms.items()}
     measured: list[Measured] = []
     status = 0
     try:
@@ -231,7 +234,7 @@ def run_quality(
                 measured.append(Measured(one, {mode: AcceptanceTally() for mode in engines}))
                 task = progress.add_task(one.name, total=len(one.questions), tau="")
                 for seen in measure_quality(measured[-1], engines, options, loaded.tokenizer):
-                    running = measured[-1].tallies[order[0]].tau
+                    running = measured[-1].tallies[first].tau
                     progress.update(task, completed=seen, tau=f"τ {running:.2f}" if running else "")
     except KeyboardInterrupt:
         status = 130
@@ -240,7 +243,9 @@ def run_quality(
     finally:  # a sweep takes hours: what it measured is kept, whatever ended it
         for m in measured:
             warn_quality(m)
-        rows = [row for m in measured if m.done for row in quality_figures(m, options, order[0], about)]
+        rows = [row for m in measured if m.done for row in quality_figures(m, options, first, about)]
+        for row in rows:
+            row |= {"perplexity": said[row["target_weights"]], "perplexity_tokens": len(ids) or None}
         try:
             if rows:
                 console = Console()  # in a log or a pipe, rich would cut the table to 80 columns
@@ -253,6 +258,25 @@ def run_quality(
         if options.plot and rows:
             plot(rows, options.plot)
     return status
+
+
+def form_engines(options: Bench, forms: Mapping[str, LoadedModel]) -> dict[Mode, Engine]:
+    """An engine for each way of decoding and each form; the first one's answers are what second turns follow.
+
+    Raises:
+        DominoError: there is no drafter.
+    """
+    engines = {}
+    for form, loaded in forms.items():
+        modes = drafting(loaded, options.drafts, options.head_off)
+        if not modes:
+            raise DominoError("--quality measures a drafter, and there is none: give one with --draft DIR.")
+        views = {Mode(name, int(drafts), form): view for (name, drafts), view in modes.items()}
+        if options.questions.lean:
+            views[Mode(LEAN, 0, form)] = loaded
+        for mode in sorted(views, key=lambda mode: (mode.name == LEAN, mode.name == DFLASH)):
+            engines[mode] = Engine(dataclasses.replace(views[mode], tokenizer=None))
+    return engines
 
 
 def question_bars() -> Progress:
@@ -282,8 +306,8 @@ def warn_quality(one: Measured) -> None:
 
 def quality_figures(one: Measured, options: Bench, whole: Mode, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A flat row for each way of decoding a set. `whole` is the checkpoint as it is, which published figures are of."""
-    lean = one.tallies.get((LEAN, 0))
     for key, tally in one.tallies.items():
+        lean = one.tallies.get(Mode(LEAN, 0, key.form))
         lengths = Counter(m + 1 for m in tally.accepted)
         asked, drafting = options.model, options.model.drafting
         as_it_is = drafting.head_candidates == "all" and not in_8_bits(drafting.draft_weights) and not options.drafts
@@ -293,16 +317,18 @@ def quality_figures(one: Measured, options: Bench, whole: Mode, about: dict[str,
         theirs = published(asked.model, asked.draft, one.set.name) if comparable else None
         ours, rate = tally.tau_per_answer, tally.tokens_per_second
         base = lean.tokens_per_second if lean else None
-        same = None
-        if lean and options.sampling.greedy:
-            same = sum(a.tokens == b.tokens for a, b in zip(tally.answers, lean.answers, strict=True))
+        same, first = (
+            equal_answers(tally, other) if other and options.sampling.greedy else None
+            for other in (lean, one.tallies[whole] if key.form != whole.form else None)
+        )
         yield {
             **about,
+            "target_weights": key.form,
             "batch": options.batch_sizes[0],
             "set": one.set.name,
             "file": str(one.set.path),
-            "mode": key[0],
-            "drafts": key[1],
+            "mode": key.name,
+            "drafts": key.drafts,
             "questions": len(one.set.questions),
             "prompts": one.done,
             "too_long": one.too_long,
@@ -318,8 +344,14 @@ def quality_figures(one: Measured, options: Bench, whole: Mode, about: dict[str,
             "tokens_per_second": rate,
             "speed_over_lean": rate / base if rate and base else None,
             "same_answers_as_lean": same,
-            **({f"length_{n}": lengths[n] for n in range(1, key[1] + 2)} if key[1] else {}),
+            "same_answers_as_first_form": first,
+            **({f"length_{n}": lengths[n] for n in range(1, key.drafts + 2)} if key.drafts else {}),
         }
+
+
+def equal_answers(tally: AcceptanceTally, other: AcceptanceTally) -> int:
+    """How many answers are the same to the last token."""
+    return sum(a.tokens == b.tokens for a, b in zip(tally.answers, other.answers, strict=True))
 
 
 def show_quality(rows: list[dict[str, Any]], console: Console, chat: bool) -> None:
@@ -340,14 +372,18 @@ def show_quality(rows: list[dict[str, Any]], console: Console, chat: bool) -> No
         "difference": ("difference", "{:+.2f}"),
         "tokens/s": ("tokens_per_second", "{:,.0f}"),
         "× baseline": ("speed_over_lean", "{:.2f}"),
+        f"as {first['target_weights']}": ("same_answers_as_first_form", "{}"),
+        "perplexity": ("perplexity", "{:.3f}"),
     }
     columns = {title: column for title, column in columns.items() if any(r[column[0]] is not None for r in rows)}
-    table = Table("set", "mode", "J", title="Acceptance", title_justify="left")
+    several = len({row["target_weights"] for row in rows}) > 1
+    table = Table("set", *(["target"] if several else []), "mode", "J", title="Acceptance", title_justify="left")
     for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for row in [*rows, *average(rows)]:
         cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
-        table.add_row(row["set"], row["mode"], str(row["drafts"] or ""), *cells)
+        where = [row["set"], *([row["target_weights"]] if several else []), row["mode"]]
+        table.add_row(*where, str(row["drafts"] or ""), *cells)
     console.print(table)
     drafted = [row for row in rows if row["cycles"]]
     most = max((row["drafts"] + 1 for row in drafted), default=0)
@@ -370,22 +406,28 @@ def show_quality(rows: list[dict[str, Any]], console: Console, chat: bool) -> No
 
 
 def quality_label(row: dict[str, Any]) -> str:
-    """A row's set and way of decoding."""
-    return f"{row['set']}, {row['mode']} {row['drafts']}"
+    """A row's set, form where it is none of the files' own, and way of decoding."""
+    form = "" if row["target_weights"] == "exact" else f"{row['target_weights']}, "
+    return f"{row['set']}, {form}{row['mode']} {row['drafts']}"
 
 
 def average(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over the sets, where there are several, of what is comparable: τ, per answer, ours and published."""
     found = []
-    for key in dict.fromkeys((row["mode"], row["drafts"]) for row in rows if row["cycles"]):
-        mine = [row for row in rows if (row["mode"], row["drafts"]) == key]
+    for key in dict.fromkeys(map(_mode, (row for row in rows if row["cycles"]))):
+        mine = [row for row in rows if _mode(row) == key]
         if len(mine) > 1:
-            means: dict[str, Any] = {"set": "mean of sets", "mode": key[0], "drafts": key[1]}
+            means: dict[str, Any] = {"set": "mean of sets", "mode": key.name, "drafts": key.drafts}
+            means["target_weights"] = key.form
             for column in ("tau", "tau_per_answer", "published_tau_per_answer", "difference"):
                 values = [row[column] for row in mine]
                 means[column] = mean(values) if None not in values else None
             found.append(means)
     return found
+
+
+def _mode(row: dict[str, Any]) -> Mode:
+    return Mode(row["mode"], row["drafts"], row["target_weights"])
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -395,14 +437,18 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     if not drafted:
         return
     names = list(dict.fromkeys(row["set"] for row in drafted))
-    modes = list(dict.fromkeys((row["mode"], row["drafts"]) for row in drafted))
-    bars = {f"{mode}, {drafts} proposals": (mode, drafts, "tau_per_answer") for mode, drafts in modes}
+    modes = list(dict.fromkeys(map(_mode, drafted)))
+    several = len({mode.form for mode in modes}) > 1
+    bars = {
+        f"{mode.name}, {mode.drafts} proposals{f', {mode.form}' if several else ''}": (mode, "tau_per_answer")
+        for mode in modes
+    }
     if any(row["published_tau_per_answer"] is not None for row in drafted):
-        bars["published"] = (*modes[0], "published_tau_per_answer")
+        bars["published"] = (modes[0], "published_tau_per_answer")
 
     figure, axis = plt.subplots(figsize=(2 + 1.6 * len(names), 4.5), constrained_layout=True)
-    for i, (title, (mode, drafts, column)) in enumerate(bars.items()):
-        of = {row["set"]: row[column] for row in drafted if (row["mode"], row["drafts"]) == (mode, drafts)}
+    for i, (title, (mode, column)) in enumerate(bars.items()):
+        of = {row["set"]: row[column] for row in drafted if _mode(row) == mode}
         heights = {n: of[name] for n, name in enumerate(names) if of.get(name) is not None}
         places = [n + (i - (len(bars) - 1) / 2) * 0.8 / len(bars) for n in heights]
         drawn = axis.bar(places, list(heights.values()), 0.8 / len(bars), label=title, **bar_style(i))
@@ -426,7 +472,8 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             lengths = range(1, row["drafts"] + 2)
             shares = [100 * row[f"length_{n}"] / row["cycles"] for n in lengths]
             places = [n + (i - (len(mine) - 1) / 2) * 0.8 / len(mine) for n in lengths]
-            words = f"{row['mode']} {row['drafts']}, τ {row['tau']:.2f}"
+            form = f"{row['target_weights']}, " if several else ""
+            words = f"{form}{row['mode']} {row['drafts']}, τ {row['tau']:.2f}"
             axis.bar(places, shares, 0.8 / len(mine), label=words, **bar_style(i))
         axis.set_title(name)
         axis.set_xlabel("acceptance length, tokens")

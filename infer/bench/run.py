@@ -13,13 +13,13 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.memory import explain_out_of_memory
 from infer.bench import quality
-from infer.bench.modes import drafting
 from infer.bench.options import Bench
 from infer.bench.plots import plot_sweep
 from infer.bench.report import show_report
 from infer.bench.rows import Row
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure_sweep
+from infer.bench.target_forms import load_forms, text_of
 
 PIPE_WIDTH = 160
 
@@ -32,14 +32,15 @@ def run_bench(options: Bench) -> int:
         KeyboardInterrupt: the user cancelled; what was measured has been printed and written.
     """
     sets = quality.read_answers(options)  # before loading, which takes longer
+    if options.questions.perplexity:
+        text_of(options.questions.perplexity)
     console = Console(stderr=True)
     enable_compile_cache()
     try:
         loaded, target = load_measured(options, console)
         if sets:
-            modes = drafting(loaded, options.drafts, options.head_off)
-            views = {(mode, int(drafts)): view for (mode, drafts), view in modes.items()}
-            return quality.run_quality(options, sets, loaded, views, circumstances(options, loaded))
+            forms = load_forms(options, loaded, console) if options.questions.forms else {}
+            return quality.run_quality(options, sets, {loaded.weights: loaded, **forms}, circumstances(options, loaded))
         rows: list[Row] = []
         try:
             memory = explain_out_of_memory(

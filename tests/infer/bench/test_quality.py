@@ -3,11 +3,17 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from factory import BYTE_TARGET, MASK_ID, REPEATING, make_draft, make_target
 
+from convert.loading import load_model
+from domino_jax import target
 from infer.bench import main, quality
 from infer.bench.questions import parse_questions
+from infer.bench.target_forms import text_ids
 from infer.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -245,7 +251,7 @@ def test_ctrl_c_leaves_the_batches_before(sweep, tmp_path, monkeypatch, capsys):
         (ROWS, ["--draft", "none"], "target", 1, "--quality measures a drafter"),
         (ROWS, ["--quality", "a=b.jsonl"], "target", 1, "b.jsonl can't be read"),
         (ROWS, ["--quality", "=b.jsonl"], "target", 1, "needs a name of its own"),
-        (ROWS, ["--quality"], "target", 2, "--limit-prompts and --lean need --quality"),
+        (ROWS, ["--quality"], "target", 2, "--perplexity need --quality"),
     ],
 )
 def test_refusals(sweep, capsys, rows, more, target, status, says):
@@ -260,3 +266,58 @@ def test_two_sets_of_one_name_are_refused(models, tmp_path, capsys):
     words = ["--model", str(models / "target"), "--draft", str(models / "draft")]
     assert main([*words, "--quality", str(file), f"a={file}"]) == 1
     assert "needs a name of its own" in capsys.readouterr().err
+
+
+def test_forms_of_a_target_stand_side_by_side(sweep, models, tmp_path, capsys):
+    """τ of each with the same drafter, answers that are the first form's, and each one's perplexity."""
+    text = write(tmp_path / "text.txt", "what a text says" * 32)
+    words = ["--forms", "int8", str(models / "chat"), "--perplexity", str(text), "--no-head-off"]
+    status, rows = sweep(ROWS[:2], *words)
+    assert status == 0
+    forms = ["exact", "int8", str(models / "chat")]
+    assert [(row["target_weights"], row["mode"]) for row in rows] == [(form, "domino") for form in forms]
+    assert [row["same_answers_as_first_form"] for row in rows] == [None, 2, 2]
+    likely = {row["target_weights"]: row["perplexity"] for row in rows}
+    assert likely["exact"] == likely[str(models / "chat")] != likely["int8"]
+    loaded = load_model(models / "target")
+    config = loaded.configs.target
+    windows = jnp.asarray(text_ids(text, loaded)).reshape(2, config.positions)
+
+    @jax.jit
+    def logits(params, tokens):
+        return target.logits(params, config, target.forward(params, config, tokens)[0])
+
+    told = np.asarray(jax.nn.log_softmax(logits(loaded.params.target, windows)))[:, :-1]
+    surprise = -np.take_along_axis(told, np.asarray(windows)[:, 1:, None], axis=-1)
+    assert rows[0]["perplexity_tokens"] == windows.size
+    assert likely["exact"] == pytest.approx(np.exp(surprise.mean()), rel=1e-4)
+    out = capsys.readouterr().out
+    assert "as exact" in out and "perplexity" in out and "gsm8k, int8, domino 4" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["--forms", "exact"], 2, "--forms exact is none beside --weights auto"),
+        (["--forms", "int8", "--weights", "int8"], 2, "--forms int8 is none beside --weights int8"),
+        (["--forms", "int4"], 2, "--forms int4 is none"),
+        (["--forms", "int8", "int8"], 2, "--forms names one twice"),
+        (["--perplexity", "missing.txt"], 1, "missing.txt can't be read as text"),
+        (["--forms", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_forms_that_can_not_be_compared(sweep, capsys, words, status, says):
+    assert sweep(ROWS, *words)[0] == status
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+def test_a_form_of_another_model_is_refused(sweep, tmp_path, capsys):
+    make_target(tmp_path / "other", num_hidden_layers=3)
+    status, _ = sweep(ROWS, "--forms", str(tmp_path / "other"))
+    assert status == 1 and "made for another target" in capsys.readouterr().err
+
+
+def test_forms_and_texts_need_questions(capsys):
+    assert main(["--forms", "int8"]) == 2 and main(["--perplexity", "x"]) == 2
+    assert "--forms and --perplexity need --quality" in capsys.readouterr().err

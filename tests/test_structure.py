@@ -129,6 +129,7 @@ MAY_ASK_FOR_OWN = {
     "infer/bench/layer_scan.py",
     "infer/bench/memory.py",
     "infer/bench/probe.py",
+    "infer/bench/products.py",
     "infer/bench/roofline.py",
     "infer/bench/rounds.py",
     "infer/bench/sweep.py",

@@ -7,7 +7,7 @@ from domino_jax.errors import DominoError
 WeightForm = Literal["exact", "int8", "float8"]
 FORMS: tuple[WeightForm, ...] = get_args(WeightForm)
 
-NO_INT4 = "4 bits need scales for groups of inputs, whose products compiled programs run slower than those of 16 bits"
+NO_INT4 = "4 bits need scales for groups of inputs, whose products compiled programs run slower than those of 8 bits"
 
 
 def resolve_weights(asked: Any, flag: str = "--weights") -> WeightForm:

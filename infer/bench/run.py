@@ -19,7 +19,7 @@ from infer.bench.report import show_report
 from infer.bench.rows import Row
 from infer.bench.shapes import load_random
 from infer.bench.sweep import circumstances, measure_sweep
-from infer.bench.target_forms import load_forms, text_of
+from infer.bench.target_forms import load_forms, read_plain_text
 
 PIPE_WIDTH = 160
 
@@ -33,7 +33,7 @@ def run_bench(options: Bench) -> int:
     """
     sets = quality.read_answers(options)  # before loading, which takes longer
     if options.questions.perplexity:
-        text_of(options.questions.perplexity)
+        read_plain_text(options.questions.perplexity)
     console = Console(stderr=True)
     enable_compile_cache()
     try:

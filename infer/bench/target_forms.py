@@ -74,7 +74,7 @@ def perplexity(loaded: LoadedModel, ids: Sequence[int]) -> float:
     return math.exp(-math.fsum(told) / len(told))
 
 
-def text_of(file: Path) -> str:
+def read_plain_text(file: Path) -> str:
     """A text file's text.
 
     Raises:
@@ -92,7 +92,7 @@ def text_ids(file: Path, loaded: LoadedModel) -> list[int]:
     Raises:
         DominoError: it can't be read, or has fewer than two.
     """
-    ids = encode(loaded.tokenizer, text_of(file))
+    ids = encode(loaded.tokenizer, read_plain_text(file))
     if len(ids) < 2:
         raise DominoError(f"{file} has {len(ids)} tokens: a perplexity takes two at least.")
     return ids

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from domino_jax.sampling import SamplingParams, settings
 from domino_jax.weights import Params, flatten
 from infer.bench import main as bench
 from infer.bench import plots, roofline, sweep
+from infer.bench.markdown import markdown_table
 from infer.bench.modes import SimulatedAcceptance, drafting, head_off, simulated_counts
 from infer.bench.report import PHASES
 from infer.bench.shapes import load_random
@@ -229,6 +232,40 @@ def test_floors_at_8b_of_what_makes_a_cycle_cheaper(candidates, kind, floor):
         params = jax.eval_shape(lambda p: prepare.quantize_drafter(p, draft, kind), params)
     cycle = roofline.work(DecodeConfig(target, BlockDrafter(draft, candidates)), params, batch=1, context=0)
     assert sum(work.bytes for work in cycle.values()) / lean.bytes == pytest.approx(floor, abs=0.003)
+
+
+def test_floors_of_8_bit_targets_are_those_of_the_page():
+    """Each form of target, drafter and head, in steps of the same target."""
+    page = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    shapes = "qwen3-4b", "qwen3-8b", "qwen3-32b"
+    forms = [(kind, draft, few) for kind in ("exact", "int8") for draft in ("exact", "int8") for few in (None, 64)]
+    floors = {form: [floor_of(shape, *form) for shape in shapes] for form in forms}
+    rows = [[*form[:2], str(form[2] or "all"), *(f"{x:.2f}" for x in floors[form])] for form in forms]
+    table = markdown_table(("target", "drafter", "head scores", "4B", "8B", "32B"), rows)
+    assert table in page, f"docs/quantization.md should hold\n\n{table}"
+    assert floors["int8", "int8", None][1] == pytest.approx(1.32, abs=0.02), "about what is computed by hand"
+
+
+def floor_of(shape: str, kind: str, draft_kind: str, candidates: int | None) -> float:
+    """Bytes of a cycle over those of a plain step of the same target."""
+    target, draft = SHAPES[shape]
+    params = in_forms(shape, kind, draft_kind)
+    lean = roofline.work(DecodeConfig(target), params.without_drafter, batch=1, context=0)["target"]
+    cycle = roofline.work(DecodeConfig(target, BlockDrafter(draft, candidates)), params, batch=1, context=0)
+    return sum(work.bytes for work in cycle.values()) / lean.bytes
+
+
+@cache
+def in_forms(shape: str, kind: str, draft_kind: str) -> Params:
+    """Described weights of a pair in bfloat16 and in 8 bits."""
+    target, draft = SHAPES[shape]
+    if draft_kind != "exact":
+        params = in_forms(shape, kind, "exact")
+        return jax.eval_shape(lambda p: prepare.quantize_drafter(p, draft, draft_kind), params)
+    whole = weights.weight_shapes(target, jnp.bfloat16)
+    if kind != "exact":
+        whole = jax.eval_shape(lambda w: prepare.quantize_target(w, target, kind), whole)
+    return Params(whole, weights.weight_shapes(draft, jnp.bfloat16))
 
 
 def test_floors_of_experts_are_those_that_tokens_choose():

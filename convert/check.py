@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -40,6 +40,8 @@ ALIGNMENTS = {
     True: "anchored: the anchor's own row makes the first proposal",
     False: "fill-in: the row after the anchor's makes the first proposal",
 }
+BLOCKS_RANKED = 48  # of that text, whose proposals are looked up among the base logits
+CANDIDATES, ENOUGH_CANDIDATES = (64, 256), 0.98  # and the share of proposals that the fewest should hold
 ANCHORS = 192  # tokens of a text after which a drafter's first proposal is compared with the target's own token
 LARGEST_DIFFERENCE = 1e-3  # of the largest logit, in float32: two orders above what rounding gives
 
@@ -102,7 +104,8 @@ def check_folder(
             and isinstance(config, DraftConfig)
             and not report.problems
         ):
-            report.say("agreement", _agreement(CheckedPair(folder, config, target_folder, other), report))
+            for what, said in _measured(CheckedPair(folder, config, target_folder, other), report):
+                report.say(what, said)
         return report
     tokenizer = None
     try:
@@ -290,17 +293,17 @@ class CheckedPair(NamedTuple):
     target: TargetConfig
 
 
-def _agreement(pair: CheckedPair, report: FolderReport) -> str:
-    """How often the row that makes the first proposal says what the target does, and whether the other row does better.
-
-    A drafter that is read with the wrong alignment runs without an error, and next to nothing of it is accepted.
-    """
+def _measured(pair: CheckedPair, report: FolderReport) -> Iterator[tuple[str, str]]:
+    """What the drafter says of a text: whether its alignment is right, and what its head loses with few candidates."""
     config, other = pair.config, pair.target
     needed, free = int(4.5 * (parameters(config) + parameters(other))), _free_memory()
     if free is not None and needed > free:
-        return f"not measured: in float32 it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
+        said = f"not measured: in float32 it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
+        yield "agreement", said
+        return
     if config.block_size < 2:
-        return "not measured: a block has one row"
+        yield "agreement", "not measured: a block has one row"
+        return
     tokenizer = load_tokenizer(pair.target_folder)
     text = Path(__file__).read_text(encoding="utf-8")
     ids = tokenizer(text)["input_ids"] if tokenizer else [i * 7 % other.vocab_size for i in range(ANCHORS)]
@@ -308,7 +311,18 @@ def _agreement(pair: CheckedPair, report: FolderReport) -> str:
     target_weights = load_weights(pair.target_folder, other, jnp.float32)
     weights = load_weights(pair.folder, config, jnp.float32, target=pair.target_folder)
     with jax.default_matmul_precision("highest"):
-        found = np.asarray(_first_tokens(target_weights, weights, other, config, jnp.array([ids])))
+        yield "agreement", _agreement(target_weights, weights, pair, ids, report)
+        if config.head and len(ids) > 2 * config.block_size:
+            yield "candidates", _candidates(target_weights, weights, pair, ids, report)
+
+
+def _agreement(target_weights: Any, weights: Any, pair: CheckedPair, ids: Sequence[int], report: FolderReport) -> str:
+    """How often the row that makes the first proposal says what the target does, and whether the other row does better.
+
+    A drafter that is read with the wrong alignment runs without an error, and next to nothing of it is accepted.
+    """
+    config, other = pair.config, pair.target
+    found = np.asarray(_first_tokens(target_weights, weights, other, config, jnp.array([ids])))
     own, rest = (int((found[2] == found[row]).sum()) for row in ((0, 1) if config.shift_label else (1, 0)))
     count = len(ids)
     if rest - own > max(0.05 * count, 3 * count**0.5 / 2):
@@ -318,6 +332,48 @@ def _agreement(pair: CheckedPair, report: FolderReport) -> str:
             f"{str(not config.shift_label).lower()} with --hf-overrides."
         )
     return f"the first proposal is the target's token after {own} of {count}; the other alignment's after {rest}"
+
+
+def _candidates(target_weights: Any, weights: Any, pair: CheckedPair, ids: Sequence[int], report: FolderReport) -> str:
+    """How often the token that the head chooses is among the likeliest of the base logits: where it is not, it is lost.
+
+    A head scores only some of these where `--head-candidates` or `--tree-candidates` say so.
+    """
+    config, first = pair.config, []
+    for start in np.linspace(0, len(ids) - config.block_size - 1, BLOCKS_RANKED).astype(int):
+        first.append(int(start))
+    ranks = np.asarray(_ranks(target_weights, weights, pair.target, config, jnp.array([ids]), jnp.array([first])))
+    few = [count for count in CANDIDATES if count < pair.target.vocab_size]
+    shares = [float((ranks < count).mean()) for count in few]
+    if shares and shares[0] < ENOUGH_CANDIDATES:
+        report.warnings.append(
+            f"with {few[0]} candidates {1 - shares[0]:.0%} of what the head chooses can't be proposed: leave "
+            "--head-candidates out, and give --tree-candidates all."
+        )
+    among = ", ".join(f"the {count} likeliest in {share:.1%}" for count, share in zip(few, shares, strict=True))
+    return f"the head's choice is, of the base logits, among {among}" if few else "all of a small vocabulary"
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _ranks(
+    target_weights: Any, weights: Any, other: TargetConfig, config: DraftConfig, ids: jax.Array, first: jax.Array
+) -> jax.Array:
+    """How many base logits are above that of the head's choice, with the text before it: [A, J], blocks at `first`."""
+    _, features, _ = target.forward(target_weights, other, ids, target_layer_ids=config.target_layer_ids)
+    places = first[0, :, None] + jnp.arange(config.num_proposals, dtype=jnp.int32)
+    before = ids[0][places][None]  # [1, A, J]
+    x = block.block_inputs(target_weights.embed, config, before[:, :, 0])
+    z = block.proposing(config, block.training_blocks(weights, config, x, first, features))
+    correction = head_of(config).teacher_forced(weights.head, z, before, target_weights.embed)
+    assert correction is not None
+
+    def ranks(one: tuple[jax.Array, jax.Array]) -> jax.Array:  # of a block at a time: [J, V] of each is large enough
+        states, rank = one
+        base = target.logits(target_weights, other, states)
+        chosen = jnp.argmax(base + rank @ correction.output.T, axis=-1)
+        return jnp.sum(base > jnp.take_along_axis(base, chosen[:, None], axis=-1), axis=-1)
+
+    return jax.lax.map(ranks, (z[0], correction.rank[0]))
 
 
 @partial(jax.jit, static_argnums=(2, 3))

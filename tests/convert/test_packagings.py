@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import factory
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from factory import BYTE_DRAFT, make_draft, make_target
 from gguf.constants import GGMLQuantizationType
 from gguf_files import F32, write_gguf
 from safetensors.numpy import load_file, save_file
 
-from convert import folders, hf
+from convert import check, folders, hf
 from convert.__main__ import main
 from convert.check import check_folder
 from convert.draft_configs import read_draft_config, with_overrides
 from convert.packagings import Packaging, packaged, packaging_of, renamed
 from convert.registry import DRAFTERS, TABLE, locate
 from domino_jax.config import DraftConfig, Yarn
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten
@@ -318,6 +321,43 @@ def test_the_check_warns_where_the_other_alignment_knows_better(tmp_path, shifte
     report = check_folder(tmp_path / "draft", tmp_path / "target")
     assert not report.problems and dict(report.lines)["alignment"].startswith("anchored" if shifted else "fill-in")
     assert any("other alignment" in warning for warning in report.warnings) is not shifted
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_the_ranks_of_the_heads_choices_are_the_references(prefix):
+    """Among all base logits, with the text's own tokens before each proposal."""
+    pair = factory.Pair.make(factory.draft_config(head=DominoHead(14, 7, prefix)))
+    pair.params.draft.head.proj_out = 6 * pair.params.draft.head.proj_out  # so that it corrects a lot
+    target_w, target_cfg, draft_w, draft_cfg = pair.reference()
+    config, ids, first = pair.configs.draft, [3, 17, 40, 8, 61, 22, 5, 9, 30, 77, 12, 4], [0, 5]
+    found = check._ranks(
+        pair.params.target, pair.params.draft, pair.configs.target, config, jnp.array([ids]), jnp.array([first])
+    )
+    _, features = reference.target_forward(target_w, target_cfg, ids, config.target_layer_ids)
+    embed, lm_head = reference.target_embedding(target_w), reference.target_lm_head(target_w, target_cfg)
+    for block, a in zip(np.asarray(found), first, strict=True):
+        z = reference.draft_block(draft_w, draft_cfg, embed, features[:a], ids[a], a)
+        z = z[reference.proposal_rows(draft_cfg)]
+        state = np.zeros(14)
+        for j, rank in enumerate(block):
+            state = reference.gru_step(draft_w, reference.f64(embed[ids[a + j]]), state)
+            base = reference.linear(z[j], lm_head)
+            chosen = base + (reference.head_correction(draft_w, z[j], state) if j >= prefix else 0)
+            assert rank == (base > base[np.argmax(chosen)]).sum()
+    assert (np.asarray(found)[:, :prefix] == 0).all() and (np.asarray(found)[:, prefix:] > 0).any()
+
+
+def test_the_check_says_what_few_candidates_lose(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "CANDIDATES", (2, 80, 10_000))
+    pair = factory.Pair.make(factory.draft_config())
+    pair.params.draft.head.proj_out = 6 * pair.params.draft.head.proj_out
+    draft, target = pair.configs.draft, pair.configs.target
+    hf.save_hf(tmp_path / "target", pair.params.target, target, target.to_hf())
+    hf.save_hf(tmp_path / "draft", pair.params.draft, draft, draft.to_hf())
+    report = check_folder(tmp_path / "draft", tmp_path / "target")
+    said = dict(report.lines)["candidates"]
+    assert "the 2 likeliest in" in said and "the 80 likeliest in" in said and "10000" not in said
+    assert any("with 2 candidates" in w and "--tree-candidates all" in w for w in report.warnings)
 
 
 # --- The table of names ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 
 from convert import registry
 from infer.bench.compile import compiled_table
+from infer.bench.products import products_table
 from infer.bench.spread import spread_tables
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +165,11 @@ def test_the_table_of_compiled_programs_is_what_the_result_files_say():
         pytest.skip("no programs compiled at a clean commit yet")
     table = compiled_table(runs)
     assert table in read(ROOT / "docs" / "performance.md"), f"docs/performance.md should hold\n\n{table}"
+
+
+def test_the_table_of_products_is_what_the_result_file_says():
+    table = products_table(json.loads(read(ROOT / "docs" / "results" / "products.json")))
+    assert table in read(ROOT / "docs" / "quantization.md"), f"docs/quantization.md should hold\n\n{table}"
 
 
 def test_the_map_of_the_rooms_names_every_package_and_module():

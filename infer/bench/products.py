@@ -189,8 +189,7 @@ def products_table(found: Sequence[dict[str, Any]]) -> str:
     """The figures as a table in Markdown: a line for each device and form, a column for each number of rows."""
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for row in found:
-        device = row["processor"] if row["device"] == "cpu" else row["device"]
-        lines.setdefault((device, row["weights"]), {})[row["rows"]] = _cell(row)
+        lines.setdefault((row["device"], row["weights"]), {})[row["rows"]] = _cell(row)
     counts = dict.fromkeys(row["rows"] for row in found)
     heads = "device", "weights", *(f"M = {count}" for count in counts)
     return markdown_table(heads, [[*key, *(cells.get(count, "") for count in counts)] for key, cells in lines.items()])
@@ -198,9 +197,9 @@ def products_table(found: Sequence[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     """Whether the matrix is read as it is stored, and the time."""
-    how = f"{row['widened_bytes'] / 1e6:,.0f} MB, " if row["widened_bytes"] else ""
+    how = f"{row['widened_bytes'] / 1e6:,.0f} MB " if row["widened_bytes"] else ""
     if "over_exact" in row:
-        return f"{how}× {row['over_exact']:.2f}"
+        return f"{how}×{row['over_exact']:.2f}"
     return f"{how}{row['estimated_us']:.0f} ({row['floor_us']:.0f}) µs"
 
 

@@ -45,7 +45,7 @@ def test_a_cpus_integers_are_not_widened_and_other_8_bits_are(tmp_path, capsys):
     for row in rows:
         wide = 4 * 1024 * 512 if row["weights"] in ("int8, widened", "float8") else 0
         assert wide <= row["widened_bytes"] <= row["temporary_bytes"] < wide + 2**19, row
-    assert table.count("2 MB, ×") == 4 and "| M = 1 | M = 17 |" in table and "× 1.00" in table
+    assert table.count("2 MB ×") == 4 and "| M = 1 | M = 17 |" in table and "×1.00" in table
 
 
 @needs_libtpu

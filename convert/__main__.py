@@ -2,6 +2,8 @@
 
 python -m convert SRC DST                      Hugging Face -> Orbax; Orbax, GGUF, a training run -> Hugging Face
 python -m convert DRAFTER DST --format FORM    a drafter for another program: SpecForge's form, DeepSpec's, speculators'
+python -m convert ORTHRUS DST --part base|view  a target without its second view, or the second view alone
+python -m convert BASE DST --view VIEW         both in one again
 python -m convert --check DIR [--target DIR]   what a folder holds, and what is wrong with it
 """
 
@@ -36,6 +38,10 @@ class Convert:
     """dtype to write (default: as stored, and bfloat16 of a training run)"""
     format: Annotated[Literal["specforge", "deepspec", "speculators"] | None, DisallowNone, UNSET] = None
     """write a block drafter's files in this form; with --target those of the last two have copies of its embeddings"""
+    part: Annotated[Literal["base", "view"] | None, DisallowNone, UNSET] = None
+    """of a target with a second view (OrthrusLM) write one of the two; tensors keep their bytes"""
+    view: Annotated[Path | None, DisallowNone, UNSET] = None
+    """a second view, to be written beside the target SRC"""
     hf_overrides: Annotated[str | None, DisallowNone, UNSET, arg(metavar="JSON")] = None
     """fields of a block drafter's config.json that take the place of the file's, as '{"shift_label": true}'"""
     check: Annotated[Path | None, DisallowNone, UNSET] = None
@@ -47,10 +53,12 @@ class Convert:
 def check_words(options: Convert) -> None:
     """Raises: UsageError: the options make no sense together."""
     o = options
-    if o.check and (o.source or o.dtype or o.format or o.hf_overrides):
+    if o.check and (o.source or o.dtype or o.format or o.hf_overrides or o.part or o.view):
         raise UsageError("--check takes one folder, and --target; it converts nothing.")
     if not o.check and not (o.source and o.destination):
         raise UsageError("give SRC and DST, or --check DIR.")
+    if (o.part or o.view) and (o.dtype or o.format or o.hf_overrides or o.target or (o.part and o.view)):
+        raise UsageError("--part and --view copy tensors as they are: give one of them, and nothing but SRC and DST.")
 
 
 def overrides(options: Convert) -> dict[str, Any]:
@@ -96,6 +104,7 @@ def run_convert(options: Convert) -> int:
     from convert.folders import convert_folder
     from convert.gguf import as_folder
     from convert.hf import read_json
+    from convert.parts import join_parts, write_part
     from convert.progress import progress_bars
 
     report = FolderReport()
@@ -104,6 +113,12 @@ def run_convert(options: Convert) -> int:
             target = options.target and as_folder(options.target)
             if options.check:
                 check_folder(as_folder(options.check), target, progress, report)
+            elif options.part or options.view:
+                assert options.source and options.destination
+                if options.part:
+                    was, now = write_part(options.source, options.destination, options.part)
+                elif options.view:
+                    was, now = join_parts(options.source, options.view, options.destination)
             else:
                 assert options.source and options.destination
                 dtype = jnp.dtype(options.dtype) if options.dtype else None

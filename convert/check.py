@@ -15,7 +15,8 @@ import numpy as np
 
 from convert import hf, orbax
 from convert.draft_configs import least_depth
-from convert.drafters import form_of
+from convert.drafters import DUAL_VIEW, form_of
+from convert.dual_view import holds_both
 from convert.folders import GGUF, HF, folder_format, load_weights, read_config
 from convert.packagings import packaging_of
 from convert.tensors import (
@@ -91,6 +92,8 @@ def check_folder(
     report.say("parameters", f"{count:,} ({count / 1e9:.2f} B)")
     stored = of in (HF, GGUF)
     tensors = _stored(folder, config, report, target_folder) if stored else _orbax(folder, config, report)
+    if holds_both(raw, folder):
+        tensors += _second_view(folder, raw, config, report)
     _values(tensors, report, progress and partial(progress, "reading values"))
     if not isinstance(config, TargetConfig):
         if isinstance(config, DraftConfig):
@@ -176,6 +179,19 @@ def _stored(folder: Path, config: DecoderConfig, report: FolderReport, target_fo
     report.say("tensors", f"{len(account.stored)} found, {expected} expected{left_out}")
     known = {name: stored for name, stored in account.stored.items() if stored.dtype in FLOATS}
     return [(name, stored.bytes, partial(tensors.read, stored)) for name, stored in known.items()]
+
+
+def _second_view(folder: Path, raw: dict[str, Any], config: DecoderConfig, report: FolderReport) -> list[Tensor]:
+    """The second view that lies beside the target."""
+    view, warnings = DUAL_VIEW.read(raw, None, folder / "config.json")
+    report.warnings += warnings
+    assert isinstance(config, TargetConfig)
+    report.warnings += check_pair(config, view)
+    report.say("second view", f"{describe(view)}, {parameters(view):,} parameters")
+    files = open_tensors(folder)
+    account = account_tensors(view, files.stored)
+    report.problems += account.problems
+    return [(name, stored.bytes, partial(files.read, stored)) for name, stored in account.stored.items()]
 
 
 def _orbax(folder: Path, config: DecoderConfig, report: FolderReport) -> list[Tensor]:

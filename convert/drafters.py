@@ -7,6 +7,7 @@ from typing import Any
 
 from convert.configs import read_target_config
 from convert.draft_configs import export_warnings, is_drafter, read_custom_config, read_draft_config
+from convert.dual_view import holds_both, holds_view
 from convert.options import TreeSettings
 from convert.registry import NGRAM
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
@@ -14,6 +15,7 @@ from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import LONG_MATCHES, CombinedDrafter
+from domino_jax.drafters.dual_view import DualViewConfig, DualViewDrafter
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
@@ -46,9 +48,13 @@ def custom(config: type[CustomDraftConfig], drafter: Callable[[Any], Drafter]) -
     return Form(config, lambda config, asked: drafter(config), holds, read, lambda *given: read(*given)[1])
 
 
+# What lies in its target's own folder, or alone.
+DUAL_VIEW = replace(custom(DualViewConfig, DualViewDrafter), holds=holds_view)
+
 # The first that holds a config.json is its form. A new drafter is a file of its own and, before these, the line
 # custom(ItsConfig, ItsDrafter).
 FORMS: tuple[Form, ...] = (
+    DUAL_VIEW,
     Form(DraftConfig, lambda config, asked: BlockDrafter(config), is_drafter, read_draft_config, export_warnings),
     Form(
         TargetConfig,  # an ordinary model, as assistant
@@ -60,9 +66,13 @@ FORMS: tuple[Form, ...] = (
 )
 
 
-def form_of(raw: Raw) -> Form:
-    """The form of a config.json; that of a target where it is no drafter's."""
-    return next(form for form in FORMS if form.holds(raw))
+def form_of(raw: Raw, folder: Path | None = None) -> Form:
+    """The form of a config.json; that of a target where it is no drafter's.
+
+    Args:
+        folder: where it lies. A drafter whose tensors stand beside its target's is then found by their names too.
+    """
+    return DUAL_VIEW if holds_both(raw, folder) else next(form for form in FORMS if form.holds(raw))
 
 
 def make_drafter(

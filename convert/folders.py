@@ -3,7 +3,8 @@
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from convert import hf, orbax
 from convert.draft_configs import is_drafter, least_depth, states_depth, with_overrides
+from convert.dual_view import holds_both
 from convert.packagings import Packaging, copies, packaged, renamed
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
@@ -79,10 +81,24 @@ def convert_folder(
     Raises:
         DominoError: the source is no whole model, or the destination is in the way or can't be written.
     """
-    destination = destination.absolute()
     if not source.is_dir():
         raise DominoError(f"{source} is not a folder.")
-    check_output(destination, sources=[source, *([target] if target else [])])
+    with appearing(destination, [source, *([target] if target else [])]) as partial:
+        return _convert(ConvertedModel(source, target, overrides or {}), partial, progress, dtype, form)
+
+
+@contextmanager
+def appearing(destination: Path, sources: Sequence[Path]) -> Iterator[Path]:
+    """A new folder to write in; what is in it then is the destination, which appears when it is whole.
+
+    Args:
+        sources: what is read meanwhile, and can't be the destination.
+
+    Raises:
+        DominoError: the destination is in the way or can't be written.
+    """
+    destination = destination.absolute()
+    check_output(destination, sources=list(sources))
     # An empty folder may be a volume or a link to another disk: what is written goes there, not beside it.
     there = destination.exists()
     with lock_folder(destination) if there else lock_file(destination):
@@ -92,8 +108,18 @@ def convert_folder(
         earlier = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
         for left in [file for file in parent.iterdir() if earlier.fullmatch(file.name)]:  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        model = ConvertedModel(source, target, overrides or {})
-        return _convert(model, destination, partial, progress, dtype, form)
+        try:
+            partial.mkdir()
+            yield partial
+            if partial.parent == destination:
+                for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # no model without
+                    file.replace(destination / file.name)
+            else:
+                partial.replace(destination)
+        except OSError as error:
+            raise DominoError(f"{destination} can't be written: {first_line(error)}.") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 class ConvertedModel(NamedTuple):
@@ -121,15 +147,16 @@ class ConvertedModel(NamedTuple):
 
 def _convert(
     source: ConvertedModel,
-    destination: Path,
     partial: Path,
     progress: hf.Progress | None,
     dtype: Any,
     form: Packaging | None,
 ) -> tuple[str, str]:
-    """See `convert_folder`; `partial` is the folder to write, on the disk of the destination."""
+    """See `convert_folder`; `partial` is the folder to write."""
     raw, config = source.read()
     folder, target = source.folder, source.target
+    if holds_both(raw, folder):
+        raise DominoError(f"{folder} holds a target and a second view of it: give --part base or --part view.")
     was = folder_format(folder)
     now = ORBAX if was == HF and form is None else HF
     if was == RUN and not isinstance(config, CustomDraftConfig):  # none of them is trained here
@@ -143,31 +170,20 @@ def _convert(
         stored = {name: raw[name] for name in ("dtype", "torch_dtype") if name in raw}
         raw = packaged(config, form) | stored
         how = {"names": renamed(config, form), "more": copies(form, target)}
-    try:
-        partial.mkdir()
-        if now == HF and was in (HF, GGUF):
-            module = hf.load_hf(folder, config, progress=progress, target=target)
-            hf.save_hf(partial, module, config, raw, dtype, **how)
-        elif now == HF:
-            saved = orbax.Saved(folder, config)
-            hf.write_hf(partial, saved.read, config, raw, dtype, progress, **how)
-        else:
-            orbax.save_orbax(partial, hf.load_hf(folder, config, dtype, progress, target=target))
-        if dtype is None and form is None and not source.overrides:
-            shutil.copyfile(folder / "config.json", partial / "config.json")
-        else:
-            hf.write_json(partial / "config.json", raw if dtype is None else hf.with_dtype(raw, dtype))
-        if was != RUN:  # beside a run lie its settings and metrics, which are no part of the drafter
-            hf.copy_companions(folder, partial)
-        if partial.parent == destination:
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # without it, no model
-                file.replace(destination / file.name)
-        else:
-            partial.replace(destination)
-    except OSError as error:
-        raise DominoError(f"{destination} can't be written: {first_line(error)}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if now == HF and was in (HF, GGUF):
+        module = hf.load_hf(folder, config, progress=progress, target=target)
+        hf.save_hf(partial, module, config, raw, dtype, **how)
+    elif now == HF:
+        saved = orbax.Saved(folder, config)
+        hf.write_hf(partial, saved.read, config, raw, dtype, progress, **how)
+    else:
+        orbax.save_orbax(partial, hf.load_hf(folder, config, dtype, progress, target=target))
+    if dtype is None and form is None and not source.overrides:
+        shutil.copyfile(folder / "config.json", partial / "config.json")
+    else:
+        hf.write_json(partial / "config.json", raw if dtype is None else hf.with_dtype(raw, dtype))
+    if was != RUN:  # beside a run lie its settings and metrics, which are no part of the drafter
+        hf.copy_companions(folder, partial)
     return was, now
 
 

@@ -5,7 +5,7 @@ Only safetensors are read. A pickle can run code when it is opened, so it is ref
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from math import prod
@@ -20,7 +20,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert.companions import companions
+from convert.configs import read_target_config
 from convert.drafters import form_of
+from convert.dual_view import holds_both
 from convert.fields import read_json as read_json  # hf.read_json reads a model's files
 from convert.names import Entry, entries, to_hf, units
 from convert.tensors import INDEX, SINGLE, account_tensors, compare_derived, open_tensors, some
@@ -41,7 +43,7 @@ Form = Callable[[str, Any], Any]  # a weight's path, and the weight -> what is t
 def parse_config(
     raw: Mapping[str, Any], num_target_layers: int | None = None, file: Path | None = None
 ) -> TargetConfig | DraftConfig | CustomDraftConfig:
-    """The config of a target or of a drafter, by what a config.json holds.
+    """The config of a target or of a drafter, by what a config.json holds; the target's where a folder has both.
 
     Args:
         num_target_layers: the target's depth, for a drafter that does not state it.
@@ -50,6 +52,8 @@ def parse_config(
     Raises:
         DominoError: a field is missing or of another kind, or asks for what is not supported.
     """
+    if holds_both(raw, file and file.parent):
+        return read_target_config(raw, file)
     return form_of(raw).read(raw, num_target_layers, file)[0]
 
 
@@ -142,8 +146,26 @@ def write_hf(
     """
     table = units(entries(config))
     total = sum(_bytes(unit, dtype) for unit in table)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        done = 0
+        for group in grouped(table, lambda unit: _bytes(unit, dtype)):
+            held = leaves([entry.path for unit in group for entry in unit])
+            for unit in group:
+                parts = {entry.path: _on_host(held[entry.path], dtype) for entry in unit}
+                yield from ((names(name), tensor) for name, tensor in to_hf(unit, parts).items())
+            done += sum(_bytes(unit, dtype) for unit in group)
+            if progress:
+                progress(done, total)
+        yield from ((name, read()) for name, read in (more or {}).items())
+
+    write_tensors(folder, tensors(), raw if dtype is None else with_dtype(raw, dtype))
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], raw: Mapping[str, Any]) -> None:
+    """Write tensors by name and a config.json; see `write_hf`."""
     files: list[tuple[Path, list[str]]] = []  # temporary names, and what is inside
-    done = written = 0
+    written = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shard: dict[str, np.ndarray] = {}
@@ -161,17 +183,8 @@ def write_hf(
             shard[name] = np.ascontiguousarray(tensor)
             written += tensor.nbytes
 
-        for group in grouped(table, lambda unit: _bytes(unit, dtype)):
-            held = leaves([entry.path for unit in group for entry in unit])
-            for unit in group:
-                parts = {entry.path: _on_host(held[entry.path], dtype) for entry in unit}
-                for name, tensor in to_hf(unit, parts).items():
-                    write(names(name), tensor)
-            done += sum(_bytes(unit, dtype) for unit in group)
-            if progress:
-                progress(done, total)
-        for name, read in (more or {}).items():
-            write(name, read())
+        for name, tensor in tensors:
+            write(name, tensor)
         flush()
         count = len(files)
         # Of another model: one would be read instead of the other. A single file gives way at once, whole to whole.
@@ -183,7 +196,7 @@ def write_hf(
         if count > 1:
             weight_map = {tensor: name for name, (_, inside) in zip(called, files, strict=True) for tensor in inside}
             write_json(folder / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
-        write_json(folder / "config.json", raw if dtype is None else with_dtype(raw, dtype))
+        write_json(folder / "config.json", raw)
     except (OSError, SafetensorError) as error:
         raise DominoError(f"{folder} can't be written: {first_line(error)}.") from None
     finally:

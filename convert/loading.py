@@ -26,6 +26,7 @@ from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
@@ -67,7 +68,7 @@ class LoadedModel:
     @property
     def has_block_drafter(self) -> bool:
         """Whether a drafter drafts that was trained for this target."""
-        return isinstance(self.configs.draft, DraftConfig)
+        return isinstance(self.configs.draft, DraftConfig | DualViewConfig)
 
     @contextmanager
     def context(self) -> Iterator[None]:

@@ -27,11 +27,13 @@ class PublicModel(NamedTuple):
     dflash: str | None = None
     shape: tuple[int, int] | None = None  # width and layers of a target with drafters, to recognise it in a folder
     others: tuple[tuple[str, str], ...] = ()  # kinds of more drafters, as their names end, and the best of them first
+    dual_view: bool = False  # it has a second view, with which it drafts itself
 
     @property
     def drafter(self) -> str | None:
-        """The one that is taken where none is asked for: Domino's, else DFlash's, else the first."""
-        return self.domino or self.dflash or next((place for _, place in self.others), None)
+        """The one that is taken where none is asked for: its own view, else Domino's, DFlash's, or the first."""
+        itself = self.target if self.dual_view else None
+        return itself or self.domino or self.dflash or next((place for _, place in self.others), None)
 
 
 def _deepspec(size: str) -> tuple[tuple[str, str], ...]:
@@ -71,6 +73,10 @@ TABLE = {
         "meta-llama/Llama-3.1-8B-Instruct", dflash="z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"
     ),
     "smollm2-135m": PublicModel("HuggingFaceTB/SmolLM2-135M-Instruct"),
+    **{
+        f"orthrus-qwen3-{size.lower()}": PublicModel(f"chiennv/Orthrus-Qwen3-{size}", dual_view=True)
+        for size in ("1.7B", "4B", "8B")
+    },
 }
 # After --draft a target's name means its drafter, of several Domino's; the others have names of their own.
 OTHER_DRAFTERS = {f"{name}-dflash": public.dflash for name, public in TABLE.items() if public.dflash} | {
@@ -191,7 +197,9 @@ def resolve_folders(
     ]
     folders = [place if isinstance(place, Path) else place.configure(console) for place in found]
     target, drafter = folders[0], folders[1] if len(folders) > 1 else None
-    remote = [place for place in found if not isinstance(place, Path)]
+    if draft is None and drafter is None and drafts_itself(target):
+        drafter = target
+    remote = [place for place in found[: 1 if drafter == target else 2] if not isinstance(place, Path)]
     if remote:
         from convert import hub
 
@@ -221,18 +229,19 @@ def read_configs(
     from convert import hf
     from convert.configs import read_target_config
     from convert.drafters import form_of
+    from convert.dual_view import holds_both
     from domino_jax.config import TargetConfig, check_pair
 
     file = target / "config.json"
     raw = hf.read_json(file)
-    if form_of(raw).config is not TargetConfig:
+    if form_of(raw).config is not TargetConfig and not holds_both(raw, target):
         raise DominoError(f"{target} holds a drafter; {flag} takes the target that it is a drafter of.")
     config = read_target_config(raw, file)
     if draft is None:
         return raw, config, None, []
     file = draft / "config.json"
     raw_draft = hf.read_json(file)
-    form = form_of(raw_draft)
+    form = form_of(raw_draft, draft)
     if form.config is TargetConfig:
         if draft.resolve() == target.resolve():
             raise DominoError(f"{draft} is the target itself; --draft takes its drafter, or a smaller model.")
@@ -245,6 +254,14 @@ def read_configs(
         return raw, config, assistant, []
     draft_config, warnings = form.read(raw_draft, config.num_hidden_layers, file)
     return raw, config, draft_config, [*warnings, *check_pair(config, draft_config)]
+
+
+def drafts_itself(target: Path) -> bool:
+    """Whether a target's folder holds a second view of it."""
+    from convert import hf
+    from convert.dual_view import holds_both
+
+    return holds_both(hf.read_json(target / "config.json"), target)
 
 
 def _is_folder(place: str) -> bool:

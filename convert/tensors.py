@@ -14,6 +14,7 @@ from convert.names import entries
 from convert.safetensors import Stored, TensorFiles
 from domino_jax import layers
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.drafters.dual_view import MARK, DualViewConfig
 from domino_jax.drafters.heads import has_confidence, head_of
 from domino_jax.errors import DominoError
 
@@ -151,8 +152,9 @@ def account_tensors(config: DecoderConfig, found: Mapping[str, Stored]) -> Accou
         if name in named:
             return Account({}, {}, [f"{named[name].name} and {stored.name} are one tensor by two names"])
         named[name] = stored
+    named = {name: stored for name, stored in named.items() if not _is_spare(config, name)}
     derived = {name: stored for name, stored in named.items() if name not in wanted and _is_derived(config, name)}
-    named = {name: stored for name, stored in named.items() if name not in derived and not _is_spare(config, name)}
+    named = {name: stored for name, stored in named.items() if name not in derived}
     if named and not named.keys() & wanted.keys():
         first = next(iter(named.values()))
         problem = (
@@ -189,7 +191,12 @@ def _is_derived(config: DecoderConfig, name: str) -> bool:
 
 
 def _is_spare(config: DecoderConfig, name: str) -> bool:
-    """Whether a drafter's tensor is not used, whatever it holds: a confidence head that the config does not have."""
+    """Whether a tensor is not used, whatever it holds.
+
+    Of a drafter a confidence head that the config does not have; of a target and its second view what is the other's.
+    """
+    if isinstance(config, TargetConfig | DualViewConfig):
+        return (MARK in name) == isinstance(config, TargetConfig)
     if not isinstance(config, DraftConfig):
         return False
     return name in (*VERIFIER, *VOCABULARIES) or (name.startswith(CONFIDENCE) and not has_confidence(config))

@@ -142,6 +142,16 @@ class DecoderConfig:
         """The fields that a target and its drafter share, by name; `changes` replace some."""
         return {name: getattr(self, name) for name in DecoderConfig.__dataclass_fields__} | changes
 
+    def hf_fields(self) -> dict[str, Any]:
+        """Its part of a config.json."""
+        return {
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            **self.geometry(),
+            "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling else None,
+        }
+
     @property
     def positions(self) -> int:
         """Positions that may be used. Qwen's recipe for YaRN adds `rope_scaling` and leaves max_position_embeddings."""
@@ -198,7 +208,7 @@ class TargetConfig(DecoderConfig):
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers loads as this model."""
-        fields = _hf_fields(self) | (self.moe.to_hf() if self.moe else {})
+        fields = self.hf_fields() | (self.moe.to_hf() if self.moe else {})
         if self.qkv_bias:
             del fields["attention_bias"]
         return {
@@ -291,7 +301,7 @@ class DraftConfig(DecoderConfig):
             draft |= {"sample_from_anchor": True}  # without a head other loaders know this by that name alone
         raw = {
             "architectures": [self.head.architecture if self.head else "DFlashDraftModel"],
-            **_hf_fields(self),
+            **self.hf_fields(),
             **top,
             "tie_word_embeddings": False,
             "block_size": self.block_size,
@@ -414,13 +424,3 @@ def _refuse_other_target(target: TargetConfig, draft: DecoderConfig, *more: tupl
                 f"the drafter was made for another target: its target's {label} is {theirs}, this target's is {ours}; "
                 "give the drafter that belongs to this target with --draft, or --draft none."
             )
-
-
-def _hf_fields(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        **config.geometry(),
-        "rope_scaling": config.rope_scaling.to_hf() if config.rope_scaling else None,
-    }

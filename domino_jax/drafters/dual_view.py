@@ -29,6 +29,7 @@ from domino_jax.weights import Attention, TensorRow
 BLOCK_SIZE, MASK_TOKEN_ID = 32, 151669  # of the public ones
 SHARED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")  # beside width and vocabulary
 PREFIX = "model.layers.{i}.self_attn."
+MARK = "_diff."  # in the name of each of its tensors, and of no other
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class DualViewConfig(CustomDraftConfig):
     """
 
     architecture: ClassVar[str] = "OrthrusLM"
+    """Of a folder that holds the target too, as the public ones do"""
+    alone: ClassVar[str] = "OrthrusView"
+    """Of a folder that holds the second view alone"""
     tensors: ClassVar[tuple[TensorRow, ...]] = (
         ("layers.{i}.q", "(N H) D", (f"{PREFIX}q_proj_diff.weight",)),
         ("layers.{i}.kv", "(K H) D", (f"{PREFIX}k_proj_diff.weight", f"{PREFIX}v_proj_diff.weight")),
@@ -77,6 +81,11 @@ class DualViewConfig(CustomDraftConfig):
             block_size=BLOCK_SIZE if size is None else size,
             mask_token_id=MASK_TOKEN_ID if mask is None else mask,
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json of a folder that holds the second view alone."""
+        blocks = {"block_size": self.block_size, "mask_token_id": self.mask_token_id}
+        return {"architectures": [self.alone], **self.hf_fields(), **blocks}
 
     def weights(self, leaf: Callable[[str], Any]) -> "DualView":
         return DualView(self, leaf)

@@ -15,11 +15,12 @@ from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter, DraftTokens
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.dual_view import DualViewDrafter
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
-from infer.bench.rows import ASSISTANT, DFLASH, NGRAM, TREE
+from infer.bench.rows import ASSISTANT, DFLASH, NGRAM, ORTHRUS, TREE
 
 Drafts = int | Literal["auto"]  # proposals that a cycle verifies
 
@@ -75,7 +76,7 @@ def mode_of(drafter: Drafter) -> str:
     if isinstance(drafter, BlockDrafter):
         head = head_of(drafter.config).projector_type
         return f"{head}-{TREE}" if isinstance(drafter, TreeDrafter) else head
-    known = {NgramDrafter: NGRAM, AssistantDrafter: ASSISTANT}
+    known = {NgramDrafter: NGRAM, AssistantDrafter: ASSISTANT, DualViewDrafter: ORTHRUS}
     return known.get(type(drafter), type(drafter).__name__)
 
 

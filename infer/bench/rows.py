@@ -4,4 +4,4 @@ from typing import Any
 
 Row = dict[str, Any]
 LEAN, DFLASH, DOMINO, TRANSFORMERS = "lean", "dflash", "domino", "transformers"  # lean: the autoregressive baseline
-NGRAM, ASSISTANT, TREE = "ngram", "assistant", "tree"
+NGRAM, ASSISTANT, TREE, ORTHRUS = "ngram", "assistant", "tree", "orthrus"

@@ -166,6 +166,7 @@ def test_the_table_has_the_public_checkpoints():
         *(f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B")),
         "meta-llama/Llama-3.1-8B-Instruct",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
+        *(f"chiennv/Orthrus-Qwen3-{size}" for size in ("1.7B", "4B", "8B")),
     ]
     assert set(SHAPES) <= set(names.TABLE)  # the benchmark's shapes go by the same names
     for name, public in names.TABLE.items():

@@ -30,6 +30,7 @@ from convert.not_finite import check_finite, warn_of_drafts
 from convert.options import GROUP, UNSET, Flag, ProcessOptions, check_count, check_real
 from convert.progress import progress_bars
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
@@ -151,7 +152,8 @@ class Validation:
         assert self.configs.draft is not None
         whole = self.configs, params
         final = self._decoded(*whole, stopping)
-        base = self._decoded(*without_head(*whole), stopping) if self.configs.draft.head else None
+        headed = isinstance(self.configs.drafter, BlockDrafter) and self.configs.draft.head
+        base = self._decoded(*without_head(*whole), stopping) if headed else None
         if stopping and stopping():
             raise Stopped
         return ValidationReport(final, base, time.perf_counter() - began)

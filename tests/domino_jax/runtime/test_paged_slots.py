@@ -74,7 +74,7 @@ def test_every_answer_is_the_one_that_the_request_has_alone_in_slots_of_its_own(
     "name",
     [
         "Domino and n-gram",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tree", "n-gram", "assistant", "random")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tree", "n-gram", "assistant", "random", "Orthrus")),
     ],
 )
 def test_every_drafter_goes_on_from_pages_that_another_request_has_filled(pair, small, name):

@@ -16,6 +16,7 @@ from domino_jax import decode, sharding
 from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.dual_view import DualViewConfig, DualViewDrafter
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
@@ -151,6 +152,7 @@ def drafters(pair: Pair) -> dict[str, Pair]:
     """Good, random, and always wrong ones."""
     target, most = pair.configs.target, pair.configs.proposals
     other = factory.random_weights(target, 12)
+    view = DualViewConfig(**target.geometry(), block_size=7, mask_token_id=target.vocab_size - 1)
     assert pair.configs.drafter is not None and pair.configs.draft is not None
     made: dict[str, tuple[Any, Any]] = {
         "tree": (TreeDrafter(pair.configs.draft, nodes=6), pair.params.draft),
@@ -158,6 +160,7 @@ def drafters(pair: Pair) -> dict[str, Pair]:
         "n-gram": (NgramDrafter(5, 3, 1), None),
         "Domino and n-gram": (CombinedDrafter(pair.configs.drafter, NgramDrafter(most, 4, 2)), pair.params.draft),
         "assistant": (AssistantDrafter(target, 3), other),
+        "Orthrus": (DualViewDrafter(view), factory.random_weights(view, 13)),
         "one token": (loops.TableDrafter(3), jnp.full((3, 4096), 7, jnp.int32)),
     }
     rest = {
@@ -168,7 +171,9 @@ def drafters(pair: Pair) -> dict[str, Pair]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", ["Domino", "one token", "random", "tree", "n-gram", "Domino and n-gram", "assistant"])
+@pytest.mark.parametrize(
+    "name", ["Domino", "one token", "random", "tree", "n-gram", "Domino and n-gram", "assistant", "Orthrus"]
+)
 @pytest.mark.slow  # tests/domino_jax/test_processors.py has it for one drafter
 def test_neither_the_drafter_nor_the_number_of_drafts_changes_an_answer(pair, small, name):
     """Greedy ones and coupled samples."""

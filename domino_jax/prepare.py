@@ -184,13 +184,16 @@ def quantize_target(
     return unflatten(config, {path: form(path, weight) for path, weight in flatten(target).items()})
 
 
-def quantize_drafter(params: Params, config: DraftConfig, kind: str) -> Params:
+def quantize_drafter(
+    params: Params, config: DraftConfig, kind: str, call: Callable[..., Any] = lambda run, *given: run(*given)
+) -> Params:
     """The params with the drafter's matrices in 8 bits, and an 8-bit copy of the LM head for drafting.
 
     Where the target's own LM head is in 8 bits it serves for drafting too.
 
     Args:
         kind: one of `matrix.QUANTIZED`.
+        call: see `prepare_for_tpu`.
     """
     assert params.draft is not None, "there is no drafter to quantize"
     letters = flatten(axes(config))
@@ -201,9 +204,9 @@ def quantize_drafter(params: Params, config: DraftConfig, kind: str) -> Params:
     def stays(path: str) -> bool:
         return path in whole or not is_matrix(path, letters[path])
 
-    done = [leaf if stays(path) else _quantizer(letters[path], kind)(leaf) for path, leaf in named]
+    done = [leaf if stays(path) else call(_quantizer(letters[path], kind), leaf) for path, leaf in named]
     output = lm_head(params.target)
-    copy = None if isinstance(output, Scaled) else _quantizer("V D", kind)(output)
+    copy = None if isinstance(output, Scaled) else call(_quantizer("V D", kind), output)
     return Params(params.target, jax.tree.unflatten(form, done), copy)
 
 

@@ -35,7 +35,19 @@ TAU = "5"  # stated, so that cycles commit several tokens whatever the weights a
 GRACE = 10.0  # seconds that a part has to end by itself when its time is over
 RESERVE = 5.0  # of all, for the report
 LEAST = 20.0  # that a part gets, or is not begun
-PartName = Literal["attention", "drafters", "speed", "phases", "batches", "contexts", "int8", "float8", "training"]
+PartName = Literal[
+    "attention",
+    "drafters",
+    "speed",
+    "phases",
+    "batches",
+    "contexts",
+    "int8",
+    "float8",
+    "target-int8",
+    "products",
+    "training",
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,9 @@ def list_parts(found: Mapping[str, Any]) -> list[DevicePart]:
         DevicePart("batches", 0.4, [*speed, *rows(4, 16), *quick]),
         DevicePart("contexts", 0.4, [*speed, *rows(1), "--contexts", *contexts, *quick]),
         DevicePart("int8", 0.4, [*speed, *rows(1), "--draft-weights", "int8", *quick]),
-        DevicePart("float8", 0.5, [*speed, *rows(1), "--draft-weights", "float8", *quick]),
+        DevicePart("float8", 0.4, [*speed, *rows(1), "--draft-weights", "float8", *quick]),
+        DevicePart("target-int8", 0.4, [*speed, *rows(1), "--weights", "int8", "--draft-weights", "int8", *quick]),
+        DevicePart("products", 0.4, ["infer.bench", "products"]),
         DevicePart("training", 1.0, training, "--out"),
     ]
 

@@ -7,6 +7,7 @@ from typing import Any
 from domino_jax.runtime.files import write_text
 from domino_jax.runtime.parsing import parse_json, read_text
 from infer.bench.markdown import markdown_table
+from infer.bench.products import products_table
 
 MAIN, REPORT = "device.json", "report.md"
 DEMO = "demo"  # the shipped pair
@@ -32,6 +33,8 @@ TITLES = {
     "contexts": "Contexts",
     "int8": "Drafter in int8",
     "float8": "Drafter in float8",
+    "target-int8": "Target and drafter in int8",
+    "products": "One product of a matrix in each form",
     "training": "Training step",
 }
 
@@ -53,7 +56,8 @@ def report(folder: Path) -> str:
     for name, title in TITLES.items():
         figures = figures_in(folder / f"{name}.json")
         if figures:
-            make = {"phases": phase_table, "training": training_table}.get(name, speed_table)
+            made = {"phases": phase_table, "products": products_table, "training": training_table}
+            make = made.get(name, speed_table)
             sections += [f"## {title}", safely(make, figures)]
     sections += ["## Parts", parts_table(parts)]
     return "\n\n".join(filter(None, sections)) + "\n"

@@ -140,7 +140,7 @@ def describe_params(chosen: LoadPlan, place: Place) -> Params:
     if chosen.weights != "exact":
         params = params._replace(target=prepare.quantize_target(params.target, target, chosen.weights, outputs))
     if kind != "exact" and isinstance(draft, DraftConfig):
-        params = place.outputs(lambda params: prepare.quantize_drafter(params, draft, kind), params)
+        params = prepare.quantize_drafter(params, draft, kind, outputs)
     groups = place.mesh.shape[DATA] if place.mesh else 1
     # Layer by layer, those of equal shapes once: one program for all would not fit where the weights do.
     return prepare.prepare_for_tpu(params, target, draft, groups, outputs)

@@ -19,6 +19,7 @@ from infer.bench.device import DeviceBench, DevicePart, PartName, check_device, 
 from infer.bench.device_report import report
 from infer.bench.forms import ComparedForm, run_form
 from infer.bench.options import Bench, check_bench
+from infer.bench.products import Products, check_products
 from train.bench.command import TrainBench
 
 FOUND = {
@@ -45,6 +46,8 @@ def test_every_part_is_a_command_that_takes_its_words(found):
         elif words[0] == "correctness":
             asked = parse_words(correctness.Correctness, [*words[1:], "--json", "x"], prog="correctness")
             correctness.check_correctness(asked)
+        elif words[0] == "products":
+            check_products(parse_words(Products, words[1:], prog="products"))
         else:
             options = parse_words(Bench, words, prog="infer.bench")
             check_bench(options)

@@ -116,6 +116,9 @@ def test_drafters():
     assert drafter("--draft", "ngram") == (0, 4) and drafter("--draft", "qwen3-8b+ngram") == (public[0], public[1] + 4)
     small, copy = drafter("--draft-weights", "int8")[0], 151936 * 4096  # of the LM head, for drafting
     assert 0.45 * public[0] < small - copy < 0.6 * public[0]
+    (both,) = plan("--model", "qwen3-8b", "--devices", "v5e-1", "--weights", "int8", "--draft-weights", "int8")
+    assert both["drafter_bytes"] == small - copy - 151936 * 2, "the target's LM head serves, and its scales"
+    assert 8.1e9 < both["target_bytes"] < 8.9e9 and both["fits"], "the layers in 8 bits, the embeddings in 16"
 
 
 def test_a_folder_by_its_config_as_it_is_loaded(tmp_path):

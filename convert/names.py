@@ -20,6 +20,7 @@ import numpy as np
 
 from convert.safetensors import Index
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.drafters.dual_view import HEAD_PREFIX, DualViewConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.weights import TensorRow, axes, flatten
 
@@ -118,6 +119,9 @@ def entries(config: DecoderConfig) -> list[Entry]:
         table += tuple((f"head.{path}", theirs, names) for path, theirs, names in head.tensors)
     if isinstance(config, CustomDraftConfig):
         table = config.tensors
+    if isinstance(config, DualViewConfig) and config.head:
+        ours = ((f"head.{path}", theirs, names) for path, theirs, names in config.head.tensors)
+        table += tuple((path, theirs, tuple(f"{HEAD_PREFIX}{name}" for name in names)) for path, theirs, names in ours)
     sizes = config.sizes
     # By path and letters: a layer has one MLP or many, under the same path.
     rows = {}

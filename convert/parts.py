@@ -18,7 +18,10 @@ from domino_jax.errors import DominoError
 
 Part = Literal["base", "view"]
 BASE, VIEW = "base", "view"
-OF_VIEW = ("block_size", "mask_token_id", "r", "lora_alpha")  # fields of config.json
+OF_VIEW = (  # fields of config.json
+    *("block_size", "mask_token_id", "r", "lora_alpha"),
+    *("projector_type", "gru_hidden_dim", "emb_dim", "pure_draft_prefix_len"),
+)
 
 
 def write_part(source: Path, destination: Path, part: Part) -> tuple[str, str]:

@@ -219,6 +219,13 @@ class TargetConfig(DecoderConfig):
         }
 
 
+class Headed(Protocol):
+    """What is said of a drafter that may have a head."""
+
+    @property
+    def head(self) -> "Head | None": ...
+
+
 class BlockShape(Protocol):
     """What is said of a drafter whose input is an anchor and masks."""
 

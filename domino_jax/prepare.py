@@ -15,6 +15,7 @@ from jax import Array
 
 from domino_jax import matrix
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
 from domino_jax.matrix import AnyMatrix, ForTpu, Scaled, Separate, Tabulated, select
@@ -149,7 +150,7 @@ def tabulate_head(params: Params, config: DecoderConfig | None, largest: int = L
         config: the drafter's.
         largest: bytes that the table may take. At a vocabulary of 151,936 it would be a gigabyte.
     """
-    if isinstance(config, DraftConfig):
+    if isinstance(config, DraftConfig | DualViewConfig):
         head_of(config).tabulate(params.draft.head, params.target.embed, largest)
 
 

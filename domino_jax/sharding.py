@@ -146,7 +146,7 @@ def shard_copy(x: Any, letters: str) -> Array:
 def fetch(tree: Any) -> Any:
     """The tree's arrays on the host of every process."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and not all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+    if not mesh.empty and not all(x.is_fully_addressable for x in jax.tree.leaves(tree) if isinstance(x, Array)):
         tree = _everywhere(tree)
     return jax.device_get(tree)
 

@@ -4,23 +4,28 @@
 the optimizer, both inside `Recipe`, which is static to the compiled step.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from tyro.conf import DisallowNone
 
-from convert.options import UNSET, Dtype, ProcessOptions, check_count, check_real
+from convert.options import UNSET, Dtype, ProcessOptions, check_count, check_real, flag
 from domino_jax.config import DraftConfig, TargetConfig, choose_target_layer_ids
 from domino_jax.runtime.command import UsageError
 
 LossKind = Literal["ce", "kl"]
-PositionWeights = Literal["exponential", "d-pace"]
+PositionWeights = Literal["exponential", "uniform", "d-pace"]
+DrafterKind = Literal["block", "orthrus"]
 LambdaSchedule = Literal["linear", "cosine", "constant"]
 BlockAttention = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 TargetAttention = Literal["xla", "cudnn"]
 OptimizerName = Literal["adamw", "muon"]
 
+if TYPE_CHECKING:  # imports JAX, which settings are read without
+    from domino_jax.drafters.dual_view import DualViewConfig
+
+TrainedConfig: TypeAlias = "DraftConfig | DualViewConfig"  # of what can be trained
 T = TypeVar("T")
 Unset = Annotated[T | None, DisallowNone, UNSET]  # not given when None; the help does not show that as a value
 
@@ -47,6 +52,9 @@ class DataConfig:
 class DrafterOptions:
     """The drafter: its shape, and the weights that it begins with."""
 
+    drafter: DrafterKind = "block"
+    """block: layers of its own that read the target's (Domino, DFlash); orthrus: a second view of the target, which
+    begins as a copy of its attention (arXiv 2605.12825)"""
     layers: int = 5
     """layers of the drafter"""
     block_size: int = 16
@@ -73,6 +81,8 @@ class DrafterOptions:
     """begin with the weights of the drafter in this folder; a DFlash drafter gets a head that corrects nothing yet"""
     freeze_backbone: bool = False
     """train the head alone (with --init-from or --init target-layers)"""
+    freeze_output: bool = False
+    """of a second view keep the copied output projections: train queries, keys and values alone"""
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,12 @@ class Objective:
 
     anchors: int = 256
     """A, blocks a sequence"""
-    loss: LossKind = "ce"
-    """cross-entropy to the tokens, or KL divergence to the target's distribution"""
-    position_weights: PositionWeights = "exponential"
-    """weights of a block's proposals: exp(-(j - 1)/γ), or D-PACE (arXiv 2605.18810)"""
+    loss: Unset[LossKind] = None
+    """cross-entropy to the tokens, or KL divergence to the target's distribution; ce when not given, kl of a second
+    view"""
+    position_weights: Unset[PositionWeights] = None
+    """weights of a block's proposals: exp(-(j - 1)/γ), all alike, or D-PACE (arXiv 2605.18810); exponential when not
+    given, uniform of a second view"""
     d_pace_alpha: float = 0.5
     """α, how much D-PACE smooths the probabilities"""
     gamma: float = 7.0
@@ -187,13 +199,14 @@ class Recipe:
     """What shapes the compiled step; static to it."""
 
     target: TargetConfig
-    draft: DraftConfig
+    draft: "TrainedConfig"
     objective: Objective
     optimizer: OptimizerConfig
     steps: int  # of the whole run: the schedules end there
     dtype: str  # of the computation; masters are float32
     accumulate: int = 1  # parts that a batch is computed in, one after another
     freeze_backbone: bool = False  # train the causal head alone
+    freeze_output: bool = False  # of a second view keep the output projections
 
 
 GROUPS: dict[str, Any] = {
@@ -255,6 +268,7 @@ def check_options(options: TrainConfig) -> TrainConfig:
     if options.run.batch % options.run.accumulate:
         raise UsageError(f"--accumulate {options.run.accumulate} does not divide --batch {options.run.batch}.")
     drafter = options.drafter
+    _check_kind(options)
     if drafter.init != "random" and drafter.init_from:
         raise UsageError(f"a drafter begins in one way: give --init {drafter.init} or --init-from, not both.")
     if drafter.freeze_backbone and not drafter.head:
@@ -265,6 +279,43 @@ def check_options(options: TrainConfig) -> TrainConfig:
             "drafter."
         )
     return options
+
+
+OF_BLOCKS = ("layers", "target_layer_ids", "intermediate_size", "shift_label", "init", "freeze_backbone", "features")
+
+
+def _check_kind(options: TrainConfig) -> None:
+    """Refuse settings of another kind of drafter."""
+    given, usual = flat(options), flat(TrainConfig())
+    if options.drafter.drafter == "block":
+        if options.drafter.freeze_output:
+            raise UsageError("--freeze-output is for a second view: give --drafter orthrus.")
+        return
+    wrong = [name for name in OF_BLOCKS if given[name] != usual[name]]
+    if wrong:
+        words = ", ".join(map(flag, wrong))
+        raise UsageError(f"a second view has its target's layers and begins as their copy: leave out {words}.")
+
+
+def settled(options: TrainConfig) -> TrainConfig:
+    """The options with what the kind of drafter decides where nothing was given."""
+    view, objective = options.drafter.drafter == "orthrus", options.objective
+    return replace(
+        options,
+        objective=replace(
+            objective,
+            loss=objective.loss or ("kl" if view else "ce"),
+            position_weights=objective.position_weights or ("uniform" if view else "exponential"),
+        ),
+    )
+
+
+def view_config(options: DrafterOptions, target: TargetConfig) -> "DualViewConfig":
+    """The second view's config, once its mask token is known."""
+    from domino_jax.drafters.dual_view import DualViewConfig
+
+    assert options.mask_token_id is not None
+    return DualViewConfig(**target.geometry(), block_size=options.block_size, mask_token_id=options.mask_token_id)
 
 
 def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:

@@ -1,15 +1,26 @@
 """First weights of a drafter that are not random: the target's last layers, or another drafter's."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from convert import folders, hf
-from convert.draft_configs import DrafterFile, is_drafter, read_draft_config
+from convert.draft_configs import is_drafter, read_draft_config
+from convert.drafters import form_of
 from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.errors import DominoError
 from domino_jax.weights import Target, flatten
+from train.config import TrainedConfig
+
+
+class FirstDrafter(NamedTuple):
+    """The config of a drafter that another one begins with, and what had to be guessed of it."""
+
+    config: TrainedConfig
+    warnings: list[str]
 
 
 def check_target_layers(draft: DraftConfig, config: TargetConfig) -> None:
@@ -66,7 +77,13 @@ def from_target(
     return made
 
 
-def read_first_drafter(folder: Path, draft: DraftConfig) -> DrafterFile:
+def copied_view(weights: dict[str, Array], target: Target) -> dict[str, Array]:
+    """A second view's weights with its attention copied from the target's own; those of a head stay."""
+    theirs = flatten(target)
+    return {path: theirs.get(path, weight) for path, weight in weights.items()}
+
+
+def read_first_drafter(folder: Path, draft: TrainedConfig) -> FirstDrafter:
     """The config of the drafter in `folder`, with warnings, if `draft` can begin with its weights.
 
     Raises:
@@ -76,17 +93,23 @@ def read_first_drafter(folder: Path, draft: DraftConfig) -> DrafterFile:
         raise DominoError(f"{folder} is not a folder; see --init-from.")
     file = folder / "config.json"
     raw = hf.read_json(file)
-    if not is_drafter(raw):
-        raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --init-from.")
-    found = read_draft_config(raw, draft.num_target_layers, file)
-    for name in DraftConfig.__dataclass_fields__:
-        theirs, ours = getattr(found.config, name), getattr(draft, name)
+    if isinstance(draft, DraftConfig):
+        if not is_drafter(raw):
+            raise DominoError(f"{folder} is not a drafter (its config.json has no dflash_config); see --init-from.")
+        found, warnings = read_draft_config(raw, draft.num_target_layers, file)
+    else:
+        form = form_of(raw, folder)
+        if not issubclass(form.config, DualViewConfig):
+            raise DominoError(f"{folder} holds no second view; see --init-from.")
+        found, warnings = form.read(raw, None, file)
+    for name in draft.__dataclass_fields__:
+        theirs, ours = getattr(found, name, None), getattr(draft, name)
         if theirs != ours and not (name == "head" and theirs is None):
             raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")
-    return found
+    return FirstDrafter(found, warnings)
 
 
-def from_drafter(weights: dict[str, Array], draft: DraftConfig, folder: Path) -> dict[str, Array]:
+def from_drafter(weights: dict[str, Array], draft: TrainedConfig, folder: Path) -> dict[str, Array]:
     """The drafter's weights with those of the drafter in `folder`, in float32.
 
     A plain DFlash drafter has no head: that of `weights` stays.

@@ -7,6 +7,7 @@ accumulation, of devices) add up to exactly the loss of the whole.
 
 Position weights:
 
+    uniform      1; the loss is a mean.
     exponential  exp(-(j - 1) / γ), the same for both branches; the loss is a mean by weight.
     d-pace       Wu et al. 2026 (arXiv 2605.18810): with q_i the probability of label i and q~_i = (1 - α)·q_i + α
                  (eq. 7), w_j = Σ_{m ≥ j} Π_{i ≤ m} q~_i (eq. 8), without a gradient (eq. 9). A weight is what a
@@ -24,11 +25,12 @@ from jax import Array
 from domino_jax import attention, target
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import block, training_attention
+from domino_jax.drafters.dual_view import DualView, DualViewConfig, training_view_blocks
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import Correction
 from domino_jax.sharding import constrain, gathered, row_shards
 from domino_jax.weights import Draft, Target, axes, lm_head
-from train.config import Objective
+from train.config import Objective, TrainedConfig
 
 
 class Inputs(NamedTuple):
@@ -84,7 +86,7 @@ def gather_positions(values: Array, places: Array) -> Array:
     return jnp.take_along_axis(values, flat, axis=1).reshape(*places.shape, *values.shape[2:])
 
 
-def supervision(config: DraftConfig, inputs: Inputs, anchors: Array, valid: Array) -> Array:
+def supervision(config: TrainedConfig, inputs: Inputs, anchors: Array, valid: Array) -> Array:
     """Which proposals have a label [B, A, J]: inside the sequence and the anchor's conversation, and on the mask."""
     places = anchors[..., None] + jnp.arange(1, config.num_proposals + 1, dtype=jnp.int32)
     supervised = gather_positions(inputs.mask, places) & (places < inputs.ids.shape[1]) & valid[..., None]
@@ -103,13 +105,15 @@ def loss_denominator(objective: Objective, supervised: Array) -> Array:
 
 
 def _decay(objective: Objective, proposals: int) -> Array:
+    if objective.position_weights == "uniform":
+        return jnp.ones(proposals, jnp.float32)
     return jnp.exp(-jnp.arange(proposals, dtype=jnp.float32) / objective.gamma)
 
 
 def partial_loss(
-    drafter: Draft,
+    drafter: Any,
     frozen: Target,
-    configs: tuple[TargetConfig, DraftConfig],
+    configs: tuple[TargetConfig, TrainedConfig],
     objective: Objective,
     inputs: Inputs,
     anchors: Array,
@@ -126,8 +130,7 @@ def partial_loss(
         lam: λ.
         total: of the whole batch, by `loss_denominator`.
     """
-    target_config, config = configs
-    features, hidden = target_states(frozen, target_config, config, inputs, objective)
+    config = configs[1]
     proposals = config.num_proposals
     # Row b, anchor a, proposal j: the head eats t_a ... t_{a+j-1}, the label is t_{a+j}.
     places = anchors[..., None] + jnp.arange(proposals + 1, dtype=jnp.int32)  # [B, A, J + 1]
@@ -139,9 +142,8 @@ def partial_loss(
     letters = axes(config)
     embed = gathered(frozen.embed, "V D")
     x = constrain(block.block_inputs(embed, config, tokens[..., 0]), "B A M D")
-    form = training_attention.resolve_block_backend(objective.block_attention, config, anchors.shape[1])
-    z = block.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
-    z = block.proposing(config, z)
+    states = view_states if isinstance(config, DualViewConfig) else block_states
+    z, hidden = states(drafter, frozen, configs, objective, inputs, x, anchors, first)
     head = gathered(drafter.head, letters.head)
     correction = head_of(config).teacher_forced(head, z, tokens[..., :-1], embed)
     seen = None if hidden is None else gather_positions(hidden, places[..., :-1])  # where p of each label stands
@@ -167,10 +169,64 @@ def partial_loss(
     return ((1 - lam) * final_loss + lam * base_loss) / total, sums
 
 
+def block_states(
+    drafter: Draft,
+    frozen: Target,
+    configs: Any,
+    objective: Objective,
+    inputs: Inputs,
+    x: Array,
+    anchors: Array,
+    first: Array | None,
+) -> tuple[Array, Array | None]:
+    """A block drafter's z of the rows that propose [B, A, J, D]; for the KL, the target's states [B, S, D].
+
+    Args:
+        configs: the target's and the drafter's.
+        x: the blocks' inputs [B, A, M, D].
+        first: [B, A], the first position that each block sees; 0 when None.
+    """
+    target_config, config = configs
+    features, hidden = target_states(frozen, target_config, config, inputs, objective)
+    form = training_attention.resolve_block_backend(objective.block_attention, config, anchors.shape[1])
+    z = block.training_blocks(drafter, config, x, anchors, features, first, form, objective.remat)
+    return block.proposing(config, z), hidden
+
+
+def view_states(
+    drafter: DualView,
+    frozen: Target,
+    configs: Any,
+    objective: Objective,
+    inputs: Inputs,
+    x: Array,
+    anchors: Array,
+    first: Array | None,
+) -> tuple[Array, Array | None]:
+    """The same of a second view; see `block_states`."""
+    config = configs[1]
+    form = training_attention.resolve_block_backend(objective.block_attention, config, anchors.shape[1])
+    z, hidden = training_view_blocks(
+        drafter,
+        configs,
+        frozen,
+        x,
+        inputs.ids,
+        anchors,
+        first,
+        inputs.starts,
+        form,
+        objective.target_attention,
+        objective.remat,
+    )
+    hidden = jax.lax.stop_gradient(hidden) if objective.loss == "kl" else None
+    return z[..., : config.num_proposals, :], hidden
+
+
 def check_attention(
     objective: Objective,
     target: TargetConfig,
-    draft: DraftConfig,
+    draft: TrainedConfig,
     dtype: Any,
     device: Any,
     captured: bool = False,

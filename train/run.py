@@ -24,13 +24,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from convert import folders, hf
+from convert.drafters import make_drafter
 from convert.identity import model_fingerprint
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax.config import DraftConfig, TargetConfig, check_pair, last_layer_warning
 from domino_jax.decode import DecodeConfig
-from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
 from domino_jax.errors import DominoError
@@ -48,14 +49,14 @@ from train import config
 from train import mesh as meshes
 from train import options as settings
 from train.checkpoint import Checkpoints
-from train.config import Recipe, TrainConfig
+from train.config import Recipe, TrainConfig, TrainedConfig
 from train.data import dataset
 from train.data.cache import cache_folder
 from train.data.corpus import Batch, Corpus
 from train.evaluate.prompts import read_heldout_prompts
 from train.evaluate.validate import Stopped, Validation
 from train.features.store import Captured, Features
-from train.init import check_target_layers, from_drafter, from_target, read_first_drafter
+from train.init import check_target_layers, copied_view, from_drafter, from_target, read_first_drafter
 from train.loading import find
 from train.loss import check_attention
 from train.monitor import curves
@@ -108,12 +109,14 @@ def prepare(options: TrainConfig) -> Setup:
     tokenizer = load_tokenizer(folder)
     stop_ids, guessed = end_tokens(folder, raw, tokenizer)
     options = replaced(options, "drafter", mask_token_id=mask_token(options, tokenizer))
-    options, draft = settle_drafter(options, target)
+    options, draft = settle_drafter(config.settled(options), target)
+    drafter = make_drafter(draft)
+    assert drafter is not None
     with words_at_fault():
         warnings = (
-            guessed + check_pair(target, draft) + last_layer_warning(draft.target_layer_ids, target.num_hidden_layers)
+            guessed + check_pair(target, draft) + last_layer_warning(drafter.target_layer_ids, target.num_hidden_layers)
         )
-        if options.drafter.init == "target-layers":
+        if options.drafter.init == "target-layers" and isinstance(draft, DraftConfig):
             check_target_layers(draft, target)
     mesh = resolve_mesh(options, target, draft)
     if options.drafter.init_from and not options.resume:  # what a run began with is needed no more
@@ -140,7 +143,7 @@ def prepare(options: TrainConfig) -> Setup:
     if wanted.features is not None:
         features = Features.open(wanted.features)
         features.check(
-            model_fingerprint(folder), corpus.fingerprint, draft.target_layer_ids, options.objective.loss == "kl"
+            model_fingerprint(folder), corpus.fingerprint, drafter.target_layer_ids, options.objective.loss == "kl"
         )
     prompts = held_out(options, target, tokenizer)
     with (
@@ -158,13 +161,12 @@ def prepare(options: TrainConfig) -> Setup:
         dtype.name,
         options.run.accumulate,
         options.drafter.freeze_backbone,
+        options.drafter.freeze_output,
     )
     validation = None
     if prompts:
         tokens = options.run.validation_tokens
-        validation = Validation(
-            frozen, DecodeConfig(target, BlockDrafter(draft)), prompts, stop_ids, dtype, new_tokens=tokens
-        )
+        validation = Validation(frozen, DecodeConfig(target, drafter), prompts, stop_ids, dtype, new_tokens=tokens)
     return Setup(options, recipe, corpus, frozen, features, validation, mesh)
 
 
@@ -189,7 +191,7 @@ def mask_token(options: TrainConfig, tokenizer: Any) -> int:
     return found
 
 
-def settle_drafter(options: TrainConfig, target: TargetConfig) -> tuple[TrainConfig, DraftConfig]:
+def settle_drafter(options: TrainConfig, target: TargetConfig) -> tuple[TrainConfig, TrainedConfig]:
     """The drafter's config, and the options with what it chose by default; a resumed run keeps its drafter.
 
     Raises:
@@ -200,17 +202,20 @@ def settle_drafter(options: TrainConfig, target: TargetConfig) -> tuple[TrainCon
     if isinstance(was, DraftConfig) and not options.drafter.target_layer_ids:
         options = replaced(options, "drafter", target_layer_ids=was.target_layer_ids)
     with words_at_fault():  # the drafter's config is made of flags
-        draft = config.draft_config(options.drafter, target)
+        form = config.view_config if options.drafter.drafter == "orthrus" else config.draft_config
+        draft = form(options.drafter, target)
     if was is not None and was != draft:
         raise DominoError(
             f"{path} is of another drafter than {options.out / settings.SETTINGS} and the target give: a resumed run "
             "needs all three as they were."
         )
+    if isinstance(draft, DualViewConfig):
+        return options, draft
     chosen = {"target_layer_ids": draft.target_layer_ids, "shift_label": draft.shift_label}
     return replaced(options, "drafter", **chosen), draft
 
 
-def resolve_mesh(options: TrainConfig, target: TargetConfig, draft: DraftConfig) -> Mesh | None:
+def resolve_mesh(options: TrainConfig, target: TargetConfig, draft: TrainedConfig) -> Mesh | None:
     """The mesh to train on; None for one device.
 
     Raises:
@@ -268,9 +273,11 @@ def initial_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     if options.resume and checkpoints.latest() is not None:
         return checkpoints.restore(checkpoint_form(setup.recipe))
     weights = flatten(init_weights(draft, jax.random.key(options.run.seed)))
+    if isinstance(draft, DualViewConfig):
+        weights = copied_view(weights, fetch(setup.frozen))
     for path in under("head", head_of(draft).zero_at_first):  # no correction to begin with
         weights[path] = jnp.zeros_like(weights[path])
-    if options.drafter.init == "target-layers":
+    if options.drafter.init == "target-layers" and isinstance(draft, DraftConfig):
         weights = from_target(weights, draft, setup.recipe.target, fetch(setup.frozen))
     if options.drafter.init_from:
         weights = from_drafter(weights, draft, options.drafter.init_from)

@@ -64,7 +64,12 @@ def lambda_base(recipe: Recipe, step: Array) -> Array:
 
 def trained(recipe: Recipe, weights: dict[str, Any]) -> dict[str, Any]:
     """Those of the drafter's weights (or of what stands in their place) that the recipe trains."""
-    return {path: w for path, w in weights.items() if not recipe.freeze_backbone or path.startswith("head.")}
+    return {
+        path: w
+        for path, w in weights.items()
+        if (not recipe.freeze_backbone or path.startswith("head."))
+        and not (recipe.freeze_output and path.endswith(".o"))
+    }
 
 
 def drafter_of(recipe: Recipe, weights: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from jax import Array
 
 from domino_jax import attention
 from domino_jax.attention import in_window
-from domino_jax.config import DraftConfig
+from domino_jax.config import BlockShape, DecoderConfig
 from domino_jax.errors import DominoError
 from domino_jax.sharding import constrain
 
@@ -36,7 +36,7 @@ BlockBackendChoice = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 ROWS = 512  # queries (blocks times M) of a sequence whose scores exist at a time
 
 
-def resolve_block_backend(asked: BlockBackendChoice, config: DraftConfig, count: int) -> BlockBackend:
+def resolve_block_backend(asked: BlockBackendChoice, config: BlockShape, count: int) -> BlockBackend:
     """The backend for `count` blocks a sequence: "auto" is chunked where there is more than one group of them."""
     # On a device compare `python -m train.bench --block-attention` chunked with cudnn or pallas: both save the half of
     # all scores that chunked computes and masks, and keep scores on the chip.
@@ -45,7 +45,7 @@ def resolve_block_backend(asked: BlockBackendChoice, config: DraftConfig, count:
     return asked
 
 
-def check_block_backend(asked: BlockBackendChoice, config: DraftConfig, dtype: Any, device: Any) -> None:
+def check_block_backend(asked: BlockBackendChoice, config: DecoderConfig, dtype: Any, device: Any) -> None:
     """Refuse a backend that can't run on a device; it is never replaced by another one.
 
     Args:

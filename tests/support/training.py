@@ -5,16 +5,16 @@ from typing import Any
 
 from jax import Array
 
-from domino_jax.config import DraftConfig, TargetConfig
-from domino_jax.weights import Draft, Target
-from train.config import Objective, Recipe
+from domino_jax.config import TargetConfig
+from domino_jax.weights import Target
+from train.config import Objective, Recipe, TrainedConfig
 from train.loss import Inputs, StepMetrics, loss_denominator, partial_loss, step_metrics, supervision
 
 
 def curriculum(
-    drafter: Draft,
+    drafter: Any,
     frozen: Target,
-    configs: tuple[TargetConfig, DraftConfig],
+    configs: tuple[TargetConfig, TrainedConfig],
     ids: Array,
     mask: Array,
     anchors: Array,

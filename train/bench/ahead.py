@@ -45,6 +45,7 @@ def compile_step(recipe: Recipe, inputs: Inputs, place: Place, captured: bool = 
     with matmul_precision(recipe.dtype):
         compiled, text = compile_ahead("the step", place, lambda: train_step.lower(recipe, *given))
     seconds = time.perf_counter() - began
+    assert isinstance(recipe.draft, DraftConfig)
     counted = step_flops(recipe.target, recipe.draft, inputs, recipe.objective.anchors, captured)
     devices = place.mesh.size if place.mesh else 1
     floor = counted / devices / place.stated.flops * 1e3

@@ -128,8 +128,8 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
 
     One part of the batch runs, if it is accumulated in several. What is left of the whole step is called optimizer.
     """
-    pair = recipe.target, recipe.draft
-    objective = recipe.objective
+    assert isinstance(recipe.draft, DraftConfig)
+    pair, objective = (recipe.target, recipe.draft), recipe.objective
     rows = inputs.ids.shape[0] // recipe.accumulate
     given = jax.tree.map(lambda x: x[:rows], inputs)
     chosen, valid = jax.jit(lambda mask: anchors.draw_anchors(jax.random.key(0), mask, objective.anchors))(given.mask)
@@ -146,9 +146,9 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
     def backbone(weights: Any, frozen: Any, given: Inputs) -> Any:
         features, hidden = states(frozen, given)
         x = block.block_inputs(frozen.embed, recipe.draft, gather_positions(given.ids, chosen[..., None])[..., 0])
-        form = training_attention.resolve_block_backend(objective.block_attention, recipe.draft, chosen.shape[1])
+        form = training_attention.resolve_block_backend(objective.block_attention, pair[1], chosen.shape[1])
         drafter = drafter_of(recipe, weights)
-        return block.training_blocks(drafter, recipe.draft, x, chosen, features, backend=form), hidden
+        return block.training_blocks(drafter, pair[1], x, chosen, features, backend=form), hidden
 
     def loss(weights: Any, frozen: Any, given: Inputs) -> Any:
         total = loss_denominator(objective, supervision(recipe.draft, given, chosen, valid))
@@ -212,6 +212,7 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
 
 def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     target, config, dtype = recipe.target, recipe.draft, jnp.dtype(recipe.dtype)
+    assert isinstance(config, DraftConfig)
     frozen = random_weights(target, dtype, made)
     drafted = random_weights(config, jnp.float32, made)
     state = init_state(recipe, flatten(drafted), 0)

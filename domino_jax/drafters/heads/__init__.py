@@ -1,6 +1,6 @@
 """Heads: what makes proposals of a block's logits, left to right. Another one is a file here and a line of `HEADS`."""
 
-from domino_jax.config import DraftConfig
+from domino_jax.config import DraftConfig, Headed
 from domino_jax.drafters.heads.base import Head
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
@@ -10,8 +10,8 @@ NO_HEAD = NoHead()
 HEADS: dict[str, type[Head]] = {head.projector_type: head for head in (DominoHead, MarkovHead, NoHead)}
 
 
-def head_of(config: DraftConfig) -> Head:
-    """The head of a block drafter; `NO_HEAD` where the config has none."""
+def head_of(config: Headed) -> Head:
+    """The head of a drafter of blocks; `NO_HEAD` where the config has none."""
     return config.head or NO_HEAD
 
 

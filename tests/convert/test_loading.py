@@ -159,10 +159,9 @@ def test_a_plan_follows_the_devices_that_it_is_for(tmp_path, monkeypatch):
     ("form", "sizes"),
     [
         ("Hugging Face", (1, 2)),
-        ("Orbax", None),
         ("GGUF", None),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("Hugging Face", None), ("Orbax", (1, 2)))),
-        pytest.param("GGUF", (1, 2), marks=pytest.mark.slow),
+        *(pytest.param(form, None, marks=pytest.mark.slow) for form in ("Hugging Face", "Orbax")),
+        *(pytest.param(form, (1, 2), marks=pytest.mark.slow) for form in ("Orbax", "GGUF")),
     ],
 )
 def test_a_target_is_put_into_8_bits_matrix_by_matrix(tmp_path, monkeypatch, form, sizes):

@@ -292,10 +292,12 @@ def fixed_point(x: Array) -> tuple[Array, Array]:
     step = jnp.where(largest == 0, 1.0, largest / jnp.iinfo(jnp.int8).max)  # what is not a number stays so
     rest, parts = x / step, []
     for _ in range(3):
-        part = jnp.round(rest)
-        parts.append(part.astype(jnp.int8))
-        rest = (rest - part) * PIECE_STEPS
-    return jax.lax.optimization_barrier(jnp.stack(parts, axis=-2)), step
+        parts.append(jnp.round(rest)[..., None, :])
+        rest = (rest - jnp.round(rest)) * PIECE_STEPS
+    # By a choice for each element, see `pieces`.
+    number = jax.lax.broadcasted_iota(jnp.uint32, (*x.shape[:-1], 3, x.shape[-1]), x.ndim - 1)
+    chosen = jnp.where(number == 0, parts[0], jnp.where(number == 1, parts[1], parts[2]))
+    return jax.lax.optimization_barrier(chosen.astype(jnp.int8)), step
 
 
 def pieces(x: Array) -> Array:

@@ -100,7 +100,8 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
 
     Args:
         model: a name of the table, a folder, or "org/repo" on the Hub.
-        draft: likewise; "none" for no drafter; None for the public one of `model`, by either of its names.
+        draft: likewise; "none" for no drafter; None for the public one of `model`, by either of its names, or for a
+            folder's own second view.
 
     Raises:
         DominoError: `model` is a drafter's name, or `draft` that of a target without one.
@@ -112,6 +113,8 @@ def locate(model: str, draft: str | None = None) -> tuple[str, str | None]:
     if draft is None:
         # A folder has no public drafter, even if its path reads like a repository's name.
         public = model in TABLE or not _is_folder(target)
+        if not public and drafts_itself(Path(target)):
+            return target, target
         return target, next((p.drafter for p in TABLE.values() if public and p.target == target), None)
     if draft == NO_DRAFT:
         return target, None
@@ -258,10 +261,13 @@ def read_configs(
 
 def drafts_itself(target: Path) -> bool:
     """Whether a target's folder holds a second view of it."""
-    from convert import hf
     from convert.dual_view import holds_both
+    from convert.fields import read_json
 
-    return holds_both(hf.read_json(target / "config.json"), target)
+    try:
+        return holds_both(read_json(target / "config.json"), target)
+    except DominoError:
+        return False  # who reads it says what is wrong
 
 
 def _is_folder(place: str) -> bool:

@@ -110,6 +110,7 @@ def test_a_folder_with_both_is_a_target_that_drafts_itself(made, name):
     assert resolve_folders(str(folder), None, console) == (folder, folder)
     assert resolve_folders(str(folder), "none", console) == (folder, None)
     assert resolve_folders(str(made / "base"), str(folder), console) == (made / "base", folder)
+    assert locate(str(folder)) == (str(folder), str(folder)) and locate(str(made / "base"))[1] is None
     _, target, draft, warnings = read_configs(folder, folder)
     assert isinstance(target, TargetConfig) and draft == VIEW and not warnings
     assert isinstance(folders.read_config(folder), TargetConfig)

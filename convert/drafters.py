@@ -18,6 +18,7 @@ from domino_jax.drafters.combined import LONG_MATCHES, CombinedDrafter
 from domino_jax.drafters.dual_view import DualViewConfig, DualViewDrafter
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.drafters.view_tree import DualViewTreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError
 
@@ -113,12 +114,16 @@ def make_drafter(
             raise DominoError("a confidence threshold needs chains of a block drafter alone: give it with --draft DIR.")
         made = replace(made, confidence_threshold=confidence_threshold)
     if tree is not None:
-        if ngram or not isinstance(made, BlockDrafter):
+        if ngram or not isinstance(made, BlockDrafter | DualViewDrafter):
             what = "n-grams" if ngram else "no drafter" if made is None else "another model as drafter"
             raise UsageError(f"--tree needs a block drafter alone, found {what}: give one with --draft DIR.")
         if num_draft_tokens is not None:
             raise UsageError("--tree says how many drafts a cycle verifies: leave --num-draft-tokens out.")
-        made = TreeDrafter(made.config, tree.candidates, tree.nodes, tree.lanes, tree.correction)
+        if isinstance(made, DualViewDrafter):
+            shape = {"nodes": tree.nodes, "lanes": tree.lanes, "candidates": tree.candidates}
+            made = DualViewTreeDrafter(made.config, correction=tree.correction, **shape)
+        else:
+            made = TreeDrafter(made.config, tree.candidates, tree.nodes, tree.lanes, tree.correction)
     if not ngram:
         if prompt_lookup_max is not None or prompt_lookup_min is not None:
             raise DominoError(f"prompt_lookup_max and prompt_lookup_min are for n-grams: --draft {NGRAM}.")

@@ -16,7 +16,7 @@ from domino_jax.runtime.command import UsageError
 
 LossKind = Literal["ce", "kl"]
 PositionWeights = Literal["exponential", "uniform", "d-pace"]
-DrafterKind = Literal["block", "orthrus"]
+DrafterKind = Literal["block", "orthrus", "orthrus-domino"]
 LambdaSchedule = Literal["linear", "cosine", "constant"]
 BlockAttention = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 TargetAttention = Literal["xla", "cudnn"]
@@ -54,7 +54,7 @@ class DrafterOptions:
 
     drafter: DrafterKind = "block"
     """block: layers of its own that read the target's (Domino, DFlash); orthrus: a second view of the target, which
-    begins as a copy of its attention (arXiv 2605.12825)"""
+    begins as a copy of its attention (arXiv 2605.12825); orthrus-domino: one with Domino's causal head"""
     layers: int = 5
     """layers of the drafter"""
     block_size: int = 16
@@ -287,11 +287,14 @@ OF_BLOCKS = ("layers", "target_layer_ids", "intermediate_size", "shift_label", "
 def _check_kind(options: TrainConfig) -> None:
     """Refuse settings of another kind of drafter."""
     given, usual = flat(options), flat(TrainConfig())
-    if options.drafter.drafter == "block":
+    kind = options.drafter.drafter
+    if kind == "block":
         if options.drafter.freeze_output:
             raise UsageError("--freeze-output is for a second view: give --drafter orthrus.")
         return
-    wrong = [name for name in OF_BLOCKS if given[name] != usual[name]]
+    head_alone = kind == "orthrus-domino" and options.drafter.init_from is not None
+    others = [name for name in OF_BLOCKS if name != "freeze_backbone" or not head_alone]
+    wrong = [name for name in others if given[name] != usual[name]]
     if wrong:
         words = ", ".join(map(flag, wrong))
         raise UsageError(f"a second view has its target's layers and begins as their copy: leave out {words}.")
@@ -299,7 +302,7 @@ def _check_kind(options: TrainConfig) -> None:
 
 def settled(options: TrainConfig) -> TrainConfig:
     """The options with what the kind of drafter decides where nothing was given."""
-    view, objective = options.drafter.drafter == "orthrus", options.objective
+    view, objective = options.drafter.drafter != "block", options.objective
     return replace(
         options,
         objective=replace(
@@ -313,9 +316,16 @@ def settled(options: TrainConfig) -> TrainConfig:
 def view_config(options: DrafterOptions, target: TargetConfig) -> "DualViewConfig":
     """The second view's config, once its mask token is known."""
     from domino_jax.drafters.dual_view import DualViewConfig
+    from domino_jax.drafters.heads.domino import DominoHead
 
     assert options.mask_token_id is not None
-    return DualViewConfig(**target.geometry(), block_size=options.block_size, mask_token_id=options.mask_token_id)
+    head = DominoHead(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
+    return DualViewConfig(
+        **target.geometry(),
+        block_size=options.block_size,
+        mask_token_id=options.mask_token_id,
+        head=head if options.drafter == "orthrus-domino" else None,
+    )
 
 
 def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:

@@ -202,7 +202,7 @@ def settle_drafter(options: TrainConfig, target: TargetConfig) -> tuple[TrainCon
     if isinstance(was, DraftConfig) and not options.drafter.target_layer_ids:
         options = replaced(options, "drafter", target_layer_ids=was.target_layer_ids)
     with words_at_fault():  # the drafter's config is made of flags
-        form = config.view_config if options.drafter.drafter == "orthrus" else config.draft_config
+        form = config.draft_config if options.drafter.drafter == "block" else config.view_config
         draft = form(options.drafter, target)
     if was is not None and was != draft:
         raise DominoError(

@@ -10,15 +10,53 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from domino_jax.config import Headed
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
-from domino_jax.drafters.heads.base import Paths
+from domino_jax.drafters.heads.base import Head, Paths
 from domino_jax.drafters.heads.choosing import largest
 from domino_jax.errors import DominoError
 from domino_jax.paged import AnyKVCache
 from domino_jax.sampling import Sampling, probabilities
 from domino_jax.weights import Draft
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a tree is grown of a block's states and logits; the fields are those of `TreeDrafter`."""
+
+    candidates: int | None = None
+    lanes: int | None = None
+    correction: Literal["path", "depth"] = "path"
+    coupled: bool = True
+
+    def check(self, nodes: int, config: Headed) -> None:
+        """Raises: DominoError: a number is below 1, or there is no head to correct."""
+        for what, given in (("nodes", nodes), ("lanes", self.lanes)):
+            if given is not None and given < 1:
+                raise DominoError(f"a tree has at least 1 of its {what}, found {given}.")
+        if self.correction == "depth" and not config.head:
+            raise DominoError("a tree correction needs a drafter with a causal head, and this one has none.")
+
+    def grow(
+        self, head: Head, weights: Any, z: Array, base: Array, view: View, nodes: int, keys: Array | None
+    ) -> DraftTokens:
+        """The tree of a block, from the states of its P first proposals [B, P, D] and their base logits [B, P, V].
+
+        Args:
+            weights: the head's.
+        """
+        with jax.named_scope("head"):
+            paths: Paths = head.paths(weights, z, base, view, self.candidates)
+            depth = z.shape[1]
+            if keys is not None and self.coupled:
+                paths = PerturbedPaths(paths, keys, view.sampling, base.shape[2])
+            elif keys is not None:
+                paths = ScaledPaths(paths, view.sampling.temperature)
+            if self.correction == "depth":
+                paths = SharedPaths(paths, depth)
+            return best_first(paths, nodes, depth, self.lanes or nodes)
 
 
 @dataclass(frozen=True)
@@ -46,11 +84,11 @@ class TreeDrafter(BlockDrafter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for what, given in (("nodes", self.nodes), ("lanes", self.lanes)):
-            if given is not None and given < 1:
-                raise DominoError(f"a tree has at least 1 of its {what}, found {given}.")
-        if self.correction == "depth" and not self.config.head:
-            raise DominoError("a tree correction needs a drafter with a causal head, and this one has none.")
+        self.growth.check(self.nodes, self.config)
+
+    @property
+    def growth(self) -> Growth:
+        return Growth(self.candidates, self.lanes, self.correction, self.coupled)
 
     @property
     def name(self) -> str:
@@ -87,17 +125,8 @@ class TreeDrafter(BlockDrafter):
         return self.grow(weights, z, base, view, proposals, keys), state, view.cache
 
     def grow(self, weights: Draft, z: Array, base: Array, view: View, nodes: int, keys: Array | None) -> DraftTokens:
-        """The tree of a block, from the states of its P first proposals [B, P, D] and their base logits [B, P, V]."""
-        with jax.named_scope("head"):
-            paths: Paths = head_of(self.config).paths(weights.head, z, base, view, self.candidates)
-            depth = z.shape[1]
-            if keys is not None and self.coupled:
-                paths = PerturbedPaths(paths, keys, view.sampling, base.shape[2])
-            elif keys is not None:
-                paths = ScaledPaths(paths, view.sampling.temperature)
-            if self.correction == "depth":
-                paths = SharedPaths(paths, depth)
-            return best_first(paths, nodes, depth, self.lanes or nodes)
+        """See `Growth.grow`."""
+        return self.growth.grow(head_of(self.config), weights.head, z, base, view, nodes, keys)
 
 
 class ScaledPaths:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from convert import check, folders, hf
 from convert.__main__ import main
-from convert.drafters import form_of
+from convert.drafters import form_of, make_drafter
 from convert.dual_view import holds_both
 from convert.loading import load_model
 from convert.options import TreeSettings
@@ -25,6 +25,7 @@ from convert.tensors import open_tensors
 from domino_jax.config import TargetConfig
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.dual_view import DualViewConfig, DualViewDrafter
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from infer.bench.modes import mode_of
 from infer.engine import Decoding, Engine
@@ -176,7 +177,7 @@ def test_a_check_reads_both(made, tmp_path, monkeypatch, parity):
         (lambda d, to: join_parts(d / "view", d / "base", to), "are joined"),
         (lambda d, to: write_part(d / "whole", d / "base", "base"), "already holds a model"),
         (lambda d, to: load_model(d / "view", None), "holds a drafter"),
-        (lambda d, to: load_model(d / "whole", d / "whole", tree=TreeSettings(4)), "--tree needs a block drafter"),
+        (lambda d, to: load_model(d / "whole", d / "whole", confidence_threshold=0.5), "chains of a block drafter"),
     ],
 )
 def test_what_can_not_be(made, tmp_path, run, said):
@@ -218,6 +219,23 @@ def test_the_command(made, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "its view" in printed.out and "both in one" in printed.out and not printed.err
     assert stored(tmp_path / "w") == stored(made / "whole")
+
+
+def test_a_view_with_a_head(made, tmp_path):
+    """Its head's tensors and fields go with the view."""
+    config = dataclasses.replace(VIEW, head=DominoHead(6, 4, 1))
+    hf.save_hf(tmp_path / "view", factory.random_weights(config, 5), config, config.to_hf())
+    join_parts(made / "base", tmp_path / "view", tmp_path / "whole")
+    write_part(tmp_path / "whole", tmp_path / "base", "base")
+    write_part(tmp_path / "whole", tmp_path / "again", "view")
+    assert stored(tmp_path / "base") == stored(made / "base") and stored(tmp_path / "again") == stored(
+        tmp_path / "view"
+    )
+    assert folders.read_config(tmp_path / "again") == config and config.to_hf()["projector_type"] == "domino"
+    assert "projector_type" not in json.loads((tmp_path / "base" / "config.json").read_text())
+    assert mode_of(make_drafter(config)) == "orthrus-domino"  # type: ignore[arg-type]
+    assert mode_of(make_drafter(config, tree=TreeSettings(4))) == "orthrus-domino-tree"  # type: ignore[arg-type]
+    assert mode_of(make_drafter(VIEW, tree=TreeSettings(4))) == "orthrus-tree"  # type: ignore[arg-type]
 
 
 def test_names():

@@ -29,6 +29,7 @@ from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.drafters.view_tree import DualViewTreeDrafter
 from domino_jax.sampling import Sampling, SamplingParams, mass_above_reaches, probabilities, sample, settings
 from domino_jax.weights import Params
 
@@ -242,10 +243,10 @@ DRAFTERS = {
     "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn", enable_confidence_head=True)},
 }
 OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head", "DSpark, ended early")
-OTHERS += ("Orthrus", "Orthrus, drawn")
+VIEWS = ("Orthrus", "Orthrus, drawn", "Orthrus, tree", "Orthrus, head")
+OTHERS += VIEWS
 RARE = (
-    "Orthrus",
-    "Orthrus, drawn",
+    *VIEWS,
     "DFlash",
     "DSpark",
     "DSpark, ended early",
@@ -253,6 +254,7 @@ RARE = (
     "tree without a head",
 )
 VIEW = DualViewConfig(**TARGET.geometry(), block_size=4, mask_token_id=5)
+HEADED = dataclasses.replace(VIEW, head=DominoHead(5, 4, 1))
 LOOKUP = NgramDrafter(3, 2, 1)  # of seven tokens one is often there already
 
 
@@ -293,6 +295,8 @@ def make(drafter: str) -> Pair:
             "n-gram": (LOOKUP, None),
             "Orthrus": (DualViewDrafter(VIEW), factory.random_weights(VIEW, 13)),
             "Orthrus, drawn": (DualViewDrafter(VIEW, drawn=True), factory.random_weights(VIEW, 13)),
+            "Orthrus, tree": (DualViewTreeDrafter(VIEW, nodes=5), factory.random_weights(VIEW, 13)),
+            "Orthrus, head": (DualViewDrafter(HEADED), factory.random_weights(HEADED, 13)),
             "assistant": (AssistantDrafter(TARGET, 3), factory.random_weights(TARGET, 12)),
             "Domino and n-gram": (CombinedDrafter(domino.configs.drafter, LOOKUP), domino.params.draft),
         }

@@ -23,6 +23,7 @@ from domino_jax import target as targets
 from domino_jax.config import DecoderConfig
 from domino_jax.drafters import block
 from domino_jax.drafters.dual_view import DualViewConfig, training_view_blocks
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError
 from domino_jax.weights import flatten, unflatten
@@ -172,17 +173,23 @@ def given(tmp_path) -> Iterator[dict[str, Any]]:
         yield settings
 
 
+FEW = {"freeze_output": True, "loss": "ce", "pack": True}
+HEADED = {"drafter": "orthrus-domino", "gru_hidden_dim": 8, "emb_dim": 6}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"freeze_output": True, "loss": "ce", "pack": True}, {"mesh": "fsdp=2,model=2"}])
+@pytest.mark.parametrize("more", [{}, FEW, {"mesh": "fsdp=2,model=2"}, HEADED])
 def test_a_run_trains_a_view_that_drafts(given, tmp_path, more):
-    run = train(out=tmp_path / "run", steps=8, **given, **more)
+    run = train(out=tmp_path / "run", steps=8, **(given | more))
     assert run.best is not None and run.metrics["validation_tau"] >= 1 and run.metrics["step"] == 8
     config: Any = read_config(run.drafter)
-    assert config == DualViewConfig(**BYTE_TARGET.geometry(), block_size=5, mask_token_id=factory.MASK_ID)
+    head = DominoHead(8, 6, 1) if more is HEADED else None
+    assert config == DualViewConfig(**BYTE_TARGET.geometry(), block_size=5, mask_token_id=factory.MASK_ID, head=head)
     view, target = (
         flatten(load_weights(folder, of, "float32"))
         for folder, of in ((run.drafter, config), (tmp_path / "target", read_config(tmp_path / "target")))
     )
+    view = {path: weight for path, weight in view.items() if not path.startswith("head.")}
     moved = {path for path in view if not np.array_equal(view[path], target[path].astype("bfloat16"))}
     assert moved == {path for path in view if not (more.get("freeze_output") and path.endswith(".o"))}
     loaded = load_model(tmp_path / "target", run.drafter, "float32")
@@ -223,6 +230,8 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(given, tmp_path, monkeypa
         ("orthrus", {"init": "target-layers"}, "leave out --init"),
         ("orthrus", {"shift_label": True}, "leave out --shift-label"),
         ("orthrus", {"target_layer_ids": (1, 2), "intermediate_size": 7}, "--target-layer-ids, --intermediate-size"),
+        ("orthrus", {"freeze_backbone": True}, "leave out --freeze-backbone"),
+        ("orthrus-domino", {"freeze_backbone": True}, "leave out --freeze-backbone"),
         ("block", {"freeze_output": True}, "--freeze-output is for a second view"),
     ],
 )

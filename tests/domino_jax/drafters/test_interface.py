@@ -21,8 +21,10 @@ from domino_jax.drafters.base import Drafter, View
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.dual_view import DualView, DualViewConfig, DualViewDrafter
+from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.ngram import NgramDrafter, NgramState
 from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.drafters.view_tree import DualViewTreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.sampling import settings
 from domino_jax.weights import Params, Target, axes, flatten, unflatten
@@ -31,6 +33,7 @@ TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 COUNT = 24
 LOOKUP = NgramDrafter(4, 3, 1)
 VIEW = DualViewConfig(**TARGET.geometry(), block_size=5, mask_token_id=88)
+HEADED = dataclasses.replace(VIEW, head=DominoHead(14, 7, 1))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,9 @@ def make(name: str, pair: Pair, rows: int = 4) -> Pair:
         "assistant and n-gram": (CombinedDrafter(AssistantDrafter(TARGET, 3), LOOKUP), pair.params.target),
         "dual view": (DualViewDrafter(VIEW), copied_view(pair.params.target)),
         "dual view, random": (DualViewDrafter(VIEW), factory.random_weights(VIEW, 3)),
+        "dual view, tree": (DualViewTreeDrafter(VIEW, nodes=7), copied_view(pair.params.target)),
+        "dual view, head": (DualViewDrafter(HEADED), factory.random_weights(HEADED, 3)),
+        "dual view, head, tree": (DualViewTreeDrafter(HEADED, nodes=6, lanes=3), factory.random_weights(HEADED, 3)),
         "always wrong": (loops.TableDrafter(4), jnp.full((rows, 128), -1)),
         "always the same": (loops.TableDrafter(4), jnp.full((rows, 128), 7)),
     }
@@ -110,6 +116,9 @@ DRAFTERS = (
     "assistant and n-gram",
     "dual view",
     "dual view, random",
+    "dual view, tree",
+    pytest.param("dual view, head", marks=pytest.mark.slow),
+    pytest.param("dual view, head, tree", marks=pytest.mark.slow),
     "always wrong",
     "always the same",
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from factory import BYTE_DRAFT, BYTE_TARGET
+from jax._src.cudnn import fused_attention_stablehlo
 from lowered import count_operations, lower_program
 
 from convert.shapes import SHAPES
@@ -105,6 +106,20 @@ def test_whole_programs_lower_for_nvidia_gpus_at_real_shapes(shape, attention, n
         assert found["dot_general"] == target * (7 if backend == "xla" else 5) + 1
     kinds = ("arguments", "dot_general", "custom_call", "while", "gather", "scatter", "dynamic_update_slice")
     assert stated()[shape, attention, name] == [found[kind] for kind in kinds]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prefill", "step", "cycle"])
+@pytest.mark.parametrize("shape", ["qwen3-8b", "qwen3-4b"])
+def test_cudnn_has_every_layers_attention(shape, name, monkeypatch):
+    """JAX asks for cuDNN's version while it traces, the one thing that it wants to know of this machine."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    found = count_operations(lower_program(name, SHAPES[shape], "cuda", attention="cudnn"))
+    layers = SHAPES[shape].target.num_hidden_layers + SHAPES[shape].draft.num_hidden_layers * (name == "cycle")
+    assert sum(count for kind, count in found.items() if kind.startswith("__cudnn$fmha")) == layers
+    assert found["custom_call"] == layers
+    if name == "step":
+        assert found["dot_general"] == 5 * layers + 1
 
 
 @without_cuda

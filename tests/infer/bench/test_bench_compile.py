@@ -70,6 +70,11 @@ def test_words_that_make_no_sense(words, says, capsys):
         (["--shapes", "tiny", "--topology", "v5e:2x4", "--mesh", "model=8"], 2, "does not divide num_attention_heads"),
         (["--shapes", "tiny", "--topology", "v5e:2x2", "--mesh", "data=4", "--batch", "3"], 2, "give a multiple of it"),
         (["--shapes", "tiny", "--topology", "v5e:2x2", "--layers", "9"], 2, "more than the target's 2"),
+        (
+            ["--shapes", "tiny", "--topology", "v5e:2x2", "--mesh", "data=2", "--batch", "2", "--kv-cache", "paged"],
+            2,
+            "a KV cache in pages needs a mesh with data=1",
+        ),
         (["--shapes", "tiny", "--topology", "v5e:2x2", "--num-draft-tokens", "9"], 2, "4 at most"),
         (["--model", "no-such-folder", "--topology", "v5e:2x2"], 1, "no-such-folder"),
     ],
@@ -210,12 +215,47 @@ def test_no_weight_in_8_bits_is_widened_copied_or_gathered(shapes, program, comp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shapes", "topology", "fits"),
-    [("qwen3-8b", "v6e:2x2", True), ("qwen3-32b", "v5e:2x4", True), ("qwen3-30b-a3b", "v5e:2x4", True)],
+    [
+        ("qwen3-8b", "v6e:2x2", True),
+        *(
+            (shape, tpus, True)
+            for shape in ("qwen3-32b", "qwen3-30b-a3b")
+            for tpus in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
+        ),
+    ],
 )
 def test_the_public_shapes_compile_and_fit(shapes, topology, fits, compiles):
     row = compile_programs(Compile(topology, shapes=shapes, programs=("step", "cycle")), QUIET)
     assert [program["fits"] for program in row["programs"]] == [fits, fits]
     assert not any(program["weight_copies"]["in_loop"] for program in row["programs"])
+
+
+@needs_libtpu
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"])
+def test_programs_over_pages_have_a_kernel_a_layer_and_copy_no_pages(topology, compiles):
+    """Two layers at Qwen3-8B's widths; the drafter's are two more in a cycle."""
+    how: dict[str, Any] = {"kv_cache": "paged", "attention": "pallas", "programs": ("step", "cycle")}
+    row = compile_programs(Compile(topology, shapes="qwen3-8b", layers=2, batch=4, **how), QUIET)
+    assert not row["failed"] and (row["kv_cache"], row["page_size"]) == ("paged", 16)
+    assert [program["kernels_without_estimate"] for program in row["programs"]] == [2, 4]
+    for program in row["programs"]:
+        assert program["fits"] and program["weight_copies"]["count"] == program["cache_copies"]["count"] == 0, program
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--kv-cache", "paged", "--page-size", "24"],
+        ["--kv-cache", "paged", "--page-size", "256"],
+        ["--page-size", "32"],
+        ["--kv-cache", "auto"],
+    ],
+)
+def test_pages_are_powers_of_two_and_asked_for(words, capsys):
+    assert command.main(["compile", *SHAPED, *words]) == 2
+    assert re.match("error: .*(--page-size|--kv-cache)", capsys.readouterr().err)
 
 
 def test_figures_of_files_become_a_table(tmp_path, capsys):

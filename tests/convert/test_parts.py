@@ -77,9 +77,10 @@ def generated(target: Path, draft: Path | None, **how: Any) -> tuple[list[list[i
 @pytest.mark.parametrize(
     "names",
     [
-        ("its own", "on its base"),
+        ("its own",),
         pytest.param(
-            ("two drafts", "told by its tensors", "over a mesh", "of a base that is whole"), marks=pytest.mark.slow
+            ("on its base", "two drafts", "told by its tensors", "over a mesh", "of a base that is whole"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["most", "rest"],

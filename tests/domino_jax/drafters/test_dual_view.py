@@ -64,6 +64,7 @@ def test_a_block_is_the_references(params):
     assert made.probs is None
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_drawn_from_what_it_says(params):
     keys = jax.random.split(jax.random.key(5), (4, 3))
     for drawn, certain in ((True, [False, False, False]), (False, [False, True, True])):
@@ -72,6 +73,7 @@ def test_what_is_drawn_is_drawn_from_what_it_says(params):
         assert (np.take_along_axis(np.asarray(made.probs), np.asarray(made.tokens)[..., None], axis=2) > 0).all()
 
 
+@pytest.mark.slow
 def test_fewer_drafts_than_a_block_has(params):
     """They are the first ones of the whole block."""
     prompts = [[1, 2, 3], [40, 7] * 4, [11]]

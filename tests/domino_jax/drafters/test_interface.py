@@ -114,9 +114,9 @@ DRAFTERS = (
     "assistant",
     "assistant, random",
     "assistant and n-gram",
-    "dual view",
+    pytest.param("dual view", marks=pytest.mark.slow),
     "dual view, random",
-    "dual view, tree",
+    pytest.param("dual view, tree", marks=pytest.mark.slow),
     pytest.param("dual view, head", marks=pytest.mark.slow),
     pytest.param("dual view, head, tree", marks=pytest.mark.slow),
     "always wrong",
@@ -124,6 +124,7 @@ DRAFTERS = (
 )
 
 
+VIEW_RARELY = pytest.param("dual view", marks=pytest.mark.slow)
 # Of whose proposals some are accepted, and not all.
 BOTH = ("block", "tree", "tree, cheap", "n-gram", "block and n-gram", "assistant and n-gram", "dual view")
 
@@ -144,7 +145,7 @@ def test_greedy_output_is_the_targets(pair, plain, name, rows):
         assert accepted >= {0, 1}
 
 
-@pytest.mark.parametrize("name", ["block", "tree", "n-gram", "block and n-gram", "assistant", "dual view"])
+@pytest.mark.parametrize("name", ["block", "tree", "n-gram", "block and n-gram", "assistant", VIEW_RARELY])
 def test_rows_may_change_between_drafts_and_plain_steps(pair, plain, name):
     """Cycles after plain steps propose what they would have proposed without them."""
     ours = make(name, pair)
@@ -168,7 +169,7 @@ def test_rows_may_change_between_drafts_and_plain_steps(pair, plain, name):
                    for b in range(4) if counts[b])  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["tree", "tree, cheap", "n-gram", "block and n-gram", "assistant", "dual view"])
+@pytest.mark.parametrize("name", ["tree", "tree, cheap", "n-gram", "block and n-gram", "assistant", VIEW_RARELY])
 def test_a_mesh_gives_the_tokens_of_one_device(pair, plain, name):
     mesh = sharding.make_mesh(2, 4)
     expected = loops.speculate(*make(name, pair), loops.begin(*make(name, pair), prompts(4), COUNT))

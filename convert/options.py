@@ -195,7 +195,7 @@ class DraftingOptions:
     head_candidates: int | Literal["all"] = "all"
     """vocabulary entries that the causal head scores: the highest base logits, or all"""
     draft_weights: Annotated[Weights, DRAFT_WEIGHTS] = "auto"
-    """the same for the drafter's matrices and its LM head; the drafts change, the output does not"""
+    """form of the drafter's matrices and its LM head, as --weights; the drafts change, the output does not"""
     prompt_lookup_max: Annotated[int | None, DisallowNone, UNSET] = None
     """n-grams: tokens of the longest match that is looked for (default: 5; 8 beside another drafter)"""
     prompt_lookup_min: Annotated[int | None, DisallowNone, UNSET] = None
@@ -229,8 +229,8 @@ class DeviceOptions:
     dtype: Annotated[Dtype | None, DisallowNone, UNSET] = None
     """dtype of weights and caches (default: float32 on CPUs, bfloat16 elsewhere)"""
     weights: Weights = "auto"
-    """the target's matrices: exact, the files' values; int8 or float8, made of them, is another model near it (auto:
-    exact; int4 runs nowhere yet)"""
+    """form of the target's matrices: exact, which auto is too, or int8 and float8, which are another model near it;
+    int4 runs nowhere yet"""
     matrices: Matrices = "auto"
     """float32 runs only: bfloat16 keeps stored bfloat16 weights, at the same precision (auto: on CPUs with AMX)"""
     attention: Attention = "auto"

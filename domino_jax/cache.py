@@ -44,23 +44,24 @@ class KVCache(NamedTuple):
 
         return KVCache(put(self.k, k), put(self.v, v))
 
-    def compact(self, start: Array, places: Array) -> "KVCache":
-        """What row b holds at start[b] + places[b, i] at start[b] + i; as it is where all is there already.
+    def compact(self, start: Array, places: Array, span: int) -> "KVCache":
+        """What row b holds at start[b] + places[b, i] at start[b] + i.
+
+        Only the positions that may be moved are read, and they are written whether or not they move: a program whose
+        cache passes through a branch, or is gathered from whole, copies it.
 
         Args:
-            start: [B] int32.
-            places: [B, T] int32.
+            start: [B] int32; each row has room for `span` positions from there.
+            places: [B, T] int32, below `span`; others count as the nearest.
+            span: static.
         """
-        moved = places != jnp.arange(places.shape[1], dtype=jnp.int32)
 
-        def move(cache: KVCache) -> KVCache:
-            def row(buffer: Array, start: Array, places: Array) -> Array:
-                taken = jnp.take(buffer, start + places, axis=1, mode="clip")
-                return jax.lax.dynamic_update_slice(buffer, taken, (0, start, 0))
+        def moved(buffer: Array) -> Array:
+            window = read(buffer, start, span).swapaxes(1, 2)  # [B, span, K, H]
+            taken = jnp.take_along_axis(window, places[:, :, None, None], axis=1, mode="clip")
+            return constrain(write(buffer, taken, start), "B K S H")
 
-            return jax.tree.map(lambda buffer: constrain(jax.vmap(row)(buffer, start, places), "B K S H"), cache)
-
-        return jax.lax.cond(moved.any(), move, lambda cache: cache, self)
+        return jax.tree.map(moved, self)
 
     def layer(self, layer: int) -> tuple[Array, Array]:
         """Keys and values of one layer, [B, K, S, H] each."""
@@ -127,6 +128,32 @@ def _write_on_tpu(buffer: Array, new: Array, start: Array) -> Array:
         return run(buffer, new, start)
     rows = spec("B K S H")
     return jax.shard_map(run, in_specs=(rows, rows, spec("B")), out_specs=rows)(buffer, new, start)
+
+
+def read(buffer: Array, start: Array, count: int) -> Array:
+    """`count` positions of `buffer` [B, K, S, H], row b's from start[b] on: [B, K, count, H]. On a TPU row by row."""
+
+    def one(b: int, buffer: Array, start: Array) -> Array:
+        row = jax.lax.slice_in_dim(buffer, b, b + 1)
+        return jax.lax.dynamic_slice_in_dim(row, start[b], count, axis=POSITIONS)
+
+    def single(buffer: Array, start: Array) -> Array:
+        return one(0, buffer, start)
+
+    def rows(buffer: Array, start: Array) -> Array:
+        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count, axis=POSITIONS - 1))(buffer, start)
+
+    def on_tpu(buffer: Array, start: Array) -> Array:
+        def run(buffer: Array, start: Array) -> Array:
+            return jnp.concatenate([one(b, buffer, start) for b in range(buffer.shape[0])])
+
+        if jax.sharding.get_abstract_mesh().empty:
+            return run(buffer, start)
+        places = spec("B K S H")
+        return jax.shard_map(run, in_specs=(places, spec("B")), out_specs=places)(buffer, start)
+
+    elsewhere = single if buffer.shape[0] == 1 else rows
+    return jax.lax.platform_dependent(buffer, start, tpu=on_tpu, default=elsewhere)
 
 
 def resize(buffer: Array, capacity: int, axis: int = POSITIONS) -> Array:

@@ -635,7 +635,7 @@ def _verify_tree(
         standing_first = jnp.argsort(~path.stands[:, 1:], axis=1, stable=True)
         drafts = jnp.take_along_axis(draft.tokens, standing_first, axis=1)
     with jax.named_scope("context"):
-        cache = cache.compact(state.length, path.nodes)
+        cache = cache.compact(state.length, path.nodes, configs.proposals + 1)
         tokens, features = trees.along(tokens, path.nodes), trees.along(features, path.nodes)
     state = _observe(params, configs, state._replace(cache=cache), tokens, features, state.length)
     if configs.logprobs:

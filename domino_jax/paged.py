@@ -50,15 +50,13 @@ class PagedKVCache(NamedTuple):
         written = _written(self.pages[layer], place, new)
         return self._replace(pages=(*self.pages[:layer], written, *self.pages[layer + 1 :]))
 
-    def compact(self, start: Array, places: Array) -> "PagedKVCache":
+    def compact(self, start: Array, places: Array, span: int) -> "PagedKVCache":
         """What row b holds at start[b] + places[b, i] at start[b] + i; see `cache.KVCache.compact`."""
         ahead = jnp.arange(places.shape[1], dtype=jnp.int32)
-
-        def move(pages: tuple[Array, ...]) -> tuple[Array, ...]:
-            source, place = self._find(start[:, None] + places), self._find(start[:, None] + ahead)
-            return tuple(_written(layer, place, layer.at[source].get(mode="fill", fill_value=0)) for layer in pages)
-
-        return self._replace(pages=jax.lax.cond((places != ahead).any(), move, lambda pages: pages, self.pages))
+        source = self._find(start[:, None] + jnp.clip(places, 0, span - 1))
+        place = self._find(start[:, None] + ahead)
+        moved = (_written(layer, place, layer.at[source].get(mode="fill", fill_value=0)) for layer in self.pages)
+        return self._replace(pages=tuple(moved))
 
     def _find(self, positions: Array) -> tuple[Array, Array]:
         """The page of each position [B, T] and its place there; a page that does not exist where a row has none."""

@@ -41,7 +41,7 @@ def test_what_is_appended_is_read_again_and_moved_alike(tokens):
     rng = np.random.default_rng(tokens)
     whole, paged = both(rng, 3)
     assert (paged.capacity, paged.page_size, paged.room.tolist()) == (32, 4, [32, 32, 16])
-    step = jax.jit(lambda c, k, v, s, p: c.append(1, k, v, s).compact(s, p))
+    step = jax.jit(lambda c, k, v, s, p: c.append(1, k, v, s).compact(s, p, tokens))
     for starts in ([0, 5, 2], [3, 11, 5], [17, 20, 7]):
         k, v = (jnp.asarray(rng.normal(size=(3, tokens, 2, 4)), jnp.float32) for _ in "kv")
         start = jnp.asarray(starts, jnp.int32)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from convert.quantized import QUANTIZATION, quantized_form
 from domino_jax.config import ARCHITECTURES, DecoderConfig, Llama3, MoeConfig, TargetConfig, Yarn
 from domino_jax.errors import DominoError
 from domino_jax.fields import (
@@ -155,8 +156,13 @@ def read_target_config(raw: Mapping[str, Any], file: Path | None = None) -> Targ
 
 
 def refuse_others(where: str, raw: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse, at any level, what this implementation would compute wrongly."""
-    levels = [("", raw)]
+    """Refuse, at any level, what this implementation would compute wrongly.
+
+    The model's own quantization_config is read instead.
+    """
+    quantized_form(where, raw.get(QUANTIZATION))
+    rest = {name: value for name, value in raw.items() if name != QUANTIZATION}
+    levels: list[tuple[str, Mapping[str, Any]]] = [("", rest)]
     while levels:
         prefix, level = levels.pop(0)
         for name, value in level.items():

@@ -15,6 +15,7 @@ from convert import hf, orbax
 from convert.draft_configs import is_drafter, least_depth, states_depth, with_overrides
 from convert.dual_view import holds_both
 from convert.packagings import Packaging, copies, packaged, renamed
+from convert.quantized import QUANTIZATION
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import check_output, lock_file, lock_folder
@@ -66,9 +67,10 @@ def convert_folder(
     """Write the model of `source` in another form: Hugging Face's to Orbax, all others to Hugging Face's.
 
     Every tensor of the model keeps its values, and its dtype unless another is asked for (a training run's float32
-    masters become bfloat16, a GGUF file's blocks float32); config.json and the tokenizer's files keep their bytes. (A
-    tied target's second copy of its embeddings is not kept, nor is a drafter's of its target's, once they are compared;
-    tensors that others name otherwise come back under today's names.) The destination appears when it is whole.
+    masters become bfloat16, a GGUF file's blocks and quantized weights float32); config.json and the tokenizer's files
+    keep their bytes, but for a quantization_config. (A tied target's second copy of its embeddings is not kept, nor is
+    a drafter's of its target's, once they are compared; tensors that others name otherwise come back under today's
+    names.) The destination appears when it is whole.
 
     Args:
         target: the folder of a drafter's target, for drafters with copies of its embeddings or LM head.
@@ -159,6 +161,8 @@ def _convert(
         raise DominoError(f"{folder} holds a target and a second view of it: give --part base or --part view.")
     was = folder_format(folder)
     now = ORBAX if was == HF and form is None else HF
+    quantized = raw.get(QUANTIZATION) is not None
+    raw = {name: value for name, value in raw.items() if name != QUANTIZATION}  # what is written is not
     if was == RUN and not isinstance(config, CustomDraftConfig):  # none of them is trained here
         raw, dtype = config.to_hf(), dtype or jnp.bfloat16  # in today's names, whatever version began the run
     how: dict[str, Any] = {}
@@ -178,7 +182,7 @@ def _convert(
         hf.write_hf(partial, saved.read, config, raw, dtype, progress, **how)
     else:
         orbax.save_orbax(partial, hf.load_hf(folder, config, dtype, progress, target=target))
-    if dtype is None and form is None and not source.overrides:
+    if dtype is None and form is None and not source.overrides and not quantized:
         shutil.copyfile(folder / "config.json", partial / "config.json")
     else:
         hf.write_json(partial / "config.json", raw if dtype is None else hf.with_dtype(raw, dtype))

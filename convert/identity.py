@@ -41,17 +41,17 @@ def model_fingerprint(folder: Path) -> str:
 def _tensor_pieces(folder: Path) -> Iterator[bytes]:
     found = open_tensors(folder).stored
     for name in sorted(found):
-        tensor = found[name]
-        begin, end = tensor.begin, tensor.begin + tensor.bytes
-        yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
-        try:
-            with tensor.file.open("rb") as stream:
-                middle, last = max(begin, (begin + end - PIECE_BYTES) // 2), max(begin, end - PIECE_BYTES)
-                for place in sorted({begin, middle, last}):
-                    stream.seek(place)
-                    yield stream.read(min(PIECE_BYTES, end - place))
-        except OSError as error:
-            raise DominoError(f"{tensor.file} can't be read: {first_line(error)}.") from None
+        for tensor in found[name].sources:
+            begin, end = tensor.begin, tensor.begin + tensor.bytes
+            yield f"{tensor.name} {tensor.dtype} {list(tensor.shape)}".encode()
+            try:
+                with tensor.file.open("rb") as stream:
+                    middle, last = max(begin, (begin + end - PIECE_BYTES) // 2), max(begin, end - PIECE_BYTES)
+                    for place in sorted({begin, middle, last}):
+                        stream.seek(place)
+                        yield stream.read(min(PIECE_BYTES, end - place))
+            except OSError as error:
+                raise DominoError(f"{tensor.file} can't be read: {first_line(error)}.") from None
 
 
 def file_fingerprint(file: Path) -> str:

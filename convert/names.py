@@ -104,6 +104,7 @@ class Entry:
             if place == 0:
                 whole = np.empty((numbers.size, *inner), part.dtype)
             whole[place] = part.reshape(inner)
+            del part  # before the next is read
         return whole.reshape(*numbers.shape, *inner)
 
 

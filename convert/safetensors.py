@@ -61,6 +61,11 @@ class Stored:
         """As what its values lie in the file, in a word."""
         return self.dtype
 
+    @property
+    def sources(self) -> tuple["Stored", ...]:
+        """The tensors of files that it is made of: mostly itself."""
+        return (self,)
+
     def read(self, index: Index) -> np.ndarray:
         """The part of it that `index` has a slice of step 1 for each axis of.
 
@@ -186,9 +191,10 @@ class TensorFiles:
                     )
                 self.stored[stored.name] = stored
 
-    def _check_same(self, file: Path) -> None:
-        if _state(file) != self._states[file]:
-            raise DominoError(f"{file} changed while it was read: try again when nothing writes it.")
+    def _check_same(self, files: Iterable[Path]) -> None:
+        for file in files:
+            if _state(file) != self._states[file]:
+                raise DominoError(f"{file} changed while it was read: try again when nothing writes it.")
 
     def read(self, tensor: Stored, index: Index | None = None) -> np.ndarray:
         """The tensor, or the part that `index` has a slice of step 1 for each axis of.
@@ -199,13 +205,14 @@ class TensorFiles:
         """
         if tensor.dtype not in DTYPES:
             raise DominoError(f"{tensor.name} in {tensor.file} can't be read: NumPy has no dtype {tensor.dtype}.")
-        self._check_same(tensor.file)
+        files = {source.file for source in tensor.sources}
+        self._check_same(files)
         try:
             part = tensor.read(index or (slice(None),) * len(tensor.shape))
         except (OSError, EOFError) as error:
-            self._check_same(tensor.file)
+            self._check_same(files)
             raise DominoError(f"{tensor.name} in {tensor.file} can't be read: {first_line(error)}.") from None
-        self._check_same(tensor.file)
+        self._check_same(files)
         return part
 
 

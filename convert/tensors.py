@@ -11,6 +11,7 @@ import numpy as np
 from convert.fields import read_json
 from convert.gguf import gguf_files, open_gguf
 from convert.names import entries
+from convert.quantized import MARKS, QUANTIZATION, quantized_form, with_weights
 from convert.safetensors import Stored, TensorFiles
 from domino_jax import layers
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
@@ -44,7 +45,7 @@ EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 FREQUENCIES = "rotary_emb.inv_freq"  # a buffer that older versions of transformers stored with each layer
 COMPARED_ROWS = 4096  # of two matrices at a time
 FEW_ROWS = 16
-ALIKE = 0.9  # cosine of a matrix and the same in blocks of a GGUF file: above 0.99 with four bits a weight
+ALIKE = 0.9  # cosine of a matrix and the same in few bits: above 0.99 with four bits a weight
 
 
 def tensor_index(folder: Path) -> dict[str, Path] | None:
@@ -100,8 +101,10 @@ def tensor_files(folder: Path) -> list[Path]:
 def open_tensors(folder: Path) -> TensorFiles:
     """The tensors of a folder; each is in one file, and where there is an index in the one that it names.
 
+    What a quantized module has instead of a weight is shown as the weight that it makes, in float32.
+
     Raises:
-        DominoError: see `tensor_files` and `TensorFiles`; or files and index disagree.
+        DominoError: see `tensor_files`, `TensorFiles` and `convert.quantized`; or files and index disagree.
     """
     placed, files = tensor_index(folder), tensor_files(folder)
     tensors = open_gguf(files) if is_gguf(files) else TensorFiles(files)
@@ -117,7 +120,26 @@ def open_tensors(folder: Path) -> TensorFiles:
         for name, file in placed.items():
             if name not in tensors.stored:
                 raise DominoError(f"{index} places {name} in {file.name}, which has no such tensor.")
+    if not is_gguf(files):
+        _make_weights(folder, tensors)
     return tensors
+
+
+def _make_weights(folder: Path, tensors: TensorFiles) -> None:
+    """Put the weights of quantized modules in the place of what they are made of.
+
+    Raises:
+        DominoError: see `convert.quantized`; or config.json does not say that the folder is quantized.
+    """
+    config = folder / "config.json"
+    form = quantized_form(str(config), read_json(config).get(QUANTIZATION)) if config.exists() else None
+    if form is not None:
+        tensors.stored = with_weights(form, tensors)
+    elif marked := next((name for name in tensors.stored if name.rpartition(".")[2] in MARKS), None):
+        raise DominoError(
+            f"{tensors.stored[marked].file} has {marked}, which is quantized, and {config} has no {QUANTIZATION} that "
+            "says how."
+        )
 
 
 def is_gguf(files: Sequence[Path]) -> bool:
@@ -258,11 +280,11 @@ def compare_derived(
 def _same(files: TensorFiles, one: Stored, others: TensorFiles, other: Stored | None, whole: bool = True) -> bool:
     """Whether two matrices have the same values; unless `whole`, in some rows at the beginning, middle and end.
 
-    The blocks of a GGUF file hold few bits: they are the same where they point the same way.
+    The blocks of a GGUF file and quantized weights hold few bits: they are the same where they point the same way.
     """
     if other is None or one.shape != other.shape:
         return False
-    rounded = is_gguf([other.file])
+    rounded = is_gguf([other.file]) or len(other.sources) > 1
     count = one.shape[0]
     starts = range(0, count, COMPARED_ROWS) if whole else {0, count // 2, max(0, count - FEW_ROWS)}
     for start in starts:

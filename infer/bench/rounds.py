@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from convert.folders import GGUF, HF, folder_format
+from convert.hf import read_json
+from convert.quantized import QUANTIZATION
 from convert.tensors import open_tensors
 from domino_jax.errors import DominoError
 from domino_jax.runtime.devices import own_devices
@@ -49,17 +51,21 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
 def transformers_model(folder: Path, dtype: str) -> Any:
     """transformers' model with a folder's weights; None where it can't have them.
 
-    Of GGUF blocks it gets the values that we read: its own reading of them needs one more package.
+    Of GGUF blocks and quantized weights it gets the values that we read: its own reading needs one more package.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     form, how = folder_format(folder), {"local_files_only": True, "trust_remote_code": False}
-    if form == HF:
+    quantized = read_json(folder / "config.json").get(QUANTIZATION) is not None
+    if form == HF and not quantized:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **how)
-    if form != GGUF:
+    if form not in (HF, GGUF):
         return None
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **how), dtype=getattr(torch, dtype))
+    config = AutoConfig.from_pretrained(folder, **how)
+    if quantized:
+        delattr(config, QUANTIZATION)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     files = open_tensors(folder)
     values = {name: np.asarray(files.read(stored)).astype(np.float32) for name, stored in files.stored.items()}
     missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in values.items()}, strict=False)

@@ -262,7 +262,7 @@ BOTH = {
     ),
     "MLP bias": ({"mlp_bias": True}, "mlp_bias true"),
     "hidden_act": ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
-    "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    "quantized": ({"quantization_config": {"quant_method": "hqq"}}, 'quantization_config.quant_method "hqq"'),
     "no theta": ({"rope_theta": ...}, "no rope_theta", "a number above 1"),
     "no head_dim": ({"head_dim": ...}, "no head_dim", "an integer of at least 1"),
     "odd head_dim": ({"head_dim": 7}, "head_dim must be even"),

@@ -102,11 +102,13 @@ class Objective:
     gamma: float = 7.0
     """γ, decay of the exponential weights"""
     lambda_schedule: LambdaSchedule = "linear"
-    """how λ falls from its start to 0"""
+    """how λ falls from its start to its floor"""
     lambda_base_start: float = 1.0
     """λ at the first step"""
     lambda_base_decay_ratio: float = 1.0
-    """λ reaches 0 after this share of the steps"""
+    """λ reaches its floor after this share of the steps"""
+    lambda_base_floor: float = 0.0
+    """λ falls to this value and stays there: above 0, the base logits are trained to the end"""
     chunk: int = 1024
     """proposals whose logits exist at a time on a device"""
     block_attention: BlockAttention = "auto"
@@ -226,7 +228,7 @@ COUNTS = (
 )
 REALS = {  # by their ranges
     "above 0": ("lr", "muon_lr", "clip", "gamma", "epochs"),
-    "from 0 to 1": ("warmup", "lambda_base_start", "d_pace_alpha"),
+    "from 0 to 1": ("warmup", "lambda_base_start", "lambda_base_floor", "d_pace_alpha"),
     "0 or more": ("weight_decay", "lambda_base_decay_ratio"),
     "from 0 to below 1": ("ema",),
     "above 1": ("max_grad_norm_ratio",),
@@ -267,6 +269,12 @@ def check_options(options: TrainConfig) -> TrainConfig:
             check_real(name, values[name], rule)
     if options.run.batch % options.run.accumulate:
         raise UsageError(f"--accumulate {options.run.accumulate} does not divide --batch {options.run.batch}.")
+    objective = options.objective
+    if objective.lambda_base_floor > objective.lambda_base_start:
+        raise UsageError(
+            f"λ can't fall from {objective.lambda_base_start} to {objective.lambda_base_floor}: give "
+            "--lambda-base-floor at most --lambda-base-start."
+        )
     drafter = options.drafter
     _check_kind(options)
     if drafter.init != "random" and drafter.init_from:

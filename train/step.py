@@ -51,7 +51,7 @@ class Metrics(NamedTuple):
 
 
 def lambda_base(recipe: Recipe, step: Array) -> Array:
-    """λ: `lambda_base_start` all along, or from it to 0 over `lambda_base_decay_ratio` of the run, then 0."""
+    """λ: `lambda_base_start` all along, or from it to `lambda_base_floor` over `lambda_base_decay_ratio` of the run."""
     objective = recipe.objective
     if objective.lambda_schedule == "constant":
         return jnp.full((), objective.lambda_base_start, jnp.float32)
@@ -59,7 +59,8 @@ def lambda_base(recipe: Recipe, step: Array) -> Array:
     left = jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / span) if span else jnp.zeros((), jnp.float32)
     if objective.lambda_schedule == "cosine":
         left = 0.5 * (1 - jnp.cos(jnp.pi * left))
-    return objective.lambda_base_start * left
+    floor = objective.lambda_base_floor
+    return floor + (objective.lambda_base_start - floor) * left
 
 
 def trained(recipe: Recipe, weights: dict[str, Any]) -> dict[str, Any]:

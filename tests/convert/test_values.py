@@ -173,6 +173,7 @@ TRAINING = {
     "lr": [float("nan"), float("inf"), 0.0, -1e-4],
     "ema": [float("nan"), 1.0, -0.1],
     "lambda_base_start": [float("nan"), 1.5],
+    "lambda_base_floor": [float("nan"), float("inf"), -0.1, 1.5],
     "weight_decay": [float("inf"), -0.1],
     "validate_every": [-1, 2**31],
 }

@@ -358,6 +358,12 @@ def test_lambda_follows_its_schedule():
     )
     assert values(lambda_schedule="constant") == pytest.approx([0.8] * 4)
     assert values(lambda_base_decay_ratio=0.0) == [0, 0, 0, 0]
+    assert values(lambda_base_floor=0.2) == pytest.approx([0.8, 0.5, 0.2, 0.2])
+    assert values(lambda_base_floor=0.2, lambda_base_decay_ratio=0.0) == pytest.approx([0.2] * 4)
+    assert values(lambda_base_floor=0.2, lambda_schedule="cosine", lambda_base_decay_ratio=1.0) == pytest.approx(
+        [0.8, 0.2 + 0.3 * (1 + 0.5**0.5), 0.5, 0.2 + 0.3 * (1 - 0.5**0.5)], abs=1e-6
+    )
+    assert values(lambda_base_floor=0.8) == pytest.approx([0.8] * 4)
 
 
 @pytest.mark.parametrize("lam", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])

@@ -47,6 +47,20 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, out):
     assert options.objective.loss == TrainConfig().objective.loss
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lambda-base-start 0 --lambda-base-floor 0.1",
+        "--lambda-base-start 0.5 --lambda-base-floor 0.6",
+        "--lambda-schedule constant --lambda-base-start 0.2 --lambda-base-floor 0.3",
+    ],
+)
+def test_a_floor_above_the_start_is_refused(out, words):
+    with pytest.raises(UsageError, match="--lambda-base-floor at most --lambda-base-start"):
+        parse_options([*GIVEN, *words.split(), *out])
+    assert parse_options([*GIVEN, "--lambda-base-floor", "0.3", *out]).objective.lambda_base_floor == 0.3
+
+
 @pytest.mark.parametrize("name", ["demo", "qwen3-4b", "qwen3-8b"])
 def test_shipped_recipes_are_whole(name, out):
     options = parse_options(["--config", name, "--data", "d.jsonl", *out])

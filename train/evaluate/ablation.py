@@ -34,7 +34,11 @@ if TYPE_CHECKING:  # brings in JAX, which training's own processes need first
     from train.evaluate.validate import Validate
 
 # Without the head, the rows that propose are the same: it alone makes the difference.
-KINDS = {"dflash": ["--no-head", "--shift-label"], "joint": ["--lambda-base-start", "0"], "curriculum": []}
+KINDS = {
+    "dflash": ["--no-head", "--shift-label"],
+    "joint": ["--lambda-base-start", "0", "--lambda-base-floor", "0"],
+    "curriculum": [],
+}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 python -m convert SRC DST                      Hugging Face -> Orbax; Orbax, GGUF, a training run -> Hugging Face
 python -m convert DRAFTER DST --format FORM    a drafter for another program: SpecForge's form, DeepSpec's, speculators'
+python -m convert SRC DST --weights FORM       quantized, as vLLM reads it: fp8, int8, int4, awq-like
 python -m convert ORTHRUS DST --part base|view  a target without its second view, or the second view alone
 python -m convert BASE DST --view VIEW         both in one again
 python -m convert --check DIR [--target DIR]   what a folder holds, and what is wrong with it
@@ -38,6 +39,8 @@ class Convert:
     """dtype to write (default: as stored, and bfloat16 of a training run)"""
     format: Annotated[Literal["specforge", "deepspec", "speculators"] | None, DisallowNone, UNSET] = None
     """write a block drafter's files in this form; with --target those of the last two have copies of its embeddings"""
+    weights: Annotated[Literal["fp8", "int8", "int4", "awq-like"] | None, DisallowNone, UNSET] = None
+    """quantize the linear layers, in compressed-tensors' form: 8 bits, or 4 in groups of 128 (awq-like: zero points)"""
     part: Annotated[Literal["base", "view"] | None, DisallowNone, UNSET] = None
     """of a target with a second view (OrthrusLM) write one of the two; tensors keep their bytes"""
     view: Annotated[Path | None, DisallowNone, UNSET] = None
@@ -53,12 +56,14 @@ class Convert:
 def check_words(options: Convert) -> None:
     """Raises: UsageError: the options make no sense together."""
     o = options
-    if o.check and (o.source or o.dtype or o.format or o.hf_overrides or o.part or o.view):
+    if o.check and (o.source or o.dtype or o.format or o.hf_overrides or o.part or o.view or o.weights):
         raise UsageError("--check takes one folder, and --target; it converts nothing.")
     if not o.check and not (o.source and o.destination):
         raise UsageError("give SRC and DST, or --check DIR.")
-    if (o.part or o.view) and (o.dtype or o.format or o.hf_overrides or o.target or (o.part and o.view)):
+    if (o.part or o.view) and (o.dtype or o.format or o.hf_overrides or o.target or o.weights or (o.part and o.view)):
         raise UsageError("--part and --view copy tensors as they are: give one of them, and nothing but SRC and DST.")
+    if o.weights and o.format:
+        raise UsageError("--weights and --format write files for different programs: give one of them.")
 
 
 def overrides(options: Convert) -> dict[str, Any]:
@@ -124,7 +129,9 @@ def run_convert(options: Convert) -> int:
                 dtype = jnp.dtype(options.dtype) if options.dtype else None
                 reading = partial(progress, f"reading {options.source}")
                 source, form = as_folder(options.source), options.format
-                was, now = convert_folder(source, options.destination, reading, dtype, target, form, changed)
+                was, now = convert_folder(
+                    source, options.destination, reading, dtype, target, form, changed, options.weights
+                )
     except KeyboardInterrupt:
         print_report(report)
         known = ", what is known so far is above" if report.lines else ""

@@ -16,6 +16,7 @@ from convert.draft_configs import is_drafter, least_depth, states_depth, with_ov
 from convert.dual_view import holds_both
 from convert.packagings import Packaging, copies, packaged, renamed
 from convert.quantized import QUANTIZATION
+from convert.quantized.writing import GROUP, QuantizingWriter, WrittenForm
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import check_output, lock_file, lock_folder
@@ -63,6 +64,7 @@ def convert_folder(
     target: Path | None = None,
     form: Packaging | None = None,
     overrides: Mapping[str, Any] | None = None,
+    weights: WrittenForm | None = None,
 ) -> tuple[str, str]:
     """Write the model of `source` in another form: Hugging Face's to Orbax, all others to Hugging Face's.
 
@@ -76,6 +78,7 @@ def convert_folder(
         target: the folder of a drafter's target, for drafters with copies of its embeddings or LM head.
         form: of a block drafter, to be Hugging Face's files whatever it was.
         overrides: fields of config.json that take the place of the file's; of a block drafter.
+        weights: quantized form of the linear layers, to be Hugging Face's files whatever it was.
 
     Returns:
         The names of the two forms, from and to.
@@ -86,7 +89,7 @@ def convert_folder(
     if not source.is_dir():
         raise DominoError(f"{source} is not a folder.")
     with appearing(destination, [source, *([target] if target else [])]) as partial:
-        return _convert(ConvertedModel(source, target, overrides or {}), partial, progress, dtype, form)
+        return _convert(ConvertedModel(source, target, overrides or {}), partial, progress, dtype, form, weights)
 
 
 @contextmanager
@@ -153,6 +156,7 @@ def _convert(
     progress: hf.Progress | None,
     dtype: Any,
     form: Packaging | None,
+    weights: WrittenForm | None,
 ) -> tuple[str, str]:
     """See `convert_folder`; `partial` is the folder to write."""
     raw, config = source.read()
@@ -160,7 +164,7 @@ def _convert(
     if holds_both(raw, folder):
         raise DominoError(f"{folder} holds a target and a second view of it: give --part base or --part view.")
     was = folder_format(folder)
-    now = ORBAX if was == HF and form is None else HF
+    now = ORBAX if was == HF and form is None and weights is None else HF
     quantized = raw.get(QUANTIZATION) is not None
     raw = {name: value for name, value in raw.items() if name != QUANTIZATION}  # what is written is not
     if was == RUN and not isinstance(config, CustomDraftConfig):  # none of them is trained here
@@ -174,6 +178,10 @@ def _convert(
         stored = {name: raw[name] for name in ("dtype", "torch_dtype") if name in raw}
         raw = packaged(config, form) | stored
         how = {"names": renamed(config, form), "more": copies(form, target)}
+    writer = QuantizingWriter(weights) if weights else None
+    if writer:
+        raw = {**raw, QUANTIZATION: writer.settings}
+        how["written"] = writer.tensors
     if now == HF and was in (HF, GGUF):
         module = hf.load_hf(folder, config, progress=progress, target=target)
         hf.save_hf(partial, module, config, raw, dtype, **how)
@@ -182,7 +190,9 @@ def _convert(
         hf.write_hf(partial, saved.read, config, raw, dtype, progress, **how)
     else:
         orbax.save_orbax(partial, hf.load_hf(folder, config, dtype, progress, target=target))
-    if dtype is None and form is None and not source.overrides and not quantized:
+    if writer and not writer.quantized:
+        raise DominoError(f"{folder} has no matrix whose inputs groups of {GROUP} divide: nothing would be quantized.")
+    if dtype is None and form is None and not source.overrides and not quantized and not writer:
         shutil.copyfile(folder / "config.json", partial / "config.json")
     else:
         hf.write_json(partial / "config.json", raw if dtype is None else hf.with_dtype(raw, dtype))

@@ -129,6 +129,7 @@ def write_hf(
     progress: Progress | None = None,
     names: Callable[[str], str] = str,
     more: Mapping[str, Callable[[], np.ndarray]] | None = None,
+    written: Callable[[str, np.ndarray], Mapping[str, np.ndarray]] = lambda name, tensor: {name: tensor},
 ) -> None:
     """Write a model as a Hugging Face folder: config.json, and safetensors in shards of at most 5 GB.
 
@@ -140,6 +141,7 @@ def write_hf(
         progress: called after each group, with float32's bytes where `dtype` is None.
         names: what a tensor is to be called, by its name in `convert.names`.
         more: other tensors by name, each read when it is its turn.
+        written: what of a tensor is written, by name: codes and scales, say.
 
     Raises:
         DominoError: the folder can't be written (a full disk, say); no half-written file keeps a final name.
@@ -153,7 +155,8 @@ def write_hf(
             held = leaves([entry.path for unit in group for entry in unit])
             for unit in group:
                 parts = {entry.path: _on_host(held[entry.path], dtype) for entry in unit}
-                yield from ((names(name), tensor) for name, tensor in to_hf(unit, parts).items())
+                for name, tensor in to_hf(unit, parts).items():
+                    yield from written(names(name), tensor).items()
             done += sum(_bytes(unit, dtype) for unit in group)
             if progress:
                 progress(done, total)

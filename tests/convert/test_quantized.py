@@ -18,11 +18,14 @@ from quantized_files import AWQ, FLOAT, FORMS, FP8, GPTQ, INT, PACK, QuantizedFo
 from safetensors.numpy import save_file
 
 from convert import hf
+from convert.__main__ import main
 from convert.check import check_folder
 from convert.folders import convert_folder
 from convert.identity import model_fingerprint
 from convert.loading import load_model
+from convert.quantized.writing import quantize_weight
 from convert.registry import read_configs
+from convert.safetensors import TensorFiles
 from convert.tensors import INDEX, open_tensors
 from domino_jax import target
 from domino_jax.config import MoeConfig, TargetConfig
@@ -439,3 +442,81 @@ def test_scales_of_activations_are_no_part_of_the_weights(tmp_path):
             tmp_path, FORMS[name], lambda parts: parts | {"input_scale": np.ones(1, np.float32)}
         )
         np.testing.assert_array_equal(weight.read(ALL), values)
+
+
+# --- What is written -------------------------------------------------------------------------------------------------
+
+
+def nibbles(words: np.ndarray) -> np.ndarray:
+    """Rows of words as rows of their eight codes each, from the lowest bits."""
+    return ((words.astype(np.int64)[:, :, None] >> (4 * np.arange(8))) & 15).reshape(len(words), -1)
+
+
+def dequantized(form: str, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The values of what was written."""
+    scale = parts["weight_scale"].astype(np.float32)
+    if form in ("fp8", "int8"):
+        return parts["weight"].astype(np.float32) * scale
+    out, width = parts["weight_shape"].tolist()
+    zeros = nibbles(parts["weight_zero_point"].T).T[:out] if form == "awq-like" else np.full(scale.shape, 8)
+    codes = nibbles(parts["weight_packed"])[:, :width] - np.repeat(zeros, 128, axis=1)
+    return codes.astype(np.float32) * np.repeat(scale, 128, axis=1)
+
+
+@pytest.mark.parametrize(("form", "most"), [("fp8", 0.037), ("int8", 0.0079), ("int4", 0.075), ("awq-like", 0.14)])
+def test_what_is_written_is_near_and_read_again_exactly(tmp_path, form, most):
+    """The reader gives the values of codes, scales and zero points; each is within a step of the weight's."""
+    config = make(DENSE, hidden_size=128, num_attention_heads=5, num_key_value_heads=1, head_dim=16)
+    config = make(config, moe=MoeConfig(2, 1, 256, True), intermediate_size=256, tie_word_embeddings=False)
+    hf.save_hf(tmp_path / "plain", factory.random_weights(config, 3), config, config.to_hf(), jnp.bfloat16)
+    assert main([str(tmp_path / "plain"), str(tmp_path / "q"), "--weights", form]) == 0
+    settings = hf.read_json(tmp_path / "q" / "config.json")["quantization_config"]
+    kept = {"lm_head", "model.layers.0.mlp.gate"}
+    if form in ("int4", "awq-like"):
+        kept.add("model.layers.0.self_attn.o_proj")  # 80 inputs are no multiple of 128
+    assert set(settings["ignore"]) == kept
+    raw = TensorFiles([tmp_path / "q" / "model.safetensors"])
+    stored = {name: np.asarray(raw.read(tensor)) for name, tensor in raw.stored.items()}
+    plain, read = open_tensors(tmp_path / "plain"), open_tensors(tmp_path / "q")
+    assert set(read.stored) == set(plain.stored)
+    changed = 0
+    for name in plain.stored:
+        before, after = (np.asarray(x.read(x.stored[name])).astype(np.float32) for x in (plain, read))
+        module = name.removesuffix(".weight")
+        parts = {key.rpartition(".")[2]: x for key, x in stored.items() if key.startswith(f"{module}.")}
+        if "weight_scale" not in parts:
+            np.testing.assert_array_equal(before, after)
+            assert before.ndim < 2 or module in {*kept, "model.embed_tokens"}
+            continue
+        np.testing.assert_array_equal(after, dequantized(form, parts))
+        width = 128 if "weight_packed" in parts else before.shape[1]
+        largest = np.repeat(np.abs(before).reshape(len(before), -1, width).max(axis=2), width, axis=1)
+        assert (np.abs(after - before) <= most * largest).all(), name
+        changed += 1
+    assert changed == 10 - (len(kept) == 3)  # q, k, v, o, and three of each expert
+    assert check_folder(tmp_path / "q").problems == []
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4", "awq-like"])
+def test_what_is_nothing_or_not_symmetric_is_written(form):
+    weight = np.zeros((3, 256), ml_dtypes.bfloat16)
+    weight[1] = 5
+    weight[2, ::2] = -3
+    found = dequantized(form, quantize_weight(form, weight))
+    assert not found[0].any() and np.isfinite(found).all()
+    np.testing.assert_allclose(found, weight.astype(np.float32), atol=0.36)
+    if form == "awq-like":  # two values and zero: each is a step's end
+        np.testing.assert_allclose(found, weight.astype(np.float32), rtol=0.01)
+
+
+def test_what_can_not_be_quantized_is_refused(tmp_path, capsys):
+    hf.save_hf(tmp_path / "plain", factory.random_weights(DENSE, 0), DENSE, DENSE.to_hf())
+    assert main([str(tmp_path / "plain"), str(tmp_path / "q"), "--weights", "int4"]) == 1
+    assert "nothing would be quantized" in capsys.readouterr().err and not (tmp_path / "q").exists()
+    broken = factory.random_weights(DENSE, 0)
+    broken.layers[0].o = broken.layers[0].o.at[0, 0].set(jnp.nan)
+    hf.save_hf(tmp_path / "broken", broken, DENSE, DENSE.to_hf())
+    assert main([str(tmp_path / "broken"), str(tmp_path / "q"), "--weights", "fp8"]) == 1
+    assert "o_proj.weight has values that are not finite" in capsys.readouterr().err and not (tmp_path / "q").exists()
+    assert main([str(tmp_path / "plain"), str(tmp_path / "q"), "--weights", "int8", "--format", "deepspec"]) == 2
+    assert main(["--check", str(tmp_path / "plain"), "--weights", "int8"]) == 2

@@ -80,7 +80,14 @@ def sweep(folder: Path) -> None:
 
 
 def question_sets(folder: Path) -> None:
-    about = {"model": "m", "temperature": 0.0, "cycles": 10, "tau": 2.0, "tau_per_answer": 2.0}
+    about = {
+        "model": "m",
+        "target_weights": "exact",
+        "temperature": 0.0,
+        "cycles": 10,
+        "tau": 2.0,
+        "tau_per_answer": 2.0,
+    }
     shares = {f"length_{n}": 1 for n in range(1, 10)}
     rows = [
         {"set": name, "mode": mode, "drafts": drafts, "published_tau_per_answer": 2.5, **about, **shares}

@@ -212,6 +212,6 @@ def test_what_fails_in_one_of_several_ends_its_decoding(sides, monkeypatch):
     monkeypatch.setattr(first.worker._slots, "step", fails)
     job = make_job(service, Asked([1], SamplingParams(max_tokens=4), 0, {}))
     first.worker.submit(job)
-    until(lambda: first.worker.failed)
-    assert str(first.worker.failed) == "of the device" and job.failed
+    until(lambda: first.worker.failed and job.failed)  # one after the other, in its own thread
+    assert str(first.worker.failed) == "of the device"
     Messages.send(first.worker._link._messages, '[["stop", false]]')  # type: ignore[union-attr]

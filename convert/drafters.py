@@ -119,11 +119,11 @@ def make_drafter(
             raise UsageError(f"--tree needs a block drafter alone, found {what}: give one with --draft DIR.")
         if num_draft_tokens is not None:
             raise UsageError("--tree says how many drafts a cycle verifies: leave --num-draft-tokens out.")
+        shape: dict[str, Any] = tree._asdict()
         if isinstance(made, DualViewDrafter):
-            shape = {"nodes": tree.nodes, "lanes": tree.lanes, "candidates": tree.candidates}
-            made = DualViewTreeDrafter(made.config, correction=tree.correction, **shape)
+            made = DualViewTreeDrafter(made.config, **shape)
         else:
-            made = TreeDrafter(made.config, tree.candidates, tree.nodes, tree.lanes, tree.correction)
+            made = TreeDrafter(made.config, **shape)
     if not ngram:
         if prompt_lookup_max is not None or prompt_lookup_min is not None:
             raise DominoError(f"prompt_lookup_max and prompt_lookup_min are for n-grams: --draft {NGRAM}.")

@@ -139,6 +139,11 @@ class Branching(Protocol):
         """Nodes of the longest path, at most: so many of a cycle's tokens can be accepted."""
         ...
 
+    @property
+    def longest_chain(self) -> int:
+        """Proposals of the longest chain that it makes where few are asked for; 0 if none."""
+        ...
+
     def branches(self, proposals: int) -> bool:
         """Whether so many proposals are a tree, and not a chain."""
         ...

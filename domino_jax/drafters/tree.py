@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.config import Headed
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
-from domino_jax.drafters.heads.base import Head, Paths
+from domino_jax.drafters.heads.base import Paths
 from domino_jax.drafters.heads.choosing import largest
 from domino_jax.errors import DominoError
 from domino_jax.paged import AnyKVCache
@@ -22,59 +21,24 @@ from domino_jax.sampling import Sampling, probabilities
 from domino_jax.weights import Draft
 
 
-@dataclass(frozen=True)
-class Growth:
-    """How a tree is grown of a block's states and logits; the fields are those of `TreeDrafter`."""
+class _Blocks:
+    """What the other base of a drafter of trees has: the drafter of chains whose blocks trees are grown from."""
 
-    candidates: int | None = None
-    lanes: int | None = None
-    correction: Literal["path", "depth"] = "path"
-    coupled: bool = True
-
-    def check(self, nodes: int, config: Headed) -> None:
-        """Raises: DominoError: a number is below 1, or there is no head to correct."""
-        for what, given in (("nodes", nodes), ("lanes", self.lanes)):
-            if given is not None and given < 1:
-                raise DominoError(f"a tree has at least 1 of its {what}, found {given}.")
-        if self.correction == "depth" and not config.head:
-            raise DominoError("a tree correction needs a drafter with a causal head, and this one has none.")
-
-    def grow(
-        self, head: Head, weights: Any, z: Array, base: Array, view: View, nodes: int, keys: Array | None
-    ) -> DraftTokens:
-        """The tree of a block, from the states of its P first proposals [B, P, D] and their base logits [B, P, V].
-
-        Args:
-            weights: the head's.
-        """
-        with jax.named_scope("head"):
-            paths: Paths = head.paths(weights, z, base, view, self.candidates)
-            depth = z.shape[1]
-            if keys is not None and self.coupled:
-                paths = PerturbedPaths(paths, keys, view.sampling, base.shape[2])
-            elif keys is not None:
-                paths = ScaledPaths(paths, view.sampling.temperature)
-            if self.correction == "depth":
-                paths = SharedPaths(paths, depth)
-            return best_first(paths, nodes, depth, self.lanes or nodes)
+    config: Any  # with `num_proposals` and `head`
+    candidates: int | None
 
 
 @dataclass(frozen=True)
-class TreeDrafter(BlockDrafter):
-    """A block drafter that proposes a tree: the N likeliest nodes, each with the head's logits along its own path.
+class Trees(_Blocks):
+    """What drafters of trees have in common, whatever drafts their blocks.
 
     Args:
-        candidates: C, tokens of (nearly) the highest base logits of each depth, of which alone nodes are made where the
-            head corrects; the vocabulary when None.
         nodes: N, besides the anchor.
         lanes: W, paths that are followed to the next depth, the likeliest ones. The tree is the best one there is when
             None, which is N of them.
         correction: "depth" has the head correct along the likeliest path alone, and all nodes of a depth share that.
         coupled: a sampled row's nodes are those that the target will draw the likeliest, given the noise that it draws
             with; False has them be the likeliest ones whatever the noise, of which fewer are accepted.
-
-    Raises:
-        DominoError: a number is below 1, or there is no head to correct.
     """
 
     nodes: int = 16
@@ -82,17 +46,13 @@ class TreeDrafter(BlockDrafter):
     correction: Literal["path", "depth"] = "path"
     coupled: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.growth.check(self.nodes, self.config)
-
-    @property
-    def growth(self) -> Growth:
-        return Growth(self.candidates, self.lanes, self.correction, self.coupled)
-
-    @property
-    def name(self) -> str:
-        return f"{super().name}, in trees of {self.nodes}"
+    def check_tree(self) -> None:
+        """Raises: DominoError: a number is below 1, or there is no head to correct."""
+        for what, given in (("nodes", self.nodes), ("lanes", self.lanes)):
+            if given is not None and given < 1:
+                raise DominoError(f"a tree has at least 1 of its {what}, found {given}.")
+        if self.correction == "depth" and not self.config.head:
+            raise DominoError("a tree correction needs a drafter with a causal head, and this one has none.")
 
     @property
     def most(self) -> int:
@@ -105,28 +65,62 @@ class TreeDrafter(BlockDrafter):
 
     @property
     def longest_chain(self) -> int:
-        """Proposals of the longest chain that it makes where fewer than N are asked for; 0 if none."""
+        """See `drafters.base.Branching`."""
         return min(self.nodes - 1, self.config.num_proposals)
 
     def branches(self, proposals: int) -> bool:
         """See `drafters.base.Branching`."""
         return proposals > self.longest_chain
 
+    def grow(self, weights: Any, z: Array, base: Array, view: View, nodes: int, keys: Array | None) -> DraftTokens:
+        """The tree of a block, from the states of its P first proposals [B, P, D] and their base logits [B, P, V].
+
+        Its nodes are chosen, not drawn: the output is exact whatever they are.
+
+        Args:
+            weights: the drafter's.
+        """
+        with jax.named_scope("head"):
+            paths: Paths = head_of(self.config).paths(weights.head, z, base, view, self.candidates)
+            depth = z.shape[1]
+            if keys is not None and self.coupled:
+                paths = PerturbedPaths(paths, keys, view.sampling, base.shape[2])
+            elif keys is not None:
+                paths = ScaledPaths(paths, view.sampling.temperature)
+            if self.correction == "depth":
+                paths = SharedPaths(paths, depth)
+            return best_first(paths, nodes, depth, self.lanes or nodes)
+
+
+@dataclass(frozen=True)
+class TreeDrafter(Trees, BlockDrafter):
+    """A block drafter that proposes a tree: the N likeliest nodes, each with the head's logits along its own path.
+
+    Args:
+        candidates: C, tokens of (nearly) the highest base logits of each depth, of which alone nodes are made where the
+            head corrects; the vocabulary when None.
+        nodes, lanes, correction, coupled: see `Trees`.
+
+    Raises:
+        DominoError: a number is below 1, or there is no head to correct.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_tree()
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, in trees of {self.nodes}"
+
     def propose(
         self, weights: Draft, state: AnyKVCache, view: View, proposals: int, keys: Array | None
     ) -> tuple[DraftTokens, AnyKVCache, AnyKVCache]:
-        """See `drafters.base.Drafter`. Nodes are chosen, not drawn: the output is exact whatever they are.
-
-        A few proposals are a chain.
-        """
+        """See `drafters.base.Drafter`. A few proposals are a chain."""
         if not self.branches(proposals):
             return super().propose(weights, state, view, proposals, keys)
         z, base, state = self.draft_block(weights, state, view, min(proposals, self.depth))
         return self.grow(weights, z, base, view, proposals, keys), state, view.cache
-
-    def grow(self, weights: Draft, z: Array, base: Array, view: View, nodes: int, keys: Array | None) -> DraftTokens:
-        """See `Growth.grow`."""
-        return self.growth.grow(head_of(self.config), weights.head, z, base, view, nodes, keys)
 
 
 class ScaledPaths:

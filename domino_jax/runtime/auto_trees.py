@@ -7,7 +7,7 @@ forms that one decides whose drafts give the most tokens a second; the others ar
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from domino_jax.decode import DecodeConfig
-from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.drafters.base import Branching
 from domino_jax.runtime.auto import CLEAR, CLOSE, MARGIN, AutoDrafts
 from domino_jax.runtime.slots import BatchCase, every_program
 
@@ -87,6 +87,6 @@ class AutoTrees:
 def auto_policy(configs: DecodeConfig) -> AutoDrafts | AutoTrees:
     """The policy of `--num-draft-tokens auto` for a target and its drafter."""
     drafter = configs.drafter
-    if isinstance(drafter, TreeDrafter) and drafter.longest_chain:
-        return AutoTrees(drafter.longest_chain, drafter.nodes)
+    if isinstance(drafter, Branching) and drafter.longest_chain:
+        return AutoTrees(drafter.longest_chain, configs.proposals)
     return AutoDrafts(configs.proposals, configs.branching)

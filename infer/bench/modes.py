@@ -18,8 +18,7 @@ from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.dual_view import DualViewDrafter
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.ngram import NgramDrafter
-from domino_jax.drafters.tree import TreeDrafter
-from domino_jax.drafters.view_tree import DualViewTreeDrafter
+from domino_jax.drafters.tree import TreeDrafter, Trees
 from domino_jax.errors import DominoError
 from infer.bench.rows import ASSISTANT, DFLASH, NGRAM, ORTHRUS, TREE
 
@@ -74,14 +73,13 @@ def mode_of(drafter: Drafter) -> str:
     """What a way of drafting is called in the rows."""
     if isinstance(drafter, CombinedDrafter):
         return f"{mode_of(drafter.model)}+{NGRAM}"
+    known = {NgramDrafter: NGRAM, AssistantDrafter: ASSISTANT}
+    kind = known.get(type(drafter), type(drafter).__name__)
     if isinstance(drafter, BlockDrafter):
-        head = head_of(drafter.config).projector_type
-        return f"{head}-{TREE}" if isinstance(drafter, TreeDrafter) else head
+        kind = head_of(drafter.config).projector_type
     if isinstance(drafter, DualViewDrafter):
         kind = f"{ORTHRUS}-{drafter.config.head.projector_type}" if drafter.config.head else ORTHRUS
-        return f"{kind}-{TREE}" if isinstance(drafter, DualViewTreeDrafter) else kind
-    known = {NgramDrafter: NGRAM, AssistantDrafter: ASSISTANT}
-    return known.get(type(drafter), type(drafter).__name__)
+    return f"{kind}-{TREE}" if isinstance(drafter, Trees) else kind
 
 
 @dataclass(frozen=True)

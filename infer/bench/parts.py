@@ -133,7 +133,7 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
 
         def corrected(p: Params, s: decode.DecodeState) -> Any:
             given = anew(z, s), anew(base, s), decode.view(p, configs, s), keys_of(s)[0]
-            if isinstance(block, TreeDrafter):
+            if isinstance(block, TreeDrafter) and configs.branching:
                 return s, block.grow(p.draft, *given[:3], configs.proposals, given[3])
             return s, head_of(block.config).propose(p.draft.head, *given, block.candidates)
 

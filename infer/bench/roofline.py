@@ -173,7 +173,7 @@ def work(
     base = configs.depth * logits
     scored = min(1.0, (configs.drafter.candidates or math.inf) / vocabulary)
     parts = head_of(config).products(drafter.head, configs.depth, scored)
-    if isinstance(configs.drafter, TreeDrafter) and configs.drafter.correction == "path":
+    if isinstance(configs.drafter, TreeDrafter) and configs.branching and configs.drafter.correction == "path":
         lanes = configs.drafter.lanes or configs.drafter.nodes
         parts = [part._replace(vectors=part.vectors * lanes) for part in parts]
     head = multiplied(parts)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from convert.loading import LoadedModel
 from convert.not_finite import NOT_FINITE_DRAFTS, not_finite_error
 from domino_jax import cache
-from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.drafters.base import Branching
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.auto_trees import auto_policy
 from domino_jax.runtime.background import BackgroundCompiler
@@ -380,7 +380,7 @@ class Worker:
         configs, began = self._loaded.configs, time.monotonic()
         most = cache.length_bucket(min(self._warm_up, configs.target.positions)) if self._warm_up else 0
         drafter = configs.drafter
-        chains = {drafter.longest_chain} if isinstance(drafter, TreeDrafter) else set()
+        chains = {drafter.longest_chain} if isinstance(drafter, Branching) else set()
         capacity = cache.SMALLEST_BUCKET
         while capacity <= most:
             self._say(f"compiling for {capacity} positions, up to {most}")

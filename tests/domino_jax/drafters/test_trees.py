@@ -17,9 +17,11 @@ from domino_jax import decode
 from domino_jax import tree as trees
 from domino_jax.attention import attend_xla
 from domino_jax.drafters.base import DraftTokens
+from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.drafters.heads.choosing import largest, likeliest
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.drafters.view_tree import DualViewTreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.kernels.attention_cudnn import attend_cudnn
 from domino_jax.sampling import settings
@@ -315,6 +317,11 @@ def test_a_cycle_has_the_depth_of_a_path_and_room_for_all_nodes():
     drafter = TreeDrafter(factory.draft_config(), nodes=12)
     configs = decode.DecodeConfig(factory.TARGET, drafter)
     assert (configs.proposals, configs.depth, configs.lookahead, configs.branching) == (12, 5, 13, True)
+    view = DualViewConfig(**factory.TARGET.geometry(), block_size=5, mask_token_id=88)
+    configs = decode.DecodeConfig(factory.TARGET, DualViewTreeDrafter(view, nodes=12))
+    assert (configs.proposals, configs.depth, configs.lookahead, configs.branching) == (12, 4, 13, True)
+    few = dataclasses.replace(configs, drafts=3)  # which are a chain
+    assert (few.proposals, few.depth, few.branching) == (3, 3, False)
     chain = Pair.make().configs
     assert (chain.proposals, chain.depth, chain.branching) == (5, 5, False)
     assert DraftTokens(jnp.zeros((1, 1)), None).parents is None

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from domino_jax.decode import DecodeConfig
+from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.drafters.view_tree import DualViewTreeDrafter
 from domino_jax.runtime.auto import AutoDrafts
 from domino_jax.runtime.auto_trees import AutoTrees, auto_policy
 from domino_jax.runtime.slots import STEPS_PER_CYCLE, Completion, Request, Slots
@@ -99,6 +101,9 @@ def test_which_policy_a_drafter_has():
     found = auto_policy(DecodeConfig(factory.TARGET, TreeDrafter(config, nodes=4)))
     assert isinstance(found, AutoTrees) and [form.most for form in found._forms] == [3, 4]
     assert isinstance(auto_policy(DecodeConfig(factory.TARGET, TreeDrafter(config, nodes=1))), AutoDrafts)
+    view = DualViewConfig(**factory.TARGET.geometry(), block_size=5, mask_token_id=88)
+    found = auto_policy(DecodeConfig(factory.TARGET, DualViewTreeDrafter(view, nodes=12)))
+    assert isinstance(found, AutoTrees) and [form.most for form in found._forms] == [4, 12, 6]
 
 
 class InTurn(AutoDrafts):
@@ -112,11 +117,16 @@ class InTurn(AutoDrafts):
         """Learn nothing."""
 
 
-def test_one_state_goes_on_with_trees_chains_and_plain_steps():
+@pytest.mark.parametrize("view", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["block", "second view"])
+def test_one_state_goes_on_with_trees_chains_and_plain_steps(view):
     """Greedy rows and coupled samples are the target's, whatever each dispatch was."""
     pair = factory.good_pair(factory.BYTE_TARGET, 3, num_hidden_layers=1)
     assert pair.configs.draft is not None
-    trees = replace(pair.configs, drafter=TreeDrafter(pair.configs.draft, nodes=9))
+    trees, params = replace(pair.configs, drafter=TreeDrafter(pair.configs.draft, nodes=9)), pair.params
+    if view:
+        config = DualViewConfig(**pair.configs.target.geometry(), block_size=6, mask_token_id=88)
+        trees = replace(trees, drafter=DualViewTreeDrafter(config, nodes=9))
+        params = params._replace(draft=factory.random_weights(config, 1))
 
     def completions() -> list[Completion]:
         params = [SamplingParams(max_tokens=30), SamplingParams(0.8, max_tokens=24, seed=3)]
@@ -124,6 +134,6 @@ def test_one_state_goes_on_with_trees_chains_and_plain_steps():
 
     expected, found, dtype = completions(), completions(), jnp.dtype("float32")
     list(Slots(pair.params.without_drafter, pair.configs.without_drafter, 2, dtype).run(expected))
-    list(Slots(pair.params, trees, 2, dtype, cycles=1, policy=InTurn(9, whole=True)).run(found))
+    list(Slots(params, trees, 2, dtype, cycles=1, policy=InTurn(9, whole=True)).run(found))
     assert [c.tokens for c in found] == [c.tokens for c in expected]
     assert {len(cycle.drafts) for c in found for cycle in c.cycles} >= {9, 5, 2} and all(c.steps for c in found)

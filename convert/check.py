@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -333,20 +333,35 @@ def _measured(pair: CheckedPair, report: FolderReport) -> Iterator[tuple[str, st
     target_weights = load_weights(pair.target_folder, other, jnp.float32)
     weights = load_weights(pair.folder, config, jnp.float32, target=pair.target_folder)
     with jax.default_matmul_precision("highest"):
-        yield "agreement", _agreement(target_weights, weights, pair, ids, report)
+        text = _read_text(target_weights, other, config, jnp.array([ids]))
+        yield "agreement", _agreement(target_weights, weights, pair, text, report)
         if config.head and len(ids) > 2 * config.block_size:
-            yield "candidates", _candidates(target_weights, weights, pair, ids, report)
+            yield "candidates", _candidates(target_weights, weights, pair, text, report)
 
 
-def _agreement(target_weights: Any, weights: Any, pair: CheckedPair, ids: Sequence[int], report: FolderReport) -> str:
+class ReadText(NamedTuple):
+    """A text that a target has run."""
+
+    ids: jax.Array  # [1, S] int32
+    hidden: jax.Array  # [1, S, D], after the final norm
+    features: jax.Array  # [1, S, LD], of the layers that the drafter reads
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _read_text(target_weights: Any, other: TargetConfig, config: DraftConfig, ids: jax.Array) -> ReadText:
+    hidden, features, _ = target.forward(target_weights, other, ids, target_layer_ids=config.target_layer_ids)
+    return ReadText(ids, hidden, features)
+
+
+def _agreement(target_weights: Any, weights: Any, pair: CheckedPair, text: ReadText, report: FolderReport) -> str:
     """How often the row that makes the first proposal says what the target does, and whether the other row does better.
 
     A drafter that is read with the wrong alignment runs without an error, and next to nothing of it is accepted.
     """
     config, other = pair.config, pair.target
-    found = np.asarray(_first_tokens(target_weights, weights, other, config, jnp.array([ids])))
+    found = np.asarray(_first_tokens(target_weights, weights, other, config, text))
     own, rest = (int((found[2] == found[row]).sum()) for row in ((0, 1) if config.shift_label else (1, 0)))
-    count = len(ids)
+    count = text.ids.shape[1]
     if rest - own > max(0.05 * count, 3 * count**0.5 / 2):
         report.warnings.append(
             f"after {rest} of {count} tokens the row that makes no first proposal has the target's next token, the one "
@@ -356,15 +371,14 @@ def _agreement(target_weights: Any, weights: Any, pair: CheckedPair, ids: Sequen
     return f"the first proposal is the target's token after {own} of {count}; the other alignment's after {rest}"
 
 
-def _candidates(target_weights: Any, weights: Any, pair: CheckedPair, ids: Sequence[int], report: FolderReport) -> str:
+def _candidates(target_weights: Any, weights: Any, pair: CheckedPair, text: ReadText, report: FolderReport) -> str:
     """How often the token that the head chooses is among the likeliest of the base logits: where it is not, it is lost.
 
     A head scores only some of these where `--head-candidates` or `--tree-candidates` say so.
     """
-    config, first = pair.config, []
-    for start in np.linspace(0, len(ids) - config.block_size - 1, BLOCKS_RANKED).astype(int):
-        first.append(int(start))
-    ranks = np.asarray(_ranks(target_weights, weights, pair.target, config, jnp.array([ids]), jnp.array([first])))
+    last = text.ids.shape[1] - pair.config.block_size - 1
+    first = jnp.array([np.linspace(0, last, BLOCKS_RANKED).astype(np.int32)])
+    ranks = np.asarray(_ranks(target_weights, weights, pair.target, pair.config, text, first))
     few = [count for count in CANDIDATES if count < pair.target.vocab_size]
     shares = [float((ranks < count).mean()) for count in few]
     if shares and shares[0] < ENOUGH_CANDIDATES:
@@ -378,14 +392,13 @@ def _candidates(target_weights: Any, weights: Any, pair: CheckedPair, ids: Seque
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _ranks(
-    target_weights: Any, weights: Any, other: TargetConfig, config: DraftConfig, ids: jax.Array, first: jax.Array
+    target_weights: Any, weights: Any, other: TargetConfig, config: DraftConfig, text: ReadText, first: jax.Array
 ) -> jax.Array:
     """How many base logits are above that of the head's choice, with the text before it: [A, J], blocks at `first`."""
-    _, features, _ = target.forward(target_weights, other, ids, target_layer_ids=config.target_layer_ids)
     places = first[0, :, None] + jnp.arange(config.num_proposals, dtype=jnp.int32)
-    before = ids[0][places][None]  # [1, A, J]
+    before = text.ids[0][places][None]  # [1, A, J]
     x = block.block_inputs(target_weights.embed, config, before[:, :, 0])
-    z = block.proposing(config, block.training_blocks(weights, config, x, first, features))
+    z = block.proposing(config, block.training_blocks(weights, config, x, first, text.features))
     correction = head_of(config).teacher_forced(weights.head, z, before, target_weights.embed)
     assert correction is not None
 
@@ -400,20 +413,20 @@ def _ranks(
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _first_tokens(
-    target_weights: Any, weights: Any, other: TargetConfig, config: DraftConfig, ids: jax.Array
+    target_weights: Any, weights: Any, other: TargetConfig, config: DraftConfig, text: ReadText
 ) -> jax.Array:
-    """The likeliest tokens by rows 0 and 1 of a block after each token of ids [1, S], and by the target: [3, S]."""
-    hidden, features, _ = target.forward(target_weights, other, ids, target_layer_ids=config.target_layer_ids)
+    """The likeliest tokens by rows 0 and 1 of a block after each token of a text, and by the target: [3, S]."""
+    ids = text.ids
     anchors = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     x = block.block_inputs(target_weights.embed, config, ids)
-    z = block.training_blocks(weights, config, x, anchors, features)[:, :, :2]  # [1, S, 2, D]
+    z = block.training_blocks(weights, config, x, anchors, text.features)[:, :, :2]  # [1, S, 2, D]
     logits = target.logits(target_weights, other, z)
     head = head_of(config)
     for row in range(2):
         correction = head.teacher_forced(weights.head, z[:, :, row : row + 1], ids[..., None], target_weights.embed)
         if correction is not None:
             logits = logits.at[:, :, row].add((correction.rank @ correction.output.T)[:, :, 0])
-    theirs = target.logits(target_weights, other, hidden)
+    theirs = target.logits(target_weights, other, text.hidden)
     return jnp.concatenate([jnp.moveaxis(logits, 2, 1), theirs[:, None]], axis=1).argmax(axis=-1)[0]
 
 

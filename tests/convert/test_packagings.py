@@ -330,9 +330,8 @@ def test_the_ranks_of_the_heads_choices_are_the_references(prefix):
     pair.params.draft.head.proj_out = 6 * pair.params.draft.head.proj_out  # so that it corrects a lot
     target_w, target_cfg, draft_w, draft_cfg = pair.reference()
     config, ids, first = pair.configs.draft, [3, 17, 40, 8, 61, 22, 5, 9, 30, 77, 12, 4], [0, 5]
-    found = check._ranks(
-        pair.params.target, pair.params.draft, pair.configs.target, config, jnp.array([ids]), jnp.array([first])
-    )
+    text = check._read_text(pair.params.target, pair.configs.target, config, jnp.array([ids]))
+    found = check._ranks(pair.params.target, pair.params.draft, pair.configs.target, config, text, jnp.array([first]))
     _, features = reference.target_forward(target_w, target_cfg, ids, config.target_layer_ids)
     embed, lm_head = reference.target_embedding(target_w), reference.target_lm_head(target_w, target_cfg)
     for block, a in zip(np.asarray(found), first, strict=True):

@@ -3,6 +3,7 @@
 Only safetensors are read. A pickle can run code when it is opened, so it is refused.
 """
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ def load_hf(
             stored = jax.block_until_ready(stored if dtype is None else stored.astype(dtype))
             leaves[entry.path] = stored if form is None else jax.block_until_ready(form(entry.path, stored))
             del stored
+            gc.collect(0)  # with which JAX lets go of what was read, where a thread of its own had it last
             done += prod(entry.shape)
             if progress:
                 progress(done * size, total * size)

@@ -8,12 +8,11 @@ or of those that are the likeliest given that noise. All are exact. Each round h
 in turn, so that a machine whose speed drifts treats them alike.
 """
 
-import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -118,7 +117,7 @@ def ways_of(loaded: "LoadedModel", trees: Sequence[int], sampled: bool) -> list[
         raise DominoError("ways of drafting are compared for a block drafter, such as Domino: give one with --draft.")
 
     def using(drafter: BlockDrafter) -> "LoadedModel":
-        return dataclasses.replace(loaded, configs=dataclasses.replace(loaded.configs, drafter=drafter, drafts=None))
+        return replace(loaded, configs=replace(loaded.configs, drafter=drafter, drafts=None))
 
     chain = f"chain of {block.most}"
     ways = [Way(PLAIN, lean_view(loaded), "coupled")]
@@ -134,115 +133,107 @@ def ways_of(loaded: "LoadedModel", trees: Sequence[int], sampled: bool) -> list[
     for nodes in trees:
         tree = TreeDrafter(block.config, block.candidates, nodes)
         if sampled:
-            likeliest = dataclasses.replace(tree, coupled=False)
+            likeliest = replace(tree, coupled=False)
             ways.append(Way(f"tree of {nodes}, likeliest", using(likeliest), "coupled"))
         ways.append(Way(f"tree of {nodes}, coupled" if sampled else f"tree of {nodes}", using(tree), "coupled"))
     return ways
 
 
-def measure_samplers(options: Samplers) -> list[dict[str, Any]]:
-    """A row of figures for each temperature and way.
+def measure_samplers(options: Samplers) -> Iterator[list[dict[str, Any]]]:
+    """A row of figures for each temperature and way, those of a temperature at a time.
 
     Raises:
         DominoError: a model or file is wrong, or the file has too few prompts.
     """
     from rich.console import Console
 
-    from convert.options import load_pair
+    from convert.options import SamplingOptions, load_pair
     from domino_jax.runtime.provenance import git_commit, processor
-    from domino_jax.sampling import SamplingParams
     from infer.bench.options import Bench
-    from infer.bench.prompts import read_bench_prompts
-    from infer.bench.rounds import batches
-    from infer.engine import Decoding, Engine, tau
+    from infer.bench.prompts import collect_prompts
+    from infer.bench.rounds import run_ours
+    from infer.bench.rows import LEAN
+    from infer.engine import Engine
 
     o, console = options, Console(stderr=True)
-    loaded = dataclasses.replace(load_pair(o.model, console), stop_ids=(), tokenizer=None)
-    bench = Bench(o.model, prompts=o.prompts, prompt_tokens=o.prompt_tokens, num_prompts=o.num_prompts)
-    prompts = read_bench_prompts(bench, loaded)[: o.num_prompts]
-    if len(prompts) < o.num_prompts:
-        raise DominoError(f"{len(prompts)} prompts have {o.prompt_tokens} tokens, {o.num_prompts} are wanted.")
-
-    def run(engine: Engine, sampling: SamplingParams) -> tuple[float, list[int], list[list[int]]]:
-        """Seconds of decoding, accepted drafts of all cycles, and the answers."""
-        seconds, accepted, answers = 0.0, [], []
-        for number, group in enumerate(batches(prompts, o.batch_size)):
-            rows = [
-                engine.sequence(prompt, o.new_tokens, row=number * o.batch_size + i)[0]
-                for i, prompt in enumerate(group)
-            ]
-            engine.generate(rows, Decoding(sampling, engine.loaded.configs.drafter is not None))
-            seconds += engine.seconds["decode"]
-            accepted += [m for row in rows for m in row.accepted]
-            answers += [row.tokens for row in rows]
-        return seconds, accepted, answers
-
+    loaded = replace(load_pair(o.model, console), stop_ids=(), tokenizer=None)
+    bench = Bench(
+        o.model, prompts=o.prompts, prompt_tokens=o.prompt_tokens, num_prompts=o.num_prompts, new_tokens=o.new_tokens
+    )
+    prompts = collect_prompts(bench, loaded, Engine(loaded)).prompts
     about = {"commit": git_commit(), "processor": processor(), "dtype": loaded.dtype.name, "model": o.model.model}
     about |= {
         name: getattr(o, name)
         for name in ("top_k", "top_p", "seeds", "batch_size", "num_prompts", "prompt_tokens", "new_tokens")
     }
-    rows = []
     with loaded.context(), console.status("") as status:
         for temperature in o.temperatures:
             ways = ways_of(loaded, o.trees, temperature > 0)
             engines = [Engine(way.model) for way in ways]
-            found: list[list[tuple[float, list[int], list[list[int]]]]] = [[] for _ in ways]
+            found: list[list[dict[str, Any]]] = [[] for _ in ways]
             for seed in (None, *range(o.seeds)):  # the first compiles
                 status.update(f"temperature {temperature:g}: {'compiling' if seed is None else f'seed {seed}'}")
                 for way, engine, rounds in zip(ways, engines, found, strict=True):
-                    params = SamplingParams(temperature, o.top_k, o.top_p, seed=seed or 0, sampler=way.sampler)
-                    result = run(engine, params)
+                    sampling = SamplingOptions(temperature, o.top_k, o.top_p, seed=seed or 0, sampler=way.sampler)
+                    asked, mode = replace(bench, sampling=sampling), LEAN if way.name == PLAIN else way.name
+                    result = run_ours(engine, prompts, asked, o.batch_size, mode)
                     if seed is not None:
                         rounds.append(result)
-            plain = found[0]
-            for way, rounds in zip(ways, found, strict=True):
-                taus = [tau(accepted) for _, accepted, _ in rounds]
-                rows.append(
-                    {
-                        **about,
-                        "temperature": temperature,
-                        "way": way.name,
-                        "tau": None if way.name == PLAIN else statistics.mean(t or 1.0 for t in taus),
-                        "tau_of_seeds": taus,
-                        "tokens_per_second_over_plain": statistics.median(
-                            base / spent for (spent, *_), (base, *_) in zip(rounds, plain, strict=True)
-                        ),
-                        "same_answers_as_plain": None
-                        if way.sampler == "rejection"
-                        else all(a[2] == b[2] for a, b in zip(rounds, plain, strict=True)),
-                    }
-                )
-    return rows
+            yield [
+                {**about, "temperature": temperature, **figures(way, rounds, found[0])}
+                for way, rounds in zip(ways, found, strict=True)
+            ]
+
+
+def figures(way: Way, rounds: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rounds of a way gave, beside those of plain steps."""
+    pairs, taus = list(zip(rounds, plain, strict=True)), [result["tau"] for result in rounds]
+    same = None if way.sampler == "rejection" else all(a["outputs"] == b["outputs"] for a, b in pairs)
+    return {
+        "way": way.name,
+        "tau": None if way.name == PLAIN else statistics.mean(t or 1.0 for t in taus),
+        "tau_of_seeds": taus,
+        "tokens_per_second_over_plain": statistics.median(b["decode"] / a["decode"] for a, b in pairs),
+        "same_answers_as_plain": same,
+    }
 
 
 def run_samplers(options: Samplers) -> None:
-    """Measure, print a table in Markdown and write the figures."""
+    """Measure, print a table in Markdown and write the figures; what was measured is kept, whatever ends it."""
     check_samplers(options)
     from domino_jax.runtime.compile_cache import enable_compile_cache
     from domino_jax.runtime.files import write_text
-    from infer.bench.markdown import markdown_table
 
     enable_compile_cache()
-    rows = measure_samplers(options)
-    if options.json:
-        write_text(options.json, json.dumps(rows, indent=1) + "\n")
-    names = list(dict.fromkeys(row["way"] for row in rows))
-    cells = {(row["way"], row["temperature"]): row for row in rows}
-
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        speed = f"{row['tokens_per_second_over_plain']:.2f}×"
-        return speed if row["tau"] is None else f"{row['tau']:.2f}, {speed}"
-
-    heads = ["τ, tokens/s over plain steps", *(f"T = {temperature:g}" for temperature in options.temperatures)]
-    print(
-        markdown_table(heads, [[name, *(cell(cells.get((name, t))) for t in options.temperatures)] for name in names])
-    )
+    rows: list[dict[str, Any]] = []
+    try:
+        for more in measure_samplers(options):
+            rows += more
+            if options.json:
+                write_text(options.json, json.dumps(rows, indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise
+    finally:
+        if rows:
+            print(samplers_table(rows))
     other = [f"{r['way']} at {r['temperature']:g}" for r in rows if r["same_answers_as_plain"] is False]
     if other:
         print(f"other answers than plain steps (rounding decides between equals): {', '.join(other)}", file=sys.stderr)
+
+
+def samplers_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures in Markdown: a line for each way, a column for each temperature."""
+    from infer.bench.markdown import markdown_table
+
+    temperatures = dict.fromkeys(row["temperature"] for row in rows)
+    lines: dict[str, dict[float, str]] = {}
+    for row in rows:
+        speed = f"{row['tokens_per_second_over_plain']:.2f}×"
+        cell = speed if row["tau"] is None else f"{row['tau']:.2f}, {speed}"
+        lines.setdefault(row["way"], {})[row["temperature"]] = cell
+    heads = ["τ, tokens/s over plain steps", *(f"T = {temperature:g}" for temperature in temperatures)]
+    return markdown_table(heads, [[way, *(cells.get(t, "") for t in temperatures)] for way, cells in lines.items()])
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench samplers") -> int:

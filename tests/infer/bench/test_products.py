@@ -10,7 +10,7 @@ import pytest
 
 from domino_jax import matrix
 from domino_jax.runtime.ahead import Place, compile_ahead, topology_devices
-from infer.bench import command
+from infer.bench import command, products
 from infer.bench.products import main, widened_bytes
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[aot]'")
@@ -46,6 +46,21 @@ def test_a_cpus_integers_are_not_widened_and_other_8_bits_are(tmp_path, capsys):
         wide = 4 * 1024 * 512 if row["weights"] in ("int8, widened", "float8") else 0
         assert wide <= row["widened_bytes"] <= row["temporary_bytes"] < wide + 2**19, row
     assert table.count("2 MB ×") == 4 and "| M = 1 | M = 17 |" in table and "×1.00" in table
+
+
+def test_what_was_measured_is_kept_by_ctrl_c(tmp_path, capsys, monkeypatch):
+    row = {"weights": "int8", "rows": 8, "widened_bytes": 0, "over_exact": 1.25}
+
+    def measured(options):
+        yield row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(products, "measured_rows", measured)
+    assert main(["--json", str(tmp_path / "found.json")]) == 130
+    (kept,) = json.loads((tmp_path / "found.json").read_text())
+    assert kept | row == kept
+    out, err = capsys.readouterr()
+    assert "| int8 | ×1.25 |" in out and "interrupted" in err
 
 
 @needs_libtpu

@@ -5,6 +5,7 @@ import json
 import factory
 import pytest
 
+from infer.bench import samplers
 from infer.bench.samplers import PLAIN, main
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]
@@ -29,3 +30,18 @@ def test_what_is_coupled_gives_the_sample_of_plain_steps(tmp_path, capsys):
         assert row["same_answers_as_plain"] is (None if "rejection" in row["way"] else True), row["way"]
         assert (row["tau"] is None) == (row["way"] == PLAIN) and len(row["tau_of_seeds"]) == 2
     assert "| chain of 4, greedy drafts |  |" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_kept_by_ctrl_c(tmp_path, capsys, monkeypatch):
+    row = {"way": PLAIN, "temperature": 0.6, "tau": None, "tokens_per_second_over_plain": 1.0}
+    row |= {"same_answers_as_plain": True}
+
+    def measured(options):
+        yield [row]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samplers, "measure_samplers", measured)
+    assert main(["--json", str(tmp_path / "s.json")]) == 130
+    assert json.loads((tmp_path / "s.json").read_text()) == [row]
+    out, err = capsys.readouterr()
+    assert "| plain steps | 1.00× |" in out and "interrupted" in err

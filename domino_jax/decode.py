@@ -11,7 +11,7 @@ Of what drafts, this file knows the interface alone (`domino_jax.drafters.base`)
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -255,14 +255,15 @@ def prefill_batch(
     held: int = 0,
 ) -> DecodeState:
     """Run the prompts to their ends; see `prefill_steps`."""
-    return finish_prefill(prefill_steps(params, configs, prompts, rows, dtype, caches, held))[0]
+    return run_to_end(prefill_steps(params, configs, prompts, rows, dtype, caches, held))[0]
 
 
+Returned = TypeVar("Returned")
 PrefillSteps = Generator[None, None, tuple[DecodeState, Logprobs | None]]
 
 
-def finish_prefill(steps: PrefillSteps) -> tuple[DecodeState, Logprobs | None]:
-    """Run the rest of a prefill at once; what `prefill_steps` returns."""
+def run_to_end(steps: Generator[None, None, Returned]) -> Returned:
+    """Run the rest of what goes in steps, a prefill say, at once; what it returns."""
     while True:
         try:
             next(steps)

@@ -467,7 +467,7 @@ class Slots:
         with timed("prefill", [self.seconds, *(c.seconds for c in found)]):
             steps = self._prefilling(requests, found, caches, held)
             del caches
-            state, logprobs = decode.finish_prefill(steps)
+            state, logprobs = decode.run_to_end(steps)
             tokens, finite, logprobs = fetch((state.token, state.finite, logprobs))
         self._state = state
         if len(found) == 1:

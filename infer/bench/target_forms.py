@@ -10,6 +10,7 @@ from rich.console import Console
 from convert.loading import LoadedModel, load_model
 from convert.options import resolve
 from convert.tokenizer import encode
+from domino_jax.decode import run_to_end
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.parsing import read_text
 from domino_jax.runtime.prompt_logprobs import prompt_logprobs
@@ -65,12 +66,7 @@ def perplexity(loaded: LoadedModel, ids: Sequence[int]) -> float:
     with loaded.context():
         for begin in range(0, len(ids), width):
             run = prompt_logprobs(loaded.params, loaded.configs, ids[begin : begin + width], loaded.dtype, 1)
-            while True:
-                try:
-                    next(run)
-                except StopIteration as end:
-                    told += [token.chosen for token in end.value if token is not None]
-                    break
+            told += [token.chosen for token in run_to_end(run) if token is not None]
     return math.exp(-math.fsum(told) / len(told))
 
 

@@ -14,8 +14,8 @@ def resolve_weights(asked: Any, flag: str = "--weights") -> WeightForm:
     """The form of a model's matrices: the values of its files in the run's dtype, or 8 bits and a scale an output.
 
     Args:
-        asked: "auto" is exact, on every device so far. On a CPU 8 bits are slower, since its programs widen a matrix at
-            every call. Elsewhere they are another model, and no accelerator has shown yet what they gain.
+        asked: "auto" is exact, on every device so far: 8 bits are another model, with drafts on a CPU no faster one,
+            and no accelerator has shown yet what they gain.
         flag: the option's name, for errors.
 
     Raises:

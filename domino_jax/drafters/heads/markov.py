@@ -145,7 +145,8 @@ class MarkovHead:
         if not self.enable_confidence_head:
             return draft
         before = jnp.concatenate([view.token[:, None], draft.tokens[:, :-1]], axis=1)
-        return draft._replace(confidence=_confidence(weights, z, take(weights.w1, before).astype(z.dtype)))
+        rows = take(weights.w1, before).astype(z.dtype)
+        return draft._replace(confidence=jax.nn.sigmoid(confidence_logits(weights, z, rows)))
 
     def paths(
         self, weights: MarkovWeights, z: Array, base: Array, view: View, candidates: int | None = None
@@ -225,12 +226,17 @@ def _gated(weights: MarkovWeights, from_block: Array, rows: Array) -> Array:
     return jax.nn.sigmoid(from_block + dot(rows, weights.gate_token) + weights.gate_bias) * rows
 
 
-def _confidence(weights: MarkovWeights, z: Array, rows: Array) -> Array:
-    """How likely each proposal is to be accepted, if those before it are, from z [B, J, D] and rows of W1 [B, J, R]."""
-    logit = dot(z, weights.confidence_block, jnp.float32)
+def confidence_logits(weights: MarkovWeights, z: Array, rows: Array) -> Array:
+    """How likely each proposal is to be accepted, if those before it are: the logits [..., J], float32.
+
+    Args:
+        z: [..., J, D] block states of the proposing rows.
+        rows: [..., J, R] of W1, of the token before each proposal.
+    """
+    logits = dot(z, weights.confidence_block, jnp.float32)
     if weights.confidence_token is not None:
-        logit += dot(rows, weights.confidence_token, jnp.float32)
-    return jax.nn.sigmoid(logit + weights.confidence_bias.astype(jnp.float32))[..., 0]
+        logits += dot(rows, weights.confidence_token, jnp.float32)
+    return (logits + weights.confidence_bias.astype(jnp.float32))[..., 0]
 
 
 def _rnn_cell(y: Array, state: Array) -> tuple[Array, Array]:

@@ -25,7 +25,7 @@ from convert.tensors import some, tensor_differences
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.devices import own_devices
-from domino_jax.sharding import DATA, MODEL, stored_shape
+from domino_jax.sharding import DATA, MODEL, mesh_context, stored_shape
 from domino_jax.sharding import stored_spec as stored_as
 from domino_jax.weights import axes, flatten, unflatten, weight_shapes
 
@@ -234,7 +234,8 @@ def load_orbax(
         read = jax.block_until_ready(saved.read(group, dtype, mesh))
         for path in group:
             weight = read.pop(path)
-            leaves[path] = weight if form is None else jax.block_until_ready(form(path, weight))
+            with mesh_context(mesh):
+                leaves[path] = weight if form is None else jax.block_until_ready(form(path, weight))
             del weight
         if progress:
             progress(sum(map(saved.bytes, leaves)), total)

@@ -117,6 +117,19 @@ def beside(*matrices: AnyMatrix) -> AnyMatrix:
     return jnp.concatenate(arrays) if len(arrays) == len(matrices) else Beside(matrices)
 
 
+def dequantize(matrix: AnyMatrix) -> Array:
+    """A plain array or `Scaled` [out..., in] as a plain array; of `Scaled` in float32, codes times scales."""
+    if not isinstance(matrix, Scaled):
+        assert not isinstance(matrix, Matrix)
+        return matrix
+    return matrix.values.astype(jnp.float32) * matrix.scale.astype(jnp.float32)[..., None]
+
+
+def letters_of_parts(matrix: AnyMatrix, letters: str) -> Any:
+    """The axis letters of each array of a plain array or of `Scaled`, by those of the matrix: in the same tree."""
+    return Scaled(letters, letters.rsplit(" ", 1)[0]) if isinstance(matrix, Scaled) else letters  # type: ignore[arg-type]
+
+
 def operands(matrix: AnyMatrix) -> list[Array]:
     """The arrays that a product reads whole: of a table none."""
     return [] if isinstance(matrix, Tabulated) else jax.tree.leaves(matrix)

@@ -19,7 +19,7 @@ from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
 from domino_jax.matrix import AnyMatrix, ForTpu, Scaled, Separate, Tabulated, select
-from domino_jax.sharding import constrain
+from domino_jax.sharding import constrain, constrain_stored
 from domino_jax.weights import JoinedLayer, Layer, Params, Target, axes, flatten, is_matrix, lm_head, unflatten
 
 LARGEST_TABLE = 32 << 20  # bytes
@@ -122,7 +122,7 @@ def _joined_heads(q: AnyMatrix, kv: AnyMatrix, q_norm: Array, k_norm: Array) -> 
         return jnp.concatenate([q.reshape(heads, -1, *q.shape[1:]), kv[0][:, None]], axis=1)
 
     qk = jax.tree.map(joined, q, kv)  # of the values, and of the scales
-    return _laid_out(qk, "K - H D"), _laid_out(select(kv, 1), "K H D"), constrain(norm, "K - H")
+    return constrain_stored(qk, "K - H D"), constrain_stored(select(kv, 1), "K H D"), constrain(norm, "K - H")
 
 
 def _halves(gate_up: AnyMatrix) -> tuple[AnyMatrix, ...]:
@@ -132,15 +132,7 @@ def _halves(gate_up: AnyMatrix) -> tuple[AnyMatrix, ...]:
 @partial(jax.jit, static_argnums=1)
 def _unstacked(weight: AnyMatrix, letters: str) -> tuple[AnyMatrix, ...]:
     """The matrices of a stack, each laid out by its axis letters."""
-    return tuple(_laid_out(select(weight, index), letters) for index in range(weight.shape[0]))
-
-
-def _laid_out(weight: AnyMatrix, letters: str) -> AnyMatrix:
-    """A matrix in a program, laid out by its axis letters."""
-    if isinstance(weight, Scaled):
-        return Scaled(constrain(weight.values, letters), constrain(weight.scale, letters.rsplit(" ", 1)[0]))
-    assert isinstance(weight, Array)
-    return constrain(weight, letters)
+    return tuple(constrain_stored(select(weight, index), letters) for index in range(weight.shape[0]))
 
 
 def tabulate_head(params: Params, config: DecoderConfig | None, largest: int = LARGEST_TABLE) -> None:
@@ -214,4 +206,4 @@ def quantize_drafter(
 @cache
 def _quantizer(letters: str, kind: str) -> Callable[[AnyMatrix], AnyMatrix]:
     """`matrix.quantize`, laid out by axis letters: one compiled function for all weights that have them."""
-    return jax.jit(lambda weight: _laid_out(matrix.quantize(weight, kind), letters))
+    return jax.jit(lambda weight: constrain_stored(matrix.quantize(weight, kind), letters))

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
+from domino_jax.matrix import AnyMatrix, Scaled, letters_of_parts
 from domino_jax.weights import axes, flatten
 
 DATA, FSDP, MODEL = "data", "fsdp", "model"
@@ -86,12 +87,18 @@ def gathered(weights: Any, letters: Any) -> Any:
     """Weights in the form in which they are used: whole over `fsdp`. The gradient of each comes back as it is stored.
 
     Args:
-        weights: a tree of arrays, stored by `stored_spec`.
+        weights: a tree of matrices, stored by `stored_spec`; those in 8 bits are of a frozen model.
         letters: the tree of their axis letters.
     """
     if FSDP not in jax.sharding.get_abstract_mesh().axis_names:
         return weights
-    return jax.tree.map(_gathered, weights, letters)
+    return jax.tree.map(_gathered_matrix, letters, weights)
+
+
+def _gathered_matrix(letters: str, weight: AnyMatrix) -> AnyMatrix:
+    if isinstance(weight, Scaled):  # which has no gradient: its values are gathered as they are stored
+        return jax.tree.map(constrain, weight, letters_of_parts(weight, letters))
+    return _gathered(weight, letters)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -126,6 +133,17 @@ def constrain(x: Array, letters: str) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+def constrain_stored(weight: AnyMatrix, letters: str) -> AnyMatrix:
+    """A weight in a program, laid out by its axis letters as it lies in memory, where a mesh is in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return weight
+
+    def lay(x: Array, names: str) -> Array:
+        return jax.lax.with_sharding_constraint(x, stored_spec(names))
+
+    return jax.tree.map(lay, weight, letters_of_parts(weight, letters))
 
 
 def model_devices() -> int:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from tyro.conf import DisallowNone
 
-from convert.options import UNSET, Dtype, ProcessOptions, check_count, check_real, flag
+from convert.options import UNSET, Dtype, ProcessOptions, Weights, check_count, check_real, flag
 from domino_jax.config import DraftConfig, TargetConfig, choose_target_layer_ids
-from domino_jax.runtime.command import UsageError
+from domino_jax.runtime.command import UsageError, words_at_fault
+from domino_jax.runtime.weight_forms import resolve_weights
 
 LossKind = Literal["ce", "kl"]
 PositionWeights = Literal["exponential", "uniform", "d-pace"]
@@ -156,6 +157,8 @@ class RunConfig:
     """devices, such as data=1,fsdp=4,model=2; all of them on fsdp when not given (one on a CPU)"""
     dtype: Unset[Dtype] = None
     """of the computation; masters are float32. float32 on a CPU, bfloat16 elsewhere when not given"""
+    weights: Weights = "auto"
+    """form of the frozen target's matrices, as of python -m infer: exact, which auto is too, int8 or float8"""
     seed: int = 0
     """of the first weights, the order of the data and the anchors"""
     log_every: int = 10
@@ -264,6 +267,8 @@ def check_options(options: TrainConfig) -> TrainConfig:
     for layer in values["target_layer_ids"]:
         check_count("target_layer_ids", layer, least=0)
     check_count("seed", values["seed"], least=0, limit=2**32)
+    with words_at_fault():
+        resolve_weights(options.run.weights)
     for rule, names in REALS.items():
         for name in names:
             check_real(name, values[name], rule)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +13,7 @@ from convert.drafters import form_of
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.errors import DominoError
+from domino_jax.matrix import Matrix, dequantize
 from domino_jax.weights import Target, flatten
 from train.config import TrainedConfig
 
@@ -21,6 +23,11 @@ class FirstDrafter(NamedTuple):
 
     config: TrainedConfig
     warnings: list[str]
+
+
+def dequantized(target: Target) -> Target:
+    """The target with its matrices as plain arrays, for what begins as a copy of some of them."""
+    return jax.tree.map(dequantize, target, is_leaf=lambda leaf: isinstance(leaf, Matrix))
 
 
 def check_target_layers(draft: DraftConfig, config: TargetConfig) -> None:

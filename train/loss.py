@@ -28,6 +28,8 @@ from domino_jax.drafters import block, training_attention
 from domino_jax.drafters.dual_view import DualView, DualViewConfig, training_view_blocks
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import Correction
+from domino_jax.layers import unembed
+from domino_jax.matrix import AnyMatrix
 from domino_jax.sharding import constrain, gathered, row_shards
 from domino_jax.weights import Draft, Target, axes, lm_head
 from train.config import Objective, TrainedConfig
@@ -260,10 +262,11 @@ def target_states(
             attention=objective.target_attention,
             starts=inputs.starts,
         )
-    features = jax.lax.stop_gradient(features.astype(frozen.embed.dtype))
+    dtype = frozen.norm.dtype  # of the computation, whatever form the matrices have
+    features = jax.lax.stop_gradient(features.astype(dtype))
     if kind != "kl" or hidden is None:
         return features, None
-    return features, jax.lax.stop_gradient(hidden.astype(frozen.embed.dtype))
+    return features, jax.lax.stop_gradient(hidden.astype(dtype))
 
 
 def step_metrics(sums: Sums, lam: Array, total: Array) -> StepMetrics:
@@ -326,7 +329,7 @@ def d_pace(ce: Array, supervised: Array, alpha: float) -> Array:
 
 def chunked_scores(
     correction: Correction | None,
-    output: Array,
+    output: AnyMatrix,
     z: Array,
     labels: Array,
     seen: Array | None,
@@ -367,7 +370,7 @@ def chunked_scores(
         z, labels, rank, seen = piece
 
         def vocabulary(x: Array) -> Array:
-            return constrain(jnp.einsum("XTD,VD->XTV", x, output, preferred_element_type=jnp.float32), "B - V")
+            return constrain(unembed(x, output), "B - V")
 
         base = final = vocabulary(z)
         if rank is not None and low is not None:

@@ -6,6 +6,7 @@ model  heads, MLP width, experts and vocabulary
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.config import DecoderConfig
 from domino_jax.errors import DominoError
+from domino_jax.matrix import letters_of_parts
 from domino_jax.sharding import (
     DATA,
     DIVIDED,
@@ -27,7 +29,7 @@ from domino_jax.sharding import (
     spec,
     stored_spec,
 )
-from domino_jax.weights import axes, flatten, unflatten
+from domino_jax.weights import axes, flatten
 from train.loss import Inputs
 
 
@@ -72,12 +74,15 @@ def place_module(module: Any, config: DecoderConfig, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return module
-    letters = flatten(axes(config))
+
+    def place(letters: str, weight: Any) -> Any:
+        return jax.tree.map(partial(_placed, mesh), weight, letters_of_parts(weight, letters))
+
     with jax.set_mesh(mesh):
-        return unflatten(config, {path: _placed(w, letters[path], mesh) for path, w in flatten(module).items()})
+        return jax.tree.map(place, axes(config), module)
 
 
-def _placed(weight: Any, letters: str, mesh: Mesh) -> Array:
+def _placed(mesh: Mesh, weight: Any, letters: str) -> Array:
     sharding = NamedSharding(mesh, stored_spec(letters, mesh))
     if isinstance(weight, Array) and weight.sharding.device_set == sharding.device_set:
         if weight.sharding.is_equivalent_to(sharding, weight.ndim):

@@ -29,6 +29,7 @@ from convert.identity import model_fingerprint
 from convert.progress import progress_bars
 from convert.registry import read_configs
 from convert.tokenizer import end_tokens, load_tokenizer
+from domino_jax import prepare as prepare_weights
 from domino_jax.config import DraftConfig, TargetConfig, check_pair, last_layer_warning
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.dual_view import DualViewConfig
@@ -43,8 +44,9 @@ from domino_jax.runtime.files import lock_folder
 from domino_jax.runtime.memory import explain_out_of_memory
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.processes import broadcast_from_first, wait_for_others
+from domino_jax.runtime.weight_forms import resolve_weights
 from domino_jax.sharding import fetch, mesh_context, parse_training_mesh
-from domino_jax.weights import Target, flatten, init_weights, unflatten
+from domino_jax.weights import Params, Target, flatten, init_weights, unflatten
 from train import config
 from train import mesh as meshes
 from train import options as settings
@@ -56,7 +58,14 @@ from train.data.corpus import Batch, Corpus
 from train.evaluate.prompts import read_heldout_prompts
 from train.evaluate.validate import Stopped, Validation
 from train.features.store import Captured, Features
-from train.init import check_target_layers, copied_view, from_drafter, from_target, read_first_drafter
+from train.init import (
+    check_target_layers,
+    copied_view,
+    dequantized,
+    from_drafter,
+    from_target,
+    read_first_drafter,
+)
 from train.loading import find
 from train.loss import check_attention
 from train.monitor import curves
@@ -138,19 +147,25 @@ def prepare(options: TrainConfig) -> Setup:
     say_state(str(summary))
     check_origin(options, corpus, folder)
     steps = options.run.steps or math.ceil(options.run.epochs * len(corpus) / options.run.batch)
-    options = replaced(options, "run", steps=steps, dtype=dtype.name)
+    weights = resolve_weights(options.run.weights)
+    options = replaced(options, "run", steps=steps, dtype=dtype.name, weights=weights)
     features = None
     if wanted.features is not None:
         features = Features.open(wanted.features)
         features.check(
-            model_fingerprint(folder), corpus.fingerprint, drafter.target_layer_ids, options.objective.loss == "kl"
+            model_fingerprint(folder),
+            corpus.fingerprint,
+            drafter.target_layer_ids,
+            options.objective.loss == "kl",
+            weights,
         )
     prompts = held_out(options, target, tokenizer)
     with (
         progress_bars() as progress,
         explain_out_of_memory(f"the device has too little memory for the target in {dtype.name}."),
     ):
-        frozen = folders.load_weights(folder, target, dtype, partial(progress, "loading target"), mesh)
+        form = None if weights == "exact" else prepare_weights.target_form(target, weights)
+        frozen = folders.load_weights(folder, target, dtype, partial(progress, "loading target"), mesh, form=form)
     frozen = meshes.place_module(frozen, target, mesh)
     recipe = Recipe(
         target,
@@ -165,8 +180,10 @@ def prepare(options: TrainConfig) -> Setup:
     )
     validation = None
     if prompts:
-        tokens = options.run.validation_tokens
-        validation = Validation(frozen, DecodeConfig(target, drafter), prompts, stop_ids, dtype, new_tokens=tokens)
+        tokens, decoded = options.run.validation_tokens, frozen
+        if dtype == jnp.float32 and device.platform == "cpu":
+            decoded = prepare_weights.quantized_for_cpu(Params(frozen)).target  # the same 8 bits, as infer has them
+        validation = Validation(decoded, DecodeConfig(target, drafter), prompts, stop_ids, dtype, new_tokens=tokens)
     return Setup(options, recipe, corpus, frozen, features, validation, mesh)
 
 
@@ -274,11 +291,11 @@ def initial_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
         return checkpoints.restore(checkpoint_form(setup.recipe))
     weights = flatten(init_weights(draft, jax.random.key(options.run.seed)))
     if isinstance(draft, DualViewConfig):
-        weights = copied_view(weights, fetch(setup.frozen))
+        weights = copied_view(weights, dequantized(fetch(setup.frozen)))
     for path in under("head", head_of(draft).zero_at_first):  # no correction to begin with
         weights[path] = jnp.zeros_like(weights[path])
     if options.drafter.init == "target-layers" and isinstance(draft, DraftConfig):
-        weights = from_target(weights, draft, setup.recipe.target, fetch(setup.frozen))
+        weights = from_target(weights, draft, setup.recipe.target, dequantized(fetch(setup.frozen)))
     if options.drafter.init_from:
         weights = from_drafter(weights, draft, options.drafter.init_from)
     return init_state(setup.recipe, fetch(weights), options.run.seed)

@@ -1,6 +1,7 @@
 """A training step compiled ahead of time for TPUs that are not here: no weights are made, and nothing is run."""
 
 import time
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,38 +10,48 @@ from jax.sharding import PartitionSpec
 
 from convert.shapes import described_weights
 from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.prepare import quantize_target
 from domino_jax.runtime.ahead import Place, circumstances_ahead, compile_ahead, program_figures
 from domino_jax.runtime.precision import matmul_precision
+from domino_jax.runtime.weight_forms import WeightForm
 from train.bench.flops import flops
 from train.config import Recipe
 from train.loss import Inputs
 from train.step import TrainState, state_partitions, state_shapes, train_step
 
 
-def describe_step(recipe: Recipe, inputs: Inputs, place: Place) -> tuple[TrainState, Any, Inputs]:
+def describe_step(
+    recipe: Recipe, inputs: Inputs, place: Place, weights: WeightForm = "exact"
+) -> tuple[TrainState, Any, Inputs]:
     """The arguments of a step: state, frozen target and batch, described and not made.
 
     Args:
         inputs: their shapes.
+        weights: form of the target's matrices.
     """
     with place.context():
         where = state_partitions(recipe)
     state = jax.tree.map(place.array, state_shapes(recipe), where, is_leaf=lambda x: isinstance(x, PartitionSpec))
     frozen = described_weights(recipe.target, jnp.dtype(recipe.dtype), place.mesh, place.device)
+    if weights != "exact":
+        frozen = quantize_target(frozen, recipe.target, weights, cache(place.outputs))
     return state, frozen, jax.tree.map(place.rows, inputs)
 
 
-def compile_step(recipe: Recipe, inputs: Inputs, place: Place, captured: bool = False) -> dict[str, Any]:
+def compile_step(
+    recipe: Recipe, inputs: Inputs, place: Place, captured: bool = False, weights: WeightForm = "exact"
+) -> dict[str, Any]:
     """The figures of a step, for one device.
 
     Args:
         inputs: their shapes.
         captured: the target does not run.
+        weights: form of the target's matrices.
 
     Raises:
         DominoError: the compiler refuses it.
     """
-    given = describe_step(recipe, inputs, place)
+    given = describe_step(recipe, inputs, place, weights)
     began = time.perf_counter()
     with matmul_precision(recipe.dtype):
         compiled, text = compile_ahead("the step", place, lambda: train_step.lower(recipe, *given))

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert.options import Dtype, check_count, check_file, check_real, check_topology
+from convert.options import Dtype, Weights, check_count, check_file, check_real, check_topology
 from convert.registry import DEMO_FOLDER, read_configs
 from convert.shapes import find_shape, random_weights
 from domino_jax.config import DraftConfig, TargetConfig
@@ -25,12 +25,14 @@ from domino_jax.drafters import block, training_attention
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.moe import resolve_moe_backend
+from domino_jax.prepare import target_form
 from domino_jax.runtime.ahead import Place, leave_devices, topology_devices
 from domino_jax.runtime.command import run_command, words_at_fault
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.devices import device_of_kind, own_devices
 from domino_jax.runtime.precision import matmul_precision, resolve_dtype
 from domino_jax.runtime.provenance import git_commit
+from domino_jax.runtime.weight_forms import resolve_weights
 from domino_jax.sharding import mesh_context, parse_training_mesh
 from domino_jax.weights import flatten
 from train import anchors, mesh
@@ -70,6 +72,8 @@ class TrainBench:
     """the target's states are given and not computed"""
     dtype: Dtype | None = None
     """float32 on a CPU and bfloat16 elsewhere when not given"""
+    weights: Weights = "auto"
+    """form of the target's matrices: exact, which auto is too, int8 or float8"""
     mesh: str | None = None
     """such as data=1,fsdp=4,model=2"""
     steps: int = 5
@@ -176,6 +180,7 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
     """
     with words_at_fault():
         target, config = configs(options)
+        form = resolve_weights(options.weights)
     for name in ("batch", "length", "block_size", "gru_hidden_dim", "emb_dim", "accumulate", "steps"):
         if (value := getattr(options, name)) is not None:
             check_count(name, value)
@@ -204,8 +209,8 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
         from train.bench.ahead import compile_step
 
         shapes = jax.eval_shape(lambda: _random_inputs(options, target, config, dtype))
-        place = Place(made, device)
-        return flat_options(options) | {"dtype": dtype.name} | compile_step(recipe, shapes, place, options.captured)
+        figures = compile_step(recipe, shapes, Place(made, device), options.captured, form)
+        return flat_options(options) | {"dtype": dtype.name, "target_weights": form} | figures
     with mesh_context(made), matmul_precision(dtype):
         return _run(options, recipe, made)
 
@@ -213,7 +218,8 @@ def run_train_bench(options: TrainBench) -> dict[str, Any]:
 def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     target, config, dtype = recipe.target, recipe.draft, jnp.dtype(recipe.dtype)
     assert isinstance(config, DraftConfig)
-    frozen = random_weights(target, dtype, made)
+    weights = resolve_weights(options.weights)
+    frozen = random_weights(target, dtype, made, None if weights == "exact" else target_form(target, weights))
     drafted = random_weights(config, jnp.float32, made)
     state = init_state(recipe, flatten(drafted), 0)
     del drafted
@@ -250,6 +256,7 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
         "block_size": config.block_size,
         "dtype": dtype.name,
         "weights": "random",
+        "target_weights": weights,
         "commit": git_commit(),
         "device": device.device_kind,
         "devices": devices,

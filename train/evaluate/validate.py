@@ -175,7 +175,8 @@ class Validate:
     prompts: Path
     """JSONL of held-out prompts: input_ids, prompt or messages"""
     run: Annotated[Path | None, DisallowNone, UNSET] = None
-    """folder of a training run, of which the newest checkpoint is measured, with the run's own target"""
+    """folder of a training run, of which the newest checkpoint is measured, with the run's own target in the form that
+    the run had it in"""
     pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)
     num_prompts: Annotated[int | None, DisallowNone, UNSET] = None
     """prompts to measure with, from the file's beginning; all when not given"""
@@ -210,8 +211,11 @@ def check_validate(options: Validate) -> PairOptions:
     if o.run is None and pair.target is None:
         raise UsageError("give either --run (a training run's folder), or --target with its --draft.")
     if o.run is not None:
-        target = pair.target or settings.read_recipe(o.run / settings.SETTINGS).target
-        pair = dataclasses.replace(pair, target=target, drafting=dataclasses.replace(pair.drafting, draft=str(o.run)))
+        recipe, device = settings.read_recipe(o.run / settings.SETTINGS), pair.device
+        if device.weights == "auto":
+            device = dataclasses.replace(device, weights=recipe.run.weights)
+        drafting = dataclasses.replace(pair.drafting, draft=str(o.run))
+        pair = dataclasses.replace(pair, target=pair.target or recipe.target, device=device, drafting=drafting)
     model = pair.model()
     if registry.locate(model.model, model.draft)[1] is None:
         raise UsageError("this measures a trained drafter, and there is none: give one with --draft.")

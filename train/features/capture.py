@@ -24,10 +24,10 @@ from tyro.conf import arg
 from convert import folders
 from convert.identity import model_fingerprint
 from convert.not_finite import not_finite_error
-from convert.options import UNSET, check_count, local_sources
+from convert.options import UNSET, Weights, check_count, local_sources
 from convert.registry import read_configs
 from convert.tokenizer import load_tokenizer
-from domino_jax import sharding, target
+from domino_jax import prepare, sharding, target
 from domino_jax.config import TargetConfig, choose_target_layer_ids, last_layer_warning
 from domino_jax.errors import DominoError, first_line
 from domino_jax.moe import resolve_moe_backend
@@ -37,6 +37,7 @@ from domino_jax.runtime.devices import own_devices
 from domino_jax.runtime.files import check_output, lock_folder
 from domino_jax.runtime.precision import matmul_precision
 from domino_jax.runtime.precision import resolve_dtype as settle_dtype
+from domino_jax.runtime.weight_forms import resolve_weights
 from domino_jax.weights import Target
 from train.data import dataset
 from train.data.cache import cache_folder
@@ -75,6 +76,8 @@ class Capture:
     """sequences at a time"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of the computation: float32 on a CPU and bfloat16 elsewhere when not given"""
+    weights: Weights = "auto"
+    """form of the target's matrices, as in the training: exact, which auto is too, int8 or float8"""
     mesh: str | None = None
     """devices, such as data=2,model=4; one when not given"""
 
@@ -185,6 +188,7 @@ def run_capture(options: Capture) -> None:
         check_count("target_layer_ids", layer, least=0)
     with words_at_fault():
         rows_at_once, model = sharding.parse_mesh(options.mesh) if options.mesh else (1, 1)
+        weights = resolve_weights(options.weights)
     if options.batch % rows_at_once:
         raise UsageError(f"mesh axis data={rows_at_once} does not divide --batch {options.batch}.")
     sources = local_sources(options.target, *options.data)
@@ -216,6 +220,7 @@ def run_capture(options: Capture) -> None:
         hidden=config.hidden_size if options.hidden else 0,
         dtype=dtype.name,
         length=corpus.length,
+        weights=weights,
     )
     if not options.out.exists():  # a disk that is too small is left as it was
         check_space(options.out, plan)
@@ -227,7 +232,8 @@ def run_capture(options: Capture) -> None:
         if not plan.missing:
             print(f"{options.out} is complete")
             return
-        frozen = folders.load_weights(folder, config, dtype, mesh=mesh)
+        form = None if weights == "exact" else prepare.target_form(config, weights)
+        frozen = folders.load_weights(folder, config, dtype, mesh=mesh, form=form)
         shards.write_header(options.out, plan)
 
         def rows_of(part: slice) -> Iterator[np.ndarray]:

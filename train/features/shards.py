@@ -45,6 +45,7 @@ class ShardPlan:
     rows: tuple[int, ...]  # of each shard
     tokens: tuple[int, ...]  # of each shard
     checksums: tuple[int | None, ...]  # of each shard's tables; None: not written yet
+    weights: str = "exact"  # form of the target's matrices; earlier headers do not say
 
     @property
     def token_bytes(self) -> int:
@@ -95,6 +96,7 @@ class ShardPlan:
             "target_layer_ids": "--target-layer-ids",
             "hidden": "choice of final states (--hidden)",
             "dtype": "--dtype",
+            "weights": "--weights",
             "length": "--length",
         }
         found = [words for field, words in names.items() if getattr(self, field) != getattr(other, field)]
@@ -113,6 +115,7 @@ def plan_shards(
     hidden: int,
     dtype: str,
     length: int,
+    weights: str = "exact",
     shard_bytes: int = SHARD_BYTES,
 ) -> ShardPlan:
     """How rows of these lengths [N] are divided into shards: whole rows, of about `shard_bytes` together."""
@@ -123,7 +126,7 @@ def plan_shards(
     rows = tuple(int(n) for n in np.bincount(shard, minlength=count))
     tokens = tuple(int(n) for n in np.bincount(shard, lengths, minlength=count))
     return ShardPlan(
-        target, corpus, tuple(target_layer_ids), width, hidden, dtype, length, rows, tokens, (None,) * count
+        target, corpus, tuple(target_layer_ids), width, hidden, dtype, length, rows, tokens, (None,) * count, weights
     )
 
 

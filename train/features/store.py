@@ -52,7 +52,9 @@ class Features:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    def check(self, target: str, corpus: str, target_layer_ids: Sequence[int], hidden: bool) -> None:
+    def check(
+        self, target: str, corpus: str, target_layer_ids: Sequence[int], hidden: bool, weights: str = "exact"
+    ) -> None:
         """Refuse features of something else.
 
         Args:
@@ -60,6 +62,7 @@ class Features:
             corpus: the corpus's fingerprint.
             target_layer_ids: of the drafter that is trained.
             hidden: whether the states after the final norm are needed (for the KL loss).
+            weights: form of the target's matrices.
 
         Raises:
             DominoError: they are of another target, other data or other layers, or lack the final states.
@@ -68,6 +71,11 @@ class Features:
         if plan.target != target:
             raise DominoError(
                 f"the features in {self.folder} were captured from another target (its weights or its config differ)."
+            )
+        if plan.weights != weights:
+            raise DominoError(
+                f"the features in {self.folder} are of the target with --weights {plan.weights}, and the training is "
+                f"over --weights {weights}: capture them again with the same."
             )
         if plan.corpus != corpus:
             raise DominoError(

@@ -124,7 +124,7 @@ class Head(Protocol):
         """What a tree of proposals is grown by (`drafters.tree`); see `propose`."""
         ...
 
-    def teacher_forced(self, weights: Any, z: Array, tokens: Array, embed: Array) -> Correction | None:
+    def teacher_forced(self, weights: Any, z: Array, tokens: Array, embed: AnyMatrix) -> Correction | None:
         """The correction of every proposal, given the true tokens; None where nothing is corrected.
 
         Args:

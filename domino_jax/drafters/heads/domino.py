@@ -14,7 +14,7 @@ from domino_jax.drafters.heads.base import Correction
 from domino_jax.drafters.heads.choosing import LowRankLogits, chosen_along
 from domino_jax.errors import DominoError
 from domino_jax.fields import Fields, integer
-from domino_jax.matrix import AnyMatrix, beside, dot, dot_rows, operands
+from domino_jax.matrix import AnyMatrix, beside, dot, dot_rows, operands, take
 from domino_jax.sharding import constrain
 from domino_jax.weights import Leaf, TensorRow
 
@@ -127,8 +127,8 @@ class DominoHead:
     ) -> "DominoPaths":
         return DominoPaths(weights, self.pure_draft_prefix_len, z, base, view, candidates)
 
-    def teacher_forced(self, weights: DominoWeights, z: Array, tokens: Array, embed: Array) -> Correction:
-        embedded = constrain(embed[tokens], "B A J D")
+    def teacher_forced(self, weights: DominoWeights, z: Array, tokens: Array, embed: AnyMatrix) -> Correction:
+        embedded = constrain(take(embed, tokens), "B A J D")
         gates = jnp.moveaxis(dot(embedded, weights.gru_in), -2, 0)  # [J, B, A, GU]
         start = jnp.zeros((*gates.shape[1:-1], weights.gru_state.shape[1]), z.dtype)
 

@@ -153,7 +153,7 @@ class MarkovHead:
     ) -> "MarkovPaths":
         return MarkovPaths(self, weights, z, base, view, candidates)
 
-    def teacher_forced(self, weights: MarkovWeights, z: Array, tokens: Array, embed: Array) -> Correction:
+    def teacher_forced(self, weights: MarkovWeights, z: Array, tokens: Array, embed: AnyMatrix) -> Correction:
         rows = constrain(weights.w1[tokens], "B A J R")
         if self.markov_head_type == "gated":
             rows = _gated(weights, dot(z, weights.gate_block), rows)

@@ -76,7 +76,7 @@ class NoHead:
     def paths(self, weights: Any, z: Array, base: Array, view: View, candidates: int | None = None) -> Paths:
         return SamePaths(base)
 
-    def teacher_forced(self, weights: Any, z: Array, tokens: Array, embed: Array) -> Correction | None:
+    def teacher_forced(self, weights: Any, z: Array, tokens: Array, embed: AnyMatrix) -> Correction | None:
         return None
 
     def products(self, weights: Any, proposals: int, scored: float = 1.0) -> tuple[Product, ...]:

@@ -16,7 +16,7 @@ from domino_jax.drafters.heads.base import Head
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.heads.none import NoHead
 from domino_jax.errors import DominoError
-from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXT, TEXTS, Fields, as_json, integer, listed, one_of
+from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXT, TEXTS, Fields, as_json, integer, listed, number, one_of
 
 Custom = TypeVar("Custom", bound=CustomDraftConfig)
 NESTED: Final = "dflash_config"
@@ -70,6 +70,7 @@ OVERRIDE: Final = (
     'add "shift_label": true or false to the file, or make a copy that has it: python -m convert SRC DST '
     "--hf-overrides '{\"shift_label\": true}'"
 )
+TEMPERATURES: Final = listed(number(above=0), "a list of numbers above 0")
 LAYER_TYPES: Final = listed(
     one_of("full_attention", "sliding_attention"), 'a list of "full_attention" and "sliding_attention"'
 )
@@ -212,6 +213,7 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
             shift_label=_shift_label(fields, head, warnings),
             windows=windows,
             causal=_causal(fields, windows),
+            confidence_temperatures=fields.get("confidence_temperatures", TEMPERATURES, ()),
         ),
         warnings,
     )

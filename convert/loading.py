@@ -261,8 +261,9 @@ def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, P
     assert isinstance(configs.drafter, BlockDrafter)
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
     drafter.head = nnx.data(None)
-    changes: dict[str, Any] = {"config": dataclasses.replace(configs.drafter.config, head=None), "candidates": None}
-    changes["confidence_threshold"] = None
+    changes: dict[str, Any] = {"confidence_threshold": None, "candidates": None}
+    # Temperatures are of what the head made sure of.
+    changes["config"] = dataclasses.replace(configs.drafter.config, head=None, confidence_temperatures=())
     if isinstance(configs.drafter, TreeDrafter):
         changes["correction"] = "path"
     plain = dataclasses.replace(configs.drafter, **changes)

@@ -209,7 +209,8 @@ class DraftingOptions:
     tree_correction: TreeCorrection = "path"
     """--tree: what the head goes by: each node's own path, or one path that all nodes of a depth share"""
     confidence_threshold: Annotated[float | None, DisallowNone, UNSET] = None
-    """end a chain before the first draft that a DSpark drafter's confidence head is less sure of, from 0 to 1"""
+    """end a chain before the first draft that a block drafter is less sure of, from 0 to 1: by its confidence head, or
+    by its likeliest token's probability; see `python -m train calibrate`"""
 
     @property
     def tree_flags(self) -> list[str]:

@@ -131,4 +131,6 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
         raw |= {theirs: getattr(head, ours) for ours, (theirs, _) in HEAD.items()}
     if isinstance(head, MarkovHead):
         raw |= {name: getattr(head, name) for name in MARKOV}
+    if config.confidence_temperatures:
+        raw |= {"confidence_temperatures": list(config.confidence_temperatures)}
     return raw

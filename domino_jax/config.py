@@ -15,6 +15,7 @@ Axis legend, used in every docstring and einsum of the project:
     NH  query heads side by side, N·H    2   K and V, or gate and up    1   one number, such as a confidence
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -241,6 +242,9 @@ class DraftConfig(DecoderConfig):
 
     `windows[i]` is the sliding window of layer i in positions, or None for full attention. With `causal` (JetSpec) no
     row of a block sees later ones; in layers with a window they never do.
+
+    `confidence_temperatures` are J numbers that the logits of its proposals' confidences are divided by; none when
+    empty. `python -m train calibrate` finds them.
     """
 
     block_size: int
@@ -251,6 +255,7 @@ class DraftConfig(DecoderConfig):
     head: "Head | None" = None
     windows: tuple[int | None, ...] = field(default=())
     causal: bool = False
+    confidence_temperatures: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,6 +285,12 @@ class DraftConfig(DecoderConfig):
             raise DominoError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}.")
         if self.head:
             self.head.check(self.num_proposals)
+        given = self.confidence_temperatures
+        if given and (len(given) != self.num_proposals or not all(0 < t < math.inf for t in given)):
+            raise DominoError(
+                f"confidence_temperatures must be {self.num_proposals} numbers above 0, one for each proposal of a "
+                f"block, found {list(given)}."
+            )
 
     @property
     def num_proposals(self) -> int:
@@ -316,6 +327,8 @@ class DraftConfig(DecoderConfig):
             "layer_types": ["sliding_attention" if w else "full_attention" for w in self.windows],
             "dflash_config": draft,
         }
+        if self.confidence_temperatures:
+            raw |= {"confidence_temperatures": list(self.confidence_temperatures)}
         window = next((w for w in self.windows if w), None)
         return raw | ({"use_sliding_window": True, "sliding_window": window} if window else {})
 

@@ -259,7 +259,7 @@ def load(
         mesh: devices to spread over, such as "data=2,model=4".
         tree: verify a tree of so many drafts a cycle, or of half as many, or a chain, or none, as is faster.
         tree_lanes, tree_candidates, tree_correction: how it is made, see `domino_jax.drafters.tree.TreeDrafter`.
-        confidence_threshold: end a chain before the first draft that DSpark's confidence head is less sure of.
+        confidence_threshold: end a chain before the first draft that a block drafter is less sure of.
 
     Raises:
         DominoError: a model is not found, not supported, or can't run here; UsageError: the values contradict.

@@ -41,7 +41,9 @@ class DraftTokens(NamedTuple):
     # [B] int32, how many of a chain decoding verifies; all when None. A drafter that ends one early decides of each
     # token by those before it alone: otherwise the output would be distributed as another's.
     lengths: Array | None = None
-    confidence: Array | None = None  # [B, J] float32, how likely each is to be accepted, if those before it are
+    # Of a chain whose drafter has an opinion: [B, J] float32, the logits of how likely each is to be accepted, if those
+    # before it are. Each is known before its token is drawn, as `lengths` must be.
+    confidence: Array | None = None
 
 
 class Product(NamedTuple):

@@ -18,7 +18,7 @@ from domino_jax.cache import init_cache
 from domino_jax.config import BlockShape, DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
-from domino_jax.drafters.heads import has_confidence, head_of
+from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
 from domino_jax.paged import AnyKVCache
@@ -36,10 +36,11 @@ class BlockDrafter:
 
     Args:
         candidates: C, tokens of (nearly) the highest base logits that the head scores; the vocabulary when None.
-        confidence_threshold: a chain ends before the first proposal that its head is less sure of; all when None.
+        confidence_threshold: a chain ends before the first proposal that it is less sure of; all when None. Sure is
+            what a confidence head says, else the likeliest token's probability; each after the config's temperatures.
 
     Raises:
-        DominoError: `candidates` is below 1, or there is no head, or none that says how sure it is.
+        DominoError: `candidates` is below 1, or there is no head; or the threshold is not from 0 to 1.
     """
 
     config: DraftConfig
@@ -52,11 +53,7 @@ class BlockDrafter:
         if self.candidates is not None and self.candidates < 1:
             raise DominoError(f"head candidates must be at least 1, found {self.candidates}.")
         threshold = self.confidence_threshold
-        if threshold is None:
-            return
-        if not has_confidence(self.config):
-            raise DominoError("a confidence threshold needs a drafter with a confidence head, and this one has none.")
-        if not 0 <= threshold <= 1:
+        if threshold is not None and not 0 <= threshold <= 1:
             raise DominoError(f"a confidence threshold must be from 0 to 1, found {threshold}.")
 
     @property
@@ -83,9 +80,12 @@ class BlockDrafter:
         z, base, state = self.draft_block(weights, state, view, proposals)
         with jax.named_scope("head"):
             draft = head_of(self.config).propose(weights.head, z, base, view, keys, self.candidates)
+        temperatures = self.config.confidence_temperatures
+        if temperatures and draft.confidence is not None:
+            draft = draft._replace(confidence=draft.confidence / jnp.array(temperatures[:proposals], jnp.float32))
         if self.confidence_threshold is not None:
-            assert draft.confidence is not None
-            sure = draft.confidence >= self.confidence_threshold
+            assert draft.confidence is not None, f"{self.name}'s proposals come without a confidence"
+            sure = jax.nn.sigmoid(draft.confidence) >= self.confidence_threshold
             draft = draft._replace(lengths=jnp.sum(jnp.cumprod(sure.astype(jnp.int32), axis=1), axis=1))
         return draft, state, view.cache
 

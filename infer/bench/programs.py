@@ -70,6 +70,7 @@ def compile_programs(options: Compile, console: Console) -> dict[str, Any]:
         "model": options.shapes or options.model,
         "draft": options.drafting.draft or "",
         "head_candidates": str(options.drafting.head_candidates),
+        "confidence_threshold": options.drafting.confidence_threshold,
         "target_weights": chosen.weights,
         "draft_weights": chosen.draft_weights,
         "dtype": chosen.dtype.name,

@@ -20,6 +20,7 @@ def title(row: Row) -> str:
     words += [row["dtype"], row["device"]]
     changed = {"target in": "target_weights", "drafter in": "draft_weights"}
     changed |= {"head candidates": "head_candidates", "attention": "attention"}
+    changed |= {"chains end below a confidence of": "confidence_threshold"}
     usual = (None, "exact", "all", "xla")
     words += [f"{name} {row[key]}" for name, key in changed.items() if row.get(key) not in usual]
     words += ["bfloat16 matrices"] if row.get("matrices") != row["dtype"] else []

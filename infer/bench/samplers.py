@@ -122,7 +122,7 @@ def ways_of(loaded: "LoadedModel", trees: Sequence[int], sampled: bool) -> list[
     chain = f"chain of {block.most}"
     ways = [Way(PLAIN, lean_view(loaded), "coupled")]
     if sampled:
-        greedy = GreedyDrafter(block.config, block.candidates)
+        greedy = GreedyDrafter(block.config, block.candidates, confidence_threshold=block.confidence_threshold)
         ways += [
             Way(f"{chain}, rejection", using(block), "rejection"),
             Way(f"{chain}, coupled", using(block), "coupled"),
@@ -166,6 +166,7 @@ def measure_samplers(options: Samplers) -> Iterator[list[dict[str, Any]]]:
         name: getattr(o, name)
         for name in ("top_k", "top_p", "seeds", "batch_size", "num_prompts", "prompt_tokens", "new_tokens")
     }
+    about |= {"confidence_threshold": o.model.drafting.confidence_threshold}
     with loaded.context(), console.status("") as status:
         for temperature in o.temperatures:
             ways = ways_of(loaded, o.trees, temperature > 0)

@@ -43,6 +43,7 @@ CONFIGS: dict[str, DraftConfig] = {
     "YaRN": dataclasses.replace(MARKOV, rope_scaling=Yarn(4.0, 128, 1.1)),
     "JetSpec": dataclasses.replace(PLAIN, causal=True),
     "causal Domino": dataclasses.replace(DOMINO, causal=True, windows=(None, 4)),
+    "calibrated": dataclasses.replace(MARKOV, confidence_temperatures=(0.5, 1.0, 1.25, 3.0, 8.0)),
 }
 FORMS: tuple[Packaging, ...] = ("specforge", "deepspec", "speculators")
 NONE = {("deepspec", "Domino"): "no Domino drafters", ("deepspec", "causal Domino"): "no Domino drafters"}

@@ -25,6 +25,7 @@ from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
 from domino_jax.drafters.dual_view import DualViewConfig, DualViewDrafter
+from domino_jax.drafters.heads import choosing
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.ngram import NgramDrafter
@@ -242,13 +243,17 @@ DRAFTERS = {
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
     "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn", enable_confidence_head=True)},
 }
-OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head", "DSpark, ended early")
+OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head")
+EARLY = tuple(f"{name}, ended early" for name in DRAFTERS)
+OTHERS += EARLY
 VIEWS = ("Orthrus", "Orthrus, drawn", "Orthrus, tree", "Orthrus, head")
 OTHERS += VIEWS
+THRESHOLDS = {"Domino, ended early": 0.3, "DFlash, ended early": 0.3, "DSpark, ended early": 0.3}
 RARE = (
     *VIEWS,
     "DFlash",
     "DSpark",
+    "DFlash, ended early",
     "DSpark, ended early",
     "Domino and n-gram",
     "tree without a head",
@@ -284,13 +289,17 @@ def make(drafter: str) -> Pair:
         plain = make("DFlash")
         assert plain.configs.draft is not None
         return plain._replace(configs=DecodeConfig(TARGET, TreeDrafter(plain.configs.draft, nodes=4)))
+    if drafter in EARLY:
+        whole = make(drafter.removesuffix(", ended early"))
+        config = whole.configs.draft
+        assert config is not None
+        config = dataclasses.replace(config, confidence_temperatures=(2.0, 0.5, 1.5)[: config.num_proposals])
+        early = BlockDrafter(config, confidence_threshold=THRESHOLDS[drafter])
+        return whole._replace(configs=DecodeConfig(TARGET, early))
     if drafter in OTHERS:
         domino = make("Domino")
         assert domino.configs.drafter is not None and domino.configs.draft is not None
-        dspark = make("DSpark")
-        assert dspark.configs.draft is not None
         made: dict[str, tuple[Drafter, Any]] = {
-            "DSpark, ended early": (BlockDrafter(dspark.configs.draft, confidence_threshold=0.3), dspark.params.draft),
             "tree": (TreeDrafter(domino.configs.draft, nodes=5), domino.params.draft),
             "n-gram": (LOOKUP, None),
             "Orthrus": (DualViewDrafter(VIEW), factory.random_weights(VIEW, 13)),
@@ -410,11 +419,23 @@ def wrong_coupling(keys, drafts, p, lengths=None):
 
 couple = verify.accept_coupled
 
+
+def wrong_confidence(*given):
+    """Is as sure of a proposal as its own probability says: then what is verified depends on what was drawn."""
+    draft = choose_along(*given)
+    assert draft.probs is not None
+    own = sampling.pick(draft.probs, draft.tokens)
+    return draft._replace(confidence=jnp.log(own) - jnp.log1p(-own))
+
+
+choose_along = choosing.chosen_along
+
 BROKEN = {
     "coupling": {"verify__accept_coupled": wrong_coupling},
     "residual": {"verify__accept_sampled": wrong_residual},
     "acceptance": {"verify__accept_sampled": wrong_acceptance},
     "drafts not drawn from q": {"drafters__heads__choosing__sample": wrong_draw},
+    "ended by the drawn token": {"drafters__heads__domino__chosen_along": wrong_confidence},
 }
 
 
@@ -424,7 +445,8 @@ BROKEN = {
     [pytest.param(BROKEN[n], id=n, marks=[] if n == "residual" else [pytest.mark.slow]) for n in BROKEN],
 )
 def test_the_test_would_catch_a_wrong_sampler(exact, broken):
-    samples, _ = sample_rows(make("Domino"), loops.retraced(**broken), coupled="verify__accept_coupled" in broken)
+    pair = make("Domino, ended early" if "drafters__heads__domino__chosen_along" in broken else "Domino")
+    samples, _ = sample_rows(pair, loops.retraced(**broken), coupled="verify__accept_coupled" in broken)
     for tokens, joint in zip(samples, exact, strict=True):
         assert p_value(tokens, joint) < WRONG
 

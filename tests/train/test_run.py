@@ -65,6 +65,8 @@ def test_the_drafter_to_begin_with_is_read_with_the_settings_and_not_with_the_we
 
     assert read_first_drafter(folder("same", draft.to_hf()), draft).warnings == []
     assert read_first_drafter(folder("plain", dataclasses.replace(draft, head=None).to_hf()), draft).warnings == []
+    calibrated = dataclasses.replace(draft, confidence_temperatures=(2.0,) * draft.num_proposals)
+    assert read_first_drafter(folder("calibrated", calibrated.to_hf()), draft).warnings == []
     raw = unshifted.to_hf()
     del raw["dflash_config"]["shift_label"]
     guessed = folder("guessed", raw)

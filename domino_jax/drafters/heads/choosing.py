@@ -45,6 +45,20 @@ def choose_token(
     return token, None if keys is None else jax.nn.one_hot(token, vocab, dtype=jnp.float32)
 
 
+def likeliest_logit(logits: Array) -> Array:
+    """log(p / (1 - p)) of the likeliest token's probability p by logits [B, V], before temperature: [B] float32.
+
+    Heads without one of their own have this confidence. It is the proposal's own probability where the proposal is the
+    argmax. Of a drawn one it is not: what is decided by the token itself, such as whether it is verified, would
+    favour some tokens, and the output would no longer be distributed as the target's.
+    """
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    others = jnp.arange(logits.shape[-1]) != best
+    weights = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)).astype(jnp.float32))
+    rest = jnp.sum(jnp.where(others, weights, 0.0), axis=-1)
+    return -jnp.log(jnp.maximum(rest, jnp.finfo(jnp.float32).tiny))
+
+
 def stacked(chosen: list[tuple[Array, Array | None]]) -> DraftTokens:
     """What `choose_token` gave at the places of a block, as one."""
     probs = [distribution for _, distribution in chosen if distribution is not None]
@@ -54,13 +68,15 @@ def stacked(chosen: list[tuple[Array, Array | None]]) -> DraftTokens:
 def chosen_along(paths: Paths, base: Array, sampling: Sampling, keys: Array | None, drawn_from: int = 0) -> DraftTokens:
     """The proposals of a block from left to right, each from the logits that follow those before it.
 
+    Their confidence is `likeliest_logit`; where nothing reads it the compiler leaves it out.
+
     Args:
         paths: of one path a row.
         base: [B, J, V], of which the shape alone is read.
         sampling, keys: see `choose_token`.
         drawn_from: the first place after the first whose proposal is drawn; those between are the argmax.
     """
-    made, state = [], paths.start()
+    made, sure, state = [], [], paths.start()
     # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
     for j in range(base.shape[1]):
         if j > 0:
@@ -68,7 +84,8 @@ def chosen_along(paths: Paths, base: Array, sampling: Sampling, keys: Array | No
         logits, names = paths.logits(state, j)
         drawn = j == 0 or j >= drawn_from
         made.append(choose_token(logits[:, 0], keys, j, sampling, base.shape[2], drawn, names))
-    return stacked(made)
+        sure.append(likeliest_logit(logits[:, 0]))
+    return stacked(made)._replace(confidence=jnp.stack(sure, axis=1))
 
 
 def largest(x: Array, count: int, divided: bool = False) -> tuple[Array, Array]:

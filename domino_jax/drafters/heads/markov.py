@@ -146,7 +146,7 @@ class MarkovHead:
             return draft
         before = jnp.concatenate([view.token[:, None], draft.tokens[:, :-1]], axis=1)
         rows = take(weights.w1, before).astype(z.dtype)
-        return draft._replace(confidence=jax.nn.sigmoid(confidence_logits(weights, z, rows)))
+        return draft._replace(confidence=confidence_logits(weights, z, rows))
 
     def paths(
         self, weights: MarkovWeights, z: Array, base: Array, view: View, candidates: int | None = None

@@ -13,10 +13,8 @@ import reference
 import trees as restated
 from factory import Pair
 
-from domino_jax import decode
 from domino_jax.config import DraftConfig
 from domino_jax.drafters.base import View
-from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads.choosing import likeliest
 from domino_jax.drafters.heads.markov import MarkovHead, MarkovHeadType
 from domino_jax.drafters.tree import TreeDrafter, best_first
@@ -52,7 +50,7 @@ def test_the_head_is_its_restatement(kind):
     def run(weights: Any, z: Any, base: Any, anchors: Any) -> Any:
         view = View(none, none, none, "xla", none, anchors, none, hot)
         greedy, few = (head.propose(weights, z, base, view, None, count) for count in (None, 6))
-        sure = greedy.confidence
+        sure = jax.nn.sigmoid(greedy.confidence)
         sampled = head.propose(weights, z, base, view, keys)
         before = jnp.concatenate([anchors[:, None], sampled.tokens[:, :-1]], axis=1)
         forced = head.teacher_forced(weights, z[:, None], before[:, None], none)
@@ -146,44 +144,6 @@ def test_a_rank_of_nothing_is_refused():
     with pytest.raises(DominoError, match="markov_rank must be at least 1"):
         config = config_of("vanilla")
         dataclasses.replace(config, head=MarkovHead(0))
-
-
-@pytest.mark.parametrize("threshold", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
-def test_a_chain_ends_where_the_confidence_head_is_less_sure(threshold):
-    """The tokens stay the target's, and each cycle accepts what it would have, up to the first proposal below."""
-    target = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
-    pair = Pair.make(config_of("vanilla", num_target_layers=2), target, seed=4)
-    # A drafter that is often right, as far as it knows the last token.
-    pair.params.target.layers[0].o *= 0.1
-    drafter = BlockDrafter(pair.configs.draft, confidence_threshold=threshold)
-    sure = Pair(pair.params, dataclasses.replace(pair.configs, drafter=drafter))
-    prompts = [[3, 1, 4, 1, 5], [9] * 11]
-    state = loops.begin(*sure, prompts, 16)
-
-    @jax.jit
-    def draft(params: Any, state: Any) -> Any:
-        made = drafter.propose(params.draft, state.drafter, decode.view(params, sure.configs, state), 5, None)[0]
-        return made.confidence, made.lengths
-
-    confidence, lengths = jax.device_get(draft(sure.params, state))
-    below = confidence < threshold
-    assert lengths.tolist() == [int(row.argmax()) if row.any() else 5 for row in below]
-    assert threshold == 0 or 0 < below.mean() < 1, "some should be below"
-    plain = [o.tokens for o in loops.autoregress(*pair, loops.begin(*pair, prompts, 16))]
-    assert [o.tokens for o in loops.speculate(*sure, state)] == plain
-
-
-@pytest.mark.parametrize(
-    ("config", "threshold", "said"),
-    [
-        (factory.draft_config(), 0.5, "needs a drafter with a confidence head"),
-        (factory.draft_config(head=MarkovHead(7)), 0.5, "needs a drafter with a confidence head"),
-        (config_of("rnn"), 1.5, "from 0 to 1, found 1.5"),
-    ],
-)
-def test_a_threshold_that_makes_no_sense_is_refused(config, threshold, said):
-    with pytest.raises(DominoError, match=said):
-        BlockDrafter(config, confidence_threshold=threshold)
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ def test_figures_of_unclean_or_unlike_runs_are_refused(tmp_path):
         spread_tables(runs[:2])
     with pytest.raises(DominoError, match="another rounds"):
         spread_tables([*runs, write_run(tmp_path, 3, 1.5, rounds=1)])
+    with pytest.raises(DominoError, match="another confidence_threshold"):
+        spread_tables([*runs, write_run(tmp_path, 5, 1.5, confidence_threshold=0.5)])
     with pytest.raises(DominoError, match="another commit"):
         spread_tables([*runs, write_run(tmp_path, 4, 1.5, commit="fedcba9")])
     with pytest.raises(DominoError, match="without local changes"):

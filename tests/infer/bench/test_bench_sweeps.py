@@ -26,6 +26,7 @@ from infer.bench import main as bench
 from infer.bench import plots, roofline, sweep
 from infer.bench.markdown import markdown_table
 from infer.bench.modes import SimulatedAcceptance, drafting, head_off, simulated_counts
+from infer.bench.options import Bench
 from infer.bench.report import PHASES
 from infer.bench.shapes import load_random
 from infer.bench.sweep import differences
@@ -165,6 +166,30 @@ def test_a_simulated_cycle_commits_the_stated_number_and_does_the_same_work():
         cost: Any = program.cost_analysis()
         counts.append(cost["flops"])
     assert counts[1] == pytest.approx(counts[0], rel=0.01) and counts[1] >= counts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("draft", "other"),
+        ("draft_revision", "v2"),
+        ("head_candidates", 64),
+        ("draft_weights", "int8"),
+        ("prompt_lookup_max", 3),
+        ("prompt_lookup_min", 3),
+        ("tree", 5),
+        ("confidence_threshold", 0.5),
+    ],
+)
+def test_rows_say_what_drafted(name, value):
+    none: Any = None
+    loaded = LoadedModel(DecodeConfig(BYTE_TARGET), none, None, (), jnp.dtype("float32"), (), 0.0)
+    usual = sweep.circumstances(Bench(), loaded)
+    given: dict[str, Any] = {name: value}
+    model = dataclasses.replace(Bench().model, drafting=dataclasses.replace(Bench().model.drafting, **given))
+    row = sweep.circumstances(Bench(model), loaded)
+    changed = {key for key in row if row[key] != usual.get(key)}
+    assert changed and all(key.startswith(name) for key in changed)
 
 
 @pytest.mark.e2e

@@ -15,16 +15,19 @@ from domino_jax.config import DraftConfig, TargetConfig, choose_target_layer_ids
 from domino_jax.runtime.command import UsageError, words_at_fault
 from domino_jax.runtime.weight_forms import resolve_weights
 
-LossKind = Literal["ce", "kl"]
+LossKind = Literal["ce", "kl", "tv", "dspark", "acceptance"]
+HeadKind = Literal["domino", "markov", "none"]
 PositionWeights = Literal["exponential", "uniform", "d-pace"]
 DrafterKind = Literal["block", "orthrus", "orthrus-domino"]
 LambdaSchedule = Literal["linear", "cosine", "constant"]
+MarkovHeadType = Literal["vanilla", "gated", "rnn"]  # as `domino_jax.drafters.heads.markov` has them; it imports JAX
 BlockAttention = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 TargetAttention = Literal["xla", "cudnn"]
 OptimizerName = Literal["adamw", "muon"]
 
 if TYPE_CHECKING:  # imports JAX, which settings are read without
     from domino_jax.drafters.dual_view import DualViewConfig
+    from domino_jax.drafters.heads import Head
 
 TrainedConfig: TypeAlias = "DraftConfig | DualViewConfig"  # of what can be trained
 T = TypeVar("T")
@@ -64,14 +67,20 @@ class DrafterOptions:
     """target layers whose output the drafter reads; spread over the depth when not given"""
     intermediate_size: Unset[int] = None
     """MLP width of the drafter; the target's when not given"""
-    head: bool = True
-    """train the causal head; --no-head is plain DFlash"""
+    head: HeadKind = "domino"
+    """domino: a GRU over the proposals so far; markov: DSpark's, of the token before; none: plain DFlash"""
     gru_hidden_dim: int = 1024
-    """width of the head's GRU"""
+    """width of Domino's GRU"""
     emb_dim: int = 256
-    """rank of the head's correction of the logits"""
+    """rank of the head's correction of the logits (DSpark's markov_rank)"""
     pure_draft_prefix_len: int = 1
-    """the head does not correct this many first proposals"""
+    """Domino's head does not correct this many first proposals"""
+    markov_head_type: MarkovHeadType = "vanilla"
+    """DSpark's forms of the head; rnn knows all tokens before"""
+    enable_confidence_head: bool = False
+    """of a Markov head: also learn how likely each proposal is to be accepted"""
+    causal: bool = False
+    """no row of a block sees later ones (JetSpec)"""
     shift_label: Unset[bool] = None
     """the anchor's own row makes the first proposal; with a head yes, without no, when not given"""
     mask_token_id: Unset[int] = None
@@ -93,11 +102,12 @@ class Objective:
     anchors: int = 256
     """A, blocks a sequence"""
     loss: Unset[LossKind] = None
-    """cross-entropy to the tokens, or KL divergence to the target's distribution; ce when not given, kl of a second
+    """cross-entropy to the tokens; KL divergence or total variation to the target's distribution; DSpark's mixture of
+    both kinds; or acceptance: minus the drafts that are accepted until one fails. ce when not given, kl of a second
     view"""
     position_weights: Unset[PositionWeights] = None
     """weights of a block's proposals: exp(-(j - 1)/γ), all alike, or D-PACE (arXiv 2605.18810); exponential when not
-    given, uniform of a second view"""
+    given, uniform of a second view and with --loss acceptance, which has weights of its own"""
     d_pace_alpha: float = 0.5
     """α, how much D-PACE smooths the probabilities"""
     gamma: float = 7.0
@@ -119,6 +129,11 @@ class Objective:
     """attention of the frozen target"""
     remat: bool = False
     """compute the drafter's layers again in the backward pass: less memory, more time"""
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether the loss reads the target's distribution, and not the tokens alone."""
+        return self.loss not in (None, "ce")
 
 
 @dataclass(frozen=True)
@@ -282,10 +297,11 @@ def check_options(options: TrainConfig) -> TrainConfig:
         )
     drafter = options.drafter
     _check_kind(options)
+    _check_loss(options)
     if drafter.init != "random" and drafter.init_from:
         raise UsageError(f"a drafter begins in one way: give --init {drafter.init} or --init-from, not both.")
-    if drafter.freeze_backbone and not drafter.head:
-        raise UsageError("--freeze-backbone trains the head alone, so it needs a head: leave out --no-head.")
+    if drafter.freeze_backbone and drafter.head == "none":
+        raise UsageError("--freeze-backbone trains the head alone, so it needs a head: leave out --head none.")
     if drafter.freeze_backbone and drafter.init == "random" and not drafter.init_from:
         raise UsageError(
             "--freeze-backbone keeps the first weights of the backbone, which are random here: give --init-from a "
@@ -294,7 +310,27 @@ def check_options(options: TrainConfig) -> TrainConfig:
     return options
 
 
-OF_BLOCKS = ("layers", "target_layer_ids", "intermediate_size", "shift_label", "init", "freeze_backbone", "features")
+OF_BLOCKS = (
+    *("layers", "target_layer_ids", "intermediate_size", "shift_label", "init", "freeze_backbone", "features"),
+    *("head", "markov_head_type", "enable_confidence_head", "causal"),
+)
+OF_MARKOV = ("markov_head_type", "enable_confidence_head")
+OF_TV = ("tv", "dspark", "acceptance")  # losses of the total variation between drafter and target
+
+
+def _check_loss(options: TrainConfig) -> None:
+    """Refuse settings that the loss has no use for, or that need another one."""
+    objective = options.objective
+    if objective.loss == "acceptance" and objective.position_weights not in (None, "uniform"):
+        raise UsageError(
+            "--loss acceptance weighs a block's proposals by itself: leave out --position-weights "
+            f"{objective.position_weights}."
+        )
+    if options.drafter.enable_confidence_head and objective.loss not in OF_TV:
+        raise UsageError(
+            "a confidence head learns from the total variation to the target's distribution: give --loss "
+            f"{', '.join(OF_TV[:-1])} or {OF_TV[-1]} with --enable-confidence-head."
+        )
 
 
 def _check_kind(options: TrainConfig) -> None:
@@ -304,6 +340,9 @@ def _check_kind(options: TrainConfig) -> None:
     if kind == "block":
         if options.drafter.freeze_output:
             raise UsageError("--freeze-output is for a second view: give --drafter orthrus.")
+        wrong = [name for name in OF_MARKOV if given[name] != usual[name]]
+        if options.drafter.head != "markov" and wrong:
+            raise UsageError(f"{flag(wrong[0])} is of a Markov head: give --head markov, or leave it out.")
         return
     head_alone = kind == "orthrus-domino" and options.drafter.init_from is not None
     others = [name for name in OF_BLOCKS if name != "freeze_backbone" or not head_alone]
@@ -316,12 +355,13 @@ def _check_kind(options: TrainConfig) -> None:
 def settled(options: TrainConfig) -> TrainConfig:
     """The options with what the kind of drafter decides where nothing was given."""
     view, objective = options.drafter.drafter != "block", options.objective
+    even = view or objective.loss == "acceptance"
     return replace(
         options,
         objective=replace(
             objective,
             loss=objective.loss or ("kl" if view else "ce"),
-            position_weights=objective.position_weights or ("uniform" if view else "exponential"),
+            position_weights=objective.position_weights or ("uniform" if even else "exponential"),
         ),
     )
 
@@ -343,8 +383,6 @@ def view_config(options: DrafterOptions, target: TargetConfig) -> "DualViewConfi
 
 def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:
     """The drafter's config, once its mask token is known: its layers have the target's geometry."""
-    from domino_jax.drafters.heads.domino import DominoHead  # imports JAX, which settings are read without
-
     assert options.mask_token_id is not None
     return DraftConfig(
         **target.geometry(
@@ -355,8 +393,18 @@ def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:
         mask_token_id=options.mask_token_id,
         target_layer_ids=options.target_layer_ids or choose_target_layer_ids(target.num_hidden_layers, options.layers),
         num_target_layers=target.num_hidden_layers,
-        shift_label=options.head if options.shift_label is None else options.shift_label,
-        head=DominoHead(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
-        if options.head
-        else None,
+        shift_label=options.head != "none" if options.shift_label is None else options.shift_label,
+        head=_head(options),
+        causal=options.causal,
     )
+
+
+def _head(options: DrafterOptions) -> "Head | None":
+    from domino_jax.drafters.heads.domino import DominoHead  # imports JAX, which settings are read without
+    from domino_jax.drafters.heads.markov import MarkovHead
+
+    if options.head == "markov":
+        return MarkovHead(options.emb_dim, options.markov_head_type, options.enable_confidence_head)
+    if options.head == "domino":
+        return DominoHead(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
+    return None

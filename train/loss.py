@@ -14,12 +14,25 @@ Position weights:
                  proposal contributes to the expected accepted length, so the sum is divided by the number of blocks
                  and not by the weights' own sum, which would cancel that. As the paper's expectation is one drafter's,
                  each branch has the weights of its own probabilities. Rows without supervision are passed over.
+
+Losses of a proposal with distribution q where the target's is p and the label is x:
+
+    ce           -log q(x)
+    kl           KL(p ‖ q)
+    tv           ½ Σ |q - p|, the probability that rejection sampling refuses it.
+    dspark       0.1·ce + 0.9·Σ |q - p| (arXiv 2607.05147), and no label counts after one without supervision.
+    acceptance   -Σ_j Π_{i ≤ j} (1 - tv_i) over the block: minus the number of drafts that are accepted until one
+                 fails. It is divided by the number of blocks. Rows without supervision are passed over.
+
+A confidence head learns 1 - tv of the final branch, without a gradient to it, by binary cross-entropy, weighted as the
+rest is. That is added to the loss as it is.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from domino_jax import attention, target
@@ -32,7 +45,9 @@ from domino_jax.layers import unembed
 from domino_jax.matrix import AnyMatrix
 from domino_jax.sharding import constrain, gathered, row_shards
 from domino_jax.weights import Draft, Target, axes, lm_head
-from train.config import Objective, TrainedConfig
+from train.config import OF_TV, LossKind, Objective, TrainedConfig
+
+DSPARK_CE, DSPARK_L1 = 0.1, 0.9
 
 
 class Inputs(NamedTuple):
@@ -42,7 +57,7 @@ class Inputs(NamedTuple):
     mask: Array  # [B, S] bool, on at tokens to learn
     starts: Array | None = None  # [B, S] int32, the first position of each token's conversation; None: all are 0
     features: Array | None = None  # [B, S, LD] captured; None: the target runs in the same program
-    hidden: Array | None = None  # [B, S, D], the target's states after its final norm, captured, for the KL
+    hidden: Array | None = None  # [B, S, D], the target's states after its final norm, captured, for its distribution
 
 
 class Sums(NamedTuple):
@@ -58,6 +73,7 @@ class Sums(NamedTuple):
     base_prefix: Array
     supervised: Array  # [J] supervised proposals
     blocks: Array  # [] blocks with any
+    confidence_loss: Array | None = None  # [] weighted, of a confidence head
 
 
 class Branch(NamedTuple):
@@ -79,6 +95,7 @@ class StepMetrics(NamedTuple):
     base: Branch
     blocks: Array  # [] supervised blocks
     proposals: Array  # [] supervised proposals
+    confidence_loss: Array | None = None  # [] weighted, of a confidence head, nats
 
 
 def gather_positions(values: Array, places: Array) -> Array:
@@ -88,18 +105,18 @@ def gather_positions(values: Array, places: Array) -> Array:
     return jnp.take_along_axis(values, flat, axis=1).reshape(*places.shape, *values.shape[2:])
 
 
-def supervision(config: TrainedConfig, inputs: Inputs, anchors: Array, valid: Array) -> Array:
+def supervision(config: TrainedConfig, loss: LossKind | None, inputs: Inputs, anchors: Array, valid: Array) -> Array:
     """Which proposals have a label [B, A, J]: inside the sequence and the anchor's conversation, and on the mask."""
     places = anchors[..., None] + jnp.arange(1, config.num_proposals + 1, dtype=jnp.int32)
     supervised = gather_positions(inputs.mask, places) & (places < inputs.ids.shape[1]) & valid[..., None]
     if inputs.starts is not None:
         supervised &= gather_positions(inputs.starts, places) == gather_positions(inputs.starts, anchors[..., None])
-    return supervised
+    return jnp.cumprod(supervised, axis=-1) == 1 if loss == "dspark" else supervised
 
 
 def loss_denominator(objective: Objective, supervised: Array) -> Array:
     """What the weighted sums over a batch are divided by; 1 where nothing is supervised."""
-    if objective.position_weights == "d-pace":
+    if objective.position_weights == "d-pace" or objective.loss == "acceptance":
         total = supervised.any(axis=-1).sum(dtype=jnp.float32)
     else:
         total = jnp.where(supervised, _decay(objective, supervised.shape[-1]), 0.0).sum()
@@ -138,7 +155,7 @@ def partial_loss(
     places = anchors[..., None] + jnp.arange(proposals + 1, dtype=jnp.int32)  # [B, A, J + 1]
     tokens = gather_positions(inputs.ids, places)
     labels = tokens[..., 1:]
-    supervised = supervision(config, inputs, anchors, valid)
+    supervised = supervision(config, objective.loss, inputs, anchors, valid)
     first = None if inputs.starts is None else gather_positions(inputs.starts, anchors[..., None])[..., 0]
 
     letters = axes(config)
@@ -150,12 +167,17 @@ def partial_loss(
     correction = head_of(config).teacher_forced(head, z, tokens[..., :-1], embed)
     seen = None if hidden is None else gather_positions(hidden, places[..., :-1])  # where p of each label stands
     output = gathered(lm_head(frozen), "V D")
-    final, base = chunked_scores(correction, output, z, labels, seen, objective.chunk)
+    final, base = chunked_scores(correction, output, z, labels, seen, objective.chunk, objective.loss)
 
     final_loss, final_ce = _weighted(objective, final, supervised)
     base_loss, base_ce = _weighted(objective, base, supervised)
     final_hits, final_prefix = _correct(final.hit, supervised)
     base_hits, base_prefix = _correct(base.hit, supervised)
+    loss, sure = (1 - lam) * final_loss + lam * base_loss, None
+    if correction is not None and correction.confidence is not None:
+        assert final.divergence is not None
+        sure = _confidence_loss(objective, final, correction.confidence, supervised)
+        loss += sure
     sums = Sums(
         final_loss,
         base_loss,
@@ -167,8 +189,9 @@ def partial_loss(
         base_prefix,
         supervised=_count(supervised),
         blocks=supervised.any(axis=-1).sum(dtype=jnp.float32),
+        confidence_loss=sure,
     )
-    return ((1 - lam) * final_loss + lam * base_loss) / total, sums
+    return loss / total, sums
 
 
 def block_states(
@@ -181,7 +204,7 @@ def block_states(
     anchors: Array,
     first: Array | None,
 ) -> tuple[Array, Array | None]:
-    """A block drafter's z of the rows that propose [B, A, J, D]; for the KL, the target's states [B, S, D].
+    """A block drafter's z of the rows that propose [B, A, J, D]; the target's states [B, S, D] where the loss asks.
 
     Args:
         configs: the target's and the drafter's.
@@ -221,7 +244,7 @@ def view_states(
         objective.target_attention,
         objective.remat,
     )
-    hidden = jax.lax.stop_gradient(hidden) if objective.loss == "kl" else None
+    hidden = jax.lax.stop_gradient(hidden) if objective.reads_target else None
     return z[..., : config.num_proposals, :], hidden
 
 
@@ -251,9 +274,9 @@ def check_attention(
 def target_states(
     frozen: Target, config: TargetConfig, drafter: DraftConfig, inputs: Inputs, objective: Objective
 ) -> tuple[Array, Array | None]:
-    """The features [B, S, LD] and, for the KL, the states after the final norm [B, S, D]: captured, or computed."""
-    features, hidden, kind = inputs.features, inputs.hidden, objective.loss
-    if features is None or (kind == "kl" and hidden is None):
+    """The features [B, S, LD] and, for the target's distribution, the states after its final norm [B, S, D]."""
+    features, hidden = inputs.features, inputs.hidden
+    if features is None or (objective.reads_target and hidden is None):
         hidden, features, _ = target.forward(
             frozen,
             config,
@@ -264,7 +287,7 @@ def target_states(
         )
     dtype = frozen.norm.dtype  # of the computation, whatever form the matrices have
     features = jax.lax.stop_gradient(features.astype(dtype))
-    if kind != "kl" or hidden is None:
+    if not objective.reads_target or hidden is None:
         return features, None
     return features, jax.lax.stop_gradient(hidden.astype(dtype))
 
@@ -286,7 +309,8 @@ def step_metrics(sums: Sums, lam: Array, total: Array) -> StepMetrics:
     final = branch(sums.final_loss, sums.final_ce, sums.final_hits, sums.final_prefix)
     base = branch(sums.base_loss, sums.base_ce, sums.base_hits, sums.base_prefix)
     loss = (1 - lam) * final.loss + lam * base.loss
-    return StepMetrics(loss, final, base, sums.blocks, sums.supervised.sum())
+    sure = None if sums.confidence_loss is None else sums.confidence_loss / total
+    return StepMetrics(loss if sure is None else loss + sure, final, base, sums.blocks, sums.supervised.sum(), sure)
 
 
 def _count(which: Array) -> Array:
@@ -306,17 +330,38 @@ class Scores(NamedTuple):
 
     ce: Array  # cross-entropy, float32
     hit: Array  # bool, whether the label is the argmax
-    kl: Array | None  # from the target's distribution, float32
+    divergence: Array | None  # from the target's distribution, KL or total variation, float32
 
 
 def _weighted(objective: Objective, branch: Scores, supervised: Array) -> tuple[Array, Array]:
     """Weighted sums of the objective and of the cross-entropy."""
-    if objective.position_weights == "d-pace":
-        weights = d_pace(branch.ce, supervised, objective.d_pace_alpha)
-    else:
-        weights = jnp.where(supervised, _decay(objective, supervised.shape[-1]), 0.0)
+    weights = _weights(objective, branch, supervised)
     ce = (weights * branch.ce).sum()
-    return ce if branch.kl is None else (weights * branch.kl).sum(), ce
+    if branch.divergence is None:
+        return ce, ce
+    if objective.loss == "acceptance":
+        return -accepted_length(branch.divergence, supervised).sum(), ce
+    loss = (weights * branch.divergence).sum()
+    return (DSPARK_CE * ce + DSPARK_L1 * 2 * loss if objective.loss == "dspark" else loss), ce
+
+
+def _weights(objective: Objective, branch: Scores, supervised: Array) -> Array:
+    if objective.position_weights == "d-pace":
+        return d_pace(branch.ce, supervised, objective.d_pace_alpha)
+    return jnp.where(supervised, _decay(objective, supervised.shape[-1]), 0.0)
+
+
+def _confidence_loss(objective: Objective, final: Scores, logits: Array, supervised: Array) -> Array:
+    """The weighted sum of a confidence head's binary cross-entropies; logits are [B, A, J]."""
+    assert final.divergence is not None
+    kept = jax.lax.stop_gradient(1 - final.divergence)
+    return (_weights(objective, final, supervised) * optax.sigmoid_binary_cross_entropy(logits, kept)).sum()
+
+
+def accepted_length(variation: Array, supervised: Array) -> Array:
+    """How many drafts are accepted until one fails, by expectation: total variations [..., J] -> [...]."""
+    reached = jnp.cumprod(jnp.where(supervised, 1 - variation, 1.0), axis=-1)
+    return jnp.where(supervised, reached, 0.0).sum(axis=-1)
 
 
 def d_pace(ce: Array, supervised: Array, alpha: float) -> Array:
@@ -334,6 +379,7 @@ def chunked_scores(
     labels: Array,
     seen: Array | None,
     chunk: int,
+    loss: LossKind | None = None,
 ) -> tuple[Scores, Scores]:
     """What the final and the base logits say of every proposal.
 
@@ -342,9 +388,11 @@ def chunked_scores(
     cross between them: sums and maxima do.
 
     Args:
-        correction: the head's of z, its rank [B, ..., J, R]; None where nothing is corrected.
+        correction: the head's of z, its rank [B, ..., J, R]; None where nothing is corrected. Its confidence is not
+            read.
         output: LM head [V, D]; z: [B, ..., J, D]; labels: [B, ..., J].
-        seen: [B, ..., J, D], the target's states where it predicts the labels, for the KL, or None.
+        seen: [B, ..., J, D], the target's states where it predicts the labels, or None.
+        loss: which divergence from the target's distribution is asked for.
 
     Returns:
         (final, base).
@@ -360,7 +408,7 @@ def chunked_scores(
         x = jnp.moveaxis(x.reshape(shards, pieces, chunk, *tail), 1, 0)
         return constrain(x, " ".join(["-", "B", "-", *("-" for _ in tail)]))
 
-    rank, low = (None, None) if correction is None else correction
+    rank, low = (None, None) if correction is None else (correction.rank, correction.output)
     if low is not None:
         # One for each part of the batch, so that the parts' gradients are summed once, after the loop.
         low = constrain(jnp.broadcast_to(low, (shards, *low.shape)), "B V R")
@@ -382,14 +430,20 @@ def chunked_scores(
         if seen is not None:
             theirs = vocabulary(seen)
             likely = jax.nn.softmax(theirs, axis=-1)
+            # Minus the entropy, of the KL.
             surprise = jnp.where(likely > 0, likely * (theirs - jax.nn.logsumexp(theirs, -1, keepdims=True)), 0).sum(-1)
 
         def score(logits: Array) -> Scores:
             # Picked by comparing, which leaves a vocabulary where it lies; a gather would not.
             ours = jnp.where(names == labels[..., None], logits, 0).sum(axis=-1)
             total = jax.nn.logsumexp(logits, axis=-1)
-            kl = None if likely is None else surprise - (likely * logits).sum(axis=-1) + total
-            return Scores(total - ours, jnp.argmax(logits, axis=-1) == labels, kl)
+            if likely is None:
+                divergence = None
+            elif loss in OF_TV:
+                divergence = 0.5 * jnp.abs(jnp.exp(logits - total[..., None]) - likely).sum(axis=-1)
+            else:
+                divergence = surprise - (likely * logits).sum(axis=-1) + total
+            return Scores(total - ours, jnp.argmax(logits, axis=-1) == labels, divergence)
 
         return score(final), score(base)
 

@@ -48,6 +48,8 @@ REPLACED: dict[tuple[str, Any], tuple[str, Any]] = {
     ("warm", False): ("init", "random"),
     ("trains", "head"): ("freeze_backbone", True),
     ("trains", "all"): ("freeze_backbone", False),
+    ("head", True): ("head", "domino"),
+    ("head", False): ("head", "none"),
 }
 MOVED = {("run", "remat"): "objective"}  # a setting's earlier group -> its group
 
@@ -218,6 +220,8 @@ def current_flags(argv: Sequence[str]) -> list[str]:
             made.append(flag(RENAMED[name]) + equals + value)
         elif name in ("warm", "no_warm"):
             made += ["--init", REPLACED["warm", name == "warm"][1]]
+        elif name == "no_head":
+            made += ["--head", REPLACED["head", False][1]]
         elif name == "trains":
             value = value if equals else next(words, "")
             if ("trains", value) not in REPLACED:

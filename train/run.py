@@ -156,7 +156,7 @@ def prepare(options: TrainConfig) -> Setup:
             model_fingerprint(folder),
             corpus.fingerprint,
             drafter.target_layer_ids,
-            options.objective.loss == "kl",
+            options.objective.reads_target,
             weights,
         )
     prompts = held_out(options, target, tokenizer)
@@ -398,7 +398,7 @@ class Loop:
         """Start one step; nothing waits for it but the steps after the next, so that a signal is heard soon."""
         setup = self.setup
         features = captured.features if captured else None
-        hidden = captured.hidden if captured and setup.recipe.objective.loss == "kl" else None
+        hidden = captured.hidden if captured and setup.recipe.objective.reads_target else None
         inputs = meshes.put_batch(batch, setup.mesh, features, hidden)
         if not setup.options.data.pack:
             inputs = inputs._replace(starts=None)  # a row is one sequence
@@ -532,6 +532,8 @@ def metrics_row(metrics: Metrics, step: int, pace: float | None, tokens: int) ->
             f"{name}_accuracy": float(branch.accuracy),
             f"{name}_accuracy_by_position": np.asarray(branch.position_accuracy, float).tolist(),
         }
+    if report.confidence_loss is not None:
+        found["confidence_loss"] = float(report.confidence_loss)
     return found | {
         "lambda": float(metrics.lam),
         "lr": float(metrics.lr),

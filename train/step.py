@@ -190,7 +190,7 @@ def train_step(recipe: Recipe, state: TrainState, frozen: Target, inputs: Inputs
     chosen, valid = anchors.draw_anchors(key, inputs.mask, recipe.objective.anchors, inputs.starts)
     lam = lambda_base(recipe, state.step)
     objective = recipe.objective
-    total = loss_denominator(objective, supervision(recipe.draft, inputs, chosen, valid))
+    total = loss_denominator(objective, supervision(recipe.draft, objective.loss, inputs, chosen, valid))
     ours = trained(recipe, state.weights)
     where = state_partitions(recipe)
 

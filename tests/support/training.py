@@ -35,7 +35,7 @@ def curriculum(
         objective: fields of `Objective`.
     """
     what, inputs = Objective(**objective), Inputs(ids, mask, starts, features, hidden)
-    total = loss_denominator(what, supervision(configs[1], inputs, anchors, valid))
+    total = loss_denominator(what, supervision(configs[1], what.loss, inputs, anchors, valid))
     value, sums = partial_loss(drafter, frozen, configs, what, inputs, anchors, valid, lam, total)
     return value, step_metrics(sums, lam, total)
 

@@ -155,7 +155,7 @@ def phases(recipe: Recipe, state: TrainState, frozen: Any, inputs: Inputs, times
         return block.training_blocks(drafter, pair[1], x, chosen, features, backend=form), hidden
 
     def loss(weights: Any, frozen: Any, given: Inputs) -> Any:
-        total = loss_denominator(objective, supervision(recipe.draft, given, chosen, valid))
+        total = loss_denominator(objective, supervision(recipe.draft, objective.loss, given, chosen, valid))
         return partial_loss(drafter_of(recipe, weights), frozen, pair, objective, given, chosen, valid, lam, total)
 
     programs = {
@@ -295,7 +295,7 @@ def _random_inputs(options: TrainBench, target: TargetConfig, config: DraftConfi
     if options.captured:
         features = jax.random.normal(jax.random.key(1), (*shape, config.sizes["LD"]), dtype)
         hidden = jax.random.normal(jax.random.key(2), (*shape, target.hidden_size), dtype)
-    return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.objective.loss == "kl" else None)
+    return Inputs(ids, jnp.ones(shape, bool), None, features, hidden if options.objective.reads_target else None)
 
 
 def show_bench(row: dict[str, Any]) -> str:

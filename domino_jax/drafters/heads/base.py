@@ -20,6 +20,7 @@ class Correction(NamedTuple):
 
     rank: Array  # [B, A, J, R]
     output: Array  # [V, R], a weight
+    confidence: Array | None = None  # [B, A, J] float32, logits of how likely each proposal is to be accepted
 
 
 class Paths(Protocol):

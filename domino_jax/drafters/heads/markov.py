@@ -154,7 +154,7 @@ class MarkovHead:
         return MarkovPaths(self, weights, z, base, view, candidates)
 
     def teacher_forced(self, weights: MarkovWeights, z: Array, tokens: Array, embed: AnyMatrix) -> Correction:
-        rows = constrain(weights.w1[tokens], "B A J R")
+        before = rows = constrain(weights.w1[tokens], "B A J R")
         if self.markov_head_type == "gated":
             rows = _gated(weights, dot(z, weights.gate_block), rows)
         if self.markov_head_type == "rnn":
@@ -167,7 +167,8 @@ class MarkovHead:
 
             _, ranks = jax.lax.scan(step, start, jnp.moveaxis(inputs, -2, 0))
             rows = jnp.moveaxis(ranks, 0, -2)
-        return Correction(constrain(rows, "B A J R"), weights.w2)
+        sure = confidence_logits(weights, z, before) if self.enable_confidence_head else None
+        return Correction(constrain(rows, "B A J R"), weights.w2, sure)
 
     def products(self, weights: MarkovWeights, proposals: int, scored: float = 1.0) -> tuple[Product, ...]:
         parts = (weights.gate_block, weights.gate_token, weights.joint_state, weights.joint_token, weights.joint_block)

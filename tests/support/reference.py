@@ -568,9 +568,11 @@ def divergence_from(logits, distribution):
 def position_weights(kind, probabilities, supervised, gamma, alpha):
     """The weight of each proposal of a block, a list of J floats, 0 where unsupervised.
 
-    "exponential": exp(-(j-1)/gamma). "d-pace" (arXiv 2605.18810, equations 7 and 8), from the probabilities q_j of
-    the labels: q~ = (1-alpha) q + alpha, and w_j the sum over m >= j of the product of q~_i over i <= m; unsupervised
-    proposals are left out of sums and products alike."""
+    "uniform": all 1. "exponential": exp(-(j-1)/gamma). "d-pace" (arXiv 2605.18810, equations 7 and 8), from the
+    probabilities q_j of the labels: q~ = (1-alpha) q + alpha, and w_j the sum over m >= j of the product of q~_i over
+    i <= m; unsupervised proposals are left out of sums and products alike."""
+    if kind == "uniform":
+        return [float(on) for on in supervised]
     if kind == "exponential":
         return [math.exp(-j / gamma) if on else 0.0 for j, on in enumerate(supervised)]
     places = [j for j, on in enumerate(supervised) if on]
@@ -593,6 +595,7 @@ SUM_KEYS = (
     "block_count",
     "final_accept_sum",
     "base_accept_sum",
+    "confidence_sum",
 )
 
 
@@ -609,8 +612,12 @@ def combine_training(parts, lam):
         out[branch + "_ce"] = ratio(branch + "_ce_sum", "weight_sum")
         out[branch + "_accuracy"] = ratio(branch + "_correct", "label_count")
         out[branch + "_accept"] = ratio(branch + "_accept_sum", "block_count")
-    out["loss"] = (1.0 - lam) * out["final_loss"] + lam * out["base_loss"]
+    out["confidence_loss"] = ratio("confidence_sum", "weight_sum")
+    out["loss"] = (1.0 - lam) * out["final_loss"] + lam * out["base_loss"] + out["confidence_loss"]
     return out
+
+
+CONFIDENT = ("tv", "dspark", "acceptance")  # objectives that a confidence head is trained with
 
 
 def training_loss(
@@ -626,6 +633,7 @@ def training_loss(
     weights="exponential",
     alpha=0.5,
     objective="ce",
+    kept=None,
 ):
     """Section 7 for ONE sequence: ids [T], loss_mask [T] (1 on assistant tokens) and a given list of anchor
     positions, one at a time. Proposal j (1 ... J) of anchor a is labelled with ids[a+j] and has weight
@@ -637,13 +645,20 @@ def training_loss(
 
     With weights "d-pace" each branch has weights of its own (see `position_weights`) and weight_sum counts the blocks
     with a supervised row. With objective "kl" the loss is not ce but the KL from the target's distribution at position
-    a+j-1, which predicts ids[a+j]."""
+    a+j-1, which predicts ids[a+j].
+
+    The other objectives, with t half the sum of |q - p| over the vocabulary: "tv", t; "dspark" (heads.md 1.4), 0.1 ce +
+    1.8 t, where no proposal counts after the first that is off the mask, plus, with a confidence head, the binary
+    cross-entropy of its σ to 1 - t of the final branch; "acceptance", minus the sum over j of the product of 1 - t_i
+    over i <= j, the proposals that are off the mask left out of both, divided by the blocks. The differences that check
+    gradients may not move the confidence's labels: `kept` gives them, one list of J for each anchor."""
     ids = [int(t) for t in ids]
     length = len(ids)
     embed, lm_head = target_embedding(target_w), target_lm_head(target_w, target_cfg)
     target_logits, features = target_forward(target_w, target_cfg, ids, target_layer_ids(draft_cfg))
     rows = proposal_rows(draft_cfg)
     sums: dict[str, float] = dict.fromkeys(SUM_KEYS, 0.0)
+    found: list = []
     for a in anchors:
         a = int(a)
         z = draft_block(draft_w, draft_cfg, embed, features[:a], ids[a], a)[rows]  # [J, D]
@@ -652,24 +667,44 @@ def training_loss(
         eaten = [ids[a + j] if a + j < length else 0 for j in range(len(rows))]
         states = gru_states(draft_w, embed, eaten) if has_head(draft_cfg) else None
         final = corrected_logits(draft_w, draft_cfg, base, z, states)
+        if has_markov(draft_cfg):
+            final = base + markov_correction(draft_w, draft_cfg, eaten, z)
 
         supervised = [a + j < length and bool(loss_mask[a + j]) for j in range(1, len(rows) + 1)]
+        if objective == "dspark":
+            supervised = [all(supervised[:j]) for j in range(1, len(rows) + 1)]
         for branch, logits in (("final", final), ("base", base)):
             ce, loss, right = [0.0] * len(rows), [0.0] * len(rows), [False] * len(rows)
+            variation = [0.0] * len(rows)
             for j in range(1, len(rows) + 1):
                 if supervised[j - 1]:
                     ce[j - 1] = cross_entropy(logits[j - 1], ids[a + j])
                     right[j - 1] = int(np.argmax(logits[j - 1])) == ids[a + j]
                     loss[j - 1] = ce[j - 1]
+                    theirs = softmax(target_logits[a + j - 1])
+                    variation[j - 1] = t = 0.5 * np.abs(softmax(logits[j - 1]) - theirs).sum()
                     if objective == "kl":
-                        loss[j - 1] = divergence_from(logits[j - 1], softmax(target_logits[a + j - 1]))
+                        loss[j - 1] = divergence_from(logits[j - 1], theirs)
+                    if objective in ("tv", "dspark"):
+                        loss[j - 1] = t if objective == "tv" else 0.1 * ce[j - 1] + 1.8 * t
             w = position_weights(weights, [math.exp(-c) for c in ce], supervised, gamma, alpha)
-            sums[branch + "_loss_sum"] += sum(x * y for x, y in zip(w, loss, strict=True))
+            if objective == "acceptance":
+                places = [j for j, on in enumerate(supervised) if on]
+                lengths = [math.prod(1 - variation[i] for i in places if i <= j) for j in places]
+                sums[branch + "_loss_sum"] -= sum(lengths)
+            else:
+                sums[branch + "_loss_sum"] += sum(x * y for x, y in zip(w, loss, strict=True))
+            if branch == "final" and "confidence_head.proj.weight" in draft_w and objective in CONFIDENT:
+                labels = [1 - t for t in variation] if kept is None else kept[len(found)]
+                found.append(labels)
+                sure = markov_confidence(draft_w, eaten, z)
+                for weight, c, label in zip(w, sure, labels, strict=True):
+                    sums["confidence_sum"] -= weight * (label * math.log(c) + (1 - label) * math.log(1 - c))
             sums[branch + "_ce_sum"] += sum(x * y for x, y in zip(w, ce, strict=True))
             sums[branch + "_correct"] += sum(right)
             if any(supervised):
                 sums[branch + "_accept_sum"] += block_acceptance(right, supervised)
         sums["label_count"] += sum(supervised)
         sums["block_count"] += any(supervised)
-        sums["weight_sum"] += any(supervised) if weights == "d-pace" else sum(w)
-    return combine_training([sums], lam)
+        sums["weight_sum"] += any(supervised) if weights == "d-pace" or objective == "acceptance" else sum(w)
+    return combine_training([sums], lam) | {"kept": found}

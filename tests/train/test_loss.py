@@ -1,5 +1,6 @@
 """The objective: loss, gradients and reports against the plain restatement, packing, D-PACE, KL, memory."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.heads.base import Correction, under
 from domino_jax.drafters.heads.domino import DominoHead
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init_weights
 from train import anchors
@@ -23,6 +25,7 @@ from train.loss import chunked_scores, d_pace
 
 TARGET = TargetConfig(23, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, 64, True)
 LENGTH = 19
+DSPARK = {"loss": "dspark"}
 D_PACE = {"position_weights": "d-pace", "d_pace_alpha": 0.3}
 
 
@@ -31,6 +34,11 @@ def make_draft(shift: bool, prefix: int | None, block: int = 4, window: int | No
     return DraftConfig(
         23, 16, 2, 2, 1, 8, 20, 1e-6, 1e4, 64, block, 22, (0, 2), 3, shift, head, (None, window) if window else ()
     )
+
+
+def with_markov(kind: Any, shift: bool = True, confidence: bool = False, **changes: Any) -> DraftConfig:
+    head = MarkovHead(5, kind, enable_confidence_head=confidence)
+    return dataclasses.replace(make_draft(shift, None), head=head, **changes)
 
 
 def named(config, module) -> dict[str, np.ndarray]:
@@ -50,7 +58,7 @@ def sequences(seed: int = 0):
     return ids, mask, np.array(places, np.int32), valid
 
 
-def restated(draft, frozen, drafter, lam, batch, restate) -> dict[str, float]:
+def restated(draft, frozen, drafter, lam, batch, restate, kept=None) -> dict[str, Any]:
     """`reference.training_loss` over a batch; frozen and drafter are tensors by Hugging Face's names."""
     parts = [
         reference.training_loss(
@@ -64,10 +72,11 @@ def restated(draft, frozen, drafter, lam, batch, restate) -> dict[str, float]:
             3.0,
             lam,
             **restate,
+            kept=labels,
         )
-        for ids, mask, places, valid in zip(*batch, strict=True)
+        for ids, mask, places, valid, labels in zip(*batch, kept or [None] * len(batch[0]), strict=True)
     ]
-    return reference.combine_training(parts, lam)
+    return reference.combine_training(parts, lam) | {"kept": [part["kept"] for part in parts]}
 
 
 def compare(loss, report, expected) -> None:
@@ -84,6 +93,9 @@ def compare(loss, report, expected) -> None:
         "block_count": report.blocks,
         "label_count": report.proposals,
     }
+    if report.confidence_loss is not None:
+        found["confidence_loss"] = report.confidence_loss
+    assert (report.confidence_loss is not None) == bool(expected["confidence_loss"])
     for key, value in found.items():
         assert float(value) == pytest.approx(float(expected[key]), abs=2e-5), key
 
@@ -106,6 +118,21 @@ CASES = [
         {"loss": "kl", "block_attention": "chunked", **D_PACE},
         {"objective": "kl", "weights": "d-pace", "alpha": 0.3},
         id="kl with d-pace, chunked attention",
+    ),
+    pytest.param(make_draft(True, 1), 0.3, {"loss": "tv"}, {"objective": "tv"}, id="tv"),
+    pytest.param(
+        with_markov("rnn"),
+        0.2,
+        {"loss": "acceptance", "position_weights": "uniform"},
+        {"objective": "acceptance", "weights": "uniform"},
+        id="rnn, acceptance",
+    ),
+    pytest.param(with_markov("vanilla", confidence=True), 0.0, DSPARK, {"objective": "dspark"}, id="dspark"),
+    pytest.param(
+        with_markov("gated", False, causal=True, windows=(None, 3)), 0.4, {}, {}, id="gated, causal blocks, unshifted"
+    ),
+    pytest.param(
+        make_draft(True, 0), 0.3, DSPARK, {"objective": "dspark"}, id="dspark's loss of domino", marks=pytest.mark.slow
     ),
 ]
 
@@ -136,7 +163,14 @@ def test_loss_and_report_equal_the_restatement(monkeypatch, draft, lam, ours, re
 
 @pytest.mark.parametrize(
     ("draft", "lam", "ours", "restate"),
-    [CASES[0], pytest.param(*CASES[2].values, id=CASES[2].id, marks=pytest.mark.slow), CASES[6]],
+    [
+        CASES[0],
+        pytest.param(*CASES[2].values, id=CASES[2].id, marks=pytest.mark.slow),
+        CASES[6],
+        pytest.param(*CASES[8].values, id=CASES[8].id, marks=pytest.mark.slow),
+        *CASES[9:11],
+        pytest.param(*CASES[11].values, id=CASES[11].id, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_equal_differences_of_the_restatement(draft, lam, ours, restate):
     """Central differences of the float64 restatement, along a few random directions."""
@@ -157,9 +191,14 @@ def test_gradients_equal_differences_of_the_restatement(draft, lam, ours, restat
         ["fc.weight", "hidden_norm.weight"],
         [n for n in weights if n.startswith("layers.")],
         ["norm.weight"],
-        [n for n in weights if n.startswith(("prefix_gru", "embed_proj"))],
+        [n for n in weights if n.startswith(("prefix_gru", "embed_proj", "markov_head"))],
+        [n for n in weights if n.startswith("confidence_head")],
     ]
+    # The labels of a confidence head are held: the loss has no gradient through them.
+    kept = restated(draft, frozen_weights, weights, lam, batch, restate)["kept"]
     for names in groups:
+        if not names:
+            continue
         direction = {n: rng.normal(size=weights[n].shape) for n in names}
         step = 1e-5
         ends = [
@@ -170,6 +209,7 @@ def test_gradients_equal_differences_of_the_restatement(draft, lam, ours, restat
                 lam,
                 batch,
                 restate,
+                kept,
             )["loss"]
             for s in (1, -1)
         ]

@@ -33,7 +33,7 @@ def settled(out: Path, resume: bool = False, **drafter: object) -> tuple[TrainCo
 
 def test_what_is_chosen_by_default_is_saved_with_the_run(tmp_path):
     """A later version may choose otherwise, and a resumed run must not."""
-    found, raw = settled(tmp_path, head=False)
+    found, raw = settled(tmp_path, head="none")
     assert (found.drafter.target_layer_ids, found.drafter.shift_label) == ((1, 6), False)
     assert raw["dflash_config"]["target_layer_ids"] == [1, 6]
 
@@ -46,7 +46,7 @@ def test_a_resumed_run_keeps_the_layers_that_its_drafter_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"block_size": 9}, {"shift_label": False}, {"head": False}, {"target_layer_ids": (2, 7)}], ids=str
+    "change", [{"block_size": 9}, {"shift_label": False}, {"head": "none"}, {"target_layer_ids": (2, 7)}], ids=str
 )
 def test_a_resumed_run_whose_drafter_would_be_another_is_refused(tmp_path, change):
     hf.write_json(tmp_path / "config.json", settled(tmp_path, target_layer_ids=(2, 8))[1])

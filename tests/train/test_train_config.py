@@ -31,7 +31,8 @@ def test_what_is_saved_reads_back(tmp_path, out):
     words += " --features f --pack"
     options = parse_options([*GIVEN, *words.split(), *out])
     values = flat(options)
-    assert values["data"] == ("a.jsonl", "b.jsonl") and values["target_layer_ids"] == (1, 3) and values["head"] is False
+    assert values["data"] == ("a.jsonl", "b.jsonl") and values["target_layer_ids"] == (1, 3)
+    assert values["head"] == "none"
     assert values["features"] == Path("f") and values["steps"] is None and values["lr"] == 1e-3
     (tmp_path / "x.toml").write_text(dump(options))
     assert flat(read_recipe(tmp_path / "x.toml")) == values
@@ -64,7 +65,7 @@ def test_a_floor_above_the_start_is_refused(out, words):
 @pytest.mark.parametrize("name", ["demo", "qwen3-4b", "qwen3-8b"])
 def test_shipped_recipes_are_whole(name, out):
     options = parse_options(["--config", name, "--data", "d.jsonl", *out])
-    assert options.target == name and options.drafter.head
+    assert options.target == name and options.drafter.head == "domino"
     if name != "demo":  # the public recipe, docs/algorithm.md, section 7
         values = flat(options)
         wanted = {"optimizer": "adamw", "lr": 6e-4, "warmup": 0.04, "clip": 1.0, "epochs": 6.0, "length": 3072}
@@ -78,7 +79,9 @@ def test_shipped_recipes_are_whole(name, out):
     [
         ("", True),
         ("--no-head", False),
-        ("--no-head --shift-label", True),
+        ("--head none --shift-label", True),
+        ("--head markov", True),
+        ("--head markov --no-shift-label", False),
         ("--no-shift-label", False),
         ("--config qwen3-8b", True),
         ("--config qwen3-8b --no-head", False),
@@ -89,7 +92,7 @@ def test_a_drafter_without_a_head_is_unshifted_unless_it_is_asked_for(out, words
     options = parse_options([*GIVEN, "--mask-token-id", "3", "--layers", "2", *words.split(), *out]).drafter
     draft = draft_config(options, factory.TARGET)
     assert draft.shift_label is shifted and draft.num_proposals == options.block_size - (not shifted)
-    assert draft.to_hf()["dflash_config"].get("sample_from_anchor", False) is (shifted and not options.head)
+    assert draft.to_hf()["dflash_config"].get("sample_from_anchor", False) is (shifted and options.head == "none")
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
@@ -110,18 +113,18 @@ def test_earlier_names_mean_what_they_meant(tmp_path, out):
     with pytest.raises(DominoError, match="give --freeze-backbone"):
         parse_options([*GIVEN, "--trains", "tail", *out])
     (tmp_path / "before.toml").write_text(
-        '[drafter]\ntaps = [1, 3]\nwarm = true\ntrains = "head"\n[run]\nexplosion = 5\nremat = true\n'
+        '[drafter]\ntaps = [1, 3]\nhead = false\nwarm = true\ntrains = "head"\n[run]\nexplosion = 5\nremat = true\n'
     )
     values = flat(read_recipe(tmp_path / "before.toml"))
     assert (values["target_layer_ids"], values["init"], values["freeze_backbone"]) == ((1, 3), "target-layers", True)
-    assert (values["max_grad_norm_ratio"], values["remat"]) == (5.0, True)
+    assert (values["max_grad_norm_ratio"], values["remat"], values["head"]) == (5.0, True, "none")
 
 
 WRONG = [
     ("steps = 3", "sets steps, which is no setting there"),
     ('[run]\nsteps = "3"', "sets steps to '3'; expected int"),
     ("[run]\nsteps = true", "sets steps to True"),
-    ('[objective]\nloss = "mse"', "expected ce or kl"),
+    ('[objective]\nloss = "mse"', "expected ce or kl or tv or dspark or acceptance"),
     ("[objective]\nanchor = 3", "sets anchor, which is no setting there; those are anchors"),
     ('out = "x"', "sets out, which belongs on the command line"),
     ("data = 3", "is no table"),
@@ -184,6 +187,13 @@ def test_a_recipe_that_leaves_the_data_to_the_words_is_not_at_fault(out):
         ("--batch 8 --accumulate 3", "--accumulate 3 does not divide --batch 8"),
         ("--init target-layers --init-from x", "not both"),
         ("--freeze-backbone --no-head", "needs a head"),
+        ("--markov-head-type rnn", "--markov-head-type is of a Markov head"),
+        ("--head none --enable-confidence-head --loss dspark", "--enable-confidence-head is of a Markov head"),
+        ("--head markov --enable-confidence-head", "give --loss tv, dspark or acceptance"),
+        ("--head markov --enable-confidence-head --loss kl", "give --loss tv, dspark or acceptance"),
+        ("--loss acceptance --position-weights exponential", "weighs a block's proposals by itself"),
+        ("--drafter orthrus --head markov", "leave out --head"),
+        ("--drafter orthrus-domino --causal", "leave out --causal"),
         ("--config nothing", "neither a file nor a shipped recipe (demo, qwen3-4b, qwen3-8b)"),
     ],
 )

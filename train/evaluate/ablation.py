@@ -1,22 +1,27 @@
-"""Does the head help, and the curriculum? The same recipe, data and budget with and without them, over several seeds.
+"""What helps a drafter: the same recipe, data and budget with and without its head, and so on, over several seeds.
 
     python -m train ablation --config demo --data answers.jsonl --prompts heldout.jsonl --out runs/ablation
 
     dflash      no head: the backbone alone
     joint       head and backbone on the corrected loss from the first step on (λ = 0)
     curriculum  λ as the recipe has it
+    floor-0.1   λ falls to 0.1 and no lower; floor-0.3 alike
+    markov      DSpark's head of the token before in the place of Domino's; markov-rnn the form that knows all before
+    causal      Domino's head over blocks in which no row sees later ones (JetSpec's)
+    dspark      DSpark's head and its own loss, without the curriculum
 
 What is finished is not run again, and what was begun goes on. The table (ablation.md), every figure (ablation.json) and
 the curves (ablation.png) are written when all drafters are measured.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from convert.options import DraftingOptions, absolute, check_count, local_sources
 from domino_jax.runtime.command import UsageError, own_command, own_environment, run_command
@@ -35,15 +40,22 @@ if TYPE_CHECKING:  # brings in JAX, which training's own processes need first
 
 # Without the head, the rows that propose are the same: it alone makes the difference.
 KINDS = {
-    "dflash": ["--no-head", "--shift-label"],
+    "dflash": ["--head", "none", "--shift-label"],
     "joint": ["--lambda-base-start", "0", "--lambda-base-floor", "0"],
     "curriculum": [],
+    "floor-0.1": ["--lambda-base-floor", "0.1"],
+    "floor-0.3": ["--lambda-base-floor", "0.3"],
+    "markov": ["--head", "markov"],
+    "markov-rnn": ["--head", "markov", "--markov-head-type", "rnn"],
+    "causal": ["--causal"],
+    "dspark": ["--head", "markov", "--loss", "dspark", "--enable-confidence-head", "--lambda-base-start", "0"],
 }
+Kind = Literal["dflash", "joint", "curriculum", "floor-0.1", "floor-0.3", "markov", "markov-rnn", "causal", "dspark"]
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Train without the head, without the curriculum and with both, and compare what is accepted."""
+    """Train drafters that differ in one thing, and compare what is accepted of each."""
 
     data: tuple[str, ...]
     """as for python -m train"""
@@ -58,6 +70,12 @@ class Ablation:
     steps: int = 400
     """of each run"""
     seeds: tuple[int, ...] = (0, 1, 2)
+    kinds: tuple[Kind, ...] = ("dflash", "joint", "curriculum")
+    """what is compared: no head, λ = 0, the recipe as it is, and others"""
+    candidates: tuple[int, ...] = ()
+    """also measure with so many of the highest base logits (--head-candidates, --tree-candidates)"""
+    trees: tuple[int, ...] = ()
+    """also measure with trees of so many drafts"""
     num_prompts: int | None = 64
     prompt_tokens: int | None = 48
     new_tokens: int = 64
@@ -68,7 +86,7 @@ class Ablation:
 def runs(options: Ablation) -> Iterator[tuple[str, int, Path]]:
     """Kind, seed and folder of each run; a seed is finished for all kinds before the next."""
     for seed in options.seeds:
-        for kind in KINDS:
+        for kind in options.kinds:
             yield kind, seed, options.out / f"{kind}-{seed}"
 
 
@@ -96,12 +114,20 @@ def unfinished(folder: Path, steps: int) -> bool:
     return not rows or rows[-1]["step"] < steps
 
 
-def measurement(options: Ablation, target: str, folder: Path) -> "Validate":
-    """How one run's drafter is measured."""
+def measurement(
+    options: Ablation, target: str, folder: Path, candidates: int | None = None, tree: int | None = None
+) -> "Validate":
+    """How one run's drafter is measured; with all candidates and a chain when none are given."""
     from train.evaluate.validate import Validate
 
     o = options
-    pair = PairOptions(target, drafting=DraftingOptions(str(folder / NEWEST)))
+    drafting = DraftingOptions(
+        str(folder / NEWEST),
+        head_candidates=candidates if candidates and not tree else "all",
+        tree=tree,
+        tree_candidates=candidates or "all" if tree else None,
+    )
+    pair = PairOptions(target, drafting=drafting)
     return Validate(
         o.prompts,
         pair=pair,
@@ -113,36 +139,51 @@ def measurement(options: Ablation, target: str, folder: Path) -> "Validate":
 
 
 def measure_ablation(options: Ablation, target: str) -> list[dict[str, Any]]:
-    """τ of each drafter, as `train.validate` finds it."""
+    """τ of each drafter, as `train.validate` finds it: by chains from all candidates, and as the options ask.
+
+    A row's `ways` are τ of the other ways, by name.
+    """
     from train.evaluate.validate import measure_acceptance as validate
 
     o, found = options, []
     for kind, seed, folder in runs(o):
         row = validate(measurement(o, target, folder))
-        found.append({"kind": kind, "seed": seed, "steps": o.steps, **row})
         print(f"{kind}, seed {seed}: τ {row['final_tau']:.3f} ± {row['final_tau_error']:.3f}", flush=True)
+        ways = {}
+        # Without a head the candidates are what they are, and a tree is of the base logits.
+        for tree, candidates in itertools.product((None, *o.trees), (None, *o.candidates)):
+            if (tree or candidates) and (tree or row.get("base_tau") is not None):
+                name = way_name(tree, candidates)
+                ways[name] = validate(measurement(o, target, folder, candidates, tree))["final_tau"]
+                print(f"    {name}: τ {ways[name]:.3f}", flush=True)
+        found.append({"kind": kind, "seed": seed, "steps": o.steps, **row, "ways": ways})
     return found
 
 
+def way_name(tree: int | None, candidates: int | None) -> str:
+    """A way of drafting in words."""
+    return (f"tree of {tree}" if tree else "chain") + (f", {candidates} candidates" if candidates else "")
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: τ of each seed, their mean and standard deviation, and the mean without the causal head."""
+    """Markdown: τ of each seed, their mean and standard deviation; the means without the head and of other ways."""
 
     def about(values: Sequence[float]) -> str:
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.3f}{spread}"
 
     seeds = sorted({row["seed"] for row in rows})
-    lines = [
-        "| | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | τ, mean ± sd over seeds | without the causal head |",
-        "|---" * (len(seeds) + 3) + "|",
-    ]
-    for kind in KINDS:
+    ways = list(dict.fromkeys(way for row in rows for way in row.get("ways", ())))
+    titles = [*(f"seed {seed}" for seed in seeds), "τ, mean ± sd over seeds", "without the causal head", *ways]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = {row["seed"]: row for row in rows if row["kind"] == kind}
         taus = [mine[seed]["final_tau"] for seed in seeds]
         bases = [mine[seed]["base_tau"] for seed in seeds if mine[seed].get("base_tau") is not None]
         cells = [kind, *(f"{tau:.3f}" for tau in taus), f"**{about(taus)}**", about(bases) if bases else ""]
+        for way in ways:
+            of_way = [mine[seed]["ways"][way] for seed in seeds if way in mine[seed]["ways"]]
+            cells.append(about(of_way) if of_way else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -159,7 +200,7 @@ def plot_ablation(options: Ablation, path: Path) -> None:
         for axis, key in ((loss, "final_loss"), (acceptance, "final_acceptance")):
             values = [row[key] for row in rows if key in row]
             label = kind if seed == options.seeds[0] else None
-            axis.plot(steps, values, label=label, linewidth=1, **line_style(list(KINDS).index(kind)))
+            axis.plot(steps, values, label=label, linewidth=1, **line_style(options.kinds.index(kind)))
     for axis, title in ((loss, "cross-entropy of the final logits, nats"), (acceptance, "estimated acceptance length")):
         axis.set_title(title)
         axis.set_xlabel("step")
@@ -176,8 +217,12 @@ def run_ablation(options: Ablation) -> int:
     """
     from train.evaluate.validate import check_validate
 
-    if not options.seeds:
-        raise UsageError("give at least one of --seeds.")
+    for name in ("seeds", "kinds"):
+        if not getattr(options, name):
+            raise UsageError(f"give at least one of --{name}.")
+    for name in ("candidates", "trees"):
+        for count in getattr(options, name):
+            check_count(name, count)
     check_count("steps", options.steps)
     for seed in options.seeds:
         check_count("seeds", seed, least=0, limit=2**32)

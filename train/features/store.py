@@ -61,7 +61,7 @@ class Features:
             target: the model's fingerprint.
             corpus: the corpus's fingerprint.
             target_layer_ids: of the drafter that is trained.
-            hidden: whether the states after the final norm are needed (for the KL loss).
+            hidden: whether the states after the final norm are needed (for the losses of its distribution).
             weights: form of the target's matrices.
 
         Raises:
@@ -89,7 +89,8 @@ class Features:
             )
         if hidden and not plan.hidden:
             raise DominoError(
-                f"the features in {self.folder} lack the final states that --loss kl needs: capture with --hidden."
+                f"the features in {self.folder} lack the final states that every loss but ce reads: capture with "
+                "--hidden."
             )
 
     def rows(self, indices: Iterable[int]) -> Captured:

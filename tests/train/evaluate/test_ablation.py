@@ -18,15 +18,16 @@ def test_the_table_has_mean_and_spread():
     taus = {"dflash": (2.0, 2.2), "joint": (3.0, 3.0), "curriculum": (3.1, 3.5)}
     rows = [
         {"kind": kind, "seed": seed, "final_tau": tau, "base_tau": None if kind == "dflash" else tau - 1}
+        | {"ways": {} if kind == "dflash" else {"chain, 64 candidates": tau / 2}}
         for kind, both in taus.items()
         for seed, tau in enumerate(both)
     ]
     assert ablation.table(rows).splitlines() == [
-        "| | seed 0 | seed 1 | τ, mean ± sd over seeds | without the causal head |",
-        "|---|---|---|---|---|",
-        "| dflash | 2.000 | 2.200 | **2.100 ± 0.141** |  |",
-        "| joint | 3.000 | 3.000 | **3.000 ± 0.000** | 2.000 ± 0.000 |",
-        "| curriculum | 3.100 | 3.500 | **3.300 ± 0.283** | 2.300 ± 0.283 |",
+        "| | seed 0 | seed 1 | τ, mean ± sd over seeds | without the causal head | chain, 64 candidates |",
+        "|---|---|---|---|---|---|",
+        "| dflash | 2.000 | 2.200 | **2.100 ± 0.141** |  |  |",
+        "| joint | 3.000 | 3.000 | **3.000 ± 0.000** | 2.000 ± 0.000 | 1.500 ± 0.000 |",
+        "| curriculum | 3.100 | 3.500 | **3.300 ± 0.283** | 2.300 ± 0.283 | 1.650 ± 0.141 |",
     ]
 
 
@@ -64,12 +65,14 @@ def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     (tmp_path / "tiny.toml").write_text(RECIPE)
     words = f"--target {tmp_path}/target --config {tmp_path}/tiny.toml --data {tmp_path}/data.jsonl --steps 4"
     words += f" --prompts {tmp_path}/held.jsonl --out {tmp_path}/runs --seeds 0 --num-prompts 4 --prompt-tokens 2"
-    words += " --new-tokens 8 --min-distinct 0"
+    words += " --new-tokens 8 --min-distinct 0 --candidates 5 --trees 4 --kinds " + " ".join(ablation.KINDS)
     assert ablation.main(words.split()) == 0
     rows = json.loads((tmp_path / "runs" / "ablation.json").read_text())
     assert [row["kind"] for row in rows] == list(ablation.KINDS)
     assert rows[0]["base_tau"] is None if "base_tau" in rows[0] else True
-    for kind, head, start in (("dflash", False, 1.0), ("joint", True, 0.0), ("curriculum", True, 1.0)):
+    assert list(rows[0]["ways"]) == ["tree of 4", "tree of 4, 5 candidates"]
+    assert list(rows[5]["ways"]) == ["chain, 5 candidates", "tree of 4", "tree of 4, 5 candidates"]
+    for kind, head, start in (("dflash", "none", 1.0), ("joint", "domino", 0.0), ("dspark", "markov", 0.0)):
         settings = config.flat(options.read_recipe(tmp_path / "runs" / f"{kind}-0" / "settings.toml"))
         assert (settings["head"], settings["lambda_base_start"]) == (head, start)
     assert (tmp_path / "runs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
@@ -105,6 +108,8 @@ def test_the_demo_names_every_command_from_the_text_to_the_measure(tmp_path):
     ("more", "status", "says"),
     [
         (["--seeds"], 2, "at least one of --seeds"),
+        (["--kinds"], 2, "at least one of --kinds"),
+        (["--candidates", "0"], 2, "--candidates must be at least 1"),
         (["--steps", "0"], 2, "--steps must be at least 1"),
         (["--seeds", "-1"], 2, "--seeds must be from 0 to 2^32 - 1"),
         (["--num-prompts", "0"], 2, "--num-prompts must be at least 1"),

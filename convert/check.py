@@ -34,7 +34,10 @@ from convert.tokenizer import end_tokens, load_tokenizer
 from domino_jax import target
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig, Yarn, check_pair
 from domino_jax.drafters import block
+from domino_jax.drafters.base import View
 from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads.choosing import choose_token
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError, first_line
 
 TEXT = "def greet(name):\n    return 'Hello, ' + name\n\n\nThe capital of France is"
@@ -149,6 +152,8 @@ def describe(config: TargetConfig | DraftConfig | CustomDraftConfig) -> str:
         family = c.family.partition("_")[0].capitalize()
         return f"{family} target: {shape}, {'tied' if c.tie_word_embeddings else 'untied'} embeddings"
     head, sizes = head_of(c).name, head_of(c).describe()
+    if c.convolution:
+        sizes = f"{sizes}, {c.convolution.describe()}" if sizes else c.convolution.describe()
     if c.causal:
         head = f"{head} with causal blocks" if c.head else "JetSpec"
     return (
@@ -335,7 +340,8 @@ def _measured(pair: CheckedPair, report: FolderReport) -> Iterator[tuple[str, st
     with jax.default_matmul_precision("highest"):
         text = _read_text(target_weights, other, config, jnp.array([ids]))
         yield "agreement", _agreement(target_weights, weights, pair, text, report)
-        if config.head and len(ids) > 2 * config.block_size:
+        few = isinstance(config.head, SelectorHead)  # it scores but a few itself
+        if config.head and not few and len(ids) > 2 * config.block_size:
             yield "candidates", _candidates(target_weights, weights, pair, text, report)
 
 
@@ -420,14 +426,17 @@ def _first_tokens(
     anchors = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     x = block.block_inputs(target_weights.embed, config, ids)
     z = block.training_blocks(weights, config, x, anchors, text.features)[:, :, :2]  # [1, S, 2, D]
-    logits = target.logits(target_weights, other, z)
-    head = head_of(config)
-    for row in range(2):
-        correction = head.teacher_forced(weights.head, z[:, :, row : row + 1], ids[..., None], target_weights.embed)
-        if correction is not None:
-            logits = logits.at[:, :, row].add((correction.rank @ correction.output.T)[:, :, 0])
+    none: Any = None  # what a head does not look at
+    view = View(target_weights, other, none, "xla", none, ids[0], none, none)
+    found = []
+    for row in range(2):  # each token's block is a row of its own
+        states = z[0, :, row : row + 1]
+        base = target.logits(target_weights, other, states)
+        paths = head_of(config).paths(weights.head, states, base, view)
+        logits, names = paths.logits(paths.start(), 0)
+        found.append(choose_token(logits[:, 0], none, 0, none, other.vocab_size, names=names)[0])
     theirs = target.logits(target_weights, other, text.hidden)
-    return jnp.concatenate([jnp.moveaxis(logits, 2, 1), theirs[:, None]], axis=1).argmax(axis=-1)[0]
+    return jnp.stack([*found, theirs[0].argmax(axis=-1)])
 
 
 def _free_memory() -> int | None:

@@ -11,10 +11,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 from convert.configs import CHANGING, LAYERS, NEUTRAL, OF_TRANSFORMERS, SIZE, decoder_fields, refuse_others, said_of
 from convert.speculators import SPECULATORS, from_speculators, is_speculators
 from domino_jax.config import CustomDraftConfig, DraftConfig, default_target_layer_ids, last_layer_warning
+from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.heads import HEADS
 from domino_jax.drafters.heads.base import Head
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.heads.none import NoHead
+from domino_jax.drafters.heads.selector import FIELDS, SelectorHead
 from domino_jax.errors import DominoError
 from domino_jax.fields import BOOLEAN, INTEGERS, OBJECT, TEXT, TEXTS, Fields, as_json, integer, listed, number, one_of
 
@@ -23,11 +25,10 @@ NESTED: Final = "dflash_config"
 # Any of them makes a config.json a drafter's.
 DRAFTER_FIELDS: Final = (NESTED, "block_size", "num_target_layers", "target_layer_ids", *SPECULATORS)
 TARGET_LAYER_IDS: Final = ("target_layer_ids", "layer_ids")  # one setting, by two names
-DFLASH, DOMINO = "DFlashDraftModel", "DominoDraftModel"  # the field's name, and the first Domino files'
+DFLASH, DOMINO, DFLASH2 = "DFlashDraftModel", "DominoDraftModel", "DFlash2DraftModel"  # the second: early Domino files'
 DSPARK: Final = ("Qwen3DSparkModel", "DSparkDraftModel")  # DeepSpec's, with a Markov head or without, and SpecForge's
-ARCHITECTURES: Final = (DFLASH, DOMINO, *DSPARK)
+ARCHITECTURES: Final = (DFLASH, DFLASH2, DOMINO, *DSPARK)
 UNSUPPORTED: Final = {
-    "DFlash2DraftModel": "DFlash 2, with convolutions in its layers and a path selector",
     "DFlashLinearDraftModel": "SpecForge's drafter with linear attention",
     "Lfm2DSparkDraftModel": "a DSpark drafter for targets of the LFM2 family",
     "Qwen35DSparkModel": "a DSpark drafter with Qwen3.5's layers",
@@ -46,10 +47,6 @@ NEUTRAL_IN_A_DRAFTER: Final[dict[str, tuple[Any, ...]]] = {
     "attention_value_scale": (None, 1),
     "use_aux_hidden_state": (None, True),
     "draft_shift": (None, False),
-    "conv_kernel_size": (None, 0),
-    "conv_group_size": (None, 0),
-    "selector_rank": (None, 0),
-    "selector_top_k": (None, 0),
     "draft_adapter_rank": (None, 0),
     "dspark_bonus_anchor": (None, False, True),  # shift_label, the other way round
 }
@@ -201,7 +198,9 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
     if depth is None:
         raise DominoError(f"{where} has no num_target_layers and no target was given to take it from.")
     target_layer_ids = _target_layer_ids(fields, depth, layers, warnings)
-    head, windows = _head(fields, warnings), _windows(fields, layers)
+    convolution, windows = Convolution.read(fields), _windows(fields, layers)
+    head = _head(fields, warnings, convolution)
+    causal, sliding_window_non_causal = _causal(fields, windows)
     return DrafterFile(
         DraftConfig(
             **decoder,
@@ -212,14 +211,16 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
             head=head,
             shift_label=_shift_label(fields, head, warnings),
             windows=windows,
-            causal=_causal(fields, windows),
             confidence_temperatures=fields.get("confidence_temperatures", TEMPERATURES, ()),
+            causal=causal,
+            sliding_window_non_causal=sliding_window_non_causal,
+            convolution=convolution,
         ),
         warnings,
     )
 
 
-def _head(fields: Fields, warnings: list[str]) -> Head | None:
+def _head(fields: Fields, warnings: list[str], convolution: Convolution | None) -> Head | None:
     """The head, None for a plain DFlash drafter."""
     where, architectures = fields.where, fields.get("architectures", TEXTS, ())
     stated = fields.get("projector_type", one_of(*HEADS), None)
@@ -228,6 +229,22 @@ def _head(fields: Fields, warnings: list[str]) -> Head | None:
     is_dspark = bool(set(DSPARK) & set(architectures))
     if stated is None and (rank or is_dspark):
         kind = MarkovHead
+    selector = next((name for name in FIELDS if fields.get(name, integer(), 0)), None)
+    if stated is None and selector and not rank:
+        kind = SelectorHead
+    ours = selector or ("conv_kernel_size" if convolution else None)
+    if DFLASH2 in architectures or ours:
+        other = None if kind in (NoHead, SelectorHead) and not rank else kind.projector_type
+        if other or (selector and kind is NoHead):
+            raise DominoError(
+                f'{where} has {ours or DFLASH2}, which is DFlash 2\'s, and the head "{other or NoHead.projector_type}" '
+                "(projector_type, markov_rank): it can't be told which one the drafter has; leave one of them out."
+            )
+        if not ours:
+            raise DominoError(
+                f'{where} has architectures ["{DFLASH2}"] and neither convolutions (conv_kernel_size, conv_group_size) '
+                "nor a selector (selector_rank, selector_top_k): it can't be told what the drafter has."
+            )
     if kind is MarkovHead and rank == 0:  # as DeepSpec writes its plain DFlash drafters
         kind = NoHead
     if kind is not MarkovHead and (rank or (is_dspark and kind is not NoHead)):
@@ -252,7 +269,7 @@ def _head(fields: Fields, warnings: list[str]) -> Head | None:
 def _shift_label(fields: Fields, head: Head | None, warnings: list[str]) -> bool:
     """Whether the anchor's own row proposes: as the file says, else as files of its kind do.
 
-    Without a head a file need not say that it does not: none but DeepSpec's do.
+    Without a head a file need not say that it does not: none but DeepSpec's do. Nor does one with DFlash 2's.
     """
     where, architectures = fields.where, fields.get("architectures", TEXTS, ())
     given, bonus = fields.get(NAMES[0][0], BOOLEAN, None, also=NAMES[0][1:2]), fields.get(NAMES[0][2], BOOLEAN, None)
@@ -273,7 +290,7 @@ def _shift_label(fields: Fields, head: Head | None, warnings: list[str]) -> bool
                 f"anchor's own row proposes; {OVERRIDE}."
             )
         return True
-    if head is not None:
+    if head is not None and not isinstance(head, SelectorHead):
         warnings.append(
             f"{where} has no shift_label: taken as false, the format's default. Where acceptance lengths are "
             'near 1, the drafter was trained with "shift_label": true.'
@@ -313,28 +330,27 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
         # As transformers fills in a list that is not there.
         first = min(first, layers) if slides else layers
         kinds = ("full_attention",) * first + ("sliding_attention",) * (layers - first)
-    everywhere = fields.get("use_swa", BOOLEAN, False)
     if "sliding_attention" not in kinds:
-        if everywhere:
-            raise DominoError(
-                f"{fields.where} has use_swa true and no sliding_attention among layer_types: windows that see the "
-                "whole block are not supported."
-            )
-        return (None,) * len(kinds)
+        if not fields.get("use_swa", BOOLEAN, False):
+            return (None,) * len(kinds)
+        kinds = ("sliding_attention",) * len(kinds)
     window = fields.get("sliding_window", SIZE, also=["swa_window_size"])
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _causal(fields: Fields, windows: tuple[int | None, ...]) -> bool:
-    """Whether layers with full attention hide a block's later rows; those with a sliding window always do here."""
+def _causal(fields: Fields, windows: tuple[int | None, ...]) -> tuple[bool, bool]:
+    """Whether layers with full attention hide a block's later rows, and whether those with a window show them.
+
+    Where nothing is said, full attention shows them and a window hides them; the windows of `use_swa` show them.
+    """
     full, sliding = (None in windows), any(windows)
     both = fields.get("sliding_window_non_causal", BOOLEAN, None)
     causal = fields.get("is_causal", BOOLEAN, None, also=["causal"])
-    if sliding and (both or causal is False):
-        name = fields.given(*(["sliding_window_non_causal"] if both else ["is_causal", "causal"]))[0][0]
+    if sliding and both is not None and both == causal:
+        name = fields.given("is_causal", "causal")[0][0]
         raise DominoError(
-            f"{fields.where} has {name} {as_json(bool(both))}, which is not supported: a layer with a sliding window "
-            "sees only the rows before here."
+            f"{fields.where} has {name} {as_json(causal)} and sliding_window_non_causal {as_json(both)}: one says that "
+            "a window hides a block's later rows, the other that it does not; give one of them."
         )
     ours = fields.get("causal_head", BOOLEAN, None)
     if full and causal is not None and ours is not None and causal != ours:
@@ -343,7 +359,11 @@ def _causal(fields: Fields, windows: tuple[int | None, ...]) -> bool:
             f"{fields.where} has {name} {as_json(causal)} and causal_head {as_json(ours)}: they are one setting, so "
             "give one of them, or the same value."
         )
-    return full and bool(causal or ours)
+    everywhere = fields.get("use_swa", BOOLEAN, False) and "sliding_attention" not in fields.get(
+        "layer_types", LAYER_TYPES, ()
+    )
+    stated = both if both is not None else None if causal is None else not causal
+    return full and bool(causal or ours), sliding and (everywhere if stated is None else stated)
 
 
 def _unread(fields: Fields, known: Set[str]) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from convert.safetensors import Index
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
+from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.dual_view import HEAD_PREFIX, DualViewConfig
 from domino_jax.drafters.heads import head_of
 from domino_jax.weights import TensorRow, axes, flatten
@@ -57,6 +58,7 @@ DRAFT: tuple[TensorRow, ...] = (
     ("fc", "D LD", ("fc.weight",)),
     ("context_norm", "D", ("hidden_norm.weight",)),
     *LAYER,
+    *Convolution.tensors,
     ("norm", "D", ("norm.weight",)),
 )
 

@@ -7,12 +7,13 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from convert.draft_configs import DSPARK, NESTED
+from convert.draft_configs import DFLASH2, DSPARK, NESTED
 from convert.speculators import HEAD, MARKOV, is_speculators
 from convert.tensors import EMBED, LM_HEAD, open_tensors, vocabulary_tensor
 from domino_jax.config import DraftConfig
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError
 
 Packaging = Literal["specforge", "deepspec", "speculators"]
@@ -84,8 +85,9 @@ def copies(form: Packaging, target: Path | None) -> dict[str, Callable[[], np.nd
 
 def _deepspec(config: DraftConfig) -> dict[str, Any]:
     head = config.head
-    if head is not None and not isinstance(head, MarkovHead):
-        raise DominoError(f"DeepSpec's form has no {head.name} drafters: give --format specforge or speculators.")
+    if config.convolution or (head is not None and not isinstance(head, MarkovHead)):
+        kind = SelectorHead.name if config.convolution or head is None else head.name
+        raise DominoError(f"DeepSpec's form has no {kind} drafters: give --format specforge or speculators.")
     raw = config.to_hf()
     nested = raw.pop(NESTED)
     raw |= {"architectures": [MarkovHead.architecture]}
@@ -101,13 +103,24 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
     if config.causal:
         raise DominoError("speculators' form has no causal blocks (JetSpec): give --format specforge or deepspec.")
     ours, head = config.to_hf(), config.head
+    selects = isinstance(head, SelectorHead)
+    if selects != bool(config.convolution) or (selects and config.shift_label):
+        raise DominoError(
+            "speculators' form has DFlash 2 drafters with both convolutions and selector, whose anchor's own row "
+            "proposes nothing: give --format specforge."
+        )
     layers = {name: ours[name] for name in OF_LAYERS if name in ours}
     scaling = config.rope_scaling.to_hf() if config.rope_scaling else {"rope_type": "default"}
     layers["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
     kind = "dflash" if head is None else head.projector_type
     method = {"proposal_type": "greedy", "speculative_tokens": config.num_proposals}
     method |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
-    architecture = {"dflash": "DFlashDraftModel", "domino": "DominoDraftModel", "dspark": "DSparkDraftModel"}[kind]
+    architecture = {
+        "dflash": "DFlashDraftModel",
+        "dflash2": DFLASH2,
+        "domino": "DominoDraftModel",
+        "dspark": "DSparkDraftModel",
+    }[kind]
     raw: dict[str, Any] = {
         "architectures": [architecture],
         "speculators_model_type": kind,
@@ -123,7 +136,7 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
         "mask_token_id": config.mask_token_id,
         "draft_vocab_size": config.vocab_size,
         "sample_from_anchor": config.shift_label,
-        "sliding_window_non_causal": False,
+        "sliding_window_non_causal": config.sliding_window_non_causal,
         "num_target_layers": config.num_target_layers,
         "tie_word_embeddings": False,
     }
@@ -133,4 +146,6 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
         raw |= {name: getattr(head, name) for name in MARKOV}
     if config.confidence_temperatures:
         raw |= {"confidence_temperatures": list(config.confidence_temperatures)}
+    if isinstance(head, SelectorHead) and config.convolution:
+        raw |= config.convolution.to_hf() | head.to_hf()[0]
     return raw

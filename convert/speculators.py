@@ -32,6 +32,7 @@ MARKOV: Final[dict[str, tuple[Kind[Any], Any]]] = {
     "enable_confidence_head": (BOOLEAN, True),
     "confidence_head_with_markov": (BOOLEAN, True),
 }
+DFLASH2: Final = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
 HEAD: Final = {
     "gru_hidden_dim": ("gru_hidden_dim", 1024),
     "emb_dim": ("logits_correction_emb_dim", 256),
@@ -55,10 +56,10 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
         DominoError: it is not of a supported kind, a field is missing or of another kind, or fields contradict.
     """
     kind = raw.get("speculators_model_type")
-    if kind not in ("dflash", "domino", "dspark"):
+    if kind not in ("dflash", "dflash2", "domino", "dspark"):
         raise DominoError(
             f'{where} is of the speculators library and has speculators_model_type {as_json(kind)}; "dflash", '
-            '"domino" and "dspark" are supported.'
+            '"dflash2", "domino" and "dspark" are supported.'
         )
     if "dflash_config" in raw:
         raise DominoError(f"{where} has dflash_config beside {SPECULATORS[0]}: it is of two forms; leave out one.")
@@ -79,7 +80,14 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
             "a reduced vocabulary is not supported."
         )
     block_size = fields.get("block_size", SIZE, BLOCK_SIZE)
-    anchored, warnings = _anchored(fields, block_size, kind != "dflash")
+    anchored, warnings = _anchored(fields, block_size, kind in ("domino", "dspark"))
+    if kind == "dflash2":
+        if anchored:
+            raise DominoError(
+                f"{where} says that the anchor's own row proposes (sample_from_anchor, speculative_tokens); the "
+                'library\'s "dflash2" drafters have it unused.'
+            )
+        warnings = []
     draft: dict[str, Any] = {
         "block_size": block_size,
         "mask_token_id": fields.get("mask_token_id", integer()),
@@ -89,6 +97,8 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
     }
     if kind == "domino":
         draft |= {ours: fields.get(theirs, integer(), default) for ours, (theirs, default) in HEAD.items()}
+    if kind == "dflash2":
+        draft |= {name: fields.get(name, SIZE, default) for name, default in DFLASH2.items()}
     if kind == "dspark":
         draft |= {name: fields.get(name, of, default) for name, (of, default) in MARKOV.items()}
     rest = {name: raw[name] for _, name in fields.unread()}  # scales, windows, what is not known here

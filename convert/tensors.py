@@ -17,6 +17,7 @@ from domino_jax import layers
 from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.drafters.dual_view import MARK, DualViewConfig
 from domino_jax.drafters.heads import has_confidence, head_of
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError
 
 SINGLE = "model.safetensors"
@@ -38,7 +39,7 @@ TOLD_BY_NAMES = {
     "prefix_gru": "Domino",
     "embed_proj": "Domino",
     MARKOV[:-1]: "DSpark",
-    "candidate_selector": "DFlash 2",
+    "candidate_selector": SelectorHead.name,
 }
 MODEL_PREFIX = "model."  # of a whole language model's tensors, but for its LM head; some files lack it, some add it
 EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -229,8 +230,13 @@ def _other_head(config: DecoderConfig, unexpected: set[str]) -> list[str]:
     if not isinstance(config, DraftConfig):
         return []
     for name in sorted(unexpected):
-        told = TOLD_BY_NAMES.get(name.split(".")[0]) or ("DFlash 2" if name.endswith("_conv.base_kernel") else None)
+        told = TOLD_BY_NAMES.get(name.split(".")[0])
         ours = head_of(config).name
+        if name.endswith("_conv.base_kernel") or (told == SelectorHead.name and told != ours):
+            return [
+                f"{name} is of a {SelectorHead.name} drafter, and its config.json has no such part: give "
+                "conv_kernel_size, conv_group_size, selector_rank and selector_top_k there"
+            ]
         if told and told != ours:
             return [
                 f"{name} is of a {told} drafter's head, and its config.json is a {ours} drafter's: correct "

@@ -3,7 +3,7 @@
 Row b's T queries stand at positions start[b] ... start[b] + T - 1, where their own keys have been written. The live
 part of its cache is start[b] + T positions long; everything behind it is stale. What a query sees follows from that and
 two settings: with `causal`, the positions up to its own; without, the whole live part (a drafter's block); with a
-`window` W, the W positions up to its own, whatever `causal` is (docs/algorithm.md, section 3). Where the queries are
+`window` W, of those the ones that are less than W positions away (docs/algorithm.md, section 3). Where the queries are
 the nodes of a tree, `sees` says which of each other they see, and the cache before them they see whole.
 
     xla     Products over the whole length bucket and a mask: any device, any dtype. Its cost follows the bucket, at
@@ -221,11 +221,15 @@ def attend_without_cache(
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def in_window(distance: Array, window: int | None) -> Array:
-    """Whether a key `distance` positions before the query is visible: 0 ≤ distance < window, or always."""
+def in_window(distance: Array, window: int | None, causal: bool = True) -> Array:
+    """Whether a key `distance` positions before the query is visible: less than `window` away, or always.
+
+    Args:
+        causal: and not behind the query, where there is a window.
+    """
     if window is None:
         return jnp.ones(distance.shape, bool)
-    return (distance >= 0) & (distance < window)
+    return (distance < window) & (distance >= 0 if causal else distance > -window)
 
 
 def visible(
@@ -238,11 +242,10 @@ def visible(
         own = jnp.take_along_axis(sees, jnp.clip(place, 0, tokens - 1)[:, None], axis=2)
         return (place < 0)[:, None] | (own & (place < tokens)[:, None])
     positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-    if window is not None:
-        return in_window(positions[:, :, None] - seen, window)
-    if causal:
+    if causal and window is None:
         return seen <= positions[:, :, None]
-    return jnp.broadcast_to((seen < start[:, None] + tokens)[:, None], (*positions.shape, capacity))
+    live = jnp.broadcast_to((seen < start[:, None] + tokens)[:, None], (*positions.shape, capacity))
+    return live if window is None else live & in_window(positions[:, :, None] - seen, window, causal)
 
 
 def side_by_side(q: Array, kv_heads: int) -> Array:

@@ -13,6 +13,7 @@ Axis legend, used in every docstring and einsum of the project:
     E   experts                      I   MLP width of one expert
     RE  the router's scores of all experts: as many as E, but whole on every device
     NH  query heads side by side, N·H    2   K and V, or gate and up    1   one number, such as a confidence
+    CS, CT, CG  of convolutions: input and output, taps of a filter, what of the filters depends on the input
 """
 
 import math
@@ -25,6 +26,7 @@ from domino_jax.errors import DominoError
 from domino_jax.fields import Fields
 
 if TYPE_CHECKING:  # they import this file
+    from domino_jax.drafters.convolution import Convolution
     from domino_jax.drafters.heads.base import Head
     from domino_jax.weights import TensorRow
 
@@ -241,7 +243,8 @@ class DraftConfig(DecoderConfig):
     """A block-parallel drafter: DFlash's backbone, and its head (`domino_jax.drafters.heads`); None is plain DFlash.
 
     `windows[i]` is the sliding window of layer i in positions, or None for full attention. With `causal` (JetSpec) no
-    row of a block sees later ones; in layers with a window they never do.
+    row of a block sees later ones. In layers with a window none does either, unless `sliding_window_non_causal`: then
+    it sees as far ahead as back. With `convolution` (DFlash 2) layers mix each row with those before it.
 
     `confidence_temperatures` are J numbers that the logits of its proposals' confidences are divided by; none when
     empty. `python -m train calibrate` finds them.
@@ -256,6 +259,8 @@ class DraftConfig(DecoderConfig):
     windows: tuple[int | None, ...] = field(default=())
     causal: bool = False
     confidence_temperatures: tuple[float, ...] = ()
+    sliding_window_non_causal: bool = False
+    convolution: "Convolution | None" = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,6 +280,12 @@ class DraftConfig(DecoderConfig):
             )
         if self.causal and None not in self.windows:
             object.__setattr__(self, "causal", False)  # it says nothing
+        if self.sliding_window_non_causal and not any(self.windows):
+            object.__setattr__(self, "sliding_window_non_causal", False)  # nor does it
+        if self.sliding_window_non_causal and self.causal:
+            raise DominoError("a drafter whose windows see both ways has no causal layers: is_causal is one field.")
+        if self.convolution:
+            self.convolution.check(self.hidden_size)
         outside = [i for i in self.target_layer_ids if not 0 <= i < self.num_target_layers]
         if not self.target_layer_ids or outside:
             raise DominoError(
@@ -300,6 +311,7 @@ class DraftConfig(DecoderConfig):
     @property
     def sizes(self) -> dict[str, int]:
         own = {"LD": len(self.target_layer_ids) * self.hidden_size}
+        own |= self.convolution.sizes(self.hidden_size) if self.convolution else {}
         return super().sizes | own | (self.head.sizes if self.head else {})
 
     def to_hf(self) -> dict[str, Any]:
@@ -317,8 +329,14 @@ class DraftConfig(DecoderConfig):
             draft |= nested
         elif self.shift_label:
             draft |= {"sample_from_anchor": True}  # without a head other loaders know this by that name alone
+        architecture = self.head.architecture if self.head else "DFlashDraftModel"
+        if self.convolution:
+            draft |= self.convolution.to_hf()
+            architecture = "DFlash2DraftModel" if architecture == "DFlashDraftModel" else architecture
+        if self.sliding_window_non_causal:
+            top = {**top, "is_causal": False}
         raw = {
-            "architectures": [self.head.architecture if self.head else "DFlashDraftModel"],
+            "architectures": [architecture],
             **self.hf_fields(),
             **top,
             "tie_word_embeddings": False,

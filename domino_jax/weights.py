@@ -99,7 +99,8 @@ class Draft(nnx.Module):
     def __init__(self, config: DraftConfig, leaf: Leaf):
         self.fc: Array = leaf("D LD")
         self.context_norm: Array = leaf("D")
-        self.layers = nnx.List([Layer(leaf, config.attention_bias) for _ in range(config.num_hidden_layers)])
+        layer = config.convolution.layer if config.convolution else Layer
+        self.layers = nnx.List([layer(leaf, config.attention_bias) for _ in range(config.num_hidden_layers)])
         self.norm: Array = leaf("D")
         self.head: Any = config.head.weights(leaf) if config.head else nnx.data(None)
 
@@ -174,8 +175,8 @@ class Params(NamedTuple):
 
 
 def is_matrix(path: str, letters: str) -> bool:
-    """Whether the weight at that path, of those axis letters, is multiplied by, and no norm or bias."""
-    return len(letters.split()) > 1 and not is_bias(path)
+    """Whether the weight at that path, of those axis letters, is multiplied by, and no norm, bias or filter."""
+    return len(letters.split()) > 1 and not is_bias(path) and "CT" not in letters.split()
 
 
 def lm_head(target: Target) -> AnyMatrix:

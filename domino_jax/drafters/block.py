@@ -18,6 +18,7 @@ from domino_jax.cache import init_cache
 from domino_jax.config import BlockShape, DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
+from domino_jax.drafters.convolution import ConvolvedLayer, convolve, convolved_residual, filters
 from domino_jax.drafters.heads import head_of
 from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
@@ -151,13 +152,30 @@ def block(
     positions = start[:, None] + jnp.arange(config.block_size, dtype=jnp.int32)
     angles = layers.rotary(positions, config)
     for i, (layer, window) in enumerate(zip(params.layers, config.windows, strict=True)):
-        y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        y, after = _layer_input(layer, config, x)
         q = layers.queries(layer, y, angles, config.rms_norm_eps)
         cache = cache.append(i, *layers.keys_values(layer, y, angles, config.rms_norm_eps), start)
-        # Every block position sees the whole context and, unless the drafter is causal, the whole block.
-        attended = attend_cached(q, cache, i, start, causal=config.causal, window=window, backend=attention)
-        x = constrain(layers.residual(layer, x, attended, config.rms_norm_eps), "B M D")
+        # Every block position sees the whole context and, unless the layer is causal, the whole block.
+        causal = config.causal if window is None else not config.sliding_window_non_causal
+        attended = attend_cached(q, cache, i, start, causal=causal, window=window, backend=attention)
+        x = constrain(_residual(layer, config, x, attended, after), "B M D")
     return layers.rms_norm(x, params.norm, config.rms_norm_eps), cache
+
+
+def _layer_input(layer: Layer, config: DraftConfig, x: Array) -> tuple[Array, Array | None]:
+    """What attention is given of a block's rows [..., M, D]; of convolutions also the filters of its output."""
+    y = layers.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+    if not isinstance(layer, ConvolvedLayer):
+        return y, None
+    before, after = filters(layer.attention_conv, y)
+    return convolve(before, y), after
+
+
+def _residual(layer: Layer, config: DraftConfig, x: Array, attended: Array, after: Array | None) -> Array:
+    """The rest of a layer after attention; see `_layer_input`."""
+    if after is None or not isinstance(layer, ConvolvedLayer):
+        return layers.residual(layer, x, attended, config.rms_norm_eps)
+    return convolved_residual(layer, x, attended, after, config.rms_norm_eps)
 
 
 def training_blocks(
@@ -194,14 +212,15 @@ def training_blocks(
 
     def run(number: int, layer: Layer, x: Array, c: Array) -> Array:
         layer = gathered(layer, letters.layers[number])
-        y = layers.rms_norm(x, layer.input_norm, eps)
+        y, after = _layer_input(layer, config, x)
         q = layers.queries(layer, y, angles, eps)
         own = layers.keys_values(layer, y, angles, eps)  # [B, A, M, K, H]
         seen = layers.keys_values(layer, c, context_angles, eps)  # [B, S, K, H]
         # To be causal is to have a window without an end.
         window = config.windows[number] or (ENDLESS if config.causal else None)
-        attended = training_attention.attend_blocks(q, own, seen, anchors, first, window, backend)
-        return constrain(layers.residual(layer, x, attended, eps), "B A M D")
+        causal = not config.sliding_window_non_causal
+        attended = training_attention.attend_blocks(q, own, seen, anchors, first, window, backend, causal=causal)
+        return constrain(_residual(layer, config, x, attended, after), "B A M D")
 
     for number, layer in enumerate(params.layers):
         step = partial(run, number)

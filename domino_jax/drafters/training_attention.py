@@ -73,6 +73,7 @@ def attend_blocks(
     window: int | None,
     backend: BlockBackend,
     implementation: Any = "cudnn",
+    causal: bool = True,
 ) -> Array:
     """softmax(q·k / √H) · v over what each block sees, the softmax in float32.
 
@@ -83,6 +84,7 @@ def attend_blocks(
         anchors: [B, A] absolute positions.
         first: [B, A], the first context position that each block sees; 0 when None.
         window: of a sliding layer: a query at p sees the W positions up to p, in its block too.
+        causal: with a window, a query does not see as far ahead as well.
 
     Returns:
         [B, A, M, N, H].
@@ -93,9 +95,10 @@ def attend_blocks(
     if backend == "pallas":
         from domino_jax.kernels import training_attention_tpu  # the others do without Pallas
 
-        return training_attention_tpu.attend_blocks_tpu(q, own, context, anchors, first, window)
+        return training_attention_tpu.attend_blocks_tpu(q, own, context, anchors, first, window, causal=causal)
     group = max(1, ROWS // size)
     alone = partial(_cudnn, implementation=implementation) if backend == "cudnn" else _dense
+    alone = partial(alone, causal=causal)
     if backend == "dense" or blocks <= group:
         return alone(q, own, context, anchors, first, window)
     # The keys' gradients are summed over the groups: in float32.
@@ -117,14 +120,15 @@ def attend_blocks(
     return constrain(out.reshape(q.shape[0], groups * group, *q.shape[2:])[:, :blocks], "B A M N H")
 
 
-def _visible(anchors: Array, first: Array, size: int, length: int, window: int | None) -> tuple[Array, Array]:
+def _visible(
+    anchors: Array, first: Array, size: int, length: int, window: int | None, causal: bool
+) -> tuple[Array, Array]:
     """What blocks see of the context [B, A, M, S], and of themselves [M, M]."""
     offsets, seen = jnp.arange(size, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
     places = (anchors[..., None] + offsets)[..., None]  # [B, A, M, 1]
     low, high = first[:, :, None, None], anchors[:, :, None, None]
-    return (seen >= low) & (seen < high) & in_window(places - seen, window), in_window(
-        offsets[:, None] - offsets, window
-    )
+    before = (seen >= low) & (seen < high) & in_window(places - seen, window)
+    return before, in_window(offsets[:, None] - offsets, window, causal)
 
 
 def _cudnn(
@@ -135,11 +139,12 @@ def _cudnn(
     first: Array,
     window: int | None,
     implementation: Any,
+    causal: bool,
 ) -> Array:
     """One attention of all blocks' rows over [context ; the rows of all blocks], told by a mask what each sees."""
     batch, blocks, size = q.shape[:3]
     rows = blocks * size
-    before, inside = _visible(anchors, first, size, context[0].shape[1], window)
+    before, inside = _visible(anchors, first, size, context[0].shape[1], window, causal)
     apart = jnp.eye(blocks, dtype=bool)[:, None, :, None] & inside[None, :, None, :]  # [A, M, A, M]
     mask = jnp.concatenate(
         [before.reshape(batch, rows, -1), jnp.broadcast_to(apart.reshape(rows, rows), (batch, rows, rows))], axis=-1
@@ -161,12 +166,13 @@ def _dense(
     anchors: Array,
     first: Array,
     window: int | None,
+    causal: bool,
 ) -> Array:
     """All scores at once, in two pieces: [M, S] and [M, M] a block."""
     batch, blocks, size, _, width = q.shape
     (own_k, own_v), (ctx_k, ctx_v) = own, context
     length = ctx_k.shape[1]
-    before, inside = _visible(anchors, first, size, length, window)
+    before, inside = _visible(anchors, first, size, length, window, causal)
     groups = q.reshape(batch, blocks, size, own_k.shape[3], -1, width)
     outer = jnp.einsum("BAMKGH,BSKH->BKGAMS", groups, ctx_k, preferred_element_type=jnp.float32)
     inner = jnp.einsum("BAMKGH,BAXKH->BKGAMX", groups, own_k, preferred_element_type=jnp.float32)

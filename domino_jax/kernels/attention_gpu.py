@@ -102,7 +102,7 @@ def _attend(
         place = part * most + jnp.arange(most, dtype=jnp.int32)
         query = begin + jax.lax.div(place, jnp.full_like(place, group))
         last = jnp.minimum(jax.lax.div(part * most + most - 1, group), tokens - 1)
-        end = jnp.minimum(begin + (last + 1 if causal or window is not None else tokens), capacity)
+        end = jnp.minimum(begin + (last + 1 if causal else tokens), capacity)
         behind, first = jax.lax.div(end + keys - 1, keys), 0
         if window is not None:
             first = jax.lax.div(jnp.maximum(begin + jax.lax.div(part * most, group) - window + 1, 0), keys)
@@ -115,9 +115,9 @@ def _attend(
             key = j * keys + jnp.arange(keys, dtype=jnp.int32)
             k, v = read((one, other), b, h, key)
             scores = product(queries, k, (((1,), (1,)), ((), ()))) * width**-0.5
-            seen = key[None] <= query[:, None] if causal or window is not None else key[None] < begin + tokens
+            seen = key[None] <= query[:, None] if causal else key[None] < begin + tokens
             if window is not None:
-                seen &= key[None] > query[:, None] - window
+                seen &= (key[None] > query[:, None] - window) & (key[None] < query[:, None] + window)
             scores = jnp.where(seen, scores, LEAST)
             # A query that has seen nothing yet sums anything, and forgets it with its first finite score.
             now = jnp.maximum(largest, scores.max(axis=1))

@@ -49,7 +49,7 @@ def attend_tpu(
         """The first block of the cache that queries of block `part` can see, and the last, in a row from `begin` on."""
         first = jax.lax.div(part * most, group)
         last = jnp.minimum(jax.lax.div(part * most + most - 1, group), tokens - 1)
-        end = begin + (last if causal or window is not None else tokens - 1)
+        end = begin + (last if causal else tokens - 1)
         end = jax.lax.div(jnp.minimum(end, capacity - 1), keys)
         if window is None:
             return jnp.zeros_like(end), end
@@ -78,9 +78,9 @@ def attend_tpu(
             row = part * most + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             query = starts[b] + jax.lax.div(row, jnp.full_like(row, group))
             key = j * keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            seen = key <= query if causal or window is not None else key < starts[b] + tokens
+            seen = key <= query if causal else key < starts[b] + tokens
             if window is not None:
-                seen &= key > query - window
+                seen &= (key > query - window) & (key < query + window)
             scores = jnp.where(seen, scores * width**-0.5, jnp.finfo(jnp.float32).min)
             # A query that has seen nothing yet sums anything, and forgets it with its first finite score.
             before = largest[:, :1]

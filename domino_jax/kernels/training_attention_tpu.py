@@ -44,13 +44,14 @@ def attend_blocks_tpu(
     first: Array,
     window: int | None,
     interpret: bool | None = None,
+    causal: bool = True,
 ) -> Array:
     """`training_attention.attend_blocks` by the kernel. On a mesh each device runs it over its own rows and heads.
 
     Args:
         interpret: run the kernel as XLA operations, for tests; when None where the program is compiled for a CPU.
     """
-    run = partial(_attend, window=window, interpret=interpret)
+    run = partial(_attend, window=window, interpret=interpret, causal=causal)
     if not jax.sharding.get_abstract_mesh().empty:
         of_blocks, of_context, places = spec("B A M N H"), spec("B S K H"), spec("B A")
         # No check of what varies over which axis: it does not look into custom calls.
@@ -71,6 +72,7 @@ def _attend(
     first: Array,
     window: int | None,
     interpret: bool | None,
+    causal: bool,
 ) -> Array:
     batch, count, size, heads, width = q.shape
     kv_heads = own[0].shape[3]
@@ -108,7 +110,7 @@ def _attend(
     # The own part, which every query has, and the sum of both.
     inner = jnp.einsum("BAMKGH,BAXKH->BAMKGX", queries, own[0], preferred_element_type=jnp.float32) * width**-0.5
     offsets = jnp.arange(size, dtype=jnp.int32)
-    inside = in_window(offsets[:, None] - offsets, window)[:, None, None]
+    inside = in_window(offsets[:, None] - offsets, window, causal)[:, None, None]
     inner = jnp.where(inside, inner, LEAST)
     largest = jax.lax.stop_gradient(jnp.maximum(inner.max(axis=-1), before))
     weights, kept = jnp.exp(inner - largest[..., None]), jnp.exp(before - largest)

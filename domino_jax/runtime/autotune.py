@@ -61,10 +61,11 @@ def fastest_backend(backends: Sequence[Backend], config: DecoderConfig, dtype: A
         run = jax.jit(partial(attend, causal=causal, window=window, backend=backend))
         return np.asarray(run(queries(count), k, v, starts))
 
-    # How a model calls attention: a verification, a plain step, a drafter's block of either kind of layer, a part of a
-    # prompt.
+    # How a model calls attention: a verification, a plain step, a drafter's block, a part of a prompt, a block of
+    # either kind of layer with a window.
     part = min(LARGEST_CHUNK, capacity // 4)
-    calls = [(tokens, True, None), (1, True, None), (tokens, False, None), (tokens, False, WINDOW), (part, True, None)]
+    calls = [(tokens, True, None), (1, True, None), (tokens, False, None), (part, True, None)]
+    calls += [(tokens, True, WINDOW), (tokens, False, WINDOW)]
     timed = queries(tokens)[:1], k[:1], v[:1], jnp.full(1, capacity * 3 // 4, jnp.int32)
     programs: dict[Backend, Callable[..., Array]] = {}
     notes, expected = [], []

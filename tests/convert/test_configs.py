@@ -418,19 +418,21 @@ def test_a_field_of_another_drafter_is_refused(name):
 @pytest.mark.parametrize("place", ["nested", "top"])
 @pytest.mark.parametrize("name", ["is_causal", "causal", "causal_head", "sliding_window_non_causal"])
 def test_which_rows_of_a_block_are_seen_is_read_or_refused(place, name):
-    """Full attention may be causal, as JetSpec's is; a sliding window always is."""
+    """Full attention may be causal, as JetSpec's is; a sliding window is, unless the file says that it is not."""
     mixed = dataclasses.replace(DOMINO, windows=(7, None))
     for config in (DOMINO, SLIDING, mixed):
         for value in (True, False):
             raw = config.to_hf()
             (raw["dflash_config"] if place == "nested" else raw)[name] = value
             both_ways = value if name == "sliding_window_non_causal" else not value and name != "causal_head"
-            if both_ways and any(config.windows):
-                with refused(f"{name} {json.dumps(value)}, which is not supported"):
-                    parse(raw)
-            else:
-                causal = value and name != "sliding_window_non_causal" and None in config.windows
-                assert read_draft_config(raw) == (dataclasses.replace(config, causal=causal), [])
+            both_ways = both_ways and any(config.windows)
+            causal = value and name != "sliding_window_non_causal" and None in config.windows
+            expected = dataclasses.replace(config, causal=causal, sliding_window_non_causal=both_ways)
+            assert read_draft_config(raw) == (expected, [])
+            if name != "causal_head" and any(config.windows):
+                other = "is_causal" if name == "sliding_window_non_causal" else "sliding_window_non_causal"
+                with refused("sliding_window_non_causal", "give one of them"):
+                    parse(raw | {other: value})
 
 
 def test_windows_by_another_name():
@@ -438,11 +440,14 @@ def test_windows_by_another_name():
     assert parse(sliding | {"use_swa": True, "swa_window_size": 7}) == SLIDING
     with refused("sliding_window 7 and swa_window_size 8"):
         parse(sliding | {"swa_window_size": 8})
-    for change in ({"use_swa": True}, {"use_swa": True, "swa_window_size": 7}):
-        with refused("use_swa true"):
-            parse(DOMINO.to_hf() | change)
-        with refused("use_swa true"):
-            parse(DOMINO.to_hf() | {"dflash_config": DOMINO.to_hf()["dflash_config"] | change})
+    with refused("no sliding_window"):
+        parse(DOMINO.to_hf() | {"use_swa": True})
+    everywhere = {"use_swa": True, "swa_window_size": 7}  # Model-Optimizer's and MiMo's: of every layer, both ways
+    both_ways = dataclasses.replace(SLIDING, sliding_window_non_causal=True)
+    for change in (everywhere, {"dflash_config": DOMINO.to_hf()["dflash_config"] | everywhere}):
+        assert parse(DOMINO.to_hf() | change) == both_ways
+        assert parse(DOMINO.to_hf() | change | {"causal": True}) == SLIDING
+    assert parse(both_ways.to_hf()) == both_ways
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ from convert.draft_configs import read_draft_config, with_overrides
 from convert.packagings import Packaging, packaged, packaging_of, renamed
 from convert.registry import DRAFTERS, TABLE, locate
 from domino_jax.config import DraftConfig, Yarn
+from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten
 
@@ -32,6 +34,9 @@ FILE = Path("models/some/config.json")
 DOMINO = factory.draft_config()
 PLAIN = factory.draft_config(head=None, shift_label=False)
 MARKOV = factory.draft_config(head=MarkovHead(7, enable_confidence_head=True))
+DFLASH2 = dataclasses.replace(
+    PLAIN, head=SelectorHead(7, 6), convolution=Convolution(2, 4), windows=(9, 9), sliding_window_non_causal=True
+)
 CONFIGS: dict[str, DraftConfig] = {
     "Domino": DOMINO,
     "DFlash": PLAIN,
@@ -42,11 +47,17 @@ CONFIGS: dict[str, DraftConfig] = {
     "windows": dataclasses.replace(MARKOV, windows=(7, None)),
     "YaRN": dataclasses.replace(MARKOV, rope_scaling=Yarn(4.0, 128, 1.1)),
     "JetSpec": dataclasses.replace(PLAIN, causal=True),
+    "DFlash 2": DFLASH2,
+    "DFlash 2, no selector": dataclasses.replace(DFLASH2, head=None),
+    "DFlash 2, selector alone": dataclasses.replace(DFLASH2, convolution=None, windows=(None, None)),
+    "windows both ways": dataclasses.replace(MARKOV, windows=(7, None), sliding_window_non_causal=True),
     "causal Domino": dataclasses.replace(DOMINO, causal=True, windows=(None, 4)),
     "calibrated": dataclasses.replace(MARKOV, confidence_temperatures=(0.5, 1.0, 1.25, 3.0, 8.0)),
 }
 FORMS: tuple[Packaging, ...] = ("specforge", "deepspec", "speculators")
 NONE = {("deepspec", "Domino"): "no Domino drafters", ("deepspec", "causal Domino"): "no Domino drafters"}
+NONE |= {("deepspec", name): "no DFlash 2 drafters" for name in CONFIGS if name.startswith("DFlash 2")}
+NONE |= {("speculators", name): "both convolutions and selector" for name in CONFIGS if name.startswith("DFlash 2, ")}
 NONE |= {("speculators", name): "no causal blocks" for name in ("JetSpec", "causal Domino")}
 
 
@@ -71,11 +82,16 @@ def test_a_drafter_is_the_same_in_every_form_that_has_it(name, form):
 
 @pytest.mark.parametrize(
     "name",
-    ["Domino", "DSpark", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rnn, fill-in", "DeepSpec's DFlash"))],
+    [
+        "Domino",
+        "DSpark",
+        "DFlash 2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("rnn, fill-in", "DeepSpec's DFlash")),
+    ],
 )
 def test_a_folder_keeps_its_bits_from_form_to_form(tmp_path, name):
     """Through every form that has it, with copies of the target's matrices, and back."""
-    changes = {"head": CONFIGS[name].head, "shift_label": CONFIGS[name].shift_label}
+    changes = {field: getattr(CONFIGS[name], field) for field in ("head", "shift_label", "convolution")}
     make_target(tmp_path / "target")
     config = make_draft(tmp_path / "ours", **changes)
     before, at = load_file(tmp_path / "ours" / hf.SINGLE), tmp_path / "ours"
@@ -123,6 +139,24 @@ MODELOPT = SPECFORGE | {
 }  # fmt: skip
 EXPORTED = DEEPSPEC | {"dflash_config": SPECFORGE["dflash_config"], "mask_token_id": None, "target_layer_ids": None}
 FILL_IN = dataclasses.replace(MARKOV, shift_label=False)
+# z-lab's file for Muse Glimmer, but for its sizes and its target's scales (heads.md, 2.1).
+MUSE = LAYERS | {
+    "architectures": ["DFlash2DraftModel"], "model_type": "qwen3", "is_causal": False, "num_target_layers": 3,
+    "dflash_config": {"block_size": 5, "conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 7,
+                      "selector_top_k": 6, "mask_token_id": 88, "target_layer_ids": [1, 0]},
+    "layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "use_sliding_window": True,
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "tie_word_embeddings": False,
+}  # fmt: skip
+for field in ("block_size", "mask_token_id", "target_layer_ids", "shift_label", "windows"):
+    MUSE.pop(field, None)
+
+
+def muse(top: Any = (), **nested: Any) -> dict[str, Any]:
+    """The same with other fields; ... takes one away from dflash_config."""
+    inside = {name: value for name, value in (MUSE["dflash_config"] | nested).items() if value is not ...}
+    return MUSE | dict(top) | {"dflash_config": inside}
+
+
 FILES: dict[str, tuple[dict[str, Any], DraftConfig, str]] = {
     "DeepSpec's DSpark": (DEEPSPEC, MARKOV, "DeepSpec's"),
     "DeepSpec's DFlash": (
@@ -146,6 +180,12 @@ FILES: dict[str, tuple[dict[str, Any], DraftConfig, str]] = {
         PLAIN.to_hf() | {"dflash_config": PLAIN.to_hf()["dflash_config"] | {"causal_head": False}}, PLAIN, "JetSpec's"),
     "vLLM's causal": (PLAIN.to_hf() | {"is_causal": True}, CONFIGS["JetSpec"], "z-lab's"),
     "Domino's": (DOMINO.to_hf(), DOMINO, "SpecForge's"),
+    "DFlash 2's": (MUSE, DFLASH2, "z-lab's"),
+    "DFlash 2's, by the older name": (muse({"architectures": ["DFlashDraftModel"]}), DFLASH2, "z-lab's"),
+    "DFlash 2's, with windows that see back": (
+        muse({"is_causal": True}), dataclasses.replace(DFLASH2, sliding_window_non_causal=False), "z-lab's"),
+    "DFlash 2's, with the target's neutral scales": (
+        muse({"input_embedding_scale": 1}, final_logit_softcapping=None, output_multiplier=1.0), DFLASH2, "z-lab's"),
 }  # fmt: skip
 
 
@@ -173,7 +213,7 @@ UNDETERMINED = DEEPSPEC | {"architectures": ["DFlashDraftModel"]}  # Hikari07jp'
         ({"dspark_bonus_anchor": False, "sample_from_anchor": False}, ["sample_from_anchor false", "false"]),
         ({"is_causal": True, "causal_head": False}, ["is_causal true and causal_head false", "one setting"]),
         ({"dspark_block_size": 5}, ["dspark_block_size 5"]),
-        ({"architectures": ["DFlash2DraftModel"]}, ["DFlash 2, with convolutions"]),
+        ({"architectures": ["DFlash2DraftModel"]}, ["DFlash2DraftModel", 'the head "dspark"', "leave one of them out"]),
         ({"architectures": ["Lfm2DSparkDraftModel"]}, ["for targets of the LFM2 family"]),
         ({"architectures": ["Qwen35DSparkModel"]}, ["Qwen3.5's layers"]),
         ({"architectures": ["Gemma4DSparkModel"]}, ["Gemma 4's layers"]),
@@ -186,6 +226,38 @@ UNDETERMINED = DEEPSPEC | {"architectures": ["DFlashDraftModel"]}  # Hikari07jp'
 def test_what_is_not_determined_or_contradicts_itself_is_refused(change, words):
     with refused(str(FILE), *words):
         parse(DEEPSPEC | change)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (muse(conv_kernel_size=..., conv_group_size=..., selector_rank=..., selector_top_k=...), ["neither conv"]),
+        (muse(conv_group_size=...), ["conv_kernel_size 2 and conv_group_size 0"]),
+        (muse(selector_rank=...), ["no selector_rank"]),
+        (muse(selector_top_k=...), ["no selector_top_k"]),
+        (muse(conv_group_size=5), ["conv_group_size 5 does not divide"]),
+        (muse({"markov_rank": 7}), ["selector_rank", "markov_rank"]),
+        (muse(projector_type="domino"), ["selector_rank", '"domino"']),
+        (muse(projector_type="dflash"), ["selector_rank", '"dflash"']),
+        (muse(selector_rank=..., selector_top_k=..., projector_type="domino"), ["conv_kernel_size", '"domino"']),
+        (muse({"selector_rank": 9}), ["selector_rank 7", "selector_rank 9"]),
+        (muse(final_logit_softcapping=20.0), ["final_logit_softcapping 20.0"]),
+        (muse(output_multiplier=0.196), ["output_multiplier 0.196"]),
+        (muse({"input_embedding_scale": 2.0}), ["input_embedding_scale 2.0"]),
+    ],
+    ids=str,
+)
+def test_a_dflash2_file_that_is_not_whole_or_asks_for_more_is_refused(raw, words):
+    with refused(str(FILE), *words):
+        parse(raw)
+
+
+@pytest.mark.parametrize(("head", "convolution"), [(SelectorHead(7, 6), None), (None, Convolution(2, 4))])
+def test_tensors_of_dflash2_that_the_config_does_not_have_are_named(tmp_path, head, convolution):
+    make_draft(tmp_path / "draft", head=head, convolution=convolution)
+    for ours in (BYTE_DRAFT, dataclasses.replace(BYTE_DRAFT, head=None)):
+        with refused("is of a DFlash 2 drafter", "selector_rank"):
+            folders.load_weights(tmp_path / "draft", ours)
 
 
 @pytest.mark.parametrize("anchored", [True, False])

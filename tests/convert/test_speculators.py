@@ -14,8 +14,10 @@ from convert import folders, hf
 from convert.check import check_folder
 from convert.draft_configs import export_warnings, is_drafter, least_depth, read_draft_config
 from domino_jax.config import DraftConfig
+from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten
 
@@ -117,7 +119,8 @@ def test_which_rows_propose_is_what_the_file_says_or_how_many_tokens_it_proposes
     ("changes", "words"),
     [
         ({"speculators_model_type": "eagle3"}, 'speculators_model_type "eagle3"'),
-        ({"speculators_model_type": "dflash2"}, 'speculators_model_type "dflash2"'),
+        ({"speculators_model_type": "dflash2"}, "the anchor's own row proposes"),
+        ({"speculators_model_type": "peagle"}, 'speculators_model_type "peagle"'),
         ({"speculators_model_type": "jetspec"}, 'speculators_model_type "jetspec"'),
         ({"speculators_model_type": ...}, "speculators_model_type null"),
         ({"aux_hidden_state_layer_ids": ...}, "no aux_hidden_state_layer_ids"),
@@ -181,6 +184,19 @@ def test_a_dspark_drafter_has_the_librarys_defaults():
     found, (warning,) = read_draft_config(raw, 3, FILE)
     assert found.shift_label and "sample_from_anchor" in warning
     assert not read_draft_config(raw | {"speculators_config": proposing(4)}, 3, FILE)[0].shift_label  # as GLM-5.2's
+
+
+def test_a_dflash2_drafter_has_the_librarys_defaults():
+    config = dataclasses.replace(PLAIN, head=SelectorHead(256, 16), convolution=Convolution(2, 16))
+    raw = theirs(config, speculators_model_type="dflash2", sample_from_anchor=...)
+    assert read_draft_config(raw, 3, FILE) == (config, [])
+    assert read_draft_config(raw | {"speculators_config": None}, 3, FILE) == (config, [])
+    raw |= {"conv_kernel_size": 3, "conv_group_size": 8, "selector_rank": 5, "selector_top_k": 4}
+    raw |= {"sliding_window_non_causal": True}
+    raw["transformer_layer_config"] |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 7}
+    expected = dataclasses.replace(config, head=SelectorHead(5, 4), convolution=Convolution(3, 8), windows=(7, 7))
+    expected = dataclasses.replace(expected, sliding_window_non_causal=True)
+    assert read_draft_config(raw, 3, FILE) == (expected, [])
 
 
 def test_an_unknown_field_is_named():

@@ -38,7 +38,8 @@ CASES = {  # T, G, K, causal, window
     "verification": (17, 4, 2, True, None),
     "five heads share one": (9, 5, 1, True, None),
     "a block": (16, 2, 2, False, None),
-    "a block in a window": (16, 1, 3, False, 5),
+    "a block in a window": (16, 1, 3, True, 5),
+    "a block in a window both ways": (16, 1, 3, False, 5),
     "a window larger than a block of the cache": (4, 3, 1, True, 150),
     "a prompt": (64, 2, 1, True, None),
 }
@@ -73,7 +74,7 @@ def expected(q: Array, k: Array, v: Array, starts: list[int], causal: bool, wind
         for t in range(q.shape[1]):
             here = start + t
             first = 0 if window is None else max(0, here - window + 1)
-            visible[t, first : here + 1 if causal or window else live] = True
+            visible[t, first : here + 1 if causal else live if window is None else here + window] = True
         rows.append(reference.attention(query, key, value, visible))
     return np.stack(rows)
 

@@ -38,7 +38,8 @@ CALLS: dict[str, tuple[int, bool, int | None]] = {  # queries, causal, window
     "a plain step": (1, True, None),
     "verification": (17, True, None),
     "a drafter's block": (16, False, None),
-    "a drafter's block in a window": (16, False, WINDOW),
+    "a drafter's block in a window": (16, True, WINDOW),
+    "a drafter's block in a window both ways": (16, False, WINDOW),
     "a part of a prompt": (512, True, None),
 }
 

@@ -24,10 +24,12 @@ from domino_jax.drafters.assistant import AssistantDrafter
 from domino_jax.drafters.base import Drafter
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.combined import CombinedDrafter
+from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.dual_view import DualViewConfig, DualViewDrafter
 from domino_jax.drafters.heads import choosing
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.drafters.ngram import NgramDrafter
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.drafters.view_tree import DualViewTreeDrafter
@@ -241,19 +243,23 @@ TARGET = dataclasses.replace(
 DRAFTERS = {
     "Domino": {"block_size": 3, "head": DominoHead(5, 4, 1)},
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
+    "DFlash 2": {"block_size": 4, "shift_label": False, "head": SelectorHead(4, 3), "convolution": Convolution(2, 4)},
     "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn", enable_confidence_head=True)},
 }
 OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head")
 EARLY = tuple(f"{name}, ended early" for name in DRAFTERS)
 OTHERS += EARLY
 VIEWS = ("Orthrus", "Orthrus, drawn", "Orthrus, tree", "Orthrus, head")
-OTHERS += VIEWS
-THRESHOLDS = {"Domino, ended early": 0.3, "DFlash, ended early": 0.3, "DSpark, ended early": 0.3}
+OTHERS += (*VIEWS, "DFlash 2, tree")
+THRESHOLDS = dict.fromkeys(EARLY, 0.3)
 RARE = (
     *VIEWS,
     "DFlash",
+    "DFlash 2",
+    "DFlash 2, tree",
     "DSpark",
     "DFlash, ended early",
+    "DFlash 2, ended early",
     "DSpark, ended early",
     "Domino and n-gram",
     "tree without a head",
@@ -299,7 +305,10 @@ def make(drafter: str) -> Pair:
     if drafter in OTHERS:
         domino = make("Domino")
         assert domino.configs.drafter is not None and domino.configs.draft is not None
+        dflash2 = make("DFlash 2")
+        assert dflash2.configs.draft is not None
         made: dict[str, tuple[Drafter, Any]] = {
+            "DFlash 2, tree": (TreeDrafter(dflash2.configs.draft, nodes=5), dflash2.params.draft),
             "tree": (TreeDrafter(domino.configs.draft, nodes=5), domino.params.draft),
             "n-gram": (LOOKUP, None),
             "Orthrus": (DualViewDrafter(VIEW), factory.random_weights(VIEW, 13)),

@@ -293,17 +293,45 @@ def draft_block(draft_w, draft_cfg, embed, features, anchor_token, a, block_size
         if layer_types[i] == "sliding_attention":
             distance = block_positions[:, None] - all_positions[None, :]  # q - k
             visible = (distance >= 0) & (distance < draft_cfg["sliding_window"])
+            if draft_cfg.get("is_causal") is False:  # DFlash 2: as far ahead as back
+                visible = np.abs(distance) < draft_cfg["sliding_window"]
         elif draft_cfg["dflash_config"].get("causal_head"):  # JetSpec: a row sees the context and no later row
             visible = block_positions[:, None] >= all_positions[None, :]
         y = rms_norm(x, draft_w[prefix + "input_layernorm.weight"], eps)
+        into, out_of = convolutions(draft_w, draft_cfg, prefix + "attention_conv.", y)
+        y = into(y)
         keys_from = np.concatenate([context, y], axis=0)  # the context side is c as it is, in every layer
         q = project_heads(draft_w, prefix, draft_cfg, "q", y, block_positions)
         k = project_heads(draft_w, prefix, draft_cfg, "k", keys_from, all_positions)
         v = project_heads(draft_w, prefix, draft_cfg, "v", keys_from, all_positions)
         mixed = attention(q, k, v, visible).reshape(size, -1)
-        x = x + output(draft_w, prefix, mixed)
-        x = x + mlp(draft_w, prefix + "mlp.", rms_norm(x, draft_w[prefix + "post_attention_layernorm.weight"], eps))
+        x = x + out_of(output(draft_w, prefix, mixed))
+        y = rms_norm(x, draft_w[prefix + "post_attention_layernorm.weight"], eps)
+        into, out_of = convolutions(draft_w, draft_cfg, prefix + "mlp_conv.", y)
+        x = x + out_of(mlp(draft_w, prefix + "mlp.", into(y)))
     return rms_norm(x, draft_w["norm.weight"], eps)
+
+
+def convolutions(draft_w, draft_cfg, prefix, x):
+    """Section 3, DFlash 2: the two functions around a sublayer, of whose input x [M, D] both have their filters."""
+    taps, group = (draft_cfg["dflash_config"].get(name) for name in ("conv_kernel_size", "conv_group_size"))
+    if not taps:
+        return (lambda v: v), (lambda v: v)
+    base, (rows, width) = f64(draft_w[prefix + "base_kernel"]), x.shape
+    moving = linear(x, draft_w[prefix + "kernel_projection.weight"]).reshape(rows, 2, taps, width // group)
+
+    def side(number):
+        def convolve(v):
+            out = np.zeros_like(v)
+            for t in range(rows):
+                for tap in range(min(taps, t + 1)):
+                    for c in range(width):
+                        out[t, c] += (base[number, tap, c] + moving[t, number, tap, c // group]) * v[t - tap, c]
+            return out
+
+        return convolve
+
+    return side(0), side(1)
 
 
 def has_head(draft_cfg):
@@ -344,6 +372,23 @@ def markov_confidence(draft_w, before, z):
     weight = f64(draft_w["confidence_head.proj.weight"])
     joined = np.concatenate([f64(z), rows], axis=1)[:, : weight.shape[1]]  # without the rows where it takes none
     return sigmoid(linear(joined, weight, draft_w["confidence_head.proj.bias"])[:, 0])
+
+
+def has_selector(draft_cfg):
+    """Section 4: whether the checkpoint has DFlash 2's path selector."""
+    return bool((draft_cfg.get("dflash_config") or {}).get("selector_top_k"))
+
+
+def selector_logits(draft_w, draft_cfg, base_j, z_j, before):
+    """Section 4: DFlash 2's scores of one proposal, base_j [V] and z_j [D] of its row and the token before it: [V],
+    -inf but for the k likeliest of base_j."""
+    name = "candidate_selector."
+    likeliest = np.argsort(-f64(base_j), kind="stable")[: draft_cfg["dflash_config"]["selector_top_k"]]
+    pair = f64(draft_w[name + "predecessor_codebook"])[int(before)]
+    pair = pair * linear(z_j, draft_w[name + "hidden_projection.weight"])
+    scores = np.full(len(base_j), -np.inf)
+    scores[likeliest] = f64(base_j)[likeliest] + f64(draft_w[name + "successor_codebook"])[likeliest] @ pair
+    return scores
 
 
 def proposal_rows(draft_cfg, block_size=None):
@@ -424,6 +469,8 @@ def propose_greedy(draft_w, draft_cfg, embed, lm_head, features, anchor_token, a
         if has_markov(draft_cfg):
             before = [int(anchor_token), *drafts]
             logits[j] = logits[j] + markov_correction(draft_w, draft_cfg, before, z[: j + 1])[j]
+        if has_selector(draft_cfg):
+            logits[j] = selector_logits(draft_w, draft_cfg, logits[j], z[j], token)
         token = int(np.argmax(logits[j]))
         drafts.append(token)
     return drafts, logits

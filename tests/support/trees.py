@@ -59,7 +59,7 @@ def head_following(
         noise: [J, V], with which the target draws a token; where there is some, all but the `top_k` likeliest are out.
     """
     head = reference.has_head(draft_cfg)
-    markov = reference.has_markov(draft_cfg)
+    markov, selector = reference.has_markov(draft_cfg), reference.has_selector(draft_cfg)
     prefix = reference.prefix_length(draft_cfg, draft_cfg["block_size"]) if head else 0 if markov else len(z)
 
     def scores(path: tuple[int, ...]) -> tuple[np.ndarray, Sequence[int]]:
@@ -69,6 +69,9 @@ def head_following(
             before = (anchor, *path)
             logits = logits + reference.markov_correction(draft_w, draft_cfg, before, z[: place + 1])[place]
             names = names if candidates is None else candidates[place]
+        elif selector:
+            before = path[-1] if path else anchor
+            logits = reference.selector_logits(draft_w, draft_cfg, base[place], z[place], before)
         elif place >= prefix:
             state = np.zeros(np.asarray(draft_w["prefix_gru.weight_hh_l0"]).shape[1])
             for token in (anchor, *path):

@@ -374,8 +374,11 @@ def test_chunked_attention_holds_no_scores_of_all_blocks():
     assert two - one < scores / 8, "what grows are the blocks' own rows"
 
 
-@pytest.mark.parametrize(("form", "window"), [("chunked", None), ("chunked", 6), ("cudnn", None), ("cudnn", 6)])
-def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form, window):
+@pytest.mark.parametrize(
+    ("form", "window", "causal"),
+    [("chunked", None, True), ("chunked", 6, True), ("cudnn", None, True), ("cudnn", 6, True), ("cudnn", 2, False)],
+)
+def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form, window, causal):
     """cuDNN's form by JAX's own statement of the function it calls."""
     monkeypatch.setattr(training_attention, "ROWS", 8)  # two blocks at a time, of five
     shapes = {"q": (2, 5, 4, 4, 8), "k": (2, 5, 4, 2, 8), "v": (2, 5, 4, 2, 8), "K": (2, 21, 2, 8), "V": (2, 21, 2, 8)}
@@ -387,9 +390,8 @@ def test_attention_in_groups_and_its_gradients_equal_the_dense(monkeypatch, form
 
     def run(form):
         def loss(q, k, v, K, V):
-            return (
-                training_attention.attend_blocks(q, (k, v), (K, V), places, first, window, form, "xla") * weigh
-            ).sum()
+            given = q, (k, v), (K, V), places, first, window, form, "xla", causal
+            return (training_attention.attend_blocks(*given) * weigh).sum()
 
         return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(5))))(*given)
 

@@ -5,9 +5,10 @@ from domino_jax.drafters.heads.base import Head
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.heads.none import NoHead
+from domino_jax.drafters.heads.selector import SelectorHead
 
 NO_HEAD = NoHead()
-HEADS: dict[str, type[Head]] = {head.projector_type: head for head in (DominoHead, MarkovHead, NoHead)}
+HEADS: dict[str, type[Head]] = {head.projector_type: head for head in (DominoHead, MarkovHead, SelectorHead, NoHead)}
 
 
 def head_of(config: Headed) -> Head:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import factory
+import gguf
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import quantized_files
+from gguf_files import write_gguf
 from quantized_files import AWQ, FLOAT, FORMS, FP8, GPTQ, INT, PACK, QuantizedForm, compressed, quantized_model
 from safetensors.numpy import save_file
 
@@ -21,6 +23,7 @@ from convert import hf
 from convert.__main__ import main
 from convert.check import check_folder
 from convert.folders import convert_folder
+from convert.gguf import as_folder
 from convert.identity import model_fingerprint
 from convert.loading import load_model
 from convert.quantized.writing import quantize_weight
@@ -232,6 +235,11 @@ def random_parts(name: str, out: int, width: int) -> dict[str, np.ndarray]:
     def words(*shape: int) -> np.ndarray:
         return rng.integers(-(2**31), 2**31, shape, np.int32)
 
+    if name.endswith(("blocks", "channel")):
+        codes = rng.integers(0, 64, (out, width), np.int8).view(np.int8 if "int8" in name else ml_dtypes.float8_e4m3fn)
+        if name.endswith("blocks"):
+            return {"weight": codes, "weight_scale_inv": np.full((out // 128, groups), 0.01, np.float32)}
+        return {"weight": codes, "weight_scale": np.full((out, 1), 0.01, ml_dtypes.bfloat16)}
     scales = rng.uniform(0, 0.01, (groups, out)).astype(np.float16)
     if name == "GPTQ":
         return {"qweight": words(width // 8, out), "qzeros": words(groups, out // 8), "scales": scales}
@@ -240,32 +248,49 @@ def random_parts(name: str, out: int, width: int) -> dict[str, np.ndarray]:
     return {"weight_packed": words(out, width // 8), "weight_scale": scales.T, "weight_shape": np.array([out, width])}
 
 
-@pytest.mark.parametrize("name", ["GPTQ", "AWQ", "compressed, 4 bits group"])
+LARGE = [
+    "GPTQ",
+    "AWQ",
+    "compressed, 4 bits group",
+    "FP8, blocks",
+    "compressed, FP8 channel",
+    "compressed, int8 channel",
+]
+
+
+@pytest.mark.parametrize("name", [*LARGE, "GGUF"])
 def test_loading_holds_one_tensor_beside_what_stays(tmp_path, monkeypatch, name):
-    """Of four layers' matrices no two are on the host at once, and of what makes one a block."""
-    monkeypatch.setattr("convert.quantized.modules.BLOCK_VALUES", 2**16)
-    width, inner = 128, 16384
-    config = make(DENSE, num_hidden_layers=4, hidden_size=width, intermediate_size=inner, num_attention_heads=16)
+    """Of sixteen layers' matrices no two are on the host at once, and of what makes one a block."""
+    monkeypatch.setattr("convert.quantized.modules.BLOCK_VALUES", 2**14)
+    monkeypatch.setattr("convert.gguf.tensors.BLOCK_VALUES", 2**14)
+    layers, width, inner = 16, 128, 2048
+    config = make(DENSE, num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=16)
     tensors, layer = factory.hf_weights(factory.random_weights(config, 0), config), "model.layers.{}.mlp.{}_proj."
     shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
-    for number in range(4):
-        for which, shape in shapes.items():
-            before = layer.format(number, which)
-            del tensors[f"{before}weight"]
-            tensors |= {before + ending: part for ending, part in random_parts(name, *shape).items()}
-    settings = json.loads(json.dumps(FORMS[name].settings).replace('"group_size": 16', '"group_size": 128'))
-    write(tmp_path, settings, tensors, config)
+    if name == "GGUF":
+        kind = gguf.GGMLQuantizationType.Q8_0
+        folder = as_folder(write_gguf(tmp_path / "model.gguf", config, tensors, lambda name: kind))
+    else:
+        for number in range(layers):
+            for which, shape in shapes.items():
+                before = layer.format(number, which)
+                del tensors[f"{before}weight"]
+                tensors |= {before + ending: part for ending, part in random_parts(name, *shape).items()}
+        settings = json.dumps(FORMS[name].settings).replace('"group_size": 16', '"group_size": 128')
+        folder = write(tmp_path, json.loads(settings.replace("[10, 20]", "[128, 128]")), tensors, config)
     del tensors
-    hf.load_hf(tmp_path, config, jnp.bfloat16)  # what is imported and compiled stays
+    hf.load_hf(folder, config, jnp.bfloat16)  # what is imported and compiled stays
     tracemalloc.start()
     try:
-        loaded = hf.load_hf(tmp_path, config, jnp.bfloat16)
+        loaded = hf.load_hf(folder, config, jnp.bfloat16)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    largest = 4 * 2 * width * inner  # gate and up, in float32; of all layers' together a sixth
-    assert largest < peak < 1.7 * largest, peak / largest  # both, and one of them while it is put there
-    assert len(flatten(loaded)) > 4
+    largest = 4 * 2 * width * inner  # gate and up, in float32; of all layers' together a twenty-fourth
+    stays = sum(leaf.nbytes for leaf in flatten(loaded).values())
+    # Both, one of them while it is put there, and half a megabyte of Python's own.
+    assert largest < peak < 1.8 * largest, peak / largest
+    assert stays + peak < 1.2 * stays, 1 + peak / stays
 
 
 def test_a_folder_becomes_a_plain_one_and_is_sound(tmp_path):

@@ -203,7 +203,7 @@ class TrainConfig:
     out: Path = Path("runs/drafter")
     """folder of the run"""
     config: Unset[str] = None
-    """TOML file of settings, or a shipped recipe: demo, qwen3-4b, qwen3-8b"""
+    """TOML file of settings, or a shipped recipe: demo, demo-orthrus, qwen3-4b, qwen3-8b"""
     resume: bool = False
     """continue the run in --out, with its own settings"""
     data: DataConfig = field(default_factory=DataConfig)

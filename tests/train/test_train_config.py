@@ -62,6 +62,16 @@ def test_a_floor_above_the_start_is_refused(out, words):
     assert parse_options([*GIVEN, "--lambda-base-floor", "0.3", *out]).objective.lambda_base_floor == 0.3
 
 
+def test_the_recipe_of_a_second_view_is_whole(out):
+    options = parse_options(["--config", "demo-orthrus", "--data", "d.jsonl", *out])
+    values, demo = flat(options), flat(parse_options(["--config", "demo", "--data", "d.jsonl", *out]))
+    assert values["drafter"] == "orthrus"
+    different = {name for name in values if values[name] != demo[name]}
+    own = {"drafter", "layers", "block_size", "target_layer_ids", "init", "gamma", "lambda_base_decay_ratio"}
+    assert different == own, "what is compared has the same data, steps and optimizer"
+    assert parse_options(["--config", "demo-orthrus", "--data", "d.jsonl", "--drafter", "orthrus-domino", *out])
+
+
 @pytest.mark.parametrize("name", ["demo", "qwen3-4b", "qwen3-8b"])
 def test_shipped_recipes_are_whole(name, out):
     options = parse_options(["--config", name, "--data", "d.jsonl", *out])
@@ -194,7 +204,7 @@ def test_a_recipe_that_leaves_the_data_to_the_words_is_not_at_fault(out):
         ("--loss acceptance --position-weights exponential", "weighs a block's proposals by itself"),
         ("--drafter orthrus --head markov", "leave out --head"),
         ("--drafter orthrus-domino --causal", "leave out --causal"),
-        ("--config nothing", "neither a file nor a shipped recipe (demo, qwen3-4b, qwen3-8b)"),
+        ("--config nothing", "neither a file nor a shipped recipe (demo, demo-orthrus, qwen3-4b, qwen3-8b)"),
     ],
 )
 def test_refused_values(out, more, message):

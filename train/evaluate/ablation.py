@@ -9,6 +9,8 @@
     markov      DSpark's head of the token before in the place of Domino's; markov-rnn the form that knows all before
     causal      Domino's head over blocks in which no row sees later ones (JetSpec's)
     dspark      DSpark's head and its own loss, without the curriculum
+    orthrus     a second view of the target, trained as it is usual for those (KL), by a recipe of its own
+    orthrus-domino  the same with Domino's head over it, by Domino's loss and curriculum
 
 What is finished is not run again, and what was begun goes on. The table (ablation.md), every figure (ablation.json) and
 the curves (ablation.png) are written when all drafters are measured.
@@ -49,8 +51,26 @@ KINDS = {
     "markov-rnn": ["--head", "markov", "--markov-head-type", "rnn"],
     "causal": ["--causal"],
     "dspark": ["--head", "markov", "--loss", "dspark", "--enable-confidence-head", "--lambda-base-start", "0"],
+    "orthrus": [],
+    "orthrus-domino": [
+        *("--drafter", "orthrus-domino", "--loss", "ce", "--position-weights", "exponential", "--gamma", "4"),
+        *("--lambda-base-decay-ratio", "0.3"),
+    ],
 }
-Kind = Literal["dflash", "joint", "curriculum", "floor-0.1", "floor-0.3", "markov", "markov-rnn", "causal", "dspark"]
+OF_VIEWS = ("orthrus", "orthrus-domino")
+Kind = Literal[
+    "dflash",
+    "joint",
+    "curriculum",
+    "floor-0.1",
+    "floor-0.3",
+    "markov",
+    "markov-rnn",
+    "causal",
+    "dspark",
+    "orthrus",
+    "orthrus-domino",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,8 @@ class Ablation:
     """folder for the runs, one each, and for what they come to"""
     config: str = "demo"
     """recipe, as for python -m train"""
+    view_config: str = "demo-orthrus"
+    """recipe of the kinds orthrus and orthrus-domino"""
     target: str | None = None
     """the recipe's own when not given"""
     steps: int = 400
@@ -99,7 +121,8 @@ def run_missing(options: Ablation) -> int:
         if (folder / SETTINGS).exists():
             words = ["--resume", "--out", str(folder)]
         else:
-            words = ["--config", o.config, *(["--target", o.target] if o.target else []), "--data", *o.data]
+            recipe = o.view_config if kind in OF_VIEWS else o.config
+            words = ["--config", recipe, *(["--target", o.target] if o.target else []), "--data", *o.data]
             words += ["--steps", str(o.steps), "--seed", str(seed), *KINDS[kind], "--out", str(folder)]
         print("\n$ python -m train " + " ".join(words), flush=True)
         status = subprocess.run(own_command(["train", *words]), env=own_environment()).returncode
@@ -228,6 +251,8 @@ def run_ablation(options: Ablation) -> int:
         check_count("seeds", seed, least=0, limit=2**32)
     require("matplotlib")  # imported when all is trained and measured
     target = options.target or read_recipe(recipe_path(options.config)).target
+    if set(options.kinds) & set(OF_VIEWS):
+        recipe_path(options.view_config)
     if target is None:
         raise UsageError(f"--config {options.config} names no target: give one with --target.")
     check_validate(measurement(options, target, options.out))
@@ -239,7 +264,8 @@ def run_ablation(options: Ablation) -> int:
 def common_settings(options: Ablation, target: str) -> dict[str, Any]:
     """What the runs in a folder have in common."""
     config, data = absolute(options.config), [absolute(given) for given in options.data]
-    return {"config": config, "target": absolute(target), "data": data, "steps": options.steps}
+    views = {"view_config": absolute(options.view_config)} if set(options.kinds) & set(OF_VIEWS) else {}
+    return {"config": config, **views, "target": absolute(target), "data": data, "steps": options.steps}
 
 
 def _run(options: Ablation, target: str) -> int:

@@ -55,6 +55,23 @@ log_every = 2
 """
 
 
+VIEW_RECIPE = """
+[data]
+length = 24
+[drafter]
+drafter = "orthrus"
+block_size = 4
+gru_hidden_dim = 8
+emb_dim = 6
+mask_token_id = 3
+[objective]
+anchors = 4
+[run]
+batch = 4
+log_every = 2
+"""
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
@@ -63,7 +80,9 @@ def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "held.jsonl").write_text("".join(json.dumps({"input_ids": [7, i]}) + "\n" for i in range(5, 9)))
     (tmp_path / "tiny.toml").write_text(RECIPE)
-    words = f"--target {tmp_path}/target --config {tmp_path}/tiny.toml --data {tmp_path}/data.jsonl --steps 4"
+    (tmp_path / "view.toml").write_text(VIEW_RECIPE)
+    words = f"--target {tmp_path}/target --config {tmp_path}/tiny.toml --view-config {tmp_path}/view.toml"
+    words += f" --data {tmp_path}/data.jsonl --steps 4"
     words += f" --prompts {tmp_path}/held.jsonl --out {tmp_path}/runs --seeds 0 --num-prompts 4 --prompt-tokens 2"
     words += " --new-tokens 8 --min-distinct 0 --candidates 5 --trees 4 --kinds " + " ".join(ablation.KINDS)
     assert ablation.main(words.split()) == 0
@@ -116,6 +135,7 @@ def test_the_demo_names_every_command_from_the_text_to_the_measure(tmp_path):
         (["--new-tokens", "0"], 2, "--new-tokens must be at least 1"),
         (["--min-distinct", "nan"], 2, "--min-distinct must be from 0 to 1"),
         (["--config", "nothing"], 2, "neither a file nor a shipped recipe"),
+        (["--kinds", "dflash", "orthrus", "--view-config", "nothing"], 2, "neither a file nor a shipped recipe"),
     ],
 )
 def test_what_an_ablation_would_find_wrong_in_the_end_is_said_before_it_trains(

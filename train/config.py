@@ -16,7 +16,7 @@ from domino_jax.runtime.command import UsageError, words_at_fault
 from domino_jax.runtime.weight_forms import resolve_weights
 
 LossKind = Literal["ce", "kl", "tv", "dspark", "acceptance"]
-HeadKind = Literal["domino", "markov", "none"]
+HeadKind = Literal["domino", "markov", "selector", "none"]
 PositionWeights = Literal["exponential", "uniform", "d-pace"]
 DrafterKind = Literal["block", "orthrus", "orthrus-domino"]
 LambdaSchedule = Literal["linear", "cosine", "constant"]
@@ -68,21 +68,28 @@ class DrafterOptions:
     intermediate_size: Unset[int] = None
     """MLP width of the drafter; the target's when not given"""
     head: HeadKind = "domino"
-    """domino: a GRU over the proposals so far; markov: DSpark's, of the token before; none: plain DFlash"""
+    """domino: a GRU over the proposals so far; markov: DSpark's, of the token before; selector: DFlash 2's, which
+    chooses among the likeliest base logits; none: plain DFlash"""
     gru_hidden_dim: int = 1024
     """width of Domino's GRU"""
     emb_dim: int = 256
-    """rank of the head's correction of the logits (DSpark's markov_rank)"""
+    """rank of the head's correction of the logits (DSpark's markov_rank, DFlash 2's selector_rank)"""
     pure_draft_prefix_len: int = 1
     """Domino's head does not correct this many first proposals"""
     markov_head_type: MarkovHeadType = "vanilla"
     """DSpark's forms of the head; rnn knows all tokens before"""
     enable_confidence_head: bool = False
     """of a Markov head: also learn how likely each proposal is to be accepted"""
+    selector_top_k: int = 16
+    """base logits that a selector chooses among"""
+    conv_kernel_size: int = 0
+    """rows that DFlash 2's convolutions in the layers mix, 2 in its own; none when 0"""
+    conv_group_size: int = 16
+    """channels that share the part of a convolution which depends on the input"""
     causal: bool = False
     """no row of a block sees later ones (JetSpec)"""
     shift_label: Unset[bool] = None
-    """the anchor's own row makes the first proposal; with a head yes, without no, when not given"""
+    """the anchor's own row makes the first proposal; with Domino's head and DSpark's yes, else no, when not given"""
     mask_token_id: Unset[int] = None
     """the tokenizer's mask token when not given; 151669 for Qwen3"""
     init: Literal["random", "target-layers"] = "random"
@@ -242,6 +249,7 @@ HERE = ("out", "config", "resume", "processes")
 
 COUNTS = (
     *("batch", "accumulate", "length", "anchors", "chunk", "layers", "block_size", "gru_hidden_dim", "emb_dim"),
+    *("selector_top_k", "conv_group_size"),
     *("intermediate_size", "steps", "log_every", "save_every", "keep", "validation_tokens", "validation_prompts"),
 )
 REALS = {  # by their ranges
@@ -276,7 +284,7 @@ def check_options(options: TrainConfig) -> TrainConfig:
     for name in COUNTS:
         if values[name] is not None:  # left to the run
             check_count(name, values[name])
-    for name in ("validate_every", "mask_token_id", "pure_draft_prefix_len"):
+    for name in ("validate_every", "mask_token_id", "pure_draft_prefix_len", "conv_kernel_size"):
         if values[name] is not None:
             check_count(name, values[name], least=0)
     for layer in values["target_layer_ids"]:
@@ -312,9 +320,12 @@ def check_options(options: TrainConfig) -> TrainConfig:
 
 OF_BLOCKS = (
     *("layers", "target_layer_ids", "intermediate_size", "shift_label", "init", "freeze_backbone", "features"),
-    *("head", "markov_head_type", "enable_confidence_head", "causal"),
+    *("head", "markov_head_type", "enable_confidence_head", "selector_top_k", "causal", "conv_kernel_size"),
 )
-OF_MARKOV = ("markov_head_type", "enable_confidence_head")
+OF_HEADS = {
+    "markov": ("a Markov head", ("markov_head_type", "enable_confidence_head")),
+    "selector": ("a selector", ("selector_top_k",)),
+}
 OF_TV = ("tv", "dspark", "acceptance")  # losses of the total variation between drafter and target
 
 
@@ -325,6 +336,11 @@ def _check_loss(options: TrainConfig) -> None:
         raise UsageError(
             "--loss acceptance weighs a block's proposals by itself: leave out --position-weights "
             f"{objective.position_weights}."
+        )
+    if options.drafter.head == "selector" and objective.loss not in (None, "ce"):
+        raise UsageError(
+            f"a selector proposes a few tokens alone, and --loss {objective.loss} compares whole distributions: give "
+            "--loss ce."
         )
     if options.drafter.enable_confidence_head and objective.loss not in OF_TV:
         raise UsageError(
@@ -340,9 +356,10 @@ def _check_kind(options: TrainConfig) -> None:
     if kind == "block":
         if options.drafter.freeze_output:
             raise UsageError("--freeze-output is for a second view: give --drafter orthrus.")
-        wrong = [name for name in OF_MARKOV if given[name] != usual[name]]
-        if options.drafter.head != "markov" and wrong:
-            raise UsageError(f"{flag(wrong[0])} is of a Markov head: give --head markov, or leave it out.")
+        for head, (said, names) in OF_HEADS.items():
+            wrong = [name for name in names if given[name] != usual[name]]
+            if options.drafter.head != head and wrong:
+                raise UsageError(f"{flag(wrong[0])} is of {said}: give --head {head}, or leave it out.")
         return
     head_alone = kind == "orthrus-domino" and options.drafter.init_from is not None
     others = [name for name in OF_BLOCKS if name != "freeze_backbone" or not head_alone]
@@ -383,6 +400,8 @@ def view_config(options: DrafterOptions, target: TargetConfig) -> "DualViewConfi
 
 def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:
     """The drafter's config, once its mask token is known: its layers have the target's geometry."""
+    from domino_jax.drafters.convolution import Convolution  # imports JAX, which settings are read without
+
     assert options.mask_token_id is not None
     return DraftConfig(
         **target.geometry(
@@ -393,18 +412,24 @@ def draft_config(options: DrafterOptions, target: TargetConfig) -> DraftConfig:
         mask_token_id=options.mask_token_id,
         target_layer_ids=options.target_layer_ids or choose_target_layer_ids(target.num_hidden_layers, options.layers),
         num_target_layers=target.num_hidden_layers,
-        shift_label=options.head != "none" if options.shift_label is None else options.shift_label,
+        shift_label=options.head in ("domino", "markov") if options.shift_label is None else options.shift_label,
         head=_head(options),
         causal=options.causal,
+        convolution=Convolution(options.conv_kernel_size, options.conv_group_size)
+        if options.conv_kernel_size
+        else None,
     )
 
 
 def _head(options: DrafterOptions) -> "Head | None":
     from domino_jax.drafters.heads.domino import DominoHead  # imports JAX, which settings are read without
     from domino_jax.drafters.heads.markov import MarkovHead
+    from domino_jax.drafters.heads.selector import SelectorHead
 
     if options.head == "markov":
         return MarkovHead(options.emb_dim, options.markov_head_type, options.enable_confidence_head)
+    if options.head == "selector":
+        return SelectorHead(options.emb_dim, options.selector_top_k)
     if options.head == "domino":
         return DominoHead(options.gru_hidden_dim, options.emb_dim, options.pure_draft_prefix_len)
     return None

@@ -65,10 +65,11 @@ def from_target(
     made = dict(weights)
     theirs = flatten(target)
     for i in range(layers):
+        own = [path for path in weights if path.startswith(f"layers.{i}.") and "_conv." not in path]
         made |= {
             path: theirs[path.replace(f"layers.{i}.", f"layers.{depth - layers + i}.", 1)]
-            for path in weights
-            if path.startswith(f"layers.{i}.") and (config.qk_norm or not path.endswith(("q_norm", "k_norm")))
+            for path in own
+            if config.qk_norm or not path.endswith(("q_norm", "k_norm"))
         }
         if not config.qk_norm:  # one that leaves the mean size of queries and keys as it is
             layer = target.layers[depth - layers + i]

@@ -24,6 +24,9 @@ Losses of a proposal with distribution q where the target's is p and the label i
     acceptance   -Σ_j Π_{i ≤ j} (1 - tv_i) over the block: minus the number of drafts that are accepted until one
                  fails. It is divided by the number of blocks. Rows without supervision are passed over.
 
+Where a head chooses among the k highest base logits (DFlash 2's selector), the final branch's distribution is over
+those alone. The label is put in the place of the last of them where it is not there, and then counts as missed.
+
 A confidence head learns 1 - tv of the final branch, without a gradient to it, by binary cross-entropy, weighted as the
 rest is. That is added to the loss as it is.
 """
@@ -41,6 +44,7 @@ from domino_jax.drafters import block, training_attention
 from domino_jax.drafters.dual_view import DualView, DualViewConfig, training_view_blocks
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import Correction
+from domino_jax.drafters.heads.choosing import largest
 from domino_jax.layers import unembed
 from domino_jax.matrix import AnyMatrix
 from domino_jax.sharding import constrain, gathered, row_shards
@@ -426,6 +430,14 @@ def chunked_scores(
             added = jnp.einsum("XTR,XVR->XTV", rank, low.astype(rank.dtype), preferred_element_type=jnp.float32)
             final = constrain(base + added, "B - V")
         names = jnp.arange(output.shape[0], dtype=labels.dtype)
+        proposed = None
+        if correction is not None and correction.among is not None:
+            # The label takes the place of the last one where it is not among them.
+            last = largest(base, correction.among, divided=True)[0][..., -1:]
+            found = jnp.where(names == labels[..., None], base, 0).sum(axis=-1, keepdims=True) >= last
+            proposed = found[..., 0]
+            kept = (base > last) | (found & (base == last)) | (names == labels[..., None])
+            final = jnp.where(kept, final, -jnp.inf)
         likely = None
         if seen is not None:
             theirs = vocabulary(seen)
@@ -445,7 +457,10 @@ def chunked_scores(
                 divergence = surprise - (likely * logits).sum(axis=-1) + total
             return Scores(total - ours, jnp.argmax(logits, axis=-1) == labels, divergence)
 
-        return score(final), score(base)
+        ends = score(final)
+        if proposed is not None:
+            ends = ends._replace(hit=ends.hit & proposed)
+        return ends, score(base)
 
     def cut_vectors(x: Array | None) -> Array | None:
         return None if x is None else cut(x, x.shape[-1:])

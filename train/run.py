@@ -294,6 +294,8 @@ def initial_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
         weights = copied_view(weights, dequantized(fetch(setup.frozen)))
     for path in under("head", head_of(draft).zero_at_first):  # no correction to begin with
         weights[path] = jnp.zeros_like(weights[path])
+    if isinstance(draft, DraftConfig) and draft.convolution:
+        weights |= draft.convolution.at_first(weights)
     if options.drafter.init == "target-layers" and isinstance(draft, DraftConfig):
         weights = from_target(weights, draft, setup.recipe.target, dequantized(fetch(setup.frozen)))
     if options.drafter.init_from:

@@ -9,6 +9,7 @@ with x = norm(h) of the block's rows alone, and δ a projection of x,
 Nothing crosses the beginning of a block, and the context is never convolved.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,6 +102,15 @@ class Convolution:
         """Sizes of the axis letters of its weights."""
         taps = self.conv_kernel_size
         return {"CS": SIDES, "CT": taps, "CG": SIDES * taps * (width // self.conv_group_size)}
+
+    def at_first(self, weights: Mapping[str, Array]) -> dict[str, Array]:
+        """The convolutions' weights before training, with which each row passes as it is.
+
+        Args:
+            weights: a drafter's, by path.
+        """
+        made = {path: jnp.zeros_like(w) for path, w in weights.items() if "_conv." in path}
+        return {path: w.at[:, 0].set(1) if path.endswith(".base_kernel") else w for path, w in made.items()}
 
     def describe(self) -> str:
         """Its sizes in a few words."""

@@ -379,11 +379,13 @@ def has_selector(draft_cfg):
     return bool((draft_cfg.get("dflash_config") or {}).get("selector_top_k"))
 
 
-def selector_logits(draft_w, draft_cfg, base_j, z_j, before):
+def selector_logits(draft_w, draft_cfg, base_j, z_j, before, label=None):
     """Section 4: DFlash 2's scores of one proposal, base_j [V] and z_j [D] of its row and the token before it: [V],
-    -inf but for the k likeliest of base_j."""
+    -inf but for the k likeliest of base_j. In training the label takes the last place where it is not among them."""
     name = "candidate_selector."
     likeliest = np.argsort(-f64(base_j), kind="stable")[: draft_cfg["dflash_config"]["selector_top_k"]]
+    if label is not None and label not in likeliest:
+        likeliest[-1] = label
     pair = f64(draft_w[name + "predecessor_codebook"])[int(before)]
     pair = pair * linear(z_j, draft_w[name + "hidden_projection.weight"])
     scores = np.full(len(base_j), -np.inf)
@@ -716,6 +718,11 @@ def training_loss(
         final = corrected_logits(draft_w, draft_cfg, base, z, states)
         if has_markov(draft_cfg):
             final = base + markov_correction(draft_w, draft_cfg, eaten, z)
+        if has_selector(draft_cfg):
+            labels = [ids[a + j] if a + j < length else 0 for j in range(1, len(rows) + 1)]
+            final = np.stack(
+                [selector_logits(draft_w, draft_cfg, *row) for row in zip(base, z, eaten, labels, strict=True)]
+            )
 
         supervised = [a + j < length and bool(loss_mask[a + j]) for j in range(1, len(rows) + 1)]
         if objective == "dspark":
@@ -727,6 +734,9 @@ def training_loss(
                 if supervised[j - 1]:
                     ce[j - 1] = cross_entropy(logits[j - 1], ids[a + j])
                     right[j - 1] = int(np.argmax(logits[j - 1])) == ids[a + j]
+                    if branch == "final" and has_selector(draft_cfg):
+                        proposed = selector_logits(draft_w, draft_cfg, base[j - 1], z[j - 1], eaten[j - 1])
+                        right[j - 1] &= bool(np.isfinite(proposed[ids[a + j]]))
                     loss[j - 1] = ce[j - 1]
                     theirs = softmax(target_logits[a + j - 1])
                     variation[j - 1] = t = 0.5 * np.abs(softmax(logits[j - 1]) - theirs).sum()

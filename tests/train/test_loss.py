@@ -18,6 +18,7 @@ from domino_jax.drafters import training_attention
 from domino_jax.drafters.heads.base import Correction, under
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError
 from domino_jax.weights import flatten, init_weights
 from train import anchors
@@ -127,6 +128,9 @@ CASES = [
         {"objective": "acceptance", "weights": "uniform"},
         id="rnn, acceptance",
     ),
+    pytest.param(
+        dataclasses.replace(make_draft(False, None), head=SelectorHead(5, 4)), 0.5, {}, {}, id="selector of few"
+    ),
     pytest.param(with_markov("vanilla", confidence=True), 0.0, DSPARK, {"objective": "dspark"}, id="dspark"),
     pytest.param(
         with_markov("gated", False, causal=True, windows=(None, 3)), 0.4, {}, {}, id="gated, causal blocks, unshifted"
@@ -168,8 +172,8 @@ def test_loss_and_report_equal_the_restatement(monkeypatch, draft, lam, ours, re
         pytest.param(*CASES[2].values, id=CASES[2].id, marks=pytest.mark.slow),
         CASES[6],
         pytest.param(*CASES[8].values, id=CASES[8].id, marks=pytest.mark.slow),
-        *CASES[9:11],
-        pytest.param(*CASES[11].values, id=CASES[11].id, marks=pytest.mark.slow),
+        *CASES[9:12],
+        pytest.param(*CASES[12].values, id=CASES[12].id, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_equal_differences_of_the_restatement(draft, lam, ours, restate):
@@ -191,7 +195,7 @@ def test_gradients_equal_differences_of_the_restatement(draft, lam, ours, restat
         ["fc.weight", "hidden_norm.weight"],
         [n for n in weights if n.startswith("layers.")],
         ["norm.weight"],
-        [n for n in weights if n.startswith(("prefix_gru", "embed_proj", "markov_head"))],
+        [n for n in weights if n.startswith(("prefix_gru", "embed_proj", "markov_head", "candidate_selector"))],
         [n for n in weights if n.startswith("confidence_head")],
     ]
     # The labels of a confidence head are held: the loss has no gradient through them.

@@ -13,7 +13,9 @@ import pytest
 from domino_jax.config import DraftConfig
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.weights import Params, flatten, init_weights, unflatten
 from train.config import Objective, OptimizerConfig, Recipe
 from train.loss import Inputs
@@ -29,6 +31,13 @@ DRAFTERS: dict[str, tuple[DraftConfig, dict[str, Any]]] = {
     "dspark": (factory.draft_config(TARGET, head=MarkovHead(7, "vanilla", True), **BLOCK), DSPARK),
     "rnn, causal": (factory.draft_config(TARGET, head=MarkovHead(7, "rnn"), causal=True, **BLOCK), {}),
     "gated, total variation": (factory.draft_config(TARGET, head=MarkovHead(7, "gated"), **BLOCK), {"loss": "tv"}),
+    "selector": (factory.draft_config(TARGET, head=SelectorHead(7, 6), shift_label=False, **BLOCK), {}),
+    "selector and convolutions": (
+        factory.draft_config(
+            TARGET, head=SelectorHead(7, 6), shift_label=False, convolution=Convolution(2, 8), **BLOCK
+        ),
+        {},
+    ),
     "no head, fill-in": (factory.draft_config(TARGET, head=None, shift_label=False, **BLOCK), {"loss": "kl"}),
     "domino, acceptance": (
         factory.draft_config(TARGET, causal=True, **BLOCK),

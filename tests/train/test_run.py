@@ -14,8 +14,10 @@ from flax import nnx
 
 from convert import hf
 from domino_jax import layers
+from domino_jax.drafters import block
+from domino_jax.drafters.convolution import Convolution
 from domino_jax.errors import DominoError
-from domino_jax.weights import flatten, unflatten
+from domino_jax.weights import axes, flatten, unflatten
 from train import run
 from train.config import DrafterOptions, TrainConfig
 from train.init import check_target_layers, from_target, read_first_drafter
@@ -153,3 +155,22 @@ def test_processes_agree_by_counts_of_calls_that_never_come_twice(monkeypatch, a
         stopping = agreed_stop(Event())
         assert [stopping() for _ in range(asked + 3)] == [False] * (asked - 1) + [True] * 4
     assert seen == list(range(seen[0], seen[0] + 2 * asked))
+
+
+def test_a_drafter_with_convolutions_begins_as_one_without():
+    """Warm from the target's last layers: each row passes the filters as it is."""
+    plain = factory.draft_config(TARGET, **TARGET.geometry(num_hidden_layers=2))
+    draft = dataclasses.replace(plain, convolution=Convolution(3, 8))
+    theirs, ours = factory.random_weights(TARGET, 0), flatten(factory.random_weights(draft, 1))
+    assert draft.convolution
+    made = from_target(ours | draft.convolution.at_first(ours), draft, TARGET, theirs)
+    without = {path: made[path] for path in flatten(axes(plain))}
+    assert len(made) == len(without) + 8
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 2, plain.block_size, plain.hidden_size)), jnp.float32)
+    features = jnp.asarray(rng.normal(size=(1, 9, plain.sizes["LD"])), jnp.float32)
+    anchors = jnp.asarray([[3, 7]], jnp.int32)
+    expected = block.training_blocks(unflatten(plain, without), plain, x, anchors, features)
+    np.testing.assert_allclose(
+        block.training_blocks(unflatten(draft, made), draft, x, anchors, features), expected, atol=1e-6
+    )

@@ -20,6 +20,7 @@ from convert import hf
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError
 from domino_jax.sharding import parse_training_mesh
 from domino_jax.weights import flatten, init_weights
@@ -121,6 +122,7 @@ ON_MESHES = [
     pytest.param("muon", "fsdp=8", marks=pytest.mark.slow),
     pytest.param("dspark", ALL_AXES, marks=pytest.mark.slow),
     pytest.param("rnn", "data=2,model=4", marks=pytest.mark.slow),
+    pytest.param("selector", ALL_AXES, marks=pytest.mark.slow),
 ]
 
 
@@ -141,6 +143,7 @@ KINDS = {
     "adamw": {"remat": True, "ema": 0.9, "block_attention": "dense"},
     "muon": {"optimizer": "muon", "loss": "kl", "position_weights": "d-pace"},
     "dspark": {"draft": dataclasses.replace(DRAFT, head=MarkovHead(8, "gated", True)), "loss": "dspark"},
+    "selector": {"draft": dataclasses.replace(DRAFT, head=SelectorHead(8, 6))},
     "rnn": {
         "draft": dataclasses.replace(DRAFT, head=MarkovHead(8, "rnn"), causal=True),
         "loss": "acceptance",

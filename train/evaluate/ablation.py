@@ -8,6 +8,7 @@
     floor-0.1   λ falls to 0.1 and no lower; floor-0.3 alike
     markov      DSpark's head of the token before in the place of Domino's; markov-rnn the form that knows all before
     causal      Domino's head over blocks in which no row sees later ones (JetSpec's)
+    selector    DFlash 2's selector of the likeliest base logits, with its two losses of equal weight
     dspark      DSpark's head and its own loss, without the curriculum
     orthrus     a second view of the target, trained as it is usual for those (KL), by a recipe of its own
     orthrus-domino  the same with Domino's head over it, by Domino's loss and curriculum
@@ -50,6 +51,9 @@ KINDS = {
     "markov": ["--head", "markov"],
     "markov-rnn": ["--head", "markov", "--markov-head-type", "rnn"],
     "causal": ["--causal"],
+    "selector": [
+        *("--head", "selector", "--shift-label", "--lambda-schedule", "constant", "--lambda-base-start", "0.5"),
+    ],
     "dspark": ["--head", "markov", "--loss", "dspark", "--enable-confidence-head", "--lambda-base-start", "0"],
     "orthrus": [],
     "orthrus-domino": [
@@ -67,6 +71,7 @@ Kind = Literal[
     "markov",
     "markov-rnn",
     "causal",
+    "selector",
     "dspark",
     "orthrus",
     "orthrus-domino",
@@ -173,9 +178,9 @@ def measure_ablation(options: Ablation, target: str) -> list[dict[str, Any]]:
         row = validate(measurement(o, target, folder))
         print(f"{kind}, seed {seed}: τ {row['final_tau']:.3f} ± {row['final_tau_error']:.3f}", flush=True)
         ways = {}
-        # Without a head the candidates are what they are, and a tree is of the base logits.
+        headless = row.get("base_tau") is None
         for tree, candidates in itertools.product((None, *o.trees), (None, *o.candidates)):
-            if (tree or candidates) and (tree or row.get("base_tau") is not None):
+            if (tree or candidates) and not (candidates and headless):  # without a head nothing is scored anew
                 name = way_name(tree, candidates)
                 ways[name] = validate(measurement(o, target, folder, candidates, tree))["final_tau"]
                 print(f"    {name}: τ {ways[name]:.3f}", flush=True)

@@ -21,6 +21,7 @@ class Correction(NamedTuple):
     rank: Array  # [B, A, J, R]
     output: Array  # [V, R], a weight
     confidence: Array | None = None  # [B, A, J] float32, logits of how likely each proposal is to be accepted
+    among: int | None = None  # only so many of the highest base logits can be proposed; all when None
 
 
 class Paths(Protocol):

@@ -100,9 +100,9 @@ class SelectorHead:
         return SelectorPaths(weights, min(self.selector_top_k, candidates or self.selector_top_k), z, base, view)
 
     def teacher_forced(self, weights: SelectorWeights, z: Array, tokens: Array, embed: AnyMatrix) -> Correction:
-        """See `heads.base.Head`: of all tokens, of which those outside the likeliest k can't be proposed."""
+        """See `heads.base.Head`."""
         rank = weights.predecessor_codebook[tokens] * dot(z, weights.hidden_projection)
-        return Correction(constrain(rank, "B A J R"), weights.successor_codebook)
+        return Correction(constrain(rank, "B A J R"), weights.successor_codebook, among=self.selector_top_k)
 
     def products(self, weights: SelectorWeights, proposals: int, scored: float = 1.0) -> tuple[Product, ...]:
         share = min(1.0, self.selector_top_k / weights.successor_codebook.shape[0])

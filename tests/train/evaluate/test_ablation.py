@@ -89,7 +89,7 @@ def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     rows = json.loads((tmp_path / "runs" / "ablation.json").read_text())
     assert [row["kind"] for row in rows] == list(ablation.KINDS)
     assert rows[0]["base_tau"] is None if "base_tau" in rows[0] else True
-    assert list(rows[0]["ways"]) == ["tree of 4", "tree of 4, 5 candidates"]
+    assert list(rows[0]["ways"]) == ["tree of 4"]
     assert list(rows[5]["ways"]) == ["chain, 5 candidates", "tree of 4", "tree of 4, 5 candidates"]
     for kind, head, start in (("dflash", "none", 1.0), ("joint", "domino", 0.0), ("dspark", "markov", 0.0)):
         settings = config.flat(options.read_recipe(tmp_path / "runs" / f"{kind}-0" / "settings.toml"))

@@ -154,6 +154,8 @@ def describe(config: TargetConfig | DraftConfig | CustomDraftConfig) -> str:
     head, sizes = head_of(c).name, head_of(c).describe()
     if c.convolution:
         sizes = f"{sizes}, {c.convolution.describe()}" if sizes else c.convolution.describe()
+    if c.draft_vocab_size is not None:
+        shape += f" of which it proposes {c.draft_vocab_size}"
     if c.causal:
         head = f"{head} with causal blocks" if c.head else "JetSpec"
     return (
@@ -385,7 +387,7 @@ def _candidates(target_weights: Any, weights: Any, pair: CheckedPair, text: Read
     last = text.ids.shape[1] - pair.config.block_size - 1
     first = jnp.array([np.linspace(0, last, BLOCKS_RANKED).astype(np.int32)])
     ranks = np.asarray(_ranks(target_weights, weights, pair.target, pair.config, text, first))
-    few = [count for count in CANDIDATES if count < pair.target.vocab_size]
+    few = [count for count in CANDIDATES if count < (pair.config.draft_vocab_size or pair.target.vocab_size)]
     shares = [float((ranks < count).mean()) for count in few]
     if shares and shares[0] < ENOUGH_CANDIDATES:
         report.warnings.append(
@@ -408,9 +410,12 @@ def _ranks(
     correction = head_of(config).teacher_forced(weights.head, z, before, target_weights.embed)
     assert correction is not None
 
+    none: Any = None
+    view = View(target_weights, other, none, "xla", none, none, none, none)
+
     def ranks(one: tuple[jax.Array, jax.Array]) -> jax.Array:  # of a block at a time: [J, V] of each is large enough
         states, rank = one
-        base = target.logits(target_weights, other, states)
+        base = block.base_logits(weights, config, view, states[None])[0]
         chosen = jnp.argmax(base + rank @ correction.output.T, axis=-1)
         return jnp.sum(base > jnp.take_along_axis(base, chosen[:, None], axis=-1), axis=-1)
 
@@ -427,11 +432,11 @@ def _first_tokens(
     x = block.block_inputs(target_weights.embed, config, ids)
     z = block.training_blocks(weights, config, x, anchors, text.features)[:, :, :2]  # [1, S, 2, D]
     none: Any = None  # what a head does not look at
-    view = View(target_weights, other, none, "xla", none, ids[0], none, none)
+    view = View(target_weights, other, none, "xla", none, ids[0], none, none, block.draft_names(weights))
     found = []
     for row in range(2):  # each token's block is a row of its own
         states = z[0, :, row : row + 1]
-        base = target.logits(target_weights, other, states)
+        base = block.base_logits(weights, config, view, states)
         paths = head_of(config).paths(weights.head, states, base, view)
         logits, names = paths.logits(paths.start(), 0)
         found.append(choose_token(logits[:, 0], none, 0, none, other.vocab_size, names=names)[0])

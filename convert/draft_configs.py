@@ -104,14 +104,15 @@ def read_draft_config(
     if not is_drafter(raw):
         raise DominoError(f"{where} has no dflash_config and no block_size; this is not a DFlash or Domino drafter.")
     warnings: list[str] = []
-    if is_speculators(raw):
+    reduced = is_speculators(raw)
+    if reduced:
         raw, warnings = from_speculators(raw, where)
     _refuse_other_drafters(where, raw)
     nested = Fields(where, ("", raw), null_is_absent=True).get(NESTED, OBJECT, {})
     refuse_others(where, raw, NEUTRAL | NEUTRAL_IN_A_DRAFTER)
     fields = Fields(where, (f"{NESTED}.", nested), ("", raw), null_is_absent=True)
     with said_of(where):
-        config, guesses = _read_draft(fields, num_target_layers)
+        config, guesses = _read_draft(fields, num_target_layers, reduced)
     known = INERT | NEUTRAL.keys() | NEUTRAL_IN_A_DRAFTER.keys() | {NESTED}
     return DrafterFile(config, warnings + guesses + _unread(fields, known))
 
@@ -183,13 +184,15 @@ def _levels(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     return (nested, raw) if isinstance(nested, Mapping) else (raw,)
 
 
-def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
+def _read_draft(fields: Fields, num_target_layers: int | None, reduced: bool) -> DrafterFile:
+    """See `read_draft_config`; `reduced`: files of this form may have a vocabulary of their own."""
     where = fields.where
     warnings: list[str] = []
     decoder = decoder_fields(fields)
+    draft_vocab_size = fields.get("draft_vocab_size", SIZE, decoder["vocab_size"])
     for name, own in (("target_hidden_size", "hidden_size"), ("draft_vocab_size", "vocab_size")):
         stated = fields.get(name, SIZE, decoder[own])
-        if stated != decoder[own]:
+        if stated != decoder[own] and not (reduced and name == "draft_vocab_size"):
             raise DominoError(f"{where} has {name} {stated} and {own} {decoder[own]}; here they must be the same.")
     layers, depth = decoder["num_hidden_layers"], fields.get("num_target_layers", LAYERS, num_target_layers)
     fields.get(
@@ -215,6 +218,7 @@ def _read_draft(fields: Fields, num_target_layers: int | None) -> DrafterFile:
             causal=causal,
             sliding_window_non_causal=sliding_window_non_causal,
             convolution=convolution,
+            draft_vocab_size=draft_vocab_size,
         ),
         warnings,
     )

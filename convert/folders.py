@@ -177,7 +177,7 @@ def _convert(
             raise DominoError(f"{folder} does not say how many layers its target has: give --target DIR.")
         stored = {name: raw[name] for name in ("dtype", "torch_dtype") if name in raw}
         raw = packaged(config, form) | stored
-        how = {"names": renamed(config, form), "more": copies(form, target)}
+        how = {"names": renamed(config, form), "more": copies(config, form, target)}
     writer = QuantizingWriter(weights) if weights else None
     if writer:
         raw = {**raw, QUANTIZATION: writer.settings}

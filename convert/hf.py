@@ -25,13 +25,13 @@ from convert.configs import read_target_config
 from convert.drafters import form_of
 from convert.dual_view import holds_both
 from convert.fields import read_json as read_json  # hf.read_json reads a model's files
-from convert.names import Entry, entries, to_hf, units
+from convert.names import Entry, entries, to_hf, units, vocabulary_tables
 from convert.tensors import INDEX, SINGLE, account_tensors, compare_derived, open_tensors, some
 from domino_jax.config import CustomDraftConfig, DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.files import write_text
 from domino_jax.sharding import mesh_context, shard_stored
-from domino_jax.weights import flatten, unflatten
+from domino_jax.weights import flatten, in_dtype, is_table, unflatten
 
 SHARD_BYTES = 5 * 10**9
 GROUP_BYTES = 2**28  # weights that are asked for at a time
@@ -104,7 +104,7 @@ def load_hf(
             else:
                 stored = shard_stored(read, entry.letters, entry.shape, config, mesh)
             # Waiting for each keeps at most one in flight; reading costs more than the wait.
-            stored = jax.block_until_ready(stored if dtype is None else stored.astype(dtype))
+            stored = jax.block_until_ready(in_dtype(entry.path, stored, dtype))
             leaves[entry.path] = stored if form is None else jax.block_until_ready(form(entry.path, stored))
             del stored
             gc.collect(0)  # with which JAX lets go of what was read, where a thread of its own had it last
@@ -156,9 +156,12 @@ def write_hf(
         for group in grouped(table, lambda unit: _bytes(unit, dtype)):
             held = leaves([entry.path for unit in group for entry in unit])
             for unit in group:
-                parts = {entry.path: _on_host(held[entry.path], dtype) for entry in unit}
+                parts = {entry.path: jax.device_get(in_dtype(entry.path, held[entry.path], dtype)) for entry in unit}
                 for name, tensor in to_hf(unit, parts).items():
-                    yield from written(names(name), tensor).items()
+                    if is_table(name):
+                        yield from vocabulary_tables(tensor, config.vocab_size).items()
+                    else:
+                        yield from written(names(name), tensor).items()
             done += sum(_bytes(unit, dtype) for unit in group)
             if progress:
                 progress(done, total)
@@ -212,11 +215,6 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], raw: 
 
 def _bytes(unit: list[Entry], dtype: Any) -> int:
     return sum(prod(entry.shape) for entry in unit) * jnp.dtype(dtype or jnp.float32).itemsize
-
-
-def _on_host(array: Any, dtype: Any) -> np.ndarray:
-    """A weight on the host, converted on its device unless `dtype` is None."""
-    return np.asarray(jax.device_get(array if dtype is None else array.astype(dtype)))
 
 
 Item = TypeVar("Item")

@@ -60,7 +60,10 @@ DRAFT: tuple[TensorRow, ...] = (
     *LAYER,
     *Convolution.tensors,
     ("norm", "D", ("norm.weight",)),
+    ("lm_head", "DV D", ("lm_head.weight",)),
+    ("d2t", "DT", ("d2t",)),
 )
+REDUCED = ("d2t", "t2d")  # of a reduced vocabulary: what to add to a draft's number, and which tokens there are
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,13 @@ def to_hf(unit: list[Entry], leaves: Mapping[str, np.ndarray]) -> dict[str, np.n
     parts = [np.asarray(leaves[entry.path]).reshape(shape) for entry in unit]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)  # one is mostly all, and large
     return dict(zip(unit[0].hf_names, whole, strict=True))
+
+
+def vocabulary_tables(d2t: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+    """speculators' two tensors of a reduced vocabulary, from the first."""
+    t2d = np.zeros(vocab_size, bool)
+    t2d[np.arange(len(d2t)) + d2t] = True
+    return dict(zip(REDUCED, (np.asarray(d2t).astype(np.int64), t2d), strict=True))
 
 
 def export(config: DecoderConfig, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:

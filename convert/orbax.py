@@ -27,7 +27,7 @@ from domino_jax.errors import DominoError, first_line
 from domino_jax.runtime.devices import own_devices
 from domino_jax.sharding import DATA, MODEL, mesh_context, stored_shape
 from domino_jax.sharding import stored_spec as stored_as
-from domino_jax.weights import axes, flatten, unflatten, weight_shapes
+from domino_jax.weights import axes, flatten, is_table, unflatten, weight_shapes
 
 WEIGHTS = "weights"
 CHECKPOINTS = "checkpoints"  # of a training run
@@ -161,7 +161,7 @@ class Saved:
                 sharding=sharding,
                 global_shape=shape,
                 strict=False,  # a padded vocabulary: what is beyond the stored one is zero
-                dtype=dtype or self.dtypes[path],
+                dtype=self.dtypes[path] if is_table(path) else dtype or self.dtypes[path],
             )
             for path, (shape, sharding) in places.items()
         }

@@ -49,6 +49,7 @@ def packaged(config: DraftConfig, form: Packaging) -> dict[str, Any]:
         DominoError: the form has no such drafters.
     """
     if form == SPECFORGE:
+        _refuse_reduced(config, "SpecForge's")
         return config.to_hf()
     return _deepspec(config) if form == DEEPSPEC else _speculators(config)
 
@@ -63,7 +64,7 @@ def renamed(config: DraftConfig, form: Packaging) -> Callable[[str], str]:
     return name
 
 
-def copies(form: Packaging, target: Path | None) -> dict[str, Callable[[], np.ndarray]]:
+def copies(config: DraftConfig, form: Packaging, target: Path | None) -> dict[str, Callable[[], np.ndarray]]:
     """The copies of the target's embeddings and LM head that the form has beside a drafter, where a target is given.
 
     Args:
@@ -75,7 +76,7 @@ def copies(form: Packaging, target: Path | None) -> dict[str, Callable[[], np.nd
     if target is None or form == SPECFORGE:
         return {}
     files, made = open_tensors(target), {}
-    for name in (EMBED, LM_HEAD):
+    for name in (EMBED, LM_HEAD) if config.draft_vocab_size is None else (EMBED,):
         tensor = vocabulary_tensor(files, name)
         if tensor is None:
             raise DominoError(f"{target} has no {EMBED}: no copies can be made of it.")
@@ -83,8 +84,14 @@ def copies(form: Packaging, target: Path | None) -> dict[str, Callable[[], np.nd
     return made
 
 
+def _refuse_reduced(config: DraftConfig, whose: str) -> None:
+    if config.draft_vocab_size is not None:
+        raise DominoError(f"{whose} form has no reduced vocabularies (d2t): give --format speculators.")
+
+
 def _deepspec(config: DraftConfig) -> dict[str, Any]:
     head = config.head
+    _refuse_reduced(config, "DeepSpec's")
     if config.convolution or (head is not None and not isinstance(head, MarkovHead)):
         kind = SelectorHead.name if config.convolution or head is None else head.name
         raise DominoError(f"DeepSpec's form has no {kind} drafters: give --format specforge or speculators.")
@@ -104,6 +111,8 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
         raise DominoError("speculators' form has no causal blocks (JetSpec): give --format specforge or deepspec.")
     ours, head = config.to_hf(), config.head
     selects = isinstance(head, SelectorHead)
+    if selects and config.draft_vocab_size is not None:
+        raise DominoError("speculators' form has DFlash 2 drafters with the whole vocabulary alone.")
     if selects != bool(config.convolution) or (selects and config.shift_label):
         raise DominoError(
             "speculators' form has DFlash 2 drafters with both convolutions and selector, whose anchor's own row "
@@ -134,7 +143,7 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
         "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
-        "draft_vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "sample_from_anchor": config.shift_label,
         "sliding_window_non_causal": config.sliding_window_non_causal,
         "num_target_layers": config.num_target_layers,

@@ -14,7 +14,7 @@ from domino_jax.config import DecoderConfig, DraftConfig, MoeConfig, TargetConfi
 from domino_jax.drafters.heads.domino import DominoHead
 from domino_jax.errors import DominoError
 from domino_jax.sharding import MODEL, fit_to_mesh, stored_spec
-from domino_jax.weights import axes, flatten, is_bias, unflatten
+from domino_jax.weights import axes, flatten, is_bias, is_table, unflatten
 
 STD = 0.02  # of the random weights, as Qwen3's own were initialised
 DRAFT_LAYERS = 5
@@ -118,13 +118,14 @@ def described_weights(config: DecoderConfig, dtype: Any, mesh: Mesh | None = Non
     """
     model = mesh.shape[MODEL] if mesh else 1
     sizes = fit_to_mesh(config, model).sizes
-    sizes["V"] = -(-sizes["V"] // model) * model
+    sizes |= {letter: -(-sizes[letter] // model) * model for letter in ("V", "DV")}
     alone = None if device is None else SingleDeviceSharding(device)
     leaves = {}
     for path, letters in flatten(axes(config)).items():
         shape = tuple(sizes[letter] for letter in letters.split())
         sharding = NamedSharding(mesh, stored_spec(letters, mesh)) if mesh else alone
-        leaves[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        held = jnp.int32 if is_table(path) else dtype
+        leaves[path] = jax.ShapeDtypeStruct(shape, held, sharding=sharding)
     return unflatten(config, leaves)
 
 

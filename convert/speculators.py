@@ -74,10 +74,10 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
             "reads here."
         )
     draft_vocab_size = fields.get("draft_vocab_size", SIZE, DRAFT_VOCAB_SIZE)
-    if draft_vocab_size != layer["vocab_size"]:
+    if kind == "dflash2" and draft_vocab_size != layer["vocab_size"]:
         raise DominoError(
             f"{where} has a draft_vocab_size of {draft_vocab_size} and a vocab_size of {as_json(layer['vocab_size'])}; "
-            "a reduced vocabulary is not supported."
+            'the library\'s "dflash2" drafters have the whole vocabulary.'
         )
     block_size = fields.get("block_size", SIZE, BLOCK_SIZE)
     anchored, warnings = _anchored(fields, block_size, kind in ("domino", "dspark"))
@@ -94,6 +94,7 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
         "target_layer_ids": [i - 1 for i in above],
         "shift_label": anchored,
         "projector_type": kind,
+        "draft_vocab_size": draft_vocab_size,
     }
     if kind == "domino":
         draft |= {ours: fields.get(theirs, integer(), default) for ours, (theirs, default) in HEAD.items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.fields import read_json
 from convert.gguf import gguf_files, open_gguf
-from convert.names import entries
+from convert.names import REDUCED, entries, vocabulary_tables
 from convert.quantized import MARKS, QUANTIZATION, quantized_form, with_weights
 from convert.safetensors import Stored, TensorFiles
 from domino_jax import layers
@@ -19,9 +19,11 @@ from domino_jax.drafters.dual_view import MARK, DualViewConfig
 from domino_jax.drafters.heads import has_confidence, head_of
 from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.errors import DominoError
+from domino_jax.weights import is_table
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+INTEGERS = {"I64", "I32", "int64", "int32"}
 FLOATS = {"F32", "F16", "BF16", "float32", "float16", "bfloat16"}  # dtypes, in the words of safetensors and of NumPy
 # Some older drafters nest the causal head, and those of the speculators library.
 HEAD_PREFIXES = ("logit_head.", "logits_correction.")
@@ -33,7 +35,6 @@ FLAT = {
 }
 # What the speculators library has beside a drafter's own tensors in training, and some converters leave in a file.
 VERIFIER = ("verifier_lm_head.weight", "verifier_norm.weight")
-VOCABULARIES = ("d2t", "t2d")  # of a reduced vocabulary, which is refused where config.json says so
 # By the first part of a tensor's name: drafters whose heads have such tensors.
 TOLD_BY_NAMES = {
     "prefix_gru": "Domino",
@@ -210,7 +211,7 @@ def _is_derived(config: DecoderConfig, name: str) -> bool:
         return True
     if isinstance(config, TargetConfig):
         return config.tie_word_embeddings and name == LM_HEAD
-    return name in (EMBED, LM_HEAD)
+    return name in (EMBED, LM_HEAD, REDUCED[1])
 
 
 def _is_spare(config: DecoderConfig, name: str) -> bool:
@@ -222,7 +223,8 @@ def _is_spare(config: DecoderConfig, name: str) -> bool:
         return (MARK in name) == isinstance(config, TargetConfig)
     if not isinstance(config, DraftConfig):
         return False
-    return name in (*VERIFIER, *VOCABULARIES) or (name.startswith(CONFIDENCE) and not has_confidence(config))
+    whole = REDUCED if config.draft_vocab_size is None else ()  # what some files have beside a whole vocabulary
+    return name in (*VERIFIER, *whole) or (name.startswith(CONFIDENCE) and not has_confidence(config))
 
 
 def _other_head(config: DecoderConfig, unexpected: set[str]) -> list[str]:
@@ -261,7 +263,11 @@ def compare_derived(
         whole: compare all rows of those copies; else some, since they are as large as the drafter.
     """
     problems = []
+    if REDUCED[0] in account.stored:
+        problems += _vocabulary(config, account, files)
     for name, stored in account.derived.items():
+        if name == REDUCED[1]:
+            continue
         if name.endswith(FREQUENCIES):
             same, other = _same_frequencies(config, stored, files), "the frequencies of its config.json"
         elif isinstance(config, TargetConfig):
@@ -281,6 +287,24 @@ def compare_derived(
             tied = ", and tie_word_embeddings is true" if isinstance(config, TargetConfig) and name == LM_HEAD else ""
             problems.append(f"{stored.name} is not {other}{tied}: it would be left out, and the output be another")
     return problems
+
+
+def _vocabulary(config: DecoderConfig, account: Account, files: TensorFiles) -> list[str]:
+    """What is wrong with the tensors of a reduced vocabulary, in words."""
+    offsets, size = np.asarray(files.read(account.stored[REDUCED[0]])), config.vocab_size
+    ids = np.arange(len(offsets)) + offsets
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.size:
+        return [f"{REDUCED[0]} names token {outside[0]}, outside the target's vocabulary of {size}: it holds offsets"]
+    if len(np.unique(ids)) < len(ids):
+        return [f"{REDUCED[0]} names {len(ids) - len(np.unique(ids))} tokens twice"]
+    other = account.derived.get(REDUCED[1])
+    if other is None:
+        return []
+    said = np.asarray(files.read(other)) if other.dtype == "BOOL" and other.shape == (size,) else None
+    if said is None or not np.array_equal(said, vocabulary_tables(offsets, size)[REDUCED[1]]):
+        return [f"{REDUCED[1]} does not name the tokens that {REDUCED[0]} does, as BOOL of [{size}]"]
+    return []
 
 
 def _same(files: TensorFiles, one: Stored, others: TensorFiles, other: Stored | None, whole: bool = True) -> bool:
@@ -345,7 +369,11 @@ def tensor_differences(
             for name in both
             if found[name][0] != wanted[name]
         ),
-        *(f"{name} holds {found[name][1]}, expected F32, F16 or BF16" for name in both if found[name][1] not in FLOATS),
+        *(
+            f"{name} holds {found[name][1]}, expected {'I64' if is_table(name) else 'F32, F16 or BF16'}"
+            for name in both
+            if found[name][1] not in (INTEGERS if is_table(name) else FLOATS)
+        ),
     ]
 
 

@@ -13,6 +13,7 @@ Axis legend, used in every docstring and einsum of the project:
     E   experts                      I   MLP width of one expert
     RE  the router's scores of all experts: as many as E, but whole on every device
     NH  query heads side by side, N·H    2   K and V, or gate and up    1   one number, such as a confidence
+    DV  the drafter's vocabulary: V, or as many tokens as it can propose; DT the same, whole on every device
     CS, CT, CG  of convolutions: input and output, taps of a filter, what of the filters depends on the input
 """
 
@@ -167,6 +168,7 @@ class DecoderConfig:
         """Size of every axis letter of the legend that this model has."""
         return {
             "V": self.vocab_size,
+            "DV": self.vocab_size,
             "D": self.hidden_size,
             "N": self.num_attention_heads,
             "K": self.num_key_value_heads,
@@ -244,7 +246,9 @@ class DraftConfig(DecoderConfig):
 
     `windows[i]` is the sliding window of layer i in positions, or None for full attention. With `causal` (JetSpec) no
     row of a block sees later ones. In layers with a window none does either, unless `sliding_window_non_causal`: then
-    it sees as far ahead as back. With `convolution` (DFlash 2) layers mix each row with those before it.
+    it sees as far ahead as back. With `convolution` (DFlash 2) layers mix each row with those before it. With a
+    `draft_vocab_size` (speculators) it proposes only so many tokens of the target's `vocab_size`, by an LM head of its
+    own.
 
     `confidence_temperatures` are J numbers that the logits of its proposals' confidences are divided by; none when
     empty. `python -m train calibrate` finds them.
@@ -261,6 +265,7 @@ class DraftConfig(DecoderConfig):
     confidence_temperatures: tuple[float, ...] = ()
     sliding_window_non_causal: bool = False
     convolution: "Convolution | None" = None
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,6 +291,13 @@ class DraftConfig(DecoderConfig):
             raise DominoError("a drafter whose windows see both ways has no causal layers: is_causal is one field.")
         if self.convolution:
             self.convolution.check(self.hidden_size)
+        if self.draft_vocab_size == self.vocab_size:
+            object.__setattr__(self, "draft_vocab_size", None)  # it says nothing
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size < self.vocab_size:
+            raise DominoError(
+                f"draft_vocab_size {self.draft_vocab_size} must be from 1 to vocab_size, {self.vocab_size}: the "
+                "drafter's tokens are some of the target's."
+            )
         outside = [i for i in self.target_layer_ids if not 0 <= i < self.num_target_layers]
         if not self.target_layer_ids or outside:
             raise DominoError(
@@ -311,6 +323,8 @@ class DraftConfig(DecoderConfig):
     @property
     def sizes(self) -> dict[str, int]:
         own = {"LD": len(self.target_layer_ids) * self.hidden_size}
+        if self.draft_vocab_size is not None:
+            own |= {"DV": self.draft_vocab_size, "DT": self.draft_vocab_size}
         own |= self.convolution.sizes(self.hidden_size) if self.convolution else {}
         return super().sizes | own | (self.head.sizes if self.head else {})
 
@@ -333,6 +347,8 @@ class DraftConfig(DecoderConfig):
         if self.convolution:
             draft |= self.convolution.to_hf()
             architecture = "DFlash2DraftModel" if architecture == "DFlashDraftModel" else architecture
+        if self.draft_vocab_size is not None:
+            top = {**top, "draft_vocab_size": self.draft_vocab_size}
         if self.sliding_window_non_causal:
             top = {**top, "is_causal": False}
         raw = {

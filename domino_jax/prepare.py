@@ -20,7 +20,18 @@ from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import under
 from domino_jax.matrix import AnyMatrix, ForTpu, Scaled, Separate, Tabulated, select
 from domino_jax.sharding import constrain, constrain_stored
-from domino_jax.weights import JoinedLayer, Layer, Params, Target, axes, flatten, is_matrix, lm_head, unflatten
+from domino_jax.weights import (
+    JoinedLayer,
+    Layer,
+    Params,
+    Target,
+    axes,
+    flatten,
+    in_dtype,
+    is_matrix,
+    lm_head,
+    unflatten,
+)
 
 LARGEST_TABLE = 32 << 20  # bytes
 
@@ -43,7 +54,7 @@ def prepare_for_cpu(module: Any, config: DecoderConfig) -> None:
         weight = getattr(owner, name)
         plain = not is_matrix(path, letters) or "E" in letters.split() or name == "router" or "head" in parents
         if plain:
-            prepared = weight.astype("float32")
+            prepared = in_dtype(path, weight, "float32")
         elif letters.startswith("2 "):
             prepared = Separate(tuple(map(matrix.for_cpu, _unstacked(weight, letters.removeprefix("2 ")))))
         else:
@@ -182,7 +193,7 @@ def quantize_drafter(
 ) -> Params:
     """The params with the drafter's matrices in 8 bits, and an 8-bit copy of the LM head for drafting.
 
-    Where the target's own LM head is in 8 bits it serves for drafting too.
+    Where the target's own LM head is in 8 bits it serves for drafting too, and a drafter's own is among its matrices.
 
     Args:
         kind: one of `matrix.QUANTIZED`.
@@ -199,7 +210,11 @@ def quantize_drafter(
 
     done = [leaf if stays(path) else call(_quantizer(letters[path], kind), leaf) for path, leaf in named]
     output = lm_head(params.target)
-    copy = None if isinstance(output, Scaled) else call(_quantizer("V D", kind), output)
+    copy = (
+        None
+        if isinstance(output, Scaled) or config.draft_vocab_size is not None
+        else call(_quantizer("V D", kind), output)
+    )
     return Params(params.target, jax.tree.unflatten(form, done), copy)
 
 

@@ -31,7 +31,7 @@ DATA, FSDP, MODEL = "data", "fsdp", "model"
 
 # Letters that are not here are whole on every device. The head's GRU and its inner projection are small, and a cycle
 # runs them J times one after another: sharding them would cost a collective each time.
-RULES = {"B": DATA, "N": MODEL, "NH": MODEL, "K": MODEL, "F": MODEL, "E": MODEL, "V": MODEL}
+RULES = {"B": DATA, "N": MODEL, "NH": MODEL, "K": MODEL, "F": MODEL, "E": MODEL, "V": MODEL, "DV": MODEL}
 
 # Which axis of a matrix lies over `fsdp`: the first of these that it has. Norms and biases are whole.
 DIVIDED = ("D", "U", "R")
@@ -252,7 +252,7 @@ def stored_shape(letters: Sequence[str], shape: Sequence[int], config: DecoderCo
     """
     copies = _copies(config, model)
     return tuple(
-        size * copies if letter == "K" else size + -size % model if letter == "V" else size
+        size * copies if letter == "K" else size + -size % model if letter in ("V", "DV") else size
         for letter, size in zip(letters, shape, strict=True)
     )
 

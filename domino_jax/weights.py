@@ -94,7 +94,11 @@ class Target(nnx.Module):
 
 
 class Draft(nnx.Module):
-    """The block-parallel backbone, and the weights of its head; None without (plain DFlash)."""
+    """The block-parallel backbone, and the weights of its head; None without (plain DFlash).
+
+    With a reduced vocabulary it has an LM head of its own, and says what target's token each draft's is: its number and
+    `d2t` of it, added (the name is speculators').
+    """
 
     def __init__(self, config: DraftConfig, leaf: Leaf):
         self.fc: Array = leaf("D LD")
@@ -102,6 +106,9 @@ class Draft(nnx.Module):
         layer = config.convolution.layer if config.convolution else Layer
         self.layers = nnx.List([layer(leaf, config.attention_bias) for _ in range(config.num_hidden_layers)])
         self.norm: Array = leaf("D")
+        reduced = config.draft_vocab_size is not None
+        self.lm_head: Array | None = leaf("DV D") if reduced else nnx.data(None)
+        self.d2t: Array | None = leaf("DT") if reduced else nnx.data(None)
         self.head: Any = config.head.weights(leaf) if config.head else nnx.data(None)
 
 
@@ -126,7 +133,11 @@ def axes(config: DecoderConfig) -> Any:
 def weight_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Any:
     """The module of `config` with a jax.ShapeDtypeStruct for each weight."""
     sizes = config.sizes
-    return build_module(config, lambda letters: jax.ShapeDtypeStruct(tuple(sizes[a] for a in letters.split()), dtype))
+
+    def leaf(letters: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(sizes[a] for a in letters.split()), jnp.int32 if letters == "DT" else dtype)
+
+    return build_module(config, leaf)
 
 
 def init_weights(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, std: float = 0.02) -> Any:
@@ -135,8 +146,8 @@ def init_weights(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, st
     keys = jax.random.split(key, len(leaves))
 
     def make(path: str, shape: tuple[int, ...], key: Array) -> Array:
-        if is_bias(path):
-            return jnp.zeros(shape, dtype)
+        if is_bias(path) or is_table(path):  # the table's are the first tokens
+            return jnp.zeros(shape, leaves[path].dtype if is_table(path) else dtype)
         return jnp.ones(shape, dtype) if len(shape) == 1 else (std * jax.random.normal(key, shape)).astype(dtype)
 
     return unflatten(config, {path: make(path, leaves[path].shape, k) for path, k in zip(leaves, keys, strict=True)})
@@ -145,6 +156,16 @@ def init_weights(config: DecoderConfig, key: Array, dtype: Any = jnp.float32, st
 def is_bias(path: str) -> bool:
     """Whether the weight at that dotted path is added, and not multiplied by."""
     return path.endswith("_bias")
+
+
+def is_table(path: str) -> bool:
+    """Whether the weight at that dotted path, or of that name in a file, holds numbers of tokens: integers."""
+    return path == "d2t"
+
+
+def in_dtype(path: str, weight: Any, dtype: Any) -> Any:
+    """The weight at that dotted path in another dtype; as it is where it holds integers, or `dtype` is None."""
+    return weight if dtype is None or is_table(path) else weight.astype(dtype)
 
 
 def flatten(module: Any) -> dict[str, Any]:

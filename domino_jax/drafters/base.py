@@ -22,12 +22,13 @@ class View(NamedTuple):
 
     target: Target
     config: TargetConfig  # the target's
-    output: AnyMatrix | None  # a copy of the LM head for drafting alone, None for the LM head itself
+    output: AnyMatrix | None  # a matrix for drafting in the LM head's place, None for the LM head itself
     attention: Backend  # static
     cache: AnyKVCache  # the target's keys and values of positions 0 ... length - 1
     token: Array  # [B] int32, t_a: the last committed token, at position length
     length: Array  # [B] int32, a
     sampling: Sampling  # [B] each
+    names: Array | None = None  # [DV] int32, the tokens that drafts' logits are of; the vocabulary in order when None
 
 
 class DraftTokens(NamedTuple):

@@ -80,7 +80,9 @@ class BlockDrafter:
     ) -> tuple[DraftTokens, AnyKVCache, AnyKVCache]:
         z, base, state = self.draft_block(weights, state, view, proposals)
         with jax.named_scope("head"):
-            draft = head_of(self.config).propose(weights.head, z, base, view, keys, self.candidates)
+            draft = head_of(self.config).propose(
+                weights.head, z, base, self.named(weights, view), keys, self.candidates
+            )
         temperatures = self.config.confidence_temperatures
         if temperatures and draft.confidence is not None:
             draft = draft._replace(confidence=draft.confidence / jnp.array(temperatures[:proposals], jnp.float32))
@@ -93,12 +95,19 @@ class BlockDrafter:
     def draft_block(
         self, weights: Draft, state: AnyKVCache, view: View, proposals: int
     ) -> tuple[Array, Array, AnyKVCache]:
-        """The backbone over one block a row: z [B, J, D] and base logits [B, J, V] of the proposals; its cache."""
+        """The backbone over one block a row: z [B, J, D] and base logits of the proposals, [B, J, V]; its cache.
+
+        With a reduced vocabulary the logits are [B, J, DV], of the tokens that `named` says.
+        """
         with jax.named_scope("draft"):
             x = block_inputs(view.target.embed, self.config, view.token)
             z, state = block(weights, self.config, x, view.length, state, view.attention)
             z = proposing(self.config, z)[:, :proposals]
-            return z, target.logits(view.target, view.config, z, view.output), state
+            return z, base_logits(weights, self.config, view, z), state
+
+    def named(self, weights: Draft, view: View) -> View:
+        """The view of a head, which is to know what tokens the drafter's logits are of."""
+        return view._replace(names=draft_names(weights))
 
     def observe(
         self, weights: Draft, state: AnyKVCache, tokens: Array, features: Array, start: Array, proposed: bool = False
@@ -121,6 +130,23 @@ def block_inputs(embed: AnyMatrix, config: BlockShape, anchor: Array) -> Array:
 def proposing(config: DraftConfig, rows: Array) -> Array:
     """Those of a block's rows [..., M, D] that make proposals 1 to J: [..., J, D] (docs/algorithm.md, section 4)."""
     return rows if config.shift_label else rows[..., 1:, :]
+
+
+def base_logits(params: Draft, config: DraftConfig, view: View, z: Array) -> Array:
+    """The logits [B, J, V] of states z [B, J, D], or [B, J, DV] of a reduced vocabulary; of what pads it -inf."""
+    if params.lm_head is None:
+        return target.logits(view.target, view.config, z, view.output)
+    logits = layers.unembed(z, params.lm_head)
+    padding = jnp.arange(logits.shape[-1]) >= config.sizes["DV"]
+    return constrain(jnp.where(padding, -jnp.inf, logits), "B T V")
+
+
+def draft_names(params: Draft) -> Array | None:
+    """The target's tokens that the rows of a drafter's own LM head are of [DV], of what pads it 0; None without."""
+    if params.d2t is None or params.lm_head is None:
+        return None
+    names = jnp.arange(params.d2t.shape[0], dtype=jnp.int32) + params.d2t
+    return jnp.pad(names, (0, params.lm_head.shape[0] - names.shape[0]))
 
 
 def append_context(params: Draft, config: DraftConfig, cache: AnyKVCache, features: Array, start: Array) -> AnyKVCache:

@@ -175,7 +175,7 @@ class DualViewDrafter:
         z, base, cache = self.draft_block(weights, view, proposals)
         with jax.named_scope("head"):
             if self.drawn:
-                made = chosen_along(SamePaths(base), base, view.sampling, keys)
+                made = chosen_along(SamePaths(base), base, view, keys)
             else:
                 made = head_of(self.config).propose(weights.head, z, base, view, keys)
             return made, state, cache

@@ -14,7 +14,7 @@ from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads import head_of
 from domino_jax.drafters.heads.base import Paths
-from domino_jax.drafters.heads.choosing import largest
+from domino_jax.drafters.heads.choosing import largest, vocab_size_of
 from domino_jax.errors import DominoError
 from domino_jax.paged import AnyKVCache
 from domino_jax.sampling import Sampling, probabilities
@@ -84,7 +84,7 @@ class Trees(_Blocks):
             paths: Paths = head_of(self.config).paths(weights.head, z, base, view, self.candidates)
             depth = z.shape[1]
             if keys is not None and self.coupled:
-                paths = PerturbedPaths(paths, keys, view.sampling, base.shape[2])
+                paths = PerturbedPaths(paths, keys, view.sampling, vocab_size_of(base, view))
             elif keys is not None:
                 paths = ScaledPaths(paths, view.sampling.temperature)
             if self.correction == "depth":
@@ -120,7 +120,7 @@ class TreeDrafter(Trees, BlockDrafter):
         if not self.branches(proposals):
             return super().propose(weights, state, view, proposals, keys)
         z, base, state = self.draft_block(weights, state, view, min(proposals, self.depth))
-        return self.grow(weights, z, base, view, proposals, keys), state, view.cache
+        return self.grow(weights, z, base, self.named(weights, view), proposals, keys), state, view.cache
 
 
 class ScaledPaths:

@@ -132,7 +132,8 @@ def time_phases(loaded: LoadedModel, prompts: list[list[int]], choose: SamplingO
             return s._replace(drafter=context), (z, base)
 
         def corrected(p: Params, s: decode.DecodeState) -> Any:
-            given = anew(z, s), anew(base, s), decode.view(p, configs, s), keys_of(s)[0]
+            view = block.named(p.draft, decode.view(p, configs, s))
+            given = anew(z, s), anew(base, s), view, keys_of(s)[0]
             if isinstance(block, TreeDrafter) and configs.branching:
                 return s, block.grow(p.draft, *given[:3], configs.proposals, given[3])
             return s, head_of(block.config).propose(p.draft.head, *given, block.candidates)

@@ -167,7 +167,7 @@ def work(
     block = config.block_size
     phases["draft"] = _sum(
         products([*_parted(drafter.layers)[1], drafter.norm], block),
-        products([output if params.output is None else params.output], configs.depth),
+        products([next(x for x in (drafter.lm_head, params.output, output) if x is not None)], configs.depth),
         attending(config, block, context + block),
     )
     base = configs.depth * logits

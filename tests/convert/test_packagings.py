@@ -50,6 +50,9 @@ CONFIGS: dict[str, DraftConfig] = {
     "DFlash 2": DFLASH2,
     "DFlash 2, no selector": dataclasses.replace(DFLASH2, head=None),
     "DFlash 2, selector alone": dataclasses.replace(DFLASH2, convolution=None, windows=(None, None)),
+    "reduced": dataclasses.replace(PLAIN, draft_vocab_size=30),
+    "reduced Domino": dataclasses.replace(DOMINO, draft_vocab_size=30),
+    "reduced DSpark": dataclasses.replace(MARKOV, draft_vocab_size=30),
     "windows both ways": dataclasses.replace(MARKOV, windows=(7, None), sliding_window_non_causal=True),
     "causal Domino": dataclasses.replace(DOMINO, causal=True, windows=(None, 4)),
     "calibrated": dataclasses.replace(MARKOV, confidence_temperatures=(0.5, 1.0, 1.25, 3.0, 8.0)),
@@ -58,6 +61,7 @@ FORMS: tuple[Packaging, ...] = ("specforge", "deepspec", "speculators")
 NONE = {("deepspec", "Domino"): "no Domino drafters", ("deepspec", "causal Domino"): "no Domino drafters"}
 NONE |= {("deepspec", name): "no DFlash 2 drafters" for name in CONFIGS if name.startswith("DFlash 2")}
 NONE |= {("speculators", name): "both convolutions and selector" for name in CONFIGS if name.startswith("DFlash 2, ")}
+NONE |= {(form, name): "no reduced" for form in FORMS[:2] for name in CONFIGS if name.startswith("reduced")}
 NONE |= {("speculators", name): "no causal blocks" for name in ("JetSpec", "causal Domino")}
 
 
@@ -86,21 +90,32 @@ def test_a_drafter_is_the_same_in_every_form_that_has_it(name, form):
         "Domino",
         "DSpark",
         "DFlash 2",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("rnn, fill-in", "DeepSpec's DFlash")),
+        "reduced DSpark",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("rnn, fill-in", "DeepSpec's DFlash", "reduced", "reduced Domino")
+        ),
     ],
 )
 def test_a_folder_keeps_its_bits_from_form_to_form(tmp_path, name):
     """Through every form that has it, with copies of the target's matrices, and back."""
-    changes = {field: getattr(CONFIGS[name], field) for field in ("head", "shift_label", "convolution")}
+    changes = {
+        field: getattr(CONFIGS[name], field) for field in ("head", "shift_label", "convolution", "draft_vocab_size")
+    }
     make_target(tmp_path / "target")
     config = make_draft(tmp_path / "ours", **changes)
+    if config.draft_vocab_size:
+        module = factory.random_weights(config, 5)
+        hf.save_hf(tmp_path / "ours", module, config, packaged(config, "speculators"))
     before, at = load_file(tmp_path / "ours" / hf.SINGLE), tmp_path / "ours"
     forms: list[Packaging] = [form for form in (FORMS[2], *FORMS, FORMS[0]) if (form, name) not in NONE]
+    if len(forms) == 2:  # no other form has it
+        forms.append("speculators")
     for number, form in enumerate(forms):
         folder = tmp_path / f"{number}"
         assert main([str(at), str(folder), "--format", form, "--target", str(tmp_path / "target")]) == 0
         found = load_file(folder / hf.SINGLE)
-        extra = {"embed_tokens.weight", "lm_head.weight"} if form != "specforge" else set()
+        extra = {"embed_tokens.weight", "lm_head.weight"} - before.keys() if form != "specforge" else set()
         assert found.keys() == {renamed(config, form)(tensor) for tensor in before} | extra
         for tensor, x in before.items():
             assert found[renamed(config, form)(tensor)].tobytes() == x.tobytes(), (form, tensor)

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import factory
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from convert import folders, hf
 from convert.check import check_folder
 from convert.draft_configs import export_warnings, is_drafter, least_depth, read_draft_config
+from convert.packagings import packaged
 from domino_jax.config import DraftConfig
 from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.heads.domino import DominoHead
@@ -126,8 +128,13 @@ def test_which_rows_propose_is_what_the_file_says_or_how_many_tokens_it_proposes
         ({"aux_hidden_state_layer_ids": ...}, "no aux_hidden_state_layer_ids"),
         ({"aux_hidden_state_layer_ids": [0, 1]}, "aux_hidden_state_layer_ids [0, 1]"),
         ({"aux_hidden_state_layer_ids": [1, 4]}, "must name layers 0 to 2"),
-        ({"draft_vocab_size": 32}, "reduced vocabulary"),
-        ({"draft_vocab_size": ...}, "reduced vocabulary"),
+        ({"draft_vocab_size": 90}, "draft_vocab_size 90 must be from 1 to vocab_size, 89"),
+        ({"draft_vocab_size": ...}, "draft_vocab_size 32000 must be from 1 to vocab_size, 89"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size 0"),
+        (
+            {"speculators_model_type": "dflash2", "sample_from_anchor": ..., "draft_vocab_size": 32},
+            '"dflash2" drafters have the whole vocabulary',
+        ),
         ({"sample_from_anchor": False, "speculators_config": proposing(5)}, "speculative_tokens 5"),
         ({"sliding_window_non_causal": "no"}, 'sliding_window_non_causal "no"'),
         ({"target_hidden_size": 64}, "target_hidden_size 64"),
@@ -184,6 +191,82 @@ def test_a_dspark_drafter_has_the_librarys_defaults():
     found, (warning,) = read_draft_config(raw, 3, FILE)
     assert found.shift_label and "sample_from_anchor" in warning
     assert not read_draft_config(raw | {"speculators_config": proposing(4)}, 3, FILE)[0].shift_label  # as GLM-5.2's
+
+
+REDUCED = factory.draft_config(head=MarkovHead(7, "rnn", enable_confidence_head=True), draft_vocab_size=30)
+
+
+@pytest.fixture
+def reduced(tmp_path) -> Path:
+    """A folder of the library's, whose drafter proposes 30 of 89 tokens."""
+    folder, module = tmp_path / "reduced", factory.random_weights(REDUCED, 3)
+    hf.save_hf(folder, module, REDUCED, packaged(REDUCED, "speculators"))
+    return folder
+
+
+def test_a_reduced_vocabulary_is_read_and_comes_back_bit_by_bit(reduced, tmp_path):
+    """heads.md 5.3: d2t are offsets in 64 bits, t2d says which tokens there are; W1 has all tokens, W2 the drafts'."""
+    before = load_file(reduced / hf.SINGLE)
+    assert len(before) == len(factory.hf_weights(factory.random_weights(REDUCED, 3), REDUCED)) + 1
+    ids = np.arange(30) + before["d2t"]
+    assert before["d2t"].dtype == np.int64 and before["t2d"].dtype == bool and before["t2d"].shape == (89,)
+    assert before["t2d"].sum() == 30 and before["t2d"][ids].all()
+    assert before["lm_head.weight"].shape == (30, 32)
+    assert before["markov_head.markov_w1.weight"].shape == (89, 7)
+    assert before["markov_head.markov_w2.weight"].shape == (30, 7)
+    assert read_draft_config(hf.read_json(reduced / "config.json"), file=FILE) == (REDUCED, [])
+    folders.convert_folder(reduced, tmp_path / "orbax")
+    folders.convert_folder(tmp_path / "orbax", tmp_path / "back")
+    after = load_file(tmp_path / "back" / hf.SINGLE)
+    assert after.keys() == before.keys()
+    assert all(after[name].tobytes() == x.tobytes() and after[name].dtype == x.dtype for name, x in before.items())
+    folders.convert_folder(reduced, tmp_path / "narrow", dtype=jnp.bfloat16, form="speculators")
+    narrow = load_file(tmp_path / "narrow" / hf.SINGLE)
+    assert narrow["d2t"].tobytes() == before["d2t"].tobytes() and narrow["fc.weight"].dtype == jnp.bfloat16
+    for folder in (reduced, tmp_path / "orbax", tmp_path / "narrow"):
+        assert folders.read_config(folder) == REDUCED
+        weights = folders.load_weights(folder, REDUCED, jnp.bfloat16)
+        assert np.array_equal(weights.d2t, before["d2t"]) and weights.lm_head.dtype == jnp.bfloat16
+        report = check_folder(folder)
+        assert not report.problems and not report.warnings
+    assert "of which it proposes 30" in dict(report.lines)["what"]
+
+
+def shifted(d2t: np.ndarray, place: int, by: int) -> np.ndarray:
+    return d2t + by * (np.arange(len(d2t)) == place)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("d2t"), ["missing d2t"]),
+        (lambda t: t.pop("lm_head.weight"), ["missing lm_head.weight"]),
+        (lambda t: t.update(d2t=shifted(t["d2t"], 4, 1000)), ["d2t names token", "the target's vocabulary of 89"]),
+        (lambda t: t.update(d2t=shifted(t["d2t"], 4, -1000)), ["d2t names token -", "outside"]),
+        (lambda t: t.update(d2t=t["d2t"][0] - np.arange(30)), ["d2t names 29 tokens twice"]),
+        (lambda t: t.update(d2t=t["d2t"].astype(np.float32)), ["d2t holds F32, expected I64"]),
+        (lambda t: t.update(d2t=t["d2t"][:20]), ["d2t has shape [20], expected [30]"]),
+        (lambda t: t.update(t2d=~t["t2d"]), ["t2d does not name the tokens that d2t does"]),
+        (lambda t: t.update(t2d=t["t2d"][:50]), ["t2d does not name", "BOOL of [89]"]),
+        (lambda t: t.update(t2d=t["t2d"].astype(np.int64)), ["t2d does not name"]),
+        (lambda t: t.update({"lm_head.weight": np.zeros((89, 32), np.float32)}), ["lm_head.weight has shape [89, 32]"]),
+        (lambda t: t.update({"markov_head.markov_w2.weight": np.zeros((89, 7), np.float32)}), ["markov_w2", "[30, 7]"]),
+    ],
+)  # fmt: skip
+def test_tables_of_a_reduced_vocabulary_that_make_no_sense_are_refused(reduced, change, words):
+    tensors = load_file(reduced / hf.SINGLE)
+    change(tensors)
+    save_file(tensors, reduced / hf.SINGLE)
+    with pytest.raises(DominoError, match=".*".join(map(re.escape, words))):
+        folders.load_weights(reduced, REDUCED)
+    assert check_folder(reduced).problems
+
+
+def test_without_its_second_table_a_reduced_vocabulary_is_whole(reduced):
+    tensors = load_file(reduced / hf.SINGLE)
+    del tensors["t2d"]
+    save_file(tensors, reduced / hf.SINGLE)
+    assert folders.load_weights(reduced, REDUCED).d2t.shape == (30,)
 
 
 def test_a_dflash2_drafter_has_the_librarys_defaults():

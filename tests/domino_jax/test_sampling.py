@@ -244,13 +244,14 @@ DRAFTERS = {
     "Domino": {"block_size": 3, "head": DominoHead(5, 4, 1)},
     "DFlash": {"block_size": 4, "shift_label": False, "head": None},
     "DFlash 2": {"block_size": 4, "shift_label": False, "head": SelectorHead(4, 3), "convolution": Convolution(2, 4)},
+    "reduced": {"block_size": 3, "head": DominoHead(5, 4, 1), "draft_vocab_size": 4},
     "DSpark": {"block_size": 3, "head": MarkovHead(4, "rnn", enable_confidence_head=True)},
 }
 OTHERS = ("n-gram", "assistant", "Domino and n-gram", "tree", "tree without a head")
 EARLY = tuple(f"{name}, ended early" for name in DRAFTERS)
 OTHERS += EARLY
 VIEWS = ("Orthrus", "Orthrus, drawn", "Orthrus, tree", "Orthrus, head")
-OTHERS += (*VIEWS, "DFlash 2, tree")
+OTHERS += (*VIEWS, "DFlash 2, tree", "reduced, tree")
 THRESHOLDS = dict.fromkeys(EARLY, 0.3)
 RARE = (
     *VIEWS,
@@ -260,6 +261,9 @@ RARE = (
     "DSpark",
     "DFlash, ended early",
     "DFlash 2, ended early",
+    "reduced",
+    "reduced, tree",
+    "reduced, ended early",
     "DSpark, ended early",
     "Domino and n-gram",
     "tree without a head",
@@ -305,10 +309,11 @@ def make(drafter: str) -> Pair:
     if drafter in OTHERS:
         domino = make("Domino")
         assert domino.configs.drafter is not None and domino.configs.draft is not None
-        dflash2 = make("DFlash 2")
-        assert dflash2.configs.draft is not None
+        dflash2, reduced = make("DFlash 2"), make("reduced")
+        assert dflash2.configs.draft is not None and reduced.configs.draft is not None
         made: dict[str, tuple[Drafter, Any]] = {
             "DFlash 2, tree": (TreeDrafter(dflash2.configs.draft, nodes=5), dflash2.params.draft),
+            "reduced, tree": (TreeDrafter(reduced.configs.draft, nodes=5), reduced.params.draft),
             "tree": (TreeDrafter(domino.configs.draft, nodes=5), domino.params.draft),
             "n-gram": (LOOKUP, None),
             "Orthrus": (DualViewDrafter(VIEW), factory.random_weights(VIEW, 13)),

@@ -458,7 +458,7 @@ def propose_greedy(draft_w, draft_cfg, embed, lm_head, features, anchor_token, a
     drafted ids (argmax, ties to the lowest id) and the final logits [J, V] they were chosen from."""
     z = draft_block(draft_w, draft_cfg, embed, features, anchor_token, a)
     z = z[proposal_rows(draft_cfg)]  # [J, D]
-    logits = linear(z, lm_head)  # [J, V]
+    logits = linear(z, draft_w.get("lm_head.weight", lm_head))  # [J, V], of a reduced vocabulary as many as it has
     head = has_head(draft_cfg)
     p = prefix_length(draft_cfg, len(z)) if head else 0
     h = np.zeros(np.asarray(draft_w["prefix_gru.weight_hh_l0"]).shape[1]) if head else None
@@ -474,6 +474,7 @@ def propose_greedy(draft_w, draft_cfg, embed, lm_head, features, anchor_token, a
         if has_selector(draft_cfg):
             logits[j] = selector_logits(draft_w, draft_cfg, logits[j], z[j], token)
         token = int(np.argmax(logits[j]))
+        token += int(draft_w["d2t"][token]) if "d2t" in draft_w else 0
         drafts.append(token)
     return drafts, logits
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from domino_jax.drafters.base import DraftTokens
+from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.heads.base import Paths
 from domino_jax.layers import unembed
 from domino_jax.matrix import AnyMatrix, take
@@ -65,7 +65,17 @@ def stacked(chosen: list[tuple[Array, Array | None]]) -> DraftTokens:
     return DraftTokens(jnp.stack([token for token, _ in chosen], axis=1), jnp.stack(probs, axis=1) if probs else None)
 
 
-def chosen_along(paths: Paths, base: Array, sampling: Sampling, keys: Array | None, drawn_from: int = 0) -> DraftTokens:
+def of_rows(names: Array | None, rows: int) -> Array | None:
+    """Names of tokens [DV] as `heads.base.Paths.logits` gives them: [B, DV]."""
+    return None if names is None else jnp.broadcast_to(names, (rows, *names.shape))
+
+
+def vocab_size_of(base: Array, view: View) -> int:
+    """V, of which base logits [B, J, V] are, or [B, J, DV] some."""
+    return base.shape[2] if view.names is None else view.target.embed.shape[0]
+
+
+def chosen_along(paths: Paths, base: Array, view: View, keys: Array | None, drawn_from: int = 0) -> DraftTokens:
     """The proposals of a block from left to right, each from the logits that follow those before it.
 
     Their confidence is `likeliest_logit`; where nothing reads it the compiler leaves it out.
@@ -73,17 +83,19 @@ def chosen_along(paths: Paths, base: Array, sampling: Sampling, keys: Array | No
     Args:
         paths: of one path a row.
         base: [B, J, V], of which the shape alone is read.
-        sampling, keys: see `choose_token`.
+        view: what a drafter may look at.
+        keys: see `choose_token`.
         drawn_from: the first place after the first whose proposal is drawn; those between are the argmax.
     """
     made, sure, state = [], [], paths.start()
+    vocab = vocab_size_of(base, view)
     # Unrolled: J is small, and XLA then overlaps and fuses the steps' tiny kernels.
     for j in range(base.shape[1]):
         if j > 0:
             state = paths.advance(state, made[-1][0][:, None], j - 1)
         logits, names = paths.logits(state, j)
         drawn = j == 0 or j >= drawn_from
-        made.append(choose_token(logits[:, 0], keys, j, sampling, base.shape[2], drawn, names))
+        made.append(choose_token(logits[:, 0], keys, j, view.sampling, vocab, drawn, names))
         sure.append(likeliest_logit(logits[:, 0]))
     return stacked(made)._replace(confidence=jnp.stack(sure, axis=1))
 
@@ -144,25 +156,27 @@ def likeliest(logits: Array, count: int) -> tuple[Array, Array]:
 class LowRankLogits:
     """Base logits of a block's places, and what a low-rank correction makes of them: of all tokens, or of a few."""
 
-    def __init__(self, base: Array, output: AnyMatrix, candidates: int | None):
+    def __init__(self, base: Array, output: AnyMatrix, candidates: int | None, names: Array | None = None):
         """Args:
-        base: [B, J, V].
-        output: [V, R], a matrix that takes a rank vector to logits.
+        base: [B, J, V], or [B, J, DV] of the tokens `names`.
+        output: [V, R] or [DV, R], a matrix that takes a rank vector to logits.
         candidates: C, see `heads.base.Head.propose`.
+        names: [DV] int32.
         """
         self._base, self._output, self._few = base, output, None
+        self._names = of_rows(names, base.shape[0])
         if candidates is not None and candidates < base.shape[-1]:
             best, ids = likeliest(base, candidates)  # [B, J, C]
-            self._few = best, ids, take(output, ids)  # the last [B, J, C, R]
+            self._few = best, ids if names is None else names[ids], take(output, ids)  # the last [B, J, C, R]
 
-    def plain(self, place: int) -> tuple[Array, None]:
-        """The base logits at a place alone: [B, 1, V]."""
-        return self._base[:, place, None], None
+    def plain(self, place: int) -> tuple[Array, Array | None]:
+        """The base logits at a place alone: see `heads.base.Paths.logits`."""
+        return self._base[:, place, None], self._names
 
     def corrected(self, place: int, rank: Array) -> tuple[Array, Array | None]:
         """With rank vectors [B, L, R] of L paths: see `heads.base.Paths.logits`."""
         if self._few is None:
-            return constrain(self._base[:, place, None] + unembed(rank, self._output), "B L V"), None
+            return constrain(self._base[:, place, None] + unembed(rank, self._output), "B L V"), self._names
         best, names, rows = (x[:, place] for x in self._few)
         added = jnp.einsum("BLR,BCR->BLC", rank, rows, preferred_element_type=jnp.float32)
         return best[:, None] + added, names
@@ -174,7 +188,16 @@ def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:
         return distribution
     if model_devices() == 1:
         rows = jnp.arange(names.shape[0])[:, None]
-        return jnp.zeros((names.shape[0], vocab), distribution.dtype).at[rows, names].set(distribution)
-    # A masked sum: a scatter into a sharded vocabulary would gather it.
-    here = jnp.arange(vocab) == names[..., None]
-    return constrain(jnp.sum(jnp.where(here, distribution[..., None], 0), axis=1), "B V")
+        return jnp.zeros((names.shape[0], vocab), distribution.dtype).at[rows, names].add(distribution)
+
+    # Each device its own part: a scatter into a sharded vocabulary would gather it.
+    def part(distribution: Array, names: Array) -> Array:
+        size = vocab // model_devices()
+        places = names - jax.lax.axis_index(MODEL) * size
+        places = jnp.where((places >= 0) & (places < size), places, size)  # the others are dropped
+        rows = jnp.arange(names.shape[0])[:, None]
+        return jnp.zeros((names.shape[0], size), distribution.dtype).at[rows, places].add(distribution, mode="drop")
+
+    given = constrain(distribution, "B -"), constrain(names, "B -")
+    letters = spec("B -"), spec("B V")
+    return jax.shard_map(part, in_specs=(letters[0],) * 2, out_specs=letters[1], check_vma=False)(*given)

@@ -30,7 +30,7 @@ class DominoWeights(nnx.Module):
         self.gru_state: Array = leaf("GU U")
         self.proj_block: Array = leaf("R D")
         self.proj_state: Array = leaf("R U")
-        self.proj_out: Array = leaf("V R")
+        self.proj_out: Array = leaf("DV R")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DominoHead:
         ("gru_state", "GU U", ("prefix_gru.weight_hh_l0",)),
         ("proj_block", "R D", ("embed_proj.0.weight",)),
         ("proj_state", "R U", ("embed_proj.0.weight",)),
-        ("proj_out", "V R", ("embed_proj.2.weight",)),
+        ("proj_out", "DV R", ("embed_proj.2.weight",)),
     )
     # The recurrent part is not quantized: it is small, and its error would be carried from proposal to proposal.
     unquantized: ClassVar[tuple[str, ...]] = ("gru_in", "gru_state", "proj_block", "proj_state")
@@ -120,7 +120,7 @@ class DominoHead:
         prefix, would be drawn independently of their neighbours: they are the argmax, with a one-hot distribution.
         """
         paths = self.paths(weights, z, base, view, candidates)
-        return chosen_along(paths, base, view.sampling, keys, self.pure_draft_prefix_len)
+        return chosen_along(paths, base, view, keys, self.pure_draft_prefix_len)
 
     def paths(
         self, weights: DominoWeights, z: Array, base: Array, view: View, candidates: int | None = None
@@ -162,7 +162,7 @@ class DominoPaths:
         self._weights, self._prefix, self._view = weights, prefix, view
         self._part = dot(z, weights.proj_block)  # no token changes it, so a block needs it once
         self._from_state = beside(weights.gru_state, weights.proj_state)  # one product with a state, not two
-        self._logits = LowRankLogits(base, weights.proj_out, candidates)
+        self._logits = LowRankLogits(base, weights.proj_out, candidates, view.names)
 
     def start(self) -> tuple[Array, Array, Array]:
         batch, width = self._view.token.shape[0], self._weights.gru_state.shape[1]

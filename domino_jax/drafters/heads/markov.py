@@ -34,7 +34,7 @@ class MarkovWeights(nnx.Module):
         gated, rnn = config.markov_head_type == "gated", config.markov_head_type == "rnn"
         confidence = config.enable_confidence_head
         self.w1: Array = leaf("V R")
-        self.w2: Array = leaf("V R")
+        self.w2: Array = leaf("DV R")
         self.gate_block: Any = given("R D", gated)
         self.gate_token: Any = given("R R", gated)
         self.gate_bias: Any = given("R", gated)
@@ -68,7 +68,7 @@ class MarkovHead:
     architecture: ClassVar[str] = "Qwen3DSparkModel"
     tensors: ClassVar[tuple[TensorRow, ...]] = (
         ("w1", "V R", ("markov_head.markov_w1.weight",)),
-        ("w2", "V R", ("markov_head.markov_w2.weight",)),
+        ("w2", "DV R", ("markov_head.markov_w2.weight",)),
         ("gate_block", "R D", ("markov_head.gate_proj.weight",)),
         ("gate_token", "R R", ("markov_head.gate_proj.weight",)),
         ("gate_bias", "R", ("markov_head.gate_proj.bias",)),
@@ -141,7 +141,7 @@ class MarkovHead:
         candidates: int | None = None,
     ) -> DraftTokens:
         """See `heads.base.Head`. Every proposal knows the token before it, so each is drawn from its distribution."""
-        draft = chosen_along(self.paths(weights, z, base, view, candidates), base, view.sampling, keys)
+        draft = chosen_along(self.paths(weights, z, base, view, candidates), base, view, keys)
         if not self.enable_confidence_head:
             return draft
         before = jnp.concatenate([view.token[:, None], draft.tokens[:, :-1]], axis=1)
@@ -187,7 +187,7 @@ class MarkovPaths:
     ):
         """Args: see `heads.base.Head.propose`."""
         self._head, self._weights, self._view = head, weights, view
-        self._logits = LowRankLogits(base, weights.w2, candidates)
+        self._logits = LowRankLogits(base, weights.w2, candidates, view.names)
         self._dtype = z.dtype
         # What no token changes: a block needs it once.
         matrix = {"gated": weights.gate_block, "rnn": weights.joint_block}.get(head.markov_head_type)

@@ -7,7 +7,7 @@ from jax import Array
 
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.drafters.heads.base import Correction, Paths
-from domino_jax.drafters.heads.choosing import chosen_along
+from domino_jax.drafters.heads.choosing import chosen_along, of_rows
 from domino_jax.fields import Fields
 from domino_jax.matrix import AnyMatrix
 from domino_jax.weights import Leaf, TensorRow
@@ -15,15 +15,16 @@ from domino_jax.weights import Leaf, TensorRow
 
 @dataclass(frozen=True)
 class SamePaths:
-    """Every path is as any other: the base logits [B, J, V] alone."""
+    """Every path is as any other: the base logits [B, J, V] alone, or [B, J, DV] of the tokens `names` [DV]."""
 
     base: Array
+    names: Array | None = None
 
     def start(self) -> tuple[()]:
         return ()
 
-    def logits(self, state: tuple[()], place: int) -> tuple[Array, None]:
-        return self.base[:, place, None], None
+    def logits(self, state: tuple[()], place: int) -> tuple[Array, Array | None]:
+        return self.base[:, place, None], of_rows(self.names, self.base.shape[0])
 
     def advance(self, state: tuple[()], tokens: Array, place: int) -> tuple[()]:
         return state
@@ -71,10 +72,10 @@ class NoHead:
     def propose(
         self, weights: Any, z: Array, base: Array, view: View, keys: Array | None, candidates: int | None = None
     ) -> DraftTokens:
-        return chosen_along(self.paths(weights, z, base, view), base, view.sampling, keys, drawn_from=base.shape[1])
+        return chosen_along(self.paths(weights, z, base, view), base, view, keys, drawn_from=base.shape[1])
 
     def paths(self, weights: Any, z: Array, base: Array, view: View, candidates: int | None = None) -> Paths:
-        return SamePaths(base)
+        return SamePaths(base, view.names)
 
     def teacher_forced(self, weights: Any, z: Array, tokens: Array, embed: AnyMatrix) -> Correction | None:
         return None

@@ -92,7 +92,7 @@ class SelectorHead:
         candidates: int | None = None,
     ) -> DraftTokens:
         """See `heads.base.Head`. Every proposal knows the token before it, so each is drawn from its distribution."""
-        return chosen_along(self.paths(weights, z, base, view, candidates), base, view.sampling, keys)
+        return chosen_along(self.paths(weights, z, base, view, candidates), base, view, keys)
 
     def paths(
         self, weights: SelectorWeights, z: Array, base: Array, view: View, candidates: int | None = None
@@ -119,7 +119,8 @@ class SelectorPaths:
         """Args: count: k, tokens that are scored; the others: see `heads.base.Head.propose`."""
         self._table, self._view, self._dtype = weights.predecessor_codebook, view, z.dtype
         self._part = dot(z, weights.hidden_projection)  # [B, J, R]: no token changes it
-        self._best, self._names = largest(base, count, divided=True)  # [B, J, k]
+        self._best, places = largest(base, count, divided=True)  # [B, J, k]
+        self._names = places if view.names is None else view.names[places]
         self._rows = take(weights.successor_codebook, self._names)  # [B, J, k, R]
 
     def start(self) -> Array:

@@ -50,6 +50,7 @@ def test_the_head_is_its_restatement(kind):
     def run(weights: Any, z: Any, base: Any, anchors: Any) -> Any:
         view = View(none, none, none, "xla", none, anchors, none, hot)
         greedy, few = (head.propose(weights, z, base, view, None, count) for count in (None, 6))
+        assert greedy.confidence is not None
         sure = jax.nn.sigmoid(greedy.confidence)
         sampled = head.propose(weights, z, base, view, keys)
         before = jnp.concatenate([anchors[:, None], sampled.tokens[:, :-1]], axis=1)

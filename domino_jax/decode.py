@@ -51,6 +51,8 @@ class DecodeConfig:
 
     `logprobs` asks for those of so many likeliest tokens at each position, and of the chosen one; of none when 0.
 
+    `confidence` asks for how sure a drafter of chains is of its drafts, as `DraftTokens` has it.
+
     `verified` is Q, tokens that the target runs in a cycle for all rows together, where rows have lengths of their own.
 
     Raises:
@@ -63,6 +65,7 @@ class DecodeConfig:
     attention: Backend = "xla"
     logprobs: int = 0
     verified: int | None = None
+    confidence: bool = False
 
     def __post_init__(self) -> None:
         if self.drafts is not None and not 1 <= self.drafts <= (self.drafter.most if self.drafter else 0):
@@ -148,6 +151,7 @@ class Emitted(NamedTuple):
     accepted: Array  # [C, B] int32, drafts accepted, counted whole even where a stop cut the output
     drafts: Array  # [C, B, J] int32, what was proposed, those accepted first; -1 is a tree's place without a node
     logprobs: Logprobs | None  # [C, B, P + 1], where asked for
+    confidence: Array | None = None  # [C, B, J] float32, logits of how likely each draft was, where asked for
 
 
 def new_rows(
@@ -587,6 +591,7 @@ class _Cycle(NamedTuple):
     accepted: Array
     drafts: Array
     logprobs: Logprobs | None
+    confidence: Array | None = None
 
 
 def _verify(
@@ -615,7 +620,8 @@ def _verify(
     )
     sequence = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
     sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
-    return _end_cycle(configs, state, sequence, accepted, finite, draft.tokens, plain)
+    state, ended = _end_cycle(configs, state, sequence, accepted, finite, draft.tokens, plain)
+    return state, ended._replace(confidence=draft.confidence if configs.confidence else None)
 
 
 def _verify_tree(
@@ -881,6 +887,7 @@ def _loop(
         )
         if likeliest
         else None,
+        confidence=jnp.zeros((*size, proposals), jnp.float32) if configs.confidence and proposals else None,
     )
 
     def more(carry: tuple[DecodeState, Array, _Cycle]) -> Array:

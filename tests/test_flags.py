@@ -21,6 +21,7 @@ from infer.serve.replicas import ServeReplicas, check_replicas
 from train.config import TrainConfig
 from train.demo.pretrain import Pretrain, check_pretrain
 from train.demo.pretrain import main as pretrain
+from train.evaluate.calibrate import Calibrate, check_calibrate
 from train.evaluate.validate import Validate, check_validate
 from train.options import parse_options
 from train.regenerate.command import Regenerate, check_regenerate
@@ -59,6 +60,7 @@ COMMANDS: dict[str, tuple[Any, list[str], Callable[[Any], Any]]] = {
     "train regenerate": (Regenerate, [*PAIR, "--data", "d", "--out", "o"], check_regenerate),
     "train instructions": (Instructions, ["--target", "t", "--out", "o"], check_instructions),
     "train validate": (Validate, [*PAIR, "--prompts", "p"], check_validate),
+    "train calibrate": (Calibrate, [*PAIR, "--prompts", "p"], check_calibrate),
     "train pretrain": (Pretrain, ["--out", "o"], check_pretrain),
 }
 

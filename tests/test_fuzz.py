@@ -30,6 +30,7 @@ from infer.bench.options import Bench, check_bench
 from infer.options import Generate
 from infer.prompts import read_prompts
 from train.data.dataset import read_corpus
+from train.evaluate.calibrate import Calibrate, check_calibrate
 from train.evaluate.validate import Validate, check_validate
 from train.options import parse_options
 from train.regenerate.command import Regenerate, check_regenerate
@@ -377,6 +378,11 @@ COMMANDS: dict[str, tuple[list[str], Run, dict[str, str]]] = {
         ["--target", "t", "--draft", "d", "--prompts", "p"],
         lambda words: check_validate(parse_words(Validate, words, prog="x")),
         OF_ALL | {"--num-prompts": "4", "--prompt-tokens": "16", "--mesh": "data=2,model=4"},
+    ),
+    "train calibrate": (
+        ["--target", "t", "--draft", "d", "--prompts", "p"],
+        lambda words: check_calibrate(parse_words(Calibrate, words, prog="x")),
+        OF_ALL | {"--num-prompts": "4", "--temperature": "0.5", "--sampler": "coupled"},
     ),
 }
 WORDS = st.one_of(

@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "instructions": Subcommand("train.regenerate.instructions", "let the target ask itself questions"),
     "capture": Subcommand("train.features.capture", "store the target's features for a corpus"),
     "validate": Subcommand("train.evaluate.validate", "measure a drafter's acceptance length"),
+    "calibrate": Subcommand("train.evaluate.calibrate", "make a drafter's confidences true"),
     "ablation": Subcommand("train.evaluate.ablation", "compare with and without head and curriculum"),
     "bench": Subcommand("train.bench.command", "time a training step"),
     "demo": Subcommand("train.demo.command", "make the shipped pair from nothing"),

@@ -67,6 +67,7 @@ class Cycle(NamedTuple):
     tokens: list[int]  # what it added
     accepted: int  # drafts accepted, counted whole even where a stop or the limit cut the output
     drafts: list[int]
+    confidence: Sequence[float] = ()  # logits of how likely each draft was, where `DecodeConfig` asks for them
 
 
 class TokenLogprobs(NamedTuple):
@@ -624,7 +625,8 @@ class Slots:
                     stood = int(emitted.accepted[i, slot])
                     proposed = [token for token in emitted.drafts[i, slot].tolist() if token >= 0]
                     proposed = proposed if lengths is None else proposed[: lengths[slot]]
-                    c.cycles.append(Cycle(start, tokens, stood, proposed))
+                    sure = () if emitted.confidence is None else emitted.confidence[i, slot].tolist()
+                    c.cycles.append(Cycle(start, tokens, stood, proposed, sure))
                     accepted.setdefault(c, []).append(c.cycles[-1].accepted)
                 else:
                     c.steps += 1

@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
+from convert.loading import LoadedModel
 from convert.messages import LeftOut, left_out_words
 from convert.not_finite import check_finite
 from domino_jax.decode import DecodeConfig
@@ -46,6 +47,55 @@ def read_heldout_prompts(
         raise DominoError(f"{path} has no prompt to validate with{left_out_words(left_out)}.")
     if left_out and jax.process_index() == 0:
         print(f"warning: {len(prompts)} prompts of {path}{left_out_words(left_out)}", file=sys.stderr)
+    return prompts
+
+
+class Held(Protocol):
+    """What a command says of its held-out prompts."""
+
+    @property
+    def prompts(self) -> Path: ...
+    @property
+    def num_prompts(self) -> int | None: ...
+    @property
+    def prompt_tokens(self) -> int | None: ...
+    @property
+    def new_tokens(self) -> int: ...
+    @property
+    def min_distinct(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+def chosen_prompts(options: Held, pair: LoadedModel) -> list[list[int]]:
+    """The prompts that a command asks for, in the context of its models.
+
+    Raises:
+        DominoError: fewer are left than were asked for, or none; see `read_heldout_prompts`.
+    """
+    o, config = options, pair.configs.target
+    prompts = read_heldout_prompts(
+        o.prompts, config.vocab_size, config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
+    )
+    found = len(prompts)
+    if o.min_distinct > 0:
+        prompts = varied(
+            pair.params,
+            pair.configs,
+            prompts,
+            pair.stop_ids,
+            pair.dtype,
+            new_tokens=o.new_tokens,
+            batch=min(o.batch_size, len(prompts)),
+            least=o.min_distinct,
+            count=o.num_prompts,
+        )
+    prompts = prompts[: o.num_prompts]
+    if not prompts or len(prompts) < (o.num_prompts or 0):
+        raise DominoError(
+            f"{o.prompts} has {len(prompts)} prompts whose answers vary, of {found} that fit: lower --num-prompts "
+            "or --min-distinct."
+        )
     return prompts
 
 

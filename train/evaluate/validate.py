@@ -39,7 +39,7 @@ from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params, Target, unflatten
 from train import options as settings
-from train.evaluate.prompts import read_heldout_prompts, varied
+from train.evaluate.prompts import chosen_prompts
 from train.loading import PairOptions, notes
 
 
@@ -236,33 +236,11 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
         pair = load_model(target, draft, wanted.device.dtype, loading, **wanted.model().plan())
     if not pair.has_block_drafter:
         raise DominoError(f"{draft} is no drafter that was trained for this target; see --draft.")
-    config = pair.configs.target
     if jax.process_index() == 0:
         for warning in pair.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    prompts = read_heldout_prompts(
-        o.prompts, config.vocab_size, config.positions, pair.tokenizer, o.new_tokens, o.prompt_tokens
-    )
     with pair.context():
-        found = len(prompts)
-        if o.min_distinct > 0:
-            prompts = varied(
-                pair.params,
-                pair.configs,
-                prompts,
-                pair.stop_ids,
-                pair.dtype,
-                new_tokens=o.new_tokens,
-                batch=min(o.batch_size, len(prompts)),
-                least=o.min_distinct,
-                count=o.num_prompts,
-            )
-        prompts = prompts[: o.num_prompts]
-        if not prompts or len(prompts) < (o.num_prompts or 0):
-            raise DominoError(
-                f"{o.prompts} has {len(prompts)} prompts whose answers vary, of {found} that fit: lower --num-prompts "
-                "or --min-distinct."
-            )
+        prompts = chosen_prompts(o, pair)
         validation = Validation(
             pair.params.target,
             pair.configs,

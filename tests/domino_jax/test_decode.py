@@ -226,8 +226,8 @@ def test_what_a_dispatch_emits(pair, truth):
     """Shapes, bytes, the drafts themselves, zeros for rows that are done and for cycles that did not run."""
     state, emitted = speculate(pair, start(pair, [3, COUNT, 1, COUNT]))
     emitted = jax.device_get(emitted)
-    assert emitted.logprobs is None
-    arrays = emitted[:-1]
+    assert emitted.logprobs is None and emitted.confidence is None
+    arrays = emitted[:-2]
     assert [x.shape for x in arrays] == [(), (8, 4, 6), (8, 4), (8, 4), (8, 4, 5)]
     assert all(x.dtype == np.int32 for x in arrays)
     assert (emitted.counts[:, 2] == 0).all() and emitted.counts[:, 0].sum() == 2

@@ -103,8 +103,12 @@ def pair() -> Pair:
 def test_whole_chains_are_observed_in_decoding(pair):
     """Whatever threshold the drafter has."""
     seen = observe_cycles(loaded(pair, confidence_threshold=0.9), PROMPTS, SamplingOptions(), 14, 4)
-    accepted = [reference.decode_greedy(*pair.reference(), prompt, 14, [33])["accepted"] for prompt in PROMPTS]
-    assert seen.accepted.tolist() == sum(accepted, [])
+    target_w, target_cfg, draft_w, draft_cfg = pair.reference()
+    accepted = [
+        reference.decode_greedy(target_w, target_cfg, draft_w, draft_cfg, prompt, 14, [33])["accepted"]
+        for prompt in PROMPTS
+    ]
+    assert seen.accepted.tolist() == [count for cycles in accepted for count in cycles]
     assert seen.second.tolist() == [row == 1 for row, cycles in enumerate(accepted) for _ in cycles]
     assert seen.logits.shape == (len(seen.accepted), pair.configs.proposals)
     assert np.isfinite(seen.logits).all() and np.ptp(seen.logits) > 1
@@ -121,7 +125,7 @@ def test_confidences_are_observed_as_the_drafter_gives_them_without_temperatures
     assert seen.accepted.tolist() == [m for answer in answers for m in answer.accepted]
     assert all(answer.cycles[0].confidence == () for answer in answers), "nobody asked"
     if temperature == 0:
-        state = loops.begin(*pair, PROMPTS[:1], 14)
+        state = loops.begin(pair.params, pair.configs, PROMPTS[:1], 14)
         view, drafter = decode.view(pair.params, pair.configs, state), pair.configs.drafter
         assert isinstance(drafter, BlockDrafter)
         first = drafter.propose(pair.params.draft, state.drafter, view, pair.configs.proposals, None)[0]

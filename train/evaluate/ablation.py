@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from convert.options import DraftingOptions, absolute, check_count, local_sources
+from convert.options import DeviceOptions, DraftingOptions, absolute, check_count, local_sources
 from domino_jax.runtime.command import UsageError, own_command, own_environment, run_command
 from domino_jax.runtime.extras import require
 from domino_jax.runtime.files import lock_folder, write_atomic, write_text
@@ -155,7 +155,8 @@ def measurement(
         tree=tree,
         tree_candidates=candidates or "all" if tree else None,
     )
-    pair = PairOptions(target, drafting=drafting)
+    device = DeviceOptions(weights=read_recipe(recipe_path(o.config)).run.weights)  # that the runs are over
+    pair = PairOptions(target, drafting=drafting, device=device)
     return Validate(
         o.prompts,
         pair=pair,

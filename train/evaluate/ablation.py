@@ -155,7 +155,9 @@ def measurement(
         tree=tree,
         tree_candidates=candidates or "all" if tree else None,
     )
-    device = DeviceOptions(weights=read_recipe(recipe_path(o.config)).run.weights)  # that the runs are over
+    saved = folder / SETTINGS
+    trained_over = read_recipe(saved if saved.exists() else recipe_path(o.config)).run.weights
+    device = DeviceOptions(weights=trained_over)
     pair = PairOptions(target, drafting=drafting, device=device)
     return Validate(
         o.prompts,

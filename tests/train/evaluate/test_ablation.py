@@ -37,6 +37,15 @@ def test_a_run_that_stopped_early_is_not_finished(tmp_path):
     assert ablation.unfinished(tmp_path, 10) and not ablation.unfinished(tmp_path, 5)
 
 
+def test_a_drafter_is_measured_over_the_form_of_the_target_that_it_was_trained_over(tmp_path):
+    given = ablation.Ablation(("d.jsonl",), tmp_path / "held.jsonl", tmp_path)
+    for name, text in (("int8", '[run]\nweights = "int8"\n'), ("usual", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.toml").write_text(text)
+    forms = [ablation.measurement(given, "t", tmp_path / n).pair.device.weights for n in ("int8", "usual", "nothing")]
+    assert forms == ["int8", "auto", "auto"]
+
+
 RECIPE = """
 [data]
 length = 24

@@ -4,7 +4,7 @@
 
 The held-out prompts are decoded in whole cycles, greedily unless --temperature says otherwise, and each cycle's
 confidences are compared with what was accepted: see `train.evaluate.calibration`. OUT gets a copy of the drafter whose
-config.json has `confidence_temperatures`; calibration.json, in the form that SGLang reads, with the figures; and
+config.json has `confidence_temperatures`; calibration.json, with SGLang's names for the figures; and
 reliability.png. The figures of "after" are of each half of the prompts, by the temperatures of the other half.
 """
 

@@ -57,7 +57,7 @@ def dimensions(letters: str) -> MuonDimensionNumbers | None:
     None for norms, filters' taps, and what is as long as the vocabulary.
     """
     names = letters.split()
-    if len(names) == 1 or "V" in names or "CT" in names:
+    if len(names) == 1 or {"V", "DV", "CT"} & set(names):
         return None
     last = len(names) - 1  # the input; K with V, and gate with up, are two matrices of their own
     return MuonDimensionNumbers((last,), tuple(i for i in range(last) if names[i] != "2"))

@@ -9,9 +9,13 @@ import pytest
 from factory import BYTE_DRAFT
 
 from domino_jax.config import DraftConfig
+from domino_jax.drafters.convolution import Convolution
+from domino_jax.drafters.heads.domino import DominoHead
+from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.weights import axes, flatten, init_weights, is_bias
 from train.config import OptimizerConfig
-from train.optimizer import make_optimizer
+from train.optimizer import dimensions, make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +66,16 @@ def test_muon_leaves_biases_to_adam(biased):
     for path in biases:
         np.testing.assert_allclose(steps[path], steps["norm"], err_msg=path)
     assert not np.array_equal(steps["layers.0.q"], steps["norm"])
+
+
+HEADS = [DominoHead(8, 6, 1), MarkovHead(6, "gated", True), SelectorHead(6, 4)]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
+def test_muon_leaves_what_is_as_long_as_the_vocabulary_to_adam(head):
+    letters = flatten(axes(dataclasses.replace(BYTE_DRAFT, head=head, convolution=Convolution(2, 4))))
+    sizes = {path: {"V", "DV"} & set(names.split()) for path, names in letters.items()}
+    assert any(sizes[path] for path in letters if path.startswith("head."))
+    assert not [path for path, long in sizes.items() if long and dimensions(letters[path]) is not None]
+    assert dimensions(letters["layers.0.attention_conv.base_kernel"]) is None
+    assert dimensions(letters["layers.0.q"]) is not None

@@ -1,6 +1,7 @@
 """Optimizers: AdamW, or Muon for the matrices with AdamW for the rest (optax.contrib.muon; Jordan et al. 2024)."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -8,7 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
 
-from domino_jax.weights import is_bias
+from domino_jax.weights import is_matrix
 from train.config import OptimizerConfig
 
 
@@ -24,7 +25,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, letters: Mapping[str, st
         muon_rate = learning_rate(config, steps, config.muon_lr)
         rule = muon(muon_rate, rate, config.weight_decay, letters)
     else:
-        rule = optax.adamw(rate, weight_decay=config.weight_decay, mask=decayed)
+        rule = optax.adamw(rate, weight_decay=config.weight_decay, mask=partial(decayed, letters))
     return optax.chain(optax.clip_by_global_norm(config.clip), rule)
 
 
@@ -42,27 +43,24 @@ def muon(
     Args:
         letters: axis letters of each weight, by its path.
     """
-    matrices = {path: None if is_bias(path) else dimensions(names) for path, names in letters.items()}
+    matrices = {path: dimensions(names) if is_matrix(path, names) else None for path, names in letters.items()}
     # optax's own division between the two lets everything that AdamW moves decay, norms too.
     rules: dict[Any, optax.GradientTransformation] = {
         "muon": optax_muon(lr, weight_decay=weight_decay, muon_weight_dimension_numbers=cast(Any, matrices)),
-        "adamw": optax.adamw(adam_lr, weight_decay=weight_decay, mask=decayed, nesterov=True),
+        "adamw": optax.adamw(adam_lr, weight_decay=weight_decay, mask=partial(decayed, letters), nesterov=True),
     }
     return optax.partition(rules, {path: "adamw" if matrix is None else "muon" for path, matrix in matrices.items()})
 
 
 def dimensions(letters: str) -> MuonDimensionNumbers | None:
-    """Which axes of a weight are inputs and which outputs.
-
-    None for norms, filters' taps, and what is as long as the vocabulary.
-    """
+    """Which axes of a matrix are inputs and which outputs; None for what is as long as the vocabulary."""
     names = letters.split()
-    if len(names) == 1 or {"V", "DV", "CT"} & set(names):
+    if {"V", "DV"} & set(names):
         return None
     last = len(names) - 1  # the input; K with V, and gate with up, are two matrices of their own
     return MuonDimensionNumbers((last,), tuple(i for i in range(last) if names[i] != "2"))
 
 
-def decayed(weights: Any) -> Any:
-    """True in the place of each weight that decays: matrices do, norms and biases do not."""
-    return jax.tree_util.tree_map_with_path(lambda path, w: w.ndim > 1 and not is_bias(path[-1].key), weights)
+def decayed(letters: Mapping[str, str], weights: Any) -> Any:
+    """True in the place of each weight that decays: matrices do, norms, biases and filters do not."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path[-1].key, letters[path[-1].key]), weights)

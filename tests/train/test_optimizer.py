@@ -77,5 +77,14 @@ def test_muon_leaves_what_is_as_long_as_the_vocabulary_to_adam(head):
     sizes = {path: {"V", "DV"} & set(names.split()) for path, names in letters.items()}
     assert any(sizes[path] for path in letters if path.startswith("head."))
     assert not [path for path, long in sizes.items() if long and dimensions(letters[path]) is not None]
-    assert dimensions(letters["layers.0.attention_conv.base_kernel"]) is None
     assert dimensions(letters["layers.0.q"]) is not None
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_filters_of_convolutions_neither_decay_nor_are_matrices(name):
+    """Their first value is the identity, and zero is not nearer to anything."""
+    filters = "layers.0.attention_conv.base_kernel"
+    config = dataclasses.replace(BYTE_DRAFT, convolution=Convolution(2, 4))
+    assert not np.any(update(config, name, 0.0)[1][filters])
+    _, added = update(config, name, 1e-3)
+    np.testing.assert_allclose(np.unique(added[filters].round(4)), np.unique(added["norm"].round(4)))

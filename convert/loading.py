@@ -200,7 +200,7 @@ def load_model(
         """The weights of a model; a drafter that is to be in 8 bits is read whole, for its head says what stays."""
         exact = asked == "exact"
         stored = narrow and exact
-        form = prepare.target_form(config, asked) if what == "target" and not exact else None
+        form = prepare.target_form(config, asked) if what == "target" else None
         if make_weights:
             module = make_weights(config, jnp.bfloat16 if stored else kind, mesh, form)
         else:

@@ -159,17 +159,21 @@ def tabulate_head(params: Params, config: DecoderConfig | None, largest: int = L
 
 def target_form(
     config: TargetConfig, kind: str, call: Callable[..., Any] = lambda run, *given: run(*given)
-) -> Callable[[str, Array], AnyMatrix]:
+) -> Callable[[str, Array], AnyMatrix] | None:
     """What becomes of each weight of a target in 8 bits, by its path: matrices are `matrix.Scaled`, all else stays.
+
+    None where all of them stay, which is "exact".
 
     In 8 bits are the layers' matrices, those of experts too, and the LM head. A router stays, for it is small and
     chooses; embeddings stay where they are a table of their own, of which a step reads a few rows. Tied to the LM head
     they are in its 8 bits.
 
     Args:
-        kind: one of `matrix.QUANTIZED`.
+        kind: one of `runtime.weight_forms.FORMS`.
         call: see `prepare_for_tpu`.
     """
+    if kind == "exact":
+        return None
     letters = flatten(axes(config))
     stay = {path for path, names in letters.items() if not is_matrix(path, names) or path.endswith(".router")}
     stay |= set() if config.tie_word_embeddings else {"embed"}
@@ -185,6 +189,8 @@ def quantize_target(
 ) -> Target:
     """The target with its matrices in 8 bits; see `target_form`, which loading gives them one by one."""
     form = target_form(config, kind, call)
+    if form is None:
+        return target
     return unflatten(config, {path: form(path, weight) for path, weight in flatten(target).items()})
 
 

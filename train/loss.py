@@ -179,7 +179,6 @@ def partial_loss(
     base_hits, base_prefix = _correct(base.hit, supervised)
     loss, sure = (1 - lam) * final_loss + lam * base_loss, None
     if correction is not None and correction.confidence is not None:
-        assert final.divergence is not None
         sure = _confidence_loss(objective, final, correction.confidence, supervised)
         loss += sure
     sums = Sums(

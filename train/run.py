@@ -164,7 +164,7 @@ def prepare(options: TrainConfig) -> Setup:
         progress_bars() as progress,
         explain_out_of_memory(f"the device has too little memory for the target in {dtype.name}."),
     ):
-        form = None if weights == "exact" else prepare_weights.target_form(target, weights)
+        form = prepare_weights.target_form(target, weights)
         frozen = folders.load_weights(folder, target, dtype, partial(progress, "loading target"), mesh, form=form)
     frozen = meshes.place_module(frozen, target, mesh)
     recipe = Recipe(

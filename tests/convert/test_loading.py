@@ -192,6 +192,7 @@ def test_a_target_is_put_into_8_bits_matrix_by_matrix(tmp_path, monkeypatch, for
         return made
 
     made_of = prepare.target_form(config, "int8")
+    assert made_of is not None
     monkeypatch.setattr(prepare, "target_form", lambda *_: watched)
     loaded = loading.load_model(source, weights="int8", **how)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))

@@ -33,8 +33,7 @@ def describe_step(
         where = state_partitions(recipe)
     state = jax.tree.map(place.array, state_shapes(recipe), where, is_leaf=lambda x: isinstance(x, PartitionSpec))
     frozen = described_weights(recipe.target, jnp.dtype(recipe.dtype), place.mesh, place.device)
-    if weights != "exact":
-        frozen = quantize_target(frozen, recipe.target, weights, cache(place.outputs))
+    frozen = quantize_target(frozen, recipe.target, weights, cache(place.outputs))
     return state, frozen, jax.tree.map(place.rows, inputs)
 
 

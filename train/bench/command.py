@@ -219,7 +219,7 @@ def _run(options: TrainBench, recipe: Recipe, made: Any) -> dict[str, Any]:
     target, config, dtype = recipe.target, recipe.draft, jnp.dtype(recipe.dtype)
     assert isinstance(config, DraftConfig)
     weights = resolve_weights(options.weights)
-    frozen = random_weights(target, dtype, made, None if weights == "exact" else target_form(target, weights))
+    frozen = random_weights(target, dtype, made, target_form(target, weights))
     drafted = random_weights(config, jnp.float32, made)
     state = init_state(recipe, flatten(drafted), 0)
     del drafted

@@ -232,8 +232,7 @@ def run_capture(options: Capture) -> None:
         if not plan.missing:
             print(f"{options.out} is complete")
             return
-        form = None if weights == "exact" else prepare.target_form(config, weights)
-        frozen = folders.load_weights(folder, config, dtype, mesh=mesh, form=form)
+        frozen = folders.load_weights(folder, config, dtype, mesh=mesh, form=prepare.target_form(config, weights))
         shards.write_header(options.out, plan)
 
         def rows_of(part: slice) -> Iterator[np.ndarray]:

@@ -30,9 +30,7 @@ from convert.options import (
     Flag,
     ProcessOptions,
     SamplingOptions,
-    check_count,
     check_not_source,
-    check_real,
 )
 from convert.progress import progress_bars
 from domino_jax.drafters.block import BlockDrafter
@@ -45,7 +43,7 @@ from domino_jax.runtime.files import check_output, write_atomic, write_text
 from domino_jax.runtime.processes import join_processes
 from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
 from train.evaluate.calibration import Calibration, Cycles, calibrate, plot_reliability
-from train.evaluate.prompts import chosen_prompts
+from train.evaluate.prompts import HeldOutOptions, chosen_prompts
 from train.loading import PairOptions, notes
 
 FEW = 500  # cycles with fewer of which temperatures are noise
@@ -53,25 +51,13 @@ TEMPERATURES = "confidence_temperatures"
 
 
 @dataclass(frozen=True)
-class Calibrate:
+class Calibrate(HeldOutOptions):
     """Fit temperatures to a drafter's confidences, so that --confidence-threshold X means a chance of X."""
 
-    prompts: Path
-    """JSONL of held-out prompts: input_ids, prompt or messages"""
     out: Annotated[Path | None, DisallowNone, UNSET] = None
     """folder for a copy of the drafter with the temperatures in its config.json, the figures and a diagram"""
     pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    num_prompts: Annotated[int | None, DisallowNone, UNSET] = None
-    """prompts to calibrate with, from the file's beginning; all when not given"""
-    prompt_tokens: Annotated[int | None, DisallowNone, UNSET] = None
-    """tokens that a prompt is cut to; none are cut when not given"""
-    new_tokens: int = 64
-    """of an answer, at most"""
-    min_distinct: float = 0.0
-    """leave out prompts that the target answers with a smaller share of distinct 4-grams: it loops there"""
-    batch_size: int = 16
-    """prompts that are answered together"""
     json: Flag = False
     """one JSON object on standard output, and nothing else there"""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
@@ -84,10 +70,7 @@ def check_calibrate(options: Calibrate) -> None:
         UsageError: one does not.
     """
     o, drafting = options, options.pair.drafting
-    for name in ("num_prompts", "prompt_tokens", "new_tokens", "batch_size"):
-        if getattr(o, name) is not None:
-            check_count(name, getattr(o, name))
-    check_real("min_distinct", o.min_distinct, "from 0 to 1")
+    o.check_numbers()
     o.sampling.check()
     model = o.pair.model()
     if model.ngram or registry.locate(model.model, model.draft)[1] is None:

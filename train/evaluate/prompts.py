@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any
 
 import jax
+from tyro.conf import DisallowNone
 
 from convert.loading import LoadedModel
 from convert.messages import LeftOut, left_out_words
 from convert.not_finite import check_finite
+from convert.options import UNSET, check_count, check_real
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
@@ -50,24 +53,32 @@ def read_heldout_prompts(
     return prompts
 
 
-class Held(Protocol):
-    """What a command says of its held-out prompts."""
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """Held-out prompts, and how their target answers them."""
 
-    @property
-    def prompts(self) -> Path: ...
-    @property
-    def num_prompts(self) -> int | None: ...
-    @property
-    def prompt_tokens(self) -> int | None: ...
-    @property
-    def new_tokens(self) -> int: ...
-    @property
-    def min_distinct(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
+    prompts: Path
+    """JSONL of held-out prompts: input_ids, prompt or messages"""
+    num_prompts: Annotated[int | None, DisallowNone, UNSET] = None
+    """use so many prompts, from the file's beginning; all when not given"""
+    prompt_tokens: Annotated[int | None, DisallowNone, UNSET] = None
+    """tokens that a prompt is cut to; none are cut when not given"""
+    new_tokens: int = 64
+    """of an answer, at most"""
+    min_distinct: float = 0.0
+    """leave out prompts that the target answers with a smaller share of distinct 4-grams: it loops there"""
+    batch_size: int = 16
+    """prompts that are answered together"""
+
+    def check_numbers(self) -> None:
+        """Raises: UsageError: a number makes no sense."""
+        for name in ("num_prompts", "prompt_tokens", "new_tokens", "batch_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_real("min_distinct", self.min_distinct, "from 0 to 1")
 
 
-def chosen_prompts(options: Held, pair: LoadedModel) -> list[list[int]]:
+def chosen_prompts(options: HeldOutOptions, pair: LoadedModel) -> list[list[int]]:
     """The prompts that a command asks for, in the context of its models.
 
     Raises:

@@ -27,7 +27,7 @@ from tyro.conf import DisallowNone
 from convert import registry
 from convert.loading import load_model, without_head
 from convert.not_finite import check_finite, warn_of_drafts
-from convert.options import GROUP, UNSET, Flag, ProcessOptions, check_count, check_real
+from convert.options import GROUP, UNSET, Flag, ProcessOptions
 from convert.progress import progress_bars
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.block import BlockDrafter
@@ -39,7 +39,7 @@ from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params, Target, unflatten
 from train import options as settings
-from train.evaluate.prompts import chosen_prompts
+from train.evaluate.prompts import HeldOutOptions, chosen_prompts
 from train.loading import PairOptions, notes
 
 
@@ -169,25 +169,13 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Validate:
+class Validate(HeldOutOptions):
     """Measure a drafter's acceptance length τ on held-out prompts, with its causal head and without it."""
 
-    prompts: Path
-    """JSONL of held-out prompts: input_ids, prompt or messages"""
     run: Annotated[Path | None, DisallowNone, UNSET] = None
     """folder of a training run, of which the newest checkpoint is measured, with the run's own target in the form that
     the run had it in"""
     pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)
-    num_prompts: Annotated[int | None, DisallowNone, UNSET] = None
-    """prompts to measure with, from the file's beginning; all when not given"""
-    prompt_tokens: Annotated[int | None, DisallowNone, UNSET] = None
-    """tokens that a prompt is cut to; none are cut when not given"""
-    new_tokens: int = 64
-    """of an answer, at most"""
-    min_distinct: float = 0.0
-    """leave out prompts that the target answers with a smaller share of distinct 4-grams: it loops there"""
-    batch_size: int = 16
-    """prompts that are answered together"""
     json: Flag = False
     """one JSON object on standard output, and nothing else there"""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
@@ -201,10 +189,7 @@ def check_validate(options: Validate) -> PairOptions:
         DominoError: there is no such run.
     """
     o, pair = options, options.pair
-    for name in ("num_prompts", "prompt_tokens", "new_tokens", "batch_size"):
-        if getattr(o, name) is not None:
-            check_count(name, getattr(o, name))
-    check_real("min_distinct", o.min_distinct, "from 0 to 1")
+    o.check_numbers()
     draft = pair.drafting.draft
     if o.run is not None and draft is not None:
         raise UsageError("give either --run (a training run's folder) or --draft (a drafter's), not both.")

@@ -22,6 +22,7 @@ from domino_jax.config import DecoderConfig, DraftConfig, TargetConfig
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads.domino import DominoHead
+from domino_jax.sampling import Sampling, settings
 from domino_jax.weights import Params
 
 # Every size differs from the others, so that a swapped axis can't go unseen.
@@ -57,6 +58,27 @@ def draft_config(target: TargetConfig = TARGET, **changes: Any) -> DraftConfig:
         "head": DominoHead(gru_hidden_dim=14, emb_dim=7, pure_draft_prefix_len=1),
     }
     return DraftConfig(**(fields | changes))
+
+
+class HeadCase(NamedTuple):
+    """What a head is given of three rows' blocks of four places, for drafters of `TARGET`."""
+
+    z: np.ndarray  # [3, 4, 32]
+    base: np.ndarray  # [3, 4, 89]
+    anchors: np.ndarray  # [3]
+    keys: jax.Array  # [3, 4]
+    temperatures: tuple[float, ...]
+    sampling: Sampling  # of the temperatures
+
+
+def head_case() -> HeadCase:
+    """Random states and logits of blocks, of a greedy row, a cool and a hot one."""
+    rng, temperatures = np.random.default_rng(1), (0.0, 0.7, 1.3)
+    z = rng.normal(size=(3, 4, TARGET.hidden_size)).astype(np.float32)
+    base = (2 * rng.normal(size=(3, 4, TARGET.vocab_size))).astype(np.float32)
+    keys = jax.random.split(jax.random.key(2), (3, 4))
+    sampling = settings(3)._replace(temperature=jnp.array(temperatures, jnp.float32))
+    return HeadCase(z, base, np.array([5, 88, 0], np.int32), keys, temperatures, sampling)
 
 
 END, CHAT_START, CHAT_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"

@@ -178,8 +178,17 @@ class LowRankLogits:
         if self._few is None:
             return constrain(self._base[:, place, None] + unembed(rank, self._output), "B L V"), self._names
         best, names, rows = (x[:, place] for x in self._few)
-        added = jnp.einsum("BLR,BCR->BLC", rank, rows, preferred_element_type=jnp.float32)
-        return best[:, None] + added, names
+        return corrected_few(best, rank, rows), names
+
+
+def corrected_few(best: Array, rank: Array, rows: Array) -> Array:
+    """Base logits [B, C] of a few tokens after a low-rank correction: [B, L, C].
+
+    Args:
+        rank: [B, L, R] of L paths.
+        rows: [B, C, R] of the matrix that takes rank vectors to logits.
+    """
+    return best[:, None] + jnp.einsum("BLR,BCR->BLC", rank, rows, preferred_element_type=jnp.float32)
 
 
 def _spread(distribution: Array, names: Array | None, vocab: int) -> Array:

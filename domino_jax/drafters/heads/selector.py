@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.drafters.heads.base import Correction
-from domino_jax.drafters.heads.choosing import chosen_along, largest
+from domino_jax.drafters.heads.choosing import chosen_along, corrected_few, largest
 from domino_jax.errors import DominoError
 from domino_jax.fields import Fields, integer
 from domino_jax.matrix import AnyMatrix, dot, take
@@ -131,5 +130,4 @@ class SelectorPaths:
 
     def logits(self, state: Array, place: int) -> tuple[Array, Array]:
         rank = state * self._part[:, place, None]
-        added = jnp.einsum("BLR,BCR->BLC", rank, self._rows[:, place], preferred_element_type=jnp.float32)
-        return self._best[:, place, None] + added, self._names[:, place]
+        return corrected_few(self._best[:, place], rank, self._rows[:, place]), self._names[:, place]

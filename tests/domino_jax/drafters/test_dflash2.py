@@ -21,7 +21,7 @@ from domino_jax.drafters.convolution import Convolution
 from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.drafters.tree import TreeDrafter, best_first
 from domino_jax.errors import DominoError
-from domino_jax.sampling import sample, settings
+from domino_jax.sampling import sample
 from domino_jax.weights import Params
 
 CONFIG = factory.draft_config(
@@ -29,7 +29,6 @@ CONFIG = factory.draft_config(
     sliding_window_non_causal=True,
 )  # fmt: skip
 ROWS, PLACES = 3, 4
-TEMPERATURE = (0.0, 0.7, 1.3)
 
 
 def test_the_selector_is_its_restatement():
@@ -39,13 +38,8 @@ def test_the_selector_is_its_restatement():
     weights = factory.random_weights(config, 3)
     assert isinstance(head, SelectorHead)
     draft_w, draft_cfg = factory.hf_weights(weights, config), config.to_hf()
-    rng = np.random.default_rng(1)
-    z = rng.normal(size=(ROWS, PLACES, 32)).astype(np.float32)
-    base = (2 * rng.normal(size=(ROWS, PLACES, 89))).astype(np.float32)
-    anchors = np.array([5, 88, 0], np.int32)
-    keys = jax.random.split(jax.random.key(2), (ROWS, PLACES))
+    z, base, anchors, keys, temperatures, hot = factory.head_case()
     none: Any = None
-    hot = settings(ROWS)._replace(temperature=jnp.array(TEMPERATURE, jnp.float32))
 
     @jax.jit
     def run(weights: Any, z: Any, base: Any, anchors: Any) -> Any:
@@ -74,7 +68,7 @@ def test_the_selector_is_its_restatement():
         before = [anchor, *sampled.tokens[row, :-1]]
         for place in range(PLACES):
             scores = reference.selector_logits(draft_w, draft_cfg, base[row, place], z[row, place], before[place])
-            probs = reference.filtered_probabilities(scores, TEMPERATURE[row])
+            probs = reference.filtered_probabilities(scores, temperatures[row])
             np.testing.assert_allclose(sampled.probs[row, place], probs, atol=2e-5)
             inside = np.isfinite(scores)
             assert inside.sum() == 6 and not sampled.probs[row, place][~inside].any()

@@ -27,7 +27,6 @@ from domino_jax.weights import Params
 
 HEADS = {"Domino": DominoHead(14, 7, 1), "DSpark": MarkovHead(7, "rnn", enable_confidence_head=True), "DFlash": None}
 ROWS, PLACES, SOME = 3, 4, 30
-TEMPERATURE = (0.0, 0.7, 1.3)
 
 
 def config_of(name: str, **changes: Any) -> DraftConfig:
@@ -40,13 +39,9 @@ def test_what_is_proposed_is_the_restatement(name):
     config = config_of(name)
     head, weights = head_of(config), factory.random_weights(config, 3)
     draft_w, draft_cfg = factory.hf_weights(weights, config), config.to_hf()
-    rng = np.random.default_rng(1)
-    z = rng.normal(size=(ROWS, PLACES, 32)).astype(np.float32)
-    embed = rng.normal(size=(89, 32)).astype(np.float32)
-    anchors = np.array([5, 88, 0], np.int32)
-    keys = jax.random.split(jax.random.key(2), (ROWS, PLACES))
+    z, _, anchors, keys, temperatures, hot = factory.head_case()
+    embed = np.random.default_rng(3).normal(size=(89, 32)).astype(np.float32)
     none: Any = None
-    hot = settings(ROWS)._replace(temperature=jnp.array(TEMPERATURE, jnp.float32))
 
     @jax.jit
     def run(weights: Any, z: Any, embed: Any, anchors: Any) -> Any:
@@ -70,7 +65,7 @@ def test_what_is_proposed_is_the_restatement(name):
     for found in (greedy, few, drawn, nodes):
         assert np.isin(found, names).all()
     for row in range(ROWS):
-        for tokens, temperature in ((greedy[row], None), (drawn[row], TEMPERATURE[row])):
+        for tokens, temperature in ((greedy[row], None), (drawn[row], temperatures[row])):
             before = [int(anchors[row]), *map(int, tokens[:-1])]
             logits = reference.linear(z[row], draft_w["lm_head.weight"])  # [J, DV]
             if name == "DSpark":

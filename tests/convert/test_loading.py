@@ -187,12 +187,12 @@ def test_a_target_is_put_into_8_bits_matrix_by_matrix(tmp_path, monkeypatch, for
 
     def watched(path: str, weight: Any) -> Any:
         nonlocal most
+        assert made_of is not None
         made = made_of(path, weight)
         most = max(most, sum(leaf.nbytes for leaf in jax.live_arrays()) - before)
         return made
 
     made_of = prepare.target_form(config, "int8")
-    assert made_of is not None
     monkeypatch.setattr(prepare, "target_form", lambda *_: watched)
     loaded = loading.load_model(source, weights="int8", **how)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))

@@ -25,7 +25,8 @@ NESTED: Final = "dflash_config"
 # Any of them makes a config.json a drafter's.
 DRAFTER_FIELDS: Final = (NESTED, "block_size", "num_target_layers", "target_layer_ids", *SPECULATORS)
 TARGET_LAYER_IDS: Final = ("target_layer_ids", "layer_ids")  # one setting, by two names
-DFLASH, DOMINO, DFLASH2 = "DFlashDraftModel", "DominoDraftModel", "DFlash2DraftModel"  # the second: early Domino files'
+DFLASH, DOMINO = "DFlashDraftModel", "DominoDraftModel"  # the field's name, and the first Domino files'
+DFLASH2 = SelectorHead.architecture
 DSPARK: Final = ("Qwen3DSparkModel", "DSparkDraftModel")  # DeepSpec's, with a Markov head or without, and SpecForge's
 ARCHITECTURES: Final = (DFLASH, DFLASH2, DOMINO, *DSPARK)
 UNSUPPORTED: Final = {

@@ -32,7 +32,7 @@ MARKOV: Final[dict[str, tuple[Kind[Any], Any]]] = {
     "enable_confidence_head": (BOOLEAN, True),
     "confidence_head_with_markov": (BOOLEAN, True),
 }
-DFLASH2: Final = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
+OF_DFLASH2: Final = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
 HEAD: Final = {
     "gru_hidden_dim": ("gru_hidden_dim", 1024),
     "emb_dim": ("logits_correction_emb_dim", 256),
@@ -99,7 +99,7 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
     if kind == "domino":
         draft |= {ours: fields.get(theirs, integer(), default) for ours, (theirs, default) in HEAD.items()}
     if kind == "dflash2":
-        draft |= {name: fields.get(name, SIZE, default) for name, default in DFLASH2.items()}
+        draft |= {name: fields.get(name, SIZE, default) for name, default in OF_DFLASH2.items()}
     if kind == "dspark":
         draft |= {name: fields.get(name, of, default) for name, (of, default) in MARKOV.items()}
     rest = {name: raw[name] for _, name in fields.unread()}  # scales, windows, what is not known here

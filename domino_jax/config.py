@@ -41,6 +41,9 @@ ARCHITECTURES = {
 }
 
 
+MarkovHeadType = Literal["vanilla", "gated", "rnn"]  # of DSpark's head; training's settings name it without JAX
+
+
 @dataclass(frozen=True)
 class Yarn:
     """RoPE for more positions than a model was trained with (Peng et al. 2023); the names are Hugging Face's.

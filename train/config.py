@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 from tyro.conf import DisallowNone
 
 from convert.options import UNSET, Dtype, ProcessOptions, Weights, check_count, check_real, flag
-from domino_jax.config import DraftConfig, TargetConfig, choose_target_layer_ids
+from domino_jax.config import DraftConfig, MarkovHeadType, TargetConfig, choose_target_layer_ids
 from domino_jax.runtime.command import UsageError, words_at_fault
 from domino_jax.runtime.weight_forms import resolve_weights
 
@@ -20,7 +20,6 @@ HeadKind = Literal["domino", "markov", "selector", "none"]
 PositionWeights = Literal["exponential", "uniform", "d-pace"]
 DrafterKind = Literal["block", "orthrus", "orthrus-domino"]
 LambdaSchedule = Literal["linear", "cosine", "constant"]
-MarkovHeadType = Literal["vanilla", "gated", "rnn"]  # as `domino_jax.drafters.heads.markov` has them; it imports JAX
 BlockAttention = Literal["auto", "dense", "chunked", "cudnn", "pallas"]
 TargetAttention = Literal["xla", "cudnn"]
 OptimizerName = Literal["adamw", "muon"]
@@ -320,7 +319,8 @@ def check_options(options: TrainConfig) -> TrainConfig:
 
 OF_BLOCKS = (
     *("layers", "target_layer_ids", "intermediate_size", "shift_label", "init", "freeze_backbone", "features"),
-    *("head", "markov_head_type", "enable_confidence_head", "selector_top_k", "causal", "conv_kernel_size"),
+    *("head", "markov_head_type", "enable_confidence_head", "selector_top_k", "causal"),
+    *("conv_kernel_size", "conv_group_size"),
 )
 OF_HEADS = {
     "markov": ("a Markov head", ("markov_head_type", "enable_confidence_head")),
@@ -360,6 +360,8 @@ def _check_kind(options: TrainConfig) -> None:
             wrong = [name for name in names if given[name] != usual[name]]
             if options.drafter.head != head and wrong:
                 raise UsageError(f"{flag(wrong[0])} is of {said}: give --head {head}, or leave it out.")
+        if given["conv_group_size"] != usual["conv_group_size"] and not given["conv_kernel_size"]:
+            raise UsageError("--conv-group-size is of convolutions: give --conv-kernel-size, or leave it out.")
         return
     head_alone = kind == "orthrus-domino" and options.drafter.init_from is not None
     others = [name for name in OF_BLOCKS if name != "freeze_backbone" or not head_alone]

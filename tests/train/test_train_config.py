@@ -200,6 +200,8 @@ def test_a_recipe_that_leaves_the_data_to_the_words_is_not_at_fault(out):
         ("--freeze-backbone --no-head", "needs a head"),
         ("--markov-head-type rnn", "--markov-head-type is of a Markov head"),
         ("--head markov --selector-top-k 8", "--selector-top-k is of a selector"),
+        ("--conv-group-size 8", "--conv-group-size is of convolutions"),
+        ("--drafter orthrus --conv-group-size 8", "leave out --conv-group-size"),
         ("--head selector --loss kl", "give --loss ce"),
         ("--head selector --selector-top-k 0", "--selector-top-k must be at least 1"),
         ("--head none --enable-confidence-head --loss dspark", "--enable-confidence-head is of a Markov head"),

@@ -1,13 +1,14 @@
 """DSpark's head: the token before each proposal corrects its logits (arXiv 2607.05147)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from domino_jax.config import MarkovHeadType
 from domino_jax.drafters.base import DraftTokens, Product, View
 from domino_jax.drafters.heads.base import Correction
 from domino_jax.drafters.heads.choosing import LowRankLogits, chosen_along
@@ -17,7 +18,6 @@ from domino_jax.matrix import AnyMatrix, dot, take
 from domino_jax.sharding import constrain
 from domino_jax.weights import Leaf, TensorRow
 
-MarkovHeadType = Literal["vanilla", "gated", "rnn"]
 State = tuple[Array, ...]  # the rank vector of the last token; of "rnn" the recurrent state too
 
 

@@ -13,18 +13,17 @@ import reference
 import trees as restated
 from factory import Pair
 
-from domino_jax.config import DraftConfig
+from domino_jax.config import DraftConfig, MarkovHeadType
 from domino_jax.drafters.base import View
 from domino_jax.drafters.heads.choosing import likeliest
-from domino_jax.drafters.heads.markov import MarkovHead, MarkovHeadType
+from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.tree import TreeDrafter, best_first
 from domino_jax.errors import DominoError
-from domino_jax.sampling import sample, settings
+from domino_jax.sampling import sample
 from domino_jax.weights import weight_shapes
 
 KINDS = get_args(MarkovHeadType)
 ROWS, PLACES = 3, 4
-TEMPERATURE = (0.0, 0.7, 1.3)
 
 
 def config_of(kind: MarkovHeadType, **changes: Any) -> DraftConfig:
@@ -38,13 +37,8 @@ def test_the_head_is_its_restatement(kind):
     head, weights = config.head, factory.random_weights(config, 3)
     assert isinstance(head, MarkovHead)
     draft_w, draft_cfg, embed = factory.hf_weights(weights, config), config.to_hf(), np.zeros((89, 32))
-    rng = np.random.default_rng(1)
-    z = rng.normal(size=(ROWS, PLACES, 32)).astype(np.float32)
-    base = (2 * rng.normal(size=(ROWS, PLACES, 89))).astype(np.float32)
-    anchors = np.array([5, 88, 0], np.int32)
-    keys = jax.random.split(jax.random.key(2), (ROWS, PLACES))
+    z, base, anchors, keys, temperatures, hot = factory.head_case()
     none: Any = None
-    hot = settings(ROWS)._replace(temperature=jnp.array(TEMPERATURE, jnp.float32))
 
     @jax.jit
     def run(weights: Any, z: Any, base: Any, anchors: Any) -> Any:
@@ -82,7 +76,7 @@ def test_the_head_is_its_restatement(kind):
         np.testing.assert_allclose(added[row], expected, atol=2e-5)
         for place in range(PLACES):
             logits = base[row, place] + expected[place]
-            probs = reference.filtered_probabilities(logits, TEMPERATURE[row])
+            probs = reference.filtered_probabilities(logits, temperatures[row])
             np.testing.assert_allclose(sampled.probs[row, place], probs, atol=2e-5)
         for tree, of in zip(trees, (None, candidates[row].tolist()), strict=True):
             following = restated.head_following(draft_w, draft_cfg, embed, z[row], base[row], anchor, of)

@@ -263,7 +263,7 @@ def run_ablation(options: Ablation) -> int:
         recipe_path(options.view_config)
     if target is None:
         raise UsageError(f"--config {options.config} names no target: give one with --target.")
-    check_validate(measurement(options, target, options.out / "first"))
+    check_validate(measurement(options, target, next(runs(options))[2]))
     with lock_folder(options.out, "runs of an ablation", local_sources(target, *options.data, options.prompts)):
         keep_settings(options.out / "ablation.settings.json", options.out, common_settings(options, target))
         return _run(options, target)

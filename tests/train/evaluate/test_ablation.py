@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import get_args
 
 import pytest
 from factory import make_target
@@ -31,6 +32,10 @@ def test_the_table_has_mean_and_spread():
     ]
 
 
+def test_every_kind_can_be_asked_for():
+    assert get_args(ablation.Kind) == tuple(ablation.KINDS)
+
+
 def test_a_run_that_stopped_early_is_not_finished(tmp_path):
     assert ablation.unfinished(tmp_path, 10)
     curves.write_metrics([{"step": 5}], tmp_path / "metrics.jsonl")
@@ -50,25 +55,7 @@ RECIPE = """
 [data]
 length = 24
 [drafter]
-layers = 1
-block_size = 4
-target_layer_ids = [0, 1]
-gru_hidden_dim = 8
-emb_dim = 6
-mask_token_id = 3
-[objective]
-anchors = 4
-[run]
-batch = 4
-log_every = 2
-"""
-
-
-VIEW_RECIPE = """
-[data]
-length = 24
-[drafter]
-drafter = "orthrus"
+{}
 block_size = 4
 gru_hidden_dim = 8
 emb_dim = 6
@@ -88,8 +75,8 @@ def test_an_ablation_trains_measures_and_compares(tmp_path, capfd):
     lines = [{"input_ids": [5, i], "tokens": [(i + 3 * k) % 30 + 5 for k in range(20)]} for i in range(5, 25)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "held.jsonl").write_text("".join(json.dumps({"input_ids": [7, i]}) + "\n" for i in range(5, 9)))
-    (tmp_path / "tiny.toml").write_text(RECIPE)
-    (tmp_path / "view.toml").write_text(VIEW_RECIPE)
+    (tmp_path / "tiny.toml").write_text(RECIPE.format("layers = 1\ntarget_layer_ids = [0, 1]"))
+    (tmp_path / "view.toml").write_text(RECIPE.format('drafter = "orthrus"'))
     words = f"--target {tmp_path}/target --config {tmp_path}/tiny.toml --view-config {tmp_path}/view.toml"
     words += f" --data {tmp_path}/data.jsonl --steps 4"
     words += f" --prompts {tmp_path}/held.jsonl --out {tmp_path}/runs --seeds 0 --num-prompts 4 --prompt-tokens 2"

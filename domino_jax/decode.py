@@ -55,6 +55,9 @@ class DecodeConfig:
 
     `verified` is Q, tokens that the target runs in a cycle for all rows together, where rows have lengths of their own.
 
+    `by_confidence` has the program choose those lengths in each cycle: Q goes to the drafts that the drafter thinks
+    likeliest to stand (DSpark's algorithm 1, arXiv 2607.05147, whose budget the caller decides).
+
     Raises:
         DominoError: `drafts` is not from 1 to the drafter's proposals.
     """
@@ -66,6 +69,7 @@ class DecodeConfig:
     logprobs: int = 0
     verified: int | None = None
     confidence: bool = False
+    by_confidence: bool = False
 
     def __post_init__(self) -> None:
         if self.drafts is not None and not 1 <= self.drafts <= (self.drafter.most if self.drafter else 0):
@@ -150,6 +154,7 @@ class Emitted(NamedTuple):
     counts: Array  # [C, B] int32, 0 for a row that was already done
     accepted: Array  # [C, B] int32, drafts accepted, counted whole even where a stop cut the output
     drafts: Array  # [C, B, J] int32, what was proposed, those accepted first; -1 is a tree's place without a node
+    verified: Array  # [C, B] int32, how many of the drafts the target was asked about
     logprobs: Logprobs | None  # [C, B, P + 1], where asked for
     confidence: Array | None = None  # [C, B, J] float32, logits of how likely each draft was, where asked for
 
@@ -518,7 +523,8 @@ def speculate(
         most: [] int32, ends it sooner without another program; C when None.
         accept: decides which drafts of a chain stand. Another one is for measuring speed: its output is worthless.
         lengths: [B] int32, how many of each row's drafts are verified, decided before they are drawn: with the last
-            tokens `configs.verified` together at most. All of all rows when None.
+            tokens `configs.verified` together at most. All of all rows when None. With `configs.by_confidence` the most
+            that a row may have, all together any number.
     """
     assert configs.drafter is not None, "speculate needs a drafter; autoregress does without"
 
@@ -526,10 +532,21 @@ def speculate(
         keys = None if greedy else position_keys(state, configs.depth)
         draft, state = propose(params, configs, state, None if keys is None else keys[:, :-1, 0])
         if lengths is not None:
-            draft = draft._replace(lengths=lengths if draft.lengths is None else jnp.minimum(lengths, draft.lengths))
+            draft = draft._replace(lengths=_shortened(configs, draft, state, lengths))
         return _verify(params, configs, state, draft, keys, accept)
 
     return _loop(cycle, state, cycles, most, configs, configs.proposals, configs.depth)
+
+
+def _shortened(configs: DecodeConfig, draft: DraftTokens, state: DecodeState, lengths: Array) -> Array:
+    """Drafts of each row that are verified [B], where they are given lengths; see `speculate`."""
+    if draft.lengths is not None:
+        lengths = jnp.minimum(lengths, draft.lengths)
+    if not configs.by_confidence:
+        return lengths
+    assert draft.confidence is not None and configs.verified is not None, "shares need confidences and a budget"
+    most = jnp.where(state.done, 0, lengths)
+    return verify.likeliest_prefixes(draft.confidence, most, configs.verified - lengths.shape[0])
 
 
 @partial(jax.jit, static_argnums=(1, 3, 4), donate_argnums=2)
@@ -590,6 +607,7 @@ class _Cycle(NamedTuple):
     counts: Array
     accepted: Array
     drafts: Array
+    verified: Array
     logprobs: Logprobs | None
     confidence: Array | None = None
 
@@ -621,6 +639,8 @@ def _verify(
     sequence = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
     sequence = jnp.where(jnp.arange(sequence.shape[1]) == accepted[:, None], bonus[:, None], sequence)
     state, ended = _end_cycle(configs, state, sequence, accepted, finite, draft.tokens, plain)
+    if draft.lengths is not None:
+        ended = ended._replace(verified=draft.lengths)
     return state, ended._replace(confidence=draft.confidence if configs.confidence else None)
 
 
@@ -672,7 +692,8 @@ def _end_cycle(
     broken = ~state.done & (chosen <= accepted)
     processors = state.processors and count_tokens(state.processors, sequence, counts)
     state = state._replace(done=state.done | broken, finite=state.finite & ~broken, processors=processors)
-    return state, _Cycle(sequence, counts, accepted, drafts, _logprobs(configs, plain, sequence))
+    verified = jnp.full_like(counts, drafts.shape[1])
+    return state, _Cycle(sequence, counts, accepted, drafts, verified, _logprobs(configs, plain, sequence))
 
 
 def _observe(
@@ -880,6 +901,7 @@ def _loop(
         counts=jnp.zeros(size, jnp.int32),
         accepted=jnp.zeros(size, jnp.int32),
         drafts=jnp.zeros((*size, proposals), jnp.int32),
+        verified=jnp.zeros(size, jnp.int32),
         logprobs=Logprobs(
             jnp.zeros((*size, depth + 1), jnp.float32),
             jnp.zeros((*size, depth + 1, likeliest), jnp.int32),

@@ -12,6 +12,27 @@ def prefix_length(accepted: Array) -> Array:
     return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
 
 
+def likeliest_prefixes(confidence: Array, most: Array, budget: int) -> Array:
+    """How many drafts of each row are verified, where the likeliest of all rows are: [B] int32.
+
+    A draft is as likely to stand as it and all before it are together, so that what is taken of a row is a prefix.
+    Whether a draft is among them depends on those before it in its row, and on other rows, never on itself.
+
+    Args:
+        confidence: [B, J], logits of how likely each is to be accepted if those before it are, known before it was
+            drawn. What is no number is not likely at all.
+        most: [B] int32, drafts that a row may have.
+        budget: drafts of all rows together, at most.
+    """
+    chances = jnp.nan_to_num(jax.nn.sigmoid(confidence), nan=0.0)
+    asked = jnp.arange(confidence.shape[1]) < most[:, None]
+    scores = jnp.where(asked, jnp.cumprod(chances, axis=1), -1.0)
+    # Of equals the earlier places come first: none is taken without those before it.
+    order = jnp.argsort(-scores.T.reshape(-1), stable=True)
+    taken = jnp.zeros_like(order).at[order[: max(budget, 0)]].set(1)
+    return jnp.sum(jnp.where(asked, taken.reshape(scores.T.shape).T, 0), axis=1).astype(jnp.int32)
+
+
 def _stand(stands: Array, lengths: Array | None) -> Array:
     """Which drafts stand [B, J], of those that are verified."""
     return stands if lengths is None else stands & (jnp.arange(stands.shape[1]) < lengths[:, None])

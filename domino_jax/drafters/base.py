@@ -153,6 +153,16 @@ class Branching(Protocol):
 
 
 @runtime_checkable
+class Calibrated(Protocol):
+    """A drafter of chains that may know how likely each of its drafts is to stand."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `DraftTokens.confidence` is meant as chances: rows share what is verified by it."""
+        ...
+
+
+@runtime_checkable
 class Recalling(Protocol):
     """A drafter whose state holds more of each position than `KVCache`s, and can tell it from the tokens alone.
 

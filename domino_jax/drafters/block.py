@@ -19,7 +19,7 @@ from domino_jax.config import BlockShape, DraftConfig
 from domino_jax.drafters import training_attention
 from domino_jax.drafters.base import DraftTokens, View
 from domino_jax.drafters.convolution import ConvolvedLayer, convolve, convolved_residual, filters
-from domino_jax.drafters.heads import head_of
+from domino_jax.drafters.heads import has_confidence, head_of
 from domino_jax.errors import DominoError
 from domino_jax.matrix import AnyMatrix, dot
 from domino_jax.paged import AnyKVCache
@@ -64,6 +64,11 @@ class BlockDrafter:
     @property
     def most(self) -> int:
         return self.config.num_proposals
+
+    @property
+    def calibrated(self) -> bool:
+        chances = bool(self.config.confidence_temperatures) or has_confidence(self.config)
+        return chances and self.confidence_threshold is None
 
     @property
     def target_layer_ids(self) -> tuple[int, ...]:

@@ -9,14 +9,14 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from statistics import fmean, median_low
 from typing import Any
 
 import numpy as np
 
-from domino_jax.runtime.slots import STEPS_PER_CYCLE, BatchCase, every_program
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, BatchCase, Cycle, every_program, verified_sizes
 
-Accepted = Mapping[Any, list[int]]  # by row, drafts accepted in each of its cycles
 MOST_SETTINGS = 4  # numbers of drafts to consider, the whole block among them; each is a program to compile
 TIMINGS = 5  # of a choice, the last, of which the median counts, and of two the shorter
 TRIES = 3  # dispatches, timed or not, after which a choice is not run again for its time alone
@@ -60,6 +60,35 @@ class _Acceptance:
         return np.array(chances[1:])
 
 
+class _Chances:
+    """What budgets of drafts would have given: by the drafter's confidences, which every draft has, verified or not."""
+
+    def __init__(self, most: int, half_life: float):
+        self.gained = np.zeros(most + 1)  # drafts of the mean row that would stand, by budgets of 0, 1, ..., J a row
+        self.cycles = 0.0
+        self.stood = np.array([GUESS_WEIGHT, GUESS_WEIGHT])  # drafts that stood, and that were likely to
+        self.half_life = half_life
+
+    def add(self, rows: Sequence[Cycle]) -> None:
+        """Note one cycle of some rows."""
+        kept = 0.5 ** (1 / self.half_life)
+        logits = np.array([cycle.confidence for cycle in rows])
+        survival = np.cumprod(np.nan_to_num(1 / (1 + np.exp(-np.clip(logits, -80, 80)))), axis=1)
+        gained = np.concatenate([[0.0], np.cumsum(-np.sort(-survival, axis=None))])[:: len(rows)] / len(rows)
+        self.gained, self.cycles = self.gained * kept + gained, self.cycles * kept + 1
+        likely = sum(float(chances[: len(cycle.drafts)].sum()) for chances, cycle in zip(survival, rows, strict=True))
+        self.stood = self.stood * kept + [sum(cycle.accepted for cycle in rows), likely]
+
+    def fade(self) -> None:
+        """Count what was seen before a probe as `_Acceptance` is made to."""
+        kept = min(0.5, LEFT / max(LEFT, self.cycles))
+        self.gained, self.cycles, self.stood = self.gained * kept, self.cycles * kept, self.stood * kept
+
+    def expect(self) -> np.ndarray:
+        """E [J + 1] as `AutoDrafts` has it; confidences that say too much or too little are set right on the whole."""
+        return 1 + self.gained / self.cycles * (self.stood[0] / self.stood[1])
+
+
 @dataclass
 class _Times:
     """What is known of one case's times."""
@@ -89,14 +118,19 @@ class _Times:
 class AutoDrafts:
     """A `slots.DraftPolicy` that takes what is faster."""
 
-    def __init__(self, most: int, whole: bool = False):
+    def __init__(self, most: int, whole: bool = False, by_confidence: bool = False):
         """Args:
         most: J of a whole block, or N of a tree.
         whole: no cycles of fewer drafts: those of a tree are no beginning of it.
+        by_confidence: see `DraftPolicy`. How much is verified goes by the confidences of earlier cycles, whose
+            drafts are never the ones in question, so that the output stays exact.
         """
-        self._most = most
+        self._most, self.by_confidence = most, by_confidence
         some = [most] if whole else np.linspace(1, most, min(most, MOST_SETTINGS))
+        if by_confidence:
+            some = [size - 1 for size in verified_sizes(most) if size > 1]
         self._settings = sorted({round(j) for j in some})
+        self._chances = {greedy: _Chances(most, ROW_HALF_LIFE) for greedy in (False, True)}
         self._cases: dict[BatchCase, _Times] = {}
         self._texts = {greedy: _Acceptance(most, HALF_LIFE) for greedy in (False, True)}
         self._rows: dict[Hashable, _Acceptance] = {}
@@ -114,7 +148,7 @@ class AutoDrafts:
     def expectation(self, case: BatchCase, rows: Sequence[Hashable]) -> tuple[float, float]:
         """Tokens of a row and seconds of a cycle with the drafts that give the most tokens a second."""
         known = (self._cases.get(case) or self._open(case)).known()
-        expected = self._expect(self._texts[case[1]], rows)
+        expected = self._expect(case[1], rows)
         best = max((j for j in known if j), key=lambda j: float(expected[j]) / known[j])
         return float(expected[best]), known[best]
 
@@ -140,7 +174,7 @@ class AutoDrafts:
         """
         self._last, texts = case, self._texts[case[1]]
         times = self._cases.get(case) or self._open(case)
-        known, expected = times.known(), self._expect(texts, rows)
+        known, expected = times.known(), self._expect(case[1], rows)
         rates = {j: float(expected[j]) / seconds for j, seconds in known.items()}
         while 0 < (best := max(rates, key=lambda j: rates[j])) < self._most and not ready(best):
             del rates[best]
@@ -164,6 +198,7 @@ class AutoDrafts:
             self._patience = min(2 * self._patience, LAST_PROBE)
             for told in (texts, *(self._rows[row] for row in rows if row in self._rows)):
                 told.counts *= min(0.5, LEFT / max(LEFT, told.counts[0, 0]))
+            self._chances[case[1]].fade()
         return drafts, min(cycles, longest)
 
     def lengths(self, rows: Sequence[Hashable], drafts: int) -> list[int] | None:
@@ -179,13 +214,20 @@ class AutoDrafts:
         self._given = dict(zip(rows, shares, strict=True))
         return shares
 
-    def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Accepted) -> None:
+    def observe(
+        self,
+        case: BatchCase,
+        drafts: int,
+        cycles: int,
+        seconds: float | None,
+        told: Mapping[Any, Sequence[Cycle]],
+    ) -> None:
         """Note what a dispatch did that `next` chose.
 
         Args:
             cycles: that ran; of plain steps, how many steps.
             seconds: of the whole dispatch; None if a program was compiled in it.
-            accepted: not read for plain steps.
+            told: by row, its cycles; not read for plain steps.
         """
         if not cycles:
             return
@@ -194,12 +236,15 @@ class AutoDrafts:
             times.untimed[drafts] += 1
         else:
             times.timings.setdefault(drafts, deque(maxlen=TIMINGS)).append(seconds / cycles)
-        told = accepted if drafts else {}
-        for row, counts in told.items():
-            tried = self._given.get(row, drafts)
+        told = told if drafts else {}
+        for row, its in told.items():
+            counts, tried = [cycle.accepted for cycle in its], self._given.get(row, drafts)
             self._rows.setdefault(row, _Acceptance(self._most, ROW_HALF_LIFE)).add(counts, tried)
             self._texts[case[1]].add(counts, tried)
-        tokens = fmean(len(counts) + sum(counts) for counts in told.values()) if told else cycles
+        if self.by_confidence:
+            for together in zip_longest(*told.values()):
+                self._chances[case[1]].add([cycle for cycle in together if cycle])
+        tokens = fmean(sum(1 + cycle.accepted for cycle in its) for its in told.values()) if told else cycles
         self._tokens += tokens
         known = times.known()
         if self._trial:
@@ -230,9 +275,11 @@ class AutoDrafts:
         prior = like[min(like)] if like else {0: 1.0, self._most: GUESSED_RATIO}
         return self._cases.setdefault(case, _Times(prior, fresh))
 
-    def _expect(self, texts: _Acceptance, rows: Sequence[Hashable]) -> np.ndarray:
+    def _expect(self, greedy: bool, rows: Sequence[Hashable]) -> np.ndarray:
         """E [J + 1], tokens that a cycle of 0, 1, ..., J drafts gives the mean row: one, and the drafts accepted."""
-        survival = self._survival(texts, rows)
+        if self._chances[greedy].cycles:
+            return self._chances[greedy].expect()
+        survival = self._survival(self._texts[greedy], rows)
         count = len(survival)
         # The first draft of every row, then the likeliest of all others; of one row these are the next ones.
         others = -np.sort(-survival[:, 1:], axis=None)
@@ -267,7 +314,8 @@ class AutoDrafts:
         """Drafts that were never run here, if they are likely to be clearly better than this rate; else 0."""
         known = times.known()
         untried = [j for j in self._settings if j not in known and times.untimed[j] < TRIES]
-        if not untried or seen < WELL_KNOWN or any(times.wanted(j) for j in (0, self._most)):
+        enough = ENOUGH if self.by_confidence else WELL_KNOWN  # confidences tell of every budget at once
+        if not untried or seen < enough or any(times.wanted(j) for j in (0, self._most)):
             return 0
         likely = np.interp(untried, sorted(known), [known[j] for j in sorted(known)])
         rates = self._expected[untried] / likely

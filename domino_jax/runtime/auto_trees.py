@@ -5,17 +5,20 @@ forms that one decides whose drafts give the most tokens a second; the others ar
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 from domino_jax.decode import DecodeConfig
-from domino_jax.drafters.base import Branching
+from domino_jax.drafters.base import Branching, Calibrated
 from domino_jax.runtime.auto import CLEAR, CLOSE, MARGIN, AutoDrafts
-from domino_jax.runtime.slots import BatchCase, every_program
+from domino_jax.runtime.slots import BatchCase, Cycle, every_program
 
 PROBE, RARE_PROBE = 128, 1024  # dispatches before another form is tried again, where it is close and where it is not
 
 
 class AutoTrees:
     """A `slots.DraftPolicy` for a drafter of trees, which also makes chains of fewer drafts."""
+
+    by_confidence = False
 
     def __init__(self, longest_chain: int, nodes: int):
         """Args:
@@ -70,10 +73,10 @@ class AutoTrees:
         drafts: int,
         cycles: int,
         seconds: float | None,
-        accepted: Mapping[Hashable, list[int]],
+        told: Mapping[Any, Sequence[Cycle]],
     ) -> None:
         """See `slots.DraftPolicy`."""
-        self._now.observe(case, drafts, cycles, seconds, accepted)
+        self._now.observe(case, drafts, cycles, seconds, told)
 
     def forget(self, row: Hashable) -> None:
         """See `slots.DraftPolicy`."""
@@ -89,4 +92,5 @@ def auto_policy(configs: DecodeConfig) -> AutoDrafts | AutoTrees:
     drafter = configs.drafter
     if isinstance(drafter, Branching) and drafter.longest_chain:
         return AutoTrees(drafter.longest_chain, configs.proposals)
-    return AutoDrafts(configs.proposals, configs.branching)
+    calibrated = isinstance(drafter, Calibrated) and drafter.calibrated
+    return AutoDrafts(configs.proposals, configs.branching, by_confidence=calibrated)

@@ -170,6 +170,14 @@ def every_program(drafts: int) -> bool:
 class DraftPolicy(Protocol):
     """Decides how many draft tokens the cycles of each dispatch have. It never changes greedy output."""
 
+    @property
+    def by_confidence(self) -> bool:
+        """Whether `next` says how many are verified of the mean row, and each cycle goes by the drafter's confidences.
+
+        Then `lengths` is not asked.
+        """
+        ...
+
     def next(
         self, case: BatchCase, rows: Sequence[Hashable], longest: int, ready: Callable[[int], bool] = every_program
     ) -> tuple[int, int]:
@@ -197,14 +205,14 @@ class DraftPolicy(Protocol):
         drafts: int,
         cycles: int,
         seconds: float | None,
-        accepted: Mapping[Hashable, list[int]],
+        told: Mapping[Any, Sequence[Cycle]],
     ) -> None:
         """Note what a dispatch did.
 
         Args:
             cycles: that it ran; of plain steps, how many steps.
             seconds: that it took; None where a program was compiled in it.
-            accepted: by request, of each of its cycles.
+            told: by request, its cycles of drafts.
         """
         ...
 
@@ -218,6 +226,7 @@ class FixedDrafts:
     """Always so many; 0 for plain steps."""
 
     drafts: int
+    by_confidence: bool = field(default=False, kw_only=True)
 
     def next(
         self, case: BatchCase, rows: Sequence[Hashable], longest: int, ready: Callable[[int], bool] = every_program
@@ -227,11 +236,20 @@ class FixedDrafts:
     def lengths(self, rows: Sequence[Hashable], drafts: int) -> Sequence[int] | None:
         return None
 
-    def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, accepted: Any) -> None:
+    def observe(self, case: BatchCase, drafts: int, cycles: int, seconds: float | None, told: Any) -> None:
         pass
 
     def forget(self, row: Hashable) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What is verified of each row, where rows differ."""
+
+    drafts: np.ndarray  # [B] int32, of each row; by confidence, the most of each
+    tokens: int  # that the target runs in a cycle, of all rows
+    by_confidence: bool = False
 
 
 @dataclass
@@ -277,13 +295,13 @@ class Slots:
         compiler: compiles the programs of other numbers of drafts than all and none beside decoding, which goes on
             without them until they are ready. Not with several processes, which would have to agree.
         """
-        self._compiler = compiler
+        self._compiler, self._policy = compiler, policy or FixedDrafts(configs.proposals)
+        configs = dataclasses.replace(configs, confidence=configs.confidence or self._policy.by_confidence)
         self._params, self._configs, self._dtype = params, configs, dtype
         self._group = row_shards()
         self.size = -(-size // self._group) * self._group
         self.sizes = sorted({self.size, *(-(-n // self._group) * self._group for n in sizes if n < size)})
         self._quiet = 0  # dispatches in a row that a smaller size would have been enough for
-        self._policy = policy or FixedDrafts(configs.proposals)
         self._cycles, self._accept, self._processors = cycles, accept, processors
         self._warn = warn if configs.drafter else None
         self._waiting: deque[Completion] = deque()
@@ -593,26 +611,26 @@ class Slots:
             configs = self._with_logprobs(c.request for c in rows)
 
             def ready(drafts: int) -> bool:
-                return self._ready(configs, drafts, greedy, self._lengths(running, drafts))
+                return self._ready(configs, drafts, greedy, self._shares(running, drafts))
 
             drafts, cycles = self._policy.next(case, rows, self._cycles, ready)
-            lengths = self._lengths(running, drafts)
-            if lengths is not None and not (lengths.any() and self._ready(configs, drafts, greedy, lengths)):
-                drafts, lengths = 0, None
+            shares = self._shares(running, drafts)
+            if shares and not (shares.drafts.any() and self._ready(configs, drafts, greedy, shares)):
+                drafts, shares = 0, None
             if guided:  # what may come next is known for one token
                 cycles = 1 if drafts else 0
             pace = self._pace.get((self.rows, drafts))
             if pace and not guided:
                 cycles = max(1, min(cycles, int(RESPONSE / pace)))
-            self._state, emitted = self._dispatch(configs, drafts, cycles, greedy, lengths)
+            self._state, emitted = self._dispatch(configs, drafts, cycles, greedy, shares)
             # The state is whole, should the user lose patience here.
             emitted, finite = fetch((emitted, self._state.finite))
         spent = [time.perf_counter() - began, compile_seconds() - compiled]
         if jax.process_count() == 1 and emitted.cycles and not guided:  # several would have to agree
             units = int(emitted.cycles) / (1 if drafts else STEPS_PER_CYCLE)
             self._pace[case[0], drafts] = (spent[0] - spent[1]) / units
-        accepted: dict[Hashable, list[int]] = {}
-        drafted = {slot for slot in running if drafts and (lengths is None or lengths[slot])}
+        told: dict[Hashable, list[Cycle]] = {}
+        drafted = {slot for slot in running if drafts and (shares is None or shares.drafts[slot])}
         for slot, c in running.items():
             for i in range(int(emitted.cycles)):
                 count = int(emitted.counts[i, slot])
@@ -623,11 +641,11 @@ class Slots:
                     c.take_logprobs(jax.tree.map(lambda x, i=i, slot=slot: x[i, slot], emitted.logprobs), len(tokens))
                 if slot in drafted:
                     stood = int(emitted.accepted[i, slot])
-                    proposed = [token for token in emitted.drafts[i, slot].tolist() if token >= 0]
-                    proposed = proposed if lengths is None else proposed[: lengths[slot]]
+                    proposed = emitted.drafts[i, slot, : int(emitted.verified[i, slot])].tolist()
+                    proposed = [token for token in proposed if token >= 0]
                     sure = () if emitted.confidence is None else emitted.confidence[i, slot].tolist()
                     c.cycles.append(Cycle(start, tokens, stood, proposed, sure))
-                    accepted.setdefault(c, []).append(c.cycles[-1].accepted)
+                    told.setdefault(c, []).append(c.cycles[-1])
                 else:
                     c.steps += 1
             c.wall_seconds = time.perf_counter() - self._began[c]
@@ -635,7 +653,7 @@ class Slots:
         if not guided and not isinstance(self._policy, FixedDrafts):
             seconds, compiling = broadcast_from_first(spent)
             compiling = compiling or any(not c.speculative for c in rows)  # a time of another kind of cycle
-            self._policy.observe(case, drafts, int(emitted.cycles), None if compiling else seconds, accepted)
+            self._policy.observe(case, drafts, int(emitted.cycles), None if compiling else seconds, told)
         self._check_drafts(drafts, emitted)
         for c in rows:
             if c.finish_reason is not None or not c.finite:
@@ -654,31 +672,30 @@ class Slots:
         return bool(guides)
 
     def _dispatch(
-        self, configs: DecodeConfig, drafts: int, cycles: int, greedy: bool, lengths: np.ndarray | None
+        self, configs: DecodeConfig, drafts: int, cycles: int, greedy: bool, shares: Shares | None
     ) -> tuple[DecodeState, decode.Emitted]:
         """Start at most `cycles` cycles of so many drafts, or as many plain steps as take about as long; one for 0.
 
         Args:
-            lengths: [B], drafts of each row that are verified; all when None.
+            shares: all drafts of every row when None.
         """
         assert self._state is not None
         if not drafts:
             longest, most = self._cycles * STEPS_PER_CYCLE, np.int32(max(1, cycles * STEPS_PER_CYCLE))
             return decode.autoregress(self._params, configs, self._state, longest, greedy, most)
-        configs, each = self._drafting(configs, drafts, lengths)
+        configs, each = self._drafting(configs, drafts, shares)
         most = np.int32(cycles)
-        whole = drafts == self._configs.proposals and lengths is None  # is compiled where it is run, as plain steps are
+        whole = drafts == self._configs.proposals and shares is None  # is compiled where it is run, as plain steps are
         if self._compiler and not whole and (call := self._compiler.get(self._key(configs, greedy))):
             return call(self._params, self._state, most, each)
         return decode.speculate(self._params, configs, self._state, self._cycles, greedy, most, self._accept, each)
 
-    def _drafting(
-        self, configs: DecodeConfig, drafts: int, lengths: np.ndarray | None
-    ) -> tuple[DecodeConfig, Array | None]:
+    def _drafting(self, configs: DecodeConfig, drafts: int, shares: Shares | None) -> tuple[DecodeConfig, Array | None]:
         """The configs of a dispatch with drafts, and the drafts of each row [B] where rows differ."""
-        if lengths is None:
+        if shares is None:
             return dataclasses.replace(configs, drafts=drafts), None
-        return dataclasses.replace(configs, verified=self._verified(lengths)), shard_copy(lengths, "B")
+        configs = dataclasses.replace(configs, verified=shares.tokens, by_confidence=shares.by_confidence)
+        return configs, shard_copy(shares.drafts, "B")
 
     def _key(self, configs: DecodeConfig, greedy: bool) -> Hashable:
         """What tells programs of drafts apart, of Slots that differ in the numbers of their drafts alone."""
@@ -687,11 +704,11 @@ class Slots:
         places = tuple(x.sharding for x in jax.tree.leaves(self._state)) if meshed else ()
         return configs, greedy, self.rows, self._state.cache.capacity, places
 
-    def _ready(self, configs: DecodeConfig, drafts: int, greedy: bool, lengths: np.ndarray | None) -> bool:
+    def _ready(self, configs: DecodeConfig, drafts: int, greedy: bool, shares: Shares | None) -> bool:
         """Whether what `_dispatch` would call with these is compiled; if not, it soon will be."""
-        if self._compiler is None or (lengths is not None and not lengths.any()):
+        if self._compiler is None or (shares and not shares.drafts.any()):
             return True
-        configs, each = self._drafting(configs, drafts, lengths)
+        configs, each = self._drafting(configs, drafts, shares)
 
         def describe() -> Callable[[], Lowered]:
             # The state's own arrays will have been given away.
@@ -703,15 +720,8 @@ class Slots:
 
         return self._compiler.ready(self._key(configs, greedy), describe)
 
-    def _verified(self, lengths: np.ndarray) -> int:
-        """Tokens that the target runs in a cycle: of few sizes, since each is a program to compile."""
-        whole = self._configs.proposals + 1
-        steps = sorted({-(-whole * part // PARTS) for part in range(1, PARTS + 1)})
-        needed = -(-int((lengths + 1).sum()) // self.rows)
-        return self.rows * next(step for step in steps if step >= needed)
-
-    def _lengths(self, running: dict[int, Completion], drafts: int) -> np.ndarray | None:
-        """Drafts of each row that are verified [B]; None for as many of every row.
+    def _shares(self, running: dict[int, Completion], drafts: int) -> Shares | None:
+        """What is verified of each row; None for as many drafts of every row.
 
         Rows whose next token is restricted, or that ask for plain steps, have none while the others have theirs. Where
         rows can't differ, one that is restricted has all take plain steps, and so have all that ask for them.
@@ -721,14 +731,20 @@ class Slots:
         plain = [c.guide is not None or not c.speculative for c in running.values()]
         if self._group > 1 or self._accept is not decode.accept or self._configs.branching:
             guided = any(c.guide for c in running.values())
-            return np.zeros(self.rows, np.int32) if guided or all(plain) else None
-        own = self._policy.lengths(list(running.values()), drafts)
-        if own is None and not any(plain):
+            return Shares(np.zeros(self.rows, np.int32), self.rows) if guided or all(plain) else None
+        whole = self._configs.proposals
+        by_confidence = self._policy.by_confidence and len(running) > 1 and drafts < whole
+        own = None if by_confidence else self._policy.lengths(list(running.values()), drafts)
+        if own is None and not by_confidence and not any(plain):
             return None
-        lengths = np.zeros(self.rows, np.int32)
-        for slot, count, none in zip(running, own or [drafts] * len(running), plain, strict=True):
-            lengths[slot] = 0 if none else count
-        return lengths
+        each = own or [drafts] * len(running)
+        budget = sum(0 if none else count for count, none in zip(each, plain, strict=True))
+        most = np.zeros(self.rows, np.int32)
+        for slot, count, none in zip(running, each, plain, strict=True):
+            most[slot] = 0 if none else whole if by_confidence else count
+        needed = 1 + -(-budget // self.rows)
+        tokens = self.rows * next(n for n in verified_sizes(whole) if n >= needed)
+        return Shares(most, tokens, by_confidence)
 
     def _first(
         self, found: list[Completion], tokens: np.ndarray, finite: np.ndarray, logprobs: decode.Logprobs | None
@@ -764,6 +780,11 @@ class Slots:
             configs = dataclasses.replace(self._configs, drafts=drafts)
             if self._state is not None and not drafter_is_finite(self._params, configs, self._state):
                 warn()
+
+
+def verified_sizes(proposals: int) -> list[int]:
+    """Tokens of a row that the target runs in a cycle, where rows share them: few sizes, each is a program."""
+    return sorted({-(-(proposals + 1) * part // PARTS) for part in range(1, PARTS + 1)})
 
 
 def _described(x: Array) -> jax.ShapeDtypeStruct:

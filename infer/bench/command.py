@@ -11,6 +11,7 @@ SUBCOMMANDS = {
     "scan": Subcommand("infer.bench.scanned", "unrolled layers against scanned ones"),
     "mixed": Subcommand("infer.bench.mixed", "requests of mixed lengths: slots against closed batches"),
     "samplers": Subcommand("infer.bench.samplers", "ways of drafting at a temperature: acceptance and speed"),
+    "shares": Subcommand("infer.bench.shares", "rows that share drafts: equally, by acceptance, by confidence"),
     "compile": Subcommand("infer.bench.compile", "programs for TPUs that are not here: copies, memory, estimated cost"),
     "products": Subcommand("infer.bench.products", "what compiled programs make of 8-bit matrices, here and on TPUs"),
     "serve": Subcommand("infer.bench.serve", "servers of OpenAI's API under load, several in turn"),

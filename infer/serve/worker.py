@@ -163,6 +163,7 @@ class Worker:
         self._loaded, self._warm_up, self._say, self._seen, self._pages = loaded, warm_up, say, seen, pages
         most = loaded.configs.proposals
         policy = auto_policy(loaded.configs) if auto and most else FixedDrafts(most)
+        self._by_confidence = policy.by_confidence
         # What auto may choose besides the whole block and plain steps is compiled when it is wanted, beside decoding.
         share = COMPILING_ON_CPU if loaded.platform == "cpu" else 1.0
         self._compiler = BackgroundCompiler(loaded.context, share) if link is None else None
@@ -400,7 +401,7 @@ class Worker:
 
     def _rehearse(self, size: int, length: int, temperature: float, drafts: int) -> None:
         """As many requests as make a batch of so many rows, one that joins them, and the last of them alone."""
-        batch = self._make(self._slots.size, FixedDrafts(drafts))
+        batch = self._make(self._slots.size, FixedDrafts(drafts, by_confidence=self._by_confidence))
         for number in range(size):
             batch.admit(Completion(Request([0] * length, SamplingParams(temperature, max_tokens=2 + 2 * (number < 1)))))
         batch.step()

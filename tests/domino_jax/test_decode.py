@@ -228,8 +228,9 @@ def test_what_a_dispatch_emits(pair, truth):
     emitted = jax.device_get(emitted)
     assert emitted.logprobs is None and emitted.confidence is None
     arrays = emitted[:-2]
-    assert [x.shape for x in arrays] == [(), (8, 4, 6), (8, 4), (8, 4), (8, 4, 5)]
+    assert [x.shape for x in arrays] == [(), (8, 4, 6), (8, 4), (8, 4), (8, 4, 5), (8, 4)]
     assert all(x.dtype == np.int32 for x in arrays)
+    assert (emitted.verified == np.where(np.arange(8) < emitted.cycles, 5, 0)[:, None]).all()
     assert (emitted.counts[:, 2] == 0).all() and emitted.counts[:, 0].sum() == 2
     for row, tokens in enumerate(truth):
         at = 1
@@ -407,7 +408,7 @@ def test_nothing_compiles_and_only_the_small_result_crosses_after_warm_up(pair, 
         sizes += whole_run(PROMPTS[::-1], [90] * 4, -1)
     assert not seen
     assert len(sizes) > 3
-    assert set(sizes) == {4 * (1 + 8 * 4 * (6 + 1 + 1 + 5))}  # 1668 bytes for up to 8 cycles of 4 rows
+    assert set(sizes) == {4 * (1 + 8 * 4 * (6 + 1 + 1 + 5 + 1))}  # 1796 bytes for up to 8 cycles of 4 rows
 
     # On CPU the guard can't see a transfer to the host, so the program itself must hold none.
     program: Any = decode.speculate

@@ -394,6 +394,21 @@ def test_rows_that_verify_unequal_numbers_of_drafts_are_too(exact, coupled):
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("coupled", [False, True], ids=["rejection", "coupled"])
+def test_rows_that_share_a_budget_by_confidence_are_too(exact, coupled):
+    def loop(params: Params, configs: DecodeConfig, state: Any, cycles: int, greedy: bool) -> Any:
+        configs = dataclasses.replace(configs, verified=5 * HALF, by_confidence=True)  # three drafts of two rows
+        most = jnp.full(2 * HALF, configs.proposals, jnp.int32)
+        return decode.speculate(params, configs, state, cycles, greedy, lengths=most)
+
+    samples, accepted = sample_rows(make("Domino"), loop, coupled=coupled)
+    assert 0.1 < accepted < 1.5
+    for chosen, tokens, joint in zip(FILTERS, samples, exact, strict=True):
+        assert p_value(tokens, joint) > RIGHT, chosen
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("coupled", [False, True], ids=["rejection", "coupled"])
 def test_a_hundred_thousand_draws_are_distributed_as_the_targets(exact, coupled):
     found = [sample_rows(make("Domino"), decode.speculate, seed, coupled)[0] for seed in range(13)]
     for chosen, tokens, joint in zip(FILTERS, zip(*found, strict=True), exact, strict=True):

@@ -16,11 +16,17 @@ from domino_jax.runtime.auto import (
     TRIES,
     AutoDrafts,
     _Acceptance,
+    _Chances,
 )
-from domino_jax.runtime.slots import STEPS_PER_CYCLE, every_program
+from domino_jax.runtime.slots import STEPS_PER_CYCLE, Cycle, every_program
 
 LONGEST = 8
 CASE = (4, True, 256)
+
+
+def cycles_of(accepted: list[int], drafts: int) -> list[Cycle]:
+    """Cycles of so many drafts each, of which these were accepted."""
+    return [Cycle(0, [0] * (count + 1), count, [0] * drafts) for count in accepted]
 
 
 class Machine:
@@ -61,10 +67,10 @@ class Machine:
         running = np.cumsum(accepted + 1, axis=0) - (accepted + 1) < left  # before the cycle
         ran = int(running.any(axis=1).sum())
         if isinstance(policy, AutoDrafts):
-            counts = {row: accepted[running[:, i], i].tolist() for i, row in enumerate(rows)} if j else {}
+            told = {row: cycles_of(accepted[running[:, i], i].tolist(), j) for i, row in enumerate(rows)} if j else {}
             whole = seconds[:ran].sum() + (10 if len(self.log) in self.slow else 0)
             known = self.timed and (case, j) in self.compiled
-            policy.observe(case, j, ran, float(whole) if known else None, counts)
+            policy.observe(case, j, ran, float(whole) if known else None, told)
         self.compiled.add((case, j))
         self.uses[j] += 1
         self.log.append((j, cycles))
@@ -237,9 +243,9 @@ def test_the_choice_is_for_the_rows_that_run_now():
     for row in range(4):  # one after the other, so that each has told of itself
         teach(auto, {row: 0.97 if row % 2 else 0.55}, ratio=1.2)
     teach(auto, {row: 0.97 if row % 2 else 0.55 for row in range(4)}, ratio=1.2)
-    few = auto._expect(auto._texts[True], [0, 2])
-    many = auto._expect(auto._texts[True], [1, 3])
-    mixed = auto._expect(auto._texts[True], [0, 1, 2, 3])
+    few = auto._expect(True, [0, 2])
+    many = auto._expect(True, [1, 3])
+    mixed = auto._expect(True, [0, 1, 2, 3])
     assert few[7] < 3 < 5.5 < many[7]
     ends = [0, 1, 7]  # in between a row's drafts are as many as pays for it, which gives more than as many of each
     np.testing.assert_allclose(mixed[ends], (few + many)[ends] / 2)
@@ -250,7 +256,7 @@ def test_the_choice_is_for_the_rows_that_run_now():
     assert {auto.next(CASE, [1, 3], LONGEST)[0] for _ in range(3)} == {7}
     assert {auto.next(CASE, [0, 2], LONGEST)[0] for _ in range(3)} & {0, 1, 3}
     auto.forget(0)
-    np.testing.assert_allclose(auto._expect(auto._texts[True], [0]), auto._expect(auto._texts[True], [99]))
+    np.testing.assert_allclose(auto._expect(True, [0]), auto._expect(True, [99]))
 
 
 def plain_before_a_probe(auto: AutoDrafts, rows: list[int]) -> int:
@@ -270,7 +276,7 @@ def test_probes_become_rare_while_drafts_lose_but_new_requests_are_probed_soon()
     waits = []
     for _ in range(7):
         waits.append(plain_before_a_probe(auto, rows))
-        auto.observe(CASE, 7, 2, 6.0, {row: [0, 0] for row in rows})
+        auto.observe(CASE, 7, 2, 6.0, {row: cycles_of([0, 0], 7) for row in rows})
     assert waits[1:] == [min(LAST_PROBE, 2 * wait) for wait in waits[:-1]] or waits[-1] == LAST_PROBE
     assert min(waits[1:]) >= FIRST_PROBE and max(waits) == LAST_PROBE
     assert plain_before_a_probe(auto, [100, 101, 2, 3]) == SOON
@@ -343,12 +349,12 @@ def test_the_summary_names_the_choice_and_its_times():
     auto = AutoDrafts(7)
     for j, seconds in ((7, 0.0029), (0, 0.0012), (7, 0.0029)):
         auto.next(CASE, [0], LONGEST)
-        auto.observe(CASE, j, 1, seconds, {0: [7]} if j else {})
+        auto.observe(CASE, j, 1, seconds, {0: cycles_of([7], 7)} if j else {})
     auto.next(CASE, [0], LONGEST)
     assert str(auto) == "7 of 7 (plain step 1.20 ms, cycle of 7 2.90 ms)"
     for _ in range(5):
         auto.next(CASE, [0], LONGEST)
-        auto.observe(CASE, 7, 8, 8 * 0.0029, {0: [0] * 8})
+        auto.observe(CASE, 7, 8, 8 * 0.0029, {0: cycles_of([0] * 8, 7)})
     auto.next(CASE, [0], LONGEST)
     assert str(auto) == "plain steps (plain step 1.20 ms, cycle of 7 2.90 ms)"
 
@@ -358,6 +364,46 @@ def test_a_dispatch_that_ran_nothing_tells_nothing():
     auto.next(CASE, [0], LONGEST)
     auto.observe(CASE, 7, 0, 0.1, {0: []})
     assert str(auto) == "not timed yet"
+
+
+def confident(rng: np.random.Generator, rows: int, drafts: int, wrong: float = 0.0) -> list[Cycle]:
+    """A cycle of rows whose drafts stand as often as is said; `wrong` is added to the logits that are told."""
+    logits = rng.normal(0.5, 2.0, (rows, 7))
+    stands = np.cumprod(rng.random((rows, 7)) < 1 / (1 + np.exp(-logits)), axis=1)
+    scores = np.cumprod(1 / (1 + np.exp(-logits - wrong)), axis=1)
+    taken = np.zeros(rows, int)
+    np.add.at(taken, np.argsort(-scores, axis=None)[: rows * drafts] // 7, 1)
+    counts = [int(stand[:n].sum()) for stand, n in zip(stands, taken, strict=True)]
+    rows_of = zip(counts, taken, logits + wrong, strict=True)
+    return [Cycle(0, [0] * (count + 1), count, [0] * int(n), sure.tolist()) for count, n, sure in rows_of]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.7, -0.7])
+def test_confidences_say_what_every_budget_would_give(wrong):
+    """From cycles of one budget what others give, whose drafts were not verified; also if all are too sure."""
+    rng, known = np.random.default_rng(0), _Chances(7, 1e9)
+    for _ in range(4000):
+        known.add(confident(rng, 4, 3, wrong))
+    for drafts in (1, 3, 5, 7):
+        given = [1 + np.mean([c.accepted for c in confident(rng, 4, drafts, wrong)]) for _ in range(4000)]
+        assert known.expect()[drafts] == pytest.approx(np.mean(given), rel=0.02 if wrong == 0 or drafts == 3 else 0.08)
+    known.add([Cycle(0, [0], 0, [0] * 7, [float("nan")] * 7)])
+    assert np.isfinite(known.expect()).all()
+
+
+def test_a_budget_by_confidence_is_chosen_by_what_it_gives():
+    """Where the target's time grows with its tokens few drafts are verified, and all where it does not."""
+    steep, flat = {0: 1.0, 1: 1.1, 3: 1.8, 5: 2.3, 7: 2.6}, dict.fromkeys((1, 3, 5, 7), 1.1) | {0: 1.0}
+    for seconds, best in ((steep, 1), (flat, 7)):
+        auto, rng, rows, uses = AutoDrafts(7, by_confidence=True), np.random.default_rng(1), list(range(4)), Counter()
+        for _ in range(300):
+            drafts, cycles = auto.next(CASE, rows, LONGEST)
+            ran = cycles if drafts else cycles * STEPS_PER_CYCLE
+            together = [confident(rng, 4, drafts) for _ in range(ran if drafts else 0)]
+            told = dict(zip(rows, map(list, zip(*together, strict=True)), strict=True)) if drafts else {}
+            auto.observe(CASE, drafts, ran, seconds[drafts] * ran, told)
+            uses[drafts] += 1
+        assert uses.most_common(1)[0][0] == best, uses
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 15])

@@ -9,6 +9,7 @@ import factory
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_auto_drafts import cycles_of
 
 from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.dual_view import DualViewConfig
@@ -46,7 +47,7 @@ class Machine:
             spent = np.interp(drafts, (0, CHAIN), (1.0, self.seconds[CHAIN])) if drafts <= CHAIN else 0.0
             spent = float(spent or self.seconds[drafts]) * steps * float(np.exp(0.05 * self.rng.normal()))
             accepted = np.minimum(self.rng.geometric(1 - self.chance[form], steps) - 1, min(drafts, DEPTH)).tolist()
-            policy.observe(CASE, drafts, steps, spent, {0: accepted} if drafts else {})
+            policy.observe(CASE, drafts, steps, spent, {0: cycles_of(accepted, drafts)} if drafts else {})
             self.time, self.uses[drafts] = self.time + spent, self.uses[drafts] + 1
             self.tokens += steps + (sum(accepted) if drafts else 0)
 
@@ -113,7 +114,7 @@ class InTurn(AutoDrafts):
         self._tokens += 1
         return ((9, 1), (5, 1), (2, 1), (0, 1))[int(self._tokens) % 4]
 
-    def observe(self, case: Any, drafts: int, cycles: int, seconds: float | None, accepted: Any) -> None:
+    def observe(self, case: Any, drafts: int, cycles: int, seconds: float | None, told: Any) -> None:
         """Learn nothing."""
 
 

@@ -6,13 +6,16 @@ from typing import Any
 import factory
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import test_slots
 from factory import Pair
+from test_auto_drafts import cycles_of
 from test_slots import FLOAT32, MIX, afresh, alone, arriving, drafters, requests, result
 
-from domino_jax import decode, sharding
+from domino_jax import decode, sharding, verify
+from domino_jax.drafters.block import BlockDrafter
 from domino_jax.ragged import ragged
 from domino_jax.runtime.auto import AutoDrafts, share_drafts
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots, rows_of
@@ -115,11 +118,100 @@ def test_auto_gives_the_rows_that_accept_more_the_drafts(pair):
     auto, rows, case = AutoDrafts(6), ["a", "b", "c", "d"], (4, True, 128)
     for _ in range(30):
         auto.next(case, rows, 4)
-        auto.observe(case, 6, 2, 1.0, {"a": [6, 6], "b": [6, 6], "c": [0, 0], "d": [0, 0]})
+        auto.observe(case, 6, 2, 1.0, {row: cycles_of([6, 6] if row in "ab" else [0, 0], 6) for row in rows})
     shares = auto.lengths(rows, 3)
     assert shares is not None and sum(shares) == 12
     assert min(shares[:2]) > max(shares[2:]) >= 1
     assert auto.lengths(rows, 6) is None and auto.lengths(rows, 0) is None and auto.lengths(rows[:1], 3) is None
+
+
+def brute_force(scores: np.ndarray, most: np.ndarray, budget: int) -> float:
+    """The most that can be had of prefixes, by trying all."""
+    ways = np.ndindex(*(most + 1))
+    return max(sum(scores[b, :n].sum() for b, n in enumerate(way)) for way in ways if sum(way) <= budget)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_verified_by_confidence_is_the_best_that_can_be(seed):
+    rng = np.random.default_rng(seed)
+    logits, most = rng.normal(0.5, 2.0, (3, 4)), np.array([4, rng.integers(0, 4), 3])
+    logits[2] = 60.0  # certain in float32, all alike
+    scores = np.cumprod(1 / (1 + np.exp(-logits)), axis=1)
+    for budget in range(13):
+        found = np.asarray(verify.likeliest_prefixes(jnp.asarray(logits, jnp.float32), jnp.asarray(most), budget))
+        assert (found <= most).all() and found.sum() == min(budget, most.sum())
+        assert sum(scores[b, :n].sum() for b, n in enumerate(found)) == pytest.approx(brute_force(scores, most, budget))
+    broken = jnp.asarray(logits, jnp.float32).at[0].set(jnp.nan)
+    assert verify.likeliest_prefixes(broken, jnp.asarray([4, 4, 4]), 8).tolist() == [0, 4, 4]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["those before", "its own, which is wrong"])
+def test_two_rows_that_share_a_budget_are_each_distributed_as_the_target(own):
+    """Confidences may depend on the drafts before, and on the other row; by its own token the output is skewed."""
+    rng, trials = np.random.default_rng(0), 60000
+    q, p = (jnp.asarray(rng.dirichlet(np.ones(3), 3), jnp.float32) for _ in range(2))  # [token before, token]
+    sure = jnp.asarray(rng.normal(0, 3, 3), jnp.float32)
+
+    def trial(key: jax.Array) -> jax.Array:
+        draws, keys = jax.random.split(key)
+        first, second = jax.random.split(draws)
+        x1 = jax.random.categorical(first, jnp.log(q[0]), shape=(2,))
+        x2 = jax.vmap(lambda k, x: jax.random.categorical(k, jnp.log(q[x])))(jax.random.split(second), x1)
+        drafts = jnp.stack([x1, x2], axis=1).astype(jnp.int32)
+        before = jnp.stack([jnp.zeros_like(x1), x1], axis=1)
+        confidence = sure[drafts if own else before]
+        lengths = verify.likeliest_prefixes(confidence, jnp.full(2, 2), 2)
+        probs = q[before]
+        target = jnp.stack([p[0] * jnp.ones((2, 1)), p[x1], p[x2]], axis=1)
+        count, token = verify.accept_sampled(jax.random.split(keys, (2, 3)), drafts, probs, target, lengths)
+        return jnp.where(count > 0, drafts[:, 0], token)[0]  # the first output of the first row
+
+    found = np.asarray(jax.vmap(trial)(jax.random.split(jax.random.key(1), trials)))
+    counts, expected = np.bincount(found, minlength=3), trials * np.asarray(p[0])
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert (chi_square > 100) if own else (chi_square < 14)  # of two degrees of freedom, 14 in one of 1000
+
+
+def calibrated(pair: Pair) -> Pair:
+    """The same drafter with temperatures, by which its confidences are chances."""
+    config = pair.configs.draft
+    assert config is not None
+    config = dataclasses.replace(config, confidence_temperatures=(1.5,) * config.num_proposals)
+    return pair._replace(configs=decode.DecodeConfig(pair.configs.target, BlockDrafter(config)))
+
+
+@pytest.mark.e2e
+def test_rows_share_by_confidence_and_no_answer_changes(pair, small):
+    """Budgets of one and three drafts a row, in slots that requests come to and leave."""
+    kinds = [how for how in MIX if how.temperature == 0 or how.coupled]
+    ours = calibrated(pair)
+    expected = [result(alone(pair, c)) for c in requests(kinds)]
+    for budget in (1, 3):
+        found = requests(kinds)
+        batch = Slots(ours.params, ours.configs, 4, FLOAT32, policy=FixedDrafts(budget, by_confidence=True), cycles=2)
+        arriving(batch, [found[i : i + 4] for i in range(0, len(found), 4)])
+        assert [result(c) for c in found] == expected
+        lengths = [len(cycle.drafts) for c in found for cycle in c.cycles]
+        assert len(set(lengths)) > 2 and all(c.accepted <= len(c.drafts) for a in found for c in a.cycles)
+        # Alone a row has no one to share with, and verifies as many.
+        assert np.mean(lengths) < budget + 2
+
+
+def test_the_cycle_that_shares_spends_its_budget_by_what_it_is_told(pair):
+    """What is emitted is what the confidences of the same cycle say, of the rows that are not done."""
+    ours = calibrated(pair)
+    configs = dataclasses.replace(ours.configs, verified=3 * 4, by_confidence=True, confidence=True)
+    prompts = [[5, 9, 11], [7] * 9, [30, 31]]
+    state = loops.begin(ours.params, configs, prompts, [12, 12, 1])
+    most = jnp.asarray([configs.proposals] * 3, jnp.int32)
+    _, emitted = decode.speculate(ours.params, configs, state, 4, True, lengths=most)
+    ran = int(emitted.cycles)
+    verified, sure = np.asarray(emitted.verified[:ran]), np.asarray(emitted.confidence[:ran])
+    assert ran > 1 and (verified[:, 2] == 0).all() and (verified.sum(axis=1) == 9).all()
+    for each, logits in zip(verified, sure, strict=True):
+        scores = np.cumprod(1 / (1 + np.exp(-logits[:2].astype(np.float64))), axis=1)
+        told = sum(scores[b, :n].sum() for b, n in enumerate(each[:2]))
+        assert told == pytest.approx(brute_force(scores, np.full(2, configs.proposals), 9), rel=1e-5)
 
 
 class EvenOdd:

@@ -1,0 +1,188 @@
+"""Who gets the drafts of a budget: every row as many, rows whose drafts stood before, or those the drafter is sure of.
+
+    python -m infer.bench shares --draft calibrated --batch-size 8 --temperatures 0 0.7 --json shares.json
+
+The target runs as many tokens a cycle either way; what differs is how many of them it accepts. Times are not measured:
+acceptance does not depend on the machine. The output is the target's each time.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import DisallowNone
+
+from convert.options import GROUP, UNSET, ModelOptions, check_count, check_file, check_real
+from domino_jax.errors import DominoError
+from domino_jax.runtime.command import UsageError, end_process, run_command
+
+if TYPE_CHECKING:
+    from convert.loading import LoadedModel
+    from domino_jax.runtime.slots import DraftPolicy
+
+
+@dataclass(frozen=True)
+class SharedDrafts:
+    """Compare ways of sharing a cycle's drafts among rows, at several budgets: tokens of a cycle."""
+
+    model: Annotated[ModelOptions, GROUP] = field(default_factory=ModelOptions)
+    temperatures: tuple[float, ...] = (0.0,)
+    """each in turn; 0 is greedy"""
+    batch_size: int = 8
+    """rows that share"""
+    num_prompts: int = 64
+    """answers to measure with"""
+    prompt_tokens: int = 48
+    """of each prompt; longer ones are cut, shorter ones left out"""
+    new_tokens: int = 64
+    """of each answer"""
+    seed: int = 0
+    """of sampled answers"""
+    prompts: Annotated[Path | None, DisallowNone, UNSET] = None
+    """JSONL as for python -m infer.bench; the default are the demo's own prompts"""
+    json: Annotated[Path | None, DisallowNone, UNSET] = None
+    """file for the figures: a list of objects, one for each temperature, budget and way"""
+
+
+def check_shares(options: SharedDrafts) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+        UsageError: one does not.
+    """
+    options.model.check()
+    check_count("batch_size", options.batch_size, least=2)
+    check_count("new_tokens", options.new_tokens, least=2)
+    check_count("seed", options.seed, least=0)
+    for name in ("num_prompts", "prompt_tokens"):
+        check_count(name, getattr(options, name))
+    if not options.temperatures:
+        raise UsageError("--temperatures needs at least one.")
+    for temperature in options.temperatures:
+        check_real("temperatures", temperature, "0 or more")
+    if options.model.drafting.tree is not None:
+        raise UsageError("rows share the drafts of chains: leave --tree out.")
+    check_file("json", options.json, options.prompts, options.model.model, options.model.draft)
+
+
+def ways_of(loaded: "LoadedModel", budget: int) -> dict[str, Callable[[], "DraftPolicy"]]:
+    """Ways of sharing so many drafts of the mean row."""
+    from domino_jax.runtime.auto import AutoDrafts
+    from domino_jax.runtime.slots import BatchCase, FixedDrafts, every_program
+
+    class ByAcceptance(AutoDrafts):
+        """Always of the same budget."""
+
+        def next(
+            self, case: BatchCase, rows: Sequence[Hashable], longest: int, ready: Callable[[int], bool] = every_program
+        ) -> tuple[int, int]:
+            self._last = case  # whose acceptance `lengths` goes by
+            return budget, longest
+
+    return {
+        "as many of every row": lambda: FixedDrafts(budget),
+        "by earlier acceptance": lambda: ByAcceptance(loaded.configs.proposals),
+        "by confidence": lambda: FixedDrafts(budget, by_confidence=True),
+    }
+
+
+def measure_shares(options: SharedDrafts) -> Iterator[dict[str, Any]]:
+    """A row of figures for each temperature, budget and way.
+
+    Raises:
+        DominoError: a model or file is wrong, the file has too few prompts, or the drafter is not calibrated.
+    """
+    from rich.console import Console
+
+    from convert.options import load_pair
+    from domino_jax.drafters.base import Calibrated
+    from domino_jax.runtime.provenance import git_commit
+    from domino_jax.runtime.slots import Completion, Request, Slots, verified_sizes
+    from domino_jax.sampling import SamplingParams
+    from infer.bench.options import Bench
+    from infer.bench.prompts import collect_prompts
+    from infer.engine import Engine
+
+    o, console = options, Console(stderr=True)
+    loaded = replace(load_pair(o.model, console), stop_ids=(), tokenizer=None)
+    drafter = loaded.configs.drafter
+    if not isinstance(drafter, Calibrated) or not drafter.calibrated:
+        raise DominoError(
+            "the drafter's confidences are no chances: give --draft one that python -m train calibrate has written, "
+            "or one with a confidence head."
+        )
+    bench = Bench(
+        o.model, prompts=o.prompts, prompt_tokens=o.prompt_tokens, num_prompts=o.num_prompts, new_tokens=o.new_tokens
+    )
+    prompts = collect_prompts(bench, loaded, Engine(loaded)).prompts
+    about = {"commit": git_commit(), "dtype": loaded.dtype.name, "model": o.model.model, "draft": o.model.draft}
+    about |= {name: getattr(o, name) for name in ("batch_size", "num_prompts", "prompt_tokens", "new_tokens", "seed")}
+    with loaded.context(), console.status("") as status:
+        for temperature in o.temperatures:
+            for tokens in verified_sizes(loaded.configs.proposals):
+                if tokens == 1:
+                    continue
+                for way, policy in ways_of(loaded, tokens - 1).items():
+                    status.update(f"temperature {temperature:g}, {tokens} tokens of a row, {way}")
+                    sampling = SamplingParams(temperature, max_tokens=o.new_tokens, seed=o.seed)
+                    asked = [Completion(Request(ids, sampling, (i,))) for i, ids in enumerate(prompts)]
+                    batch = Slots(loaded.params, loaded.configs, o.batch_size, loaded.dtype, policy=policy())
+                    for _ in batch.run(asked):
+                        pass
+                    cycles = [cycle for c in asked for cycle in c.cycles]
+                    yield {
+                        **about,
+                        "temperature": temperature,
+                        "target_tokens": tokens,
+                        "way": way,
+                        "drafts_verified": fmean(len(cycle.drafts) for cycle in cycles),
+                        "tau": 1 + fmean(cycle.accepted for cycle in cycles),
+                    }
+
+
+def run_shares(options: SharedDrafts) -> None:
+    """Measure, print a table in Markdown and write the figures; what was measured is kept, whatever ends it."""
+    check_shares(options)
+    from domino_jax.runtime.compile_cache import enable_compile_cache
+    from domino_jax.runtime.files import write_text
+
+    enable_compile_cache()
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in measure_shares(options):
+            rows.append(row)
+            if options.json:
+                write_text(options.json, json.dumps(rows, indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise
+    finally:
+        if rows:
+            print(shares_table(rows))
+
+
+def shares_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures in Markdown: a line for each temperature and way, a column for each budget."""
+    from infer.bench.markdown import markdown_table
+
+    sizes = dict.fromkeys(row["target_tokens"] for row in rows)
+    lines: dict[tuple[float, str], dict[int, str]] = {}
+    for row in rows:
+        lines.setdefault((row["temperature"], row["way"]), {})[row["target_tokens"]] = f"{row['tau']:.2f}"
+    heads = ["τ at tokens that the target runs of a row", *map(str, sizes)]
+    return markdown_table(
+        heads, [[f"T = {t:g}, {way}", *(cells.get(n, "") for n in sizes)] for (t, way), cells in lines.items()]
+    )
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench shares") -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(SharedDrafts, run_shares, argv, prog=prog)
+
+
+if __name__ == "__main__":
+    end_process(main())

@@ -45,6 +45,7 @@ from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
 from train.evaluate.calibration import Calibration, Cycles, calibrate, plot_reliability
 from train.evaluate.prompts import HeldOutOptions, chosen_prompts
 from train.loading import PairOptions, notes
+from train.monitor.decoding_progress import DecodingProgress
 
 FEW = 500  # cycles with fewer of which temperatures are noise
 TEMPERATURES = "confidence_temperatures"
@@ -83,7 +84,12 @@ def check_calibrate(options: Calibrate) -> None:
 
 
 def observe_cycles(
-    pair: LoadedModel, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, new_tokens: int, batch: int
+    pair: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingOptions,
+    new_tokens: int,
+    batch: int,
+    quiet: bool = False,
 ) -> Cycles:
     """What is accepted of whole chains, and how sure the drafter was of them without temperatures.
 
@@ -92,6 +98,7 @@ def observe_cycles(
         prompts: ids, of two at least: the second, fourth ... are the other half.
         new_tokens: of an answer, at most.
         batch: prompts that run together.
+        quiet: show no progress.
     """
     drafter = pair.configs.drafter
     assert isinstance(drafter, BlockDrafter)
@@ -101,8 +108,10 @@ def observe_cycles(
     how = dataclasses.replace(sampling.params(), max_tokens=new_tokens, stop_token_ids=tuple(pair.stop_ids))
     answers = [Completion(Request(ids, how, (row,))) for row, ids in enumerate(prompts)]
     slots = Slots(pair.params, configs, min(batch, len(prompts)), pair.dtype, warn=warn_of_drafts)
-    for answer in slots.run(longest_first(answers)):
-        check_finite(answer, pair.params.target, configs.target, pair.dtype)
+    with DecodingProgress("prompts", len(answers), drafting=True, quiet=quiet) as tally:
+        for answer in slots.run(longest_first(answers), tally.stepped):
+            check_finite(answer, pair.params.target, configs.target, pair.dtype)
+            tally.done()
     seen = [(cycle, row % 2 == 1) for row, answer in enumerate(answers) for cycle in answer.cycles]
     logits = np.array([cycle.confidence for cycle, _ in seen]).reshape(len(seen), configs.proposals)
     finite = np.asarray(np.isfinite(logits).all(axis=1))  # not what a broken drafter says, of which users are warned
@@ -136,7 +145,7 @@ def run_calibrate(options: Calibrate) -> None:
         raise DominoError(f"{draft} holds no block drafter, and none but those has confidences here; see --draft.")
     with pair.context():
         prompts = chosen_prompts(o, pair)
-        cycles = observe_cycles(pair, prompts, o.sampling, o.new_tokens, o.batch_size)
+        cycles = observe_cycles(pair, prompts, o.sampling, o.new_tokens, o.batch_size, quiet=not first)
     if not cycles.second.any() or cycles.second.all():
         raise DominoError(
             f"{len(prompts)} prompts of {o.prompts} gave {len(cycles.second)} cycles, expected some of both halves of "

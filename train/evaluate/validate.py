@@ -41,6 +41,7 @@ from domino_jax.weights import Params, Target, unflatten
 from train import options as settings
 from train.evaluate.prompts import HeldOutOptions, chosen_prompts
 from train.loading import PairOptions, notes
+from train.monitor.decoding_progress import DecodingProgress
 
 
 @dataclass(frozen=True)
@@ -146,25 +147,34 @@ class Validation:
         draft = unflatten(self.configs.draft, self._rounded(dict(weights)))
         return self.measure(Params(self.target, draft), stopping)
 
-    def measure(self, params: Params, stopping: Callable[[], bool] | None = None) -> ValidationReport:
-        """Decode all prompts with the drafter of these parameters, in whatever form they are; see `run`."""
+    def measure(
+        self, params: Params, stopping: Callable[[], bool] | None = None, quiet: bool = True
+    ) -> ValidationReport:
+        """Decode all prompts with the drafter of these parameters, in whatever form they are; see `run`.
+
+        Args:
+            quiet: show no progress.
+        """
         began = time.perf_counter()
         assert self.configs.draft is not None
         whole = self.configs, params
-        final = self._decoded(*whole, stopping)
+        final = self._decoded(*whole, stopping, DecodingProgress("prompts", len(self.prompts), True, quiet))
         headed = isinstance(self.configs.drafter, BlockDrafter) and self.configs.draft.head
-        base = self._decoded(*without_head(*whole), stopping) if headed else None
+        without = DecodingProgress("prompts without the head", len(self.prompts), True, quiet)
+        base = self._decoded(*without_head(*whole), stopping, without) if headed else None
         if stopping and stopping():
             raise Stopped
         return ValidationReport(final, base, time.perf_counter() - began)
 
     def _decoded(
-        self, configs: DecodeConfig, params: Params, stopping: Callable[[], bool] | None
+        self, configs: DecodeConfig, params: Params, stopping: Callable[[], bool] | None, progress: DecodingProgress
     ) -> MeasuredAcceptance:
         slots = Slots(params, configs, self.batch, self.dtype, warn=warn_of_drafts)
         answers = [Completion(prompt) for prompt in self.prompts]
-        for answer in slots.run(longest_first(answers), stopping=stopping):
-            check_finite(answer, params.target, configs.target, self.dtype)
+        with progress:
+            for answer in slots.run(longest_first(answers), progress.stepped, stopping):
+                check_finite(answer, params.target, configs.target, self.dtype)
+                progress.done()
         return MeasuredAcceptance(tuple(tuple(answer.accepted) for answer in answers))
 
 
@@ -235,7 +245,7 @@ def measure_acceptance(options: Validate) -> dict[str, Any]:
             new_tokens=o.new_tokens,
             batch=o.batch_size,
         )
-        report = validation.measure(pair.params)
+        report = validation.measure(pair.params, quiet=jax.process_index() > 0)
     read = {"prompts": o.prompts, "run": o.run, "target": target, "draft": draft}
     figures: dict[str, Any] = {name: str(path.absolute()) if path else None for name, path in read.items()}
     figures["num_prompts"] = len(prompts)

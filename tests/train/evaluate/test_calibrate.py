@@ -187,13 +187,15 @@ def test_so_has_one_of_orbax(folder, tmp_path):
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--temperature", "1", "--sampler", "coupled"]], ids=["greedy", "sampled"])
-def test_the_command_prints_and_writes_what_decoding_then_uses(folder, tmp_path, capsys, how):
+def test_the_command_prints_and_writes_what_decoding_then_uses(folder, tmp_path, capsys, monkeypatch, how):
+    monkeypatch.setattr("train.monitor.decoding_progress.EVERY", 0.0)
     words = ["--target", str(folder / "target"), "--draft", str(folder / "draft"), "--new-tokens", "20", *how]
     words += ["--prompts", str(folder / "held.jsonl"), "--out", str(tmp_path / "out")]
     assert main([*words, "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found == json.loads((tmp_path / "out" / "calibration.json").read_text()) and "cycles are few" in printed.err
+    assert " prompts  " in printed.err and " tokens/s  τ " in printed.err
     assert found["num_samples"] == found["positions"][0]["cycles"] > 10
     assert main(words) == 1 and "already holds" in capsys.readouterr().err
     assert main(words[:-2]) == 0 and "| position | reached |" in capsys.readouterr().out

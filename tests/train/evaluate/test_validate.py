@@ -99,7 +99,7 @@ def test_later_validations_compile_nothing_and_take_the_weights_as_they_are_now(
 def test_masters_are_rounded_to_the_dtype_of_the_computation(pair, monkeypatch):
     seen = []
 
-    def run(self, completions, **_):
+    def run(self, completions, *_):
         seen.append(flatten(self._params.draft))
         return iter(())
 
@@ -180,11 +180,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_the_command_prints_what_validation_gives(folder, capsys):
+def test_the_command_prints_what_validation_gives(folder, capsys, monkeypatch):
+    monkeypatch.setattr("train.monitor.decoding_progress.EVERY", 0.0)
     words = ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
     words += ["--prompts", str(folder / "held.jsonl"), "--new-tokens", "9", "--batch-size", "3"]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert "/4 prompts  " in printed.err and "/4 prompts without the head  " in printed.err
     pair = loading.load_model(folder / "target", folder / "draft", "float32", plain=True)
     prompts = [[50, 60, 70], [51, 60, 70], [52, 60, 70], pair.tokenizer("def f(")["input_ids"]]
     report = Validation(pair.params.target, pair.configs, prompts, (), pair.dtype, new_tokens=9, batch=3).run(

@@ -216,6 +216,7 @@ def _read_draft(fields: Fields, num_target_layers: int | None, reduced: bool) ->
             shift_label=_shift_label(fields, head, warnings),
             windows=windows,
             confidence_temperatures=fields.get("confidence_temperatures", TEMPERATURES, ()),
+            tree_candidates=fields.get("tree_candidates", SIZE, None),
             causal=causal,
             sliding_window_non_causal=sliding_window_non_causal,
             convolution=convolution,

@@ -119,7 +119,9 @@ def make_drafter(
             raise UsageError(f"--tree needs a block drafter alone, found {what}: give one with --draft DIR.")
         if num_draft_tokens is not None:
             raise UsageError("--tree says how many drafts a cycle verifies: leave --num-draft-tokens out.")
-        shape: dict[str, Any] = tree._asdict()
+        own = made.config.tree_candidates if isinstance(made, BlockDrafter) else None
+        candidates = own if tree.candidates is None else None if tree.candidates == "all" else tree.candidates
+        shape: dict[str, Any] = tree._asdict() | {"candidates": candidates}
         if isinstance(made, DualViewDrafter):
             made = DualViewTreeDrafter(made.config, **shape)
         else:

@@ -262,8 +262,9 @@ def without_head(configs: DecodeConfig, params: Params) -> tuple[DecodeConfig, P
     drafter: Draft = jax.tree.map(lambda x: x, params.draft)  # another module of the same arrays
     drafter.head = nnx.data(None)
     changes: dict[str, Any] = {"confidence_threshold": None, "candidates": None}
-    # Temperatures are of what the head made sure of.
-    changes["config"] = dataclasses.replace(configs.drafter.config, head=None, confidence_temperatures=())
+    # Temperatures are of what the head made sure of, and few candidates are enough for what it chooses.
+    nothing = {"head": None, "confidence_temperatures": (), "tree_candidates": None}
+    changes["config"] = dataclasses.replace(configs.drafter.config, **nothing)
     if isinstance(configs.drafter, TreeDrafter):
         changes["correction"] = "path"
     plain = dataclasses.replace(configs.drafter, **changes)

@@ -161,11 +161,14 @@ def absolute(given: str | Path | None) -> str | None:
 
 
 class TreeSettings(NamedTuple):
-    """A tree of drafts: fields of `domino_jax.drafters.tree.TreeDrafter`, which describes them."""
+    """A tree of drafts: fields of `domino_jax.drafters.tree.TreeDrafter`, which describes them.
+
+    `candidates` of None are as many as the drafter's config says.
+    """
 
     nodes: int
     lanes: int | None = None
-    candidates: int | None = None
+    candidates: int | Literal["all"] | None = None
     correction: TreeCorrection = "path"
 
 
@@ -205,7 +208,8 @@ class DraftingOptions:
     tree_lanes: Annotated[int | None, DisallowNone, UNSET] = None
     """--tree: paths followed from depth to depth; fewer are cheaper (default: as many as drafts, the best tree)"""
     tree_candidates: Annotated[int | Literal["all"] | None, DisallowNone, UNSET] = None
-    """--tree: highest base logits that drafts are made of, or all (default: all; 64 for the public Domino drafters)"""
+    """--tree: highest base logits that drafts are made of, or all (default: what the drafter's config.json
+    says, 64 for the public Domino drafters, else all)"""
     tree_correction: TreeCorrection = "path"
     """--tree: what the head goes by: each node's own path, or one path that all nodes of a depth share"""
     confidence_threshold: Annotated[float | None, DisallowNone, UNSET] = None
@@ -294,7 +298,7 @@ class ModelOptions:
         o = self.drafting
         if o.tree is None:
             return None
-        candidates = None if o.tree_candidates == "all" else o.tree_candidates
+        candidates = o.tree_candidates
         if o.tree_candidates is None and registry.is_public_domino(self.model, self.draft):
             candidates = FEW_CANDIDATES
         return TreeSettings(o.tree, o.tree_lanes, candidates, o.tree_correction)

@@ -155,6 +155,8 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
         raw |= {name: getattr(head, name) for name in MARKOV}
     if config.confidence_temperatures:
         raw |= {"confidence_temperatures": list(config.confidence_temperatures)}
+    if config.tree_candidates is not None:
+        raw |= {"tree_candidates": config.tree_candidates}
     if isinstance(head, SelectorHead) and config.convolution:
         raw |= config.convolution.to_hf() | head.to_hf()[0]
     return raw

@@ -254,7 +254,8 @@ class DraftConfig(DecoderConfig):
     own.
 
     `confidence_temperatures` are J numbers that the logits of its proposals' confidences are divided by; none when
-    empty. `python -m train calibrate` finds them.
+    empty. `tree_candidates` is how many of the highest base logits trees need of each depth, where no other number is
+    asked for; all when None. `python -m train calibrate` finds both.
     """
 
     block_size: int
@@ -269,6 +270,7 @@ class DraftConfig(DecoderConfig):
     sliding_window_non_causal: bool = False
     convolution: "Convolution | None" = None
     draft_vocab_size: int | None = None
+    tree_candidates: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,6 +313,8 @@ class DraftConfig(DecoderConfig):
             raise DominoError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}.")
         if self.head:
             self.head.check(self.num_proposals)
+        if self.tree_candidates is not None and self.tree_candidates < 1:
+            raise DominoError(f"tree_candidates must be at least 1, found {self.tree_candidates}.")
         given = self.confidence_temperatures
         if given and (len(given) != self.num_proposals or not all(0 < t < math.inf for t in given)):
             raise DominoError(
@@ -366,6 +370,8 @@ class DraftConfig(DecoderConfig):
         }
         if self.confidence_temperatures:
             raw |= {"confidence_temperatures": list(self.confidence_temperatures)}
+        if self.tree_candidates is not None:
+            raw |= {"tree_candidates": self.tree_candidates}
         window = next((w for w in self.windows if w), None)
         return raw | ({"use_sliding_window": True, "sliding_window": window} if window else {})
 

@@ -110,8 +110,8 @@ def read_first_drafter(folder: Path, draft: TrainedConfig) -> FirstDrafter:
         if not issubclass(form.config, DualViewConfig):
             raise DominoError(f"{folder} holds no second view; see --init-from.")
         found, warnings = form.read(raw, None, file)
-    # Temperatures are of its confidences as they are, which training changes.
-    for name in draft.__dataclass_fields__.keys() - {"confidence_temperatures"}:
+    # These were found for its proposals as they are, which training changes.
+    for name in draft.__dataclass_fields__.keys() - {"confidence_temperatures", "tree_candidates"}:
         theirs, ours = getattr(found, name, None), getattr(draft, name)
         if theirs != ours and not (name == "head" and theirs is None):
             raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")

@@ -1,6 +1,7 @@
 """From --draft to the drafter that runs: names, folders of either kind, and what does not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def test_ngram_beside_nothing_is_refused(given):
         ModelOptions(drafting=DraftingOptions(given)).check()
 
 
+FEW = replace(BYTE_DRAFT, tree_candidates=8)
+
+
 @pytest.mark.parametrize(
     ("config", "how", "drafter"),
     [
@@ -59,6 +63,10 @@ def test_ngram_beside_nothing_is_refused(given):
         (BYTE_DRAFT, {"candidates": 4}, BlockDrafter(BYTE_DRAFT, 4)),
         (BYTE_DRAFT, {"tree": TreeSettings(9)}, TreeDrafter(BYTE_DRAFT, nodes=9)),
         (BYTE_DRAFT, {"tree": TreeSettings(9, 3, 32, "depth")}, TreeDrafter(BYTE_DRAFT, 32, 9, 3, "depth")),
+        (FEW, {"tree": TreeSettings(9)}, TreeDrafter(FEW, 8, 9)),
+        (FEW, {"tree": TreeSettings(9, candidates=16)}, TreeDrafter(FEW, 16, 9)),
+        (FEW, {"tree": TreeSettings(9, candidates="all")}, TreeDrafter(FEW, None, 9)),
+        (FEW, {}, BlockDrafter(FEW)),
         (BYTE_DRAFT, {"confidence_threshold": 0.5}, BlockDrafter(BYTE_DRAFT, confidence_threshold=0.5)),
         (BYTE_TARGET, {}, AssistantDrafter(BYTE_TARGET, 5)),
         (BYTE_TARGET, {"num_draft_tokens": 2}, AssistantDrafter(BYTE_TARGET, 2)),

@@ -68,7 +68,7 @@ def test_words_that_make_no_sense_are_usage_errors(given, says):
         ("qwen3-8b", None, None, 64),
         ("Qwen/Qwen3-4B", None, None, 64),
         ("folder", "Huang2020/Qwen3-8B-Domino-b16", None, 64),
-        ("qwen3-8b", None, "all", None),
+        ("qwen3-8b", None, "all", "all"),
         ("qwen3-8b", None, 256, 256),
         ("qwen3-8b", "qwen3-8b-dflash", None, None),
         ("qwen3-8b", "folder", None, None),

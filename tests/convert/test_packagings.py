@@ -55,7 +55,7 @@ CONFIGS: dict[str, DraftConfig] = {
     "reduced DSpark": dataclasses.replace(MARKOV, draft_vocab_size=30),
     "windows both ways": dataclasses.replace(MARKOV, windows=(7, None), sliding_window_non_causal=True),
     "causal Domino": dataclasses.replace(DOMINO, causal=True, windows=(None, 4)),
-    "calibrated": dataclasses.replace(MARKOV, confidence_temperatures=(0.5, 1.0, 1.25, 3.0, 8.0)),
+    "calibrated": dataclasses.replace(MARKOV, confidence_temperatures=(0.5, 1.0, 1.25, 3.0, 8.0), tree_candidates=64),
 }
 FORMS: tuple[Packaging, ...] = ("specforge", "deepspec", "speculators")
 NONE = {("deepspec", "Domino"): "no Domino drafters", ("deepspec", "causal Domino"): "no Domino drafters"}

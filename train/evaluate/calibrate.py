@@ -6,6 +6,9 @@ The held-out prompts are decoded in whole cycles, greedily unless --temperature 
 confidences are compared with what was accepted: see `train.evaluate.calibration`. OUT gets a copy of the drafter whose
 config.json has `confidence_temperatures`; calibration.json, with SGLang's names for the figures; and
 reliability.png. The figures of "after" are of each half of the prompts, by the temperatures of the other half.
+
+The same prompts are decoded in trees whose nodes are made of few of the base logits. The fewest with which they lose
+less than a hundredth of τ become the config's `tree_candidates`.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ from convert.options import (
     Flag,
     ProcessOptions,
     SamplingOptions,
+    check_count,
     check_not_source,
 )
 from convert.progress import progress_bars
@@ -47,6 +51,7 @@ from train.evaluate.prompts import HeldOutOptions, chosen_prompts
 from train.loading import PairOptions, notes
 from train.monitor.decoding_progress import DecodingProgress
 
+CANDIDATES, LOSS = (64, 256), 0.01  # of trees, and the share of τ that they may lose by them
 FEW = 500  # cycles with fewer of which temperatures are noise
 TEMPERATURES = "confidence_temperatures"
 
@@ -59,6 +64,8 @@ class Calibrate(HeldOutOptions):
     """folder for a copy of the drafter with the temperatures in its config.json, the figures and a diagram"""
     pair: Annotated[PairOptions, GROUP] = field(default_factory=PairOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    tree_nodes: int = 16
+    """drafts of the trees with few candidates; 0 to leave them out"""
     json: Flag = False
     """one JSON object on standard output, and nothing else there"""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
@@ -73,6 +80,7 @@ def check_calibrate(options: Calibrate) -> None:
     o, drafting = options, options.pair.drafting
     o.check_numbers()
     o.sampling.check()
+    check_count("tree_nodes", o.tree_nodes, least=0)
     model = o.pair.model()
     if model.ngram or registry.locate(model.model, model.draft)[1] is None:
         raise UsageError("this calibrates a block drafter alone: give it with --draft DIR.")
@@ -119,6 +127,43 @@ def observe_cycles(
     return cycles.where(finite)
 
 
+def tree_taus(
+    pair: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingOptions,
+    new_tokens: int,
+    batch: int,
+    nodes: int,
+    quiet: bool = False,
+) -> dict[int | None, float]:
+    """τ of trees whose nodes are made of so many of the highest base logits; None is all of them.
+
+    Args:
+        nodes: drafts of a tree; the others are those of `observe_cycles`.
+    """
+    drafter = pair.configs.drafter
+    assert isinstance(drafter, BlockDrafter)
+    how = dataclasses.replace(sampling.params(), max_tokens=new_tokens, stop_token_ids=tuple(pair.stop_ids))
+    few = [count for count in CANDIDATES if count < pair.configs.target.vocab_size and drafter.config.head]
+    found: dict[int | None, float] = {}
+    for candidates in (None, *few) if few else ():
+        tree = TreeDrafter(drafter.config, candidates, nodes)
+        configs = dataclasses.replace(pair.configs, drafter=tree, drafts=None)
+        answers = [Completion(Request(ids, how, (row,))) for row, ids in enumerate(prompts)]
+        slots = Slots(pair.params, configs, min(batch, len(prompts)), pair.dtype)
+        what = f"prompts, trees of {'all' if candidates is None else candidates} candidates"
+        with DecodingProgress(what, len(answers), drafting=True, quiet=quiet) as tally:
+            for _ in slots.run(longest_first(answers), tally.stepped):
+                tally.done()
+        found[candidates] = tally.tau or 1.0
+    return found
+
+
+def fewest(taus: Mapping[int | None, float]) -> int | None:
+    """The fewest candidates that lose little; None where trees need all."""
+    return min((n for n, tau in taus.items() if n is not None and tau >= (1 - LOSS) * taus[None]), default=None)
+
+
 def run_calibrate(options: Calibrate) -> None:
     """Calibrate, write what came out, and print the figures; of several processes, the first one does.
 
@@ -145,7 +190,9 @@ def run_calibrate(options: Calibrate) -> None:
         raise DominoError(f"{draft} holds no block drafter, and none but those has confidences here; see --draft.")
     with pair.context():
         prompts = chosen_prompts(o, pair)
-        cycles = observe_cycles(pair, prompts, o.sampling, o.new_tokens, o.batch_size, quiet=not first)
+        how = o.sampling, o.new_tokens, o.batch_size
+        cycles = observe_cycles(pair, prompts, *how, quiet=not first)
+        taus = tree_taus(pair, prompts, *how, o.tree_nodes, quiet=not first) if o.tree_nodes else {}
     if not cycles.second.any() or cycles.second.all():
         raise DominoError(
             f"{len(prompts)} prompts of {o.prompts} gave {len(cycles.second)} cycles, expected some of both halves of "
@@ -170,7 +217,11 @@ def run_calibrate(options: Calibrate) -> None:
         "dtype": pair.dtype.name,
         "head_candidates": o.pair.drafting.head_candidates,
         "positions": calibration.rows(),
+        "tree_nodes": o.tree_nodes,
+        "tree_tau": {"all" if n is None else str(n): tau for n, tau in taus.items()},
     }
+    if taus:
+        found["tree_candidates"] = fewest(taus)
     if first:
         if o.out is not None:
             write_calibrated(o.out, draft, calibration, found)
@@ -187,6 +238,8 @@ def write_calibrated(out: Path, draft: Path, calibration: Calibration, found: Ma
         from convert import folders  # brings in Orbax, an extra
 
     changed = {TEMPERATURES: found["temperatures"]}
+    if "tree_candidates" in found:
+        changed |= {"tree_candidates": found["tree_candidates"]}
     if folders.folder_format(draft) in (folders.HF, folders.ORBAX):
         with folders.appearing(out, [draft]) as partial:
             shutil.copytree(draft, partial, ignore=shutil.ignore_patterns(".*", "config.json"), dirs_exist_ok=True)
@@ -208,6 +261,9 @@ def describe_calibration(found: Mapping[str, Any], out: Path | None) -> str:
         accepted = "" if row["accepted"] is None else f"{row['accepted']:.3f}"
         scores = " | ".join(f"{row[name]:.3f}" for name in ("ece_before", "ece_after", "brier_before", "brier_after"))
         text += f"| {row['position']} | {row['cycles']} | {accepted} | {row['temperature']:.3f} | {scores} |\n"
+    if found["tree_tau"]:
+        taus = ", ".join(f"{tau:.2f} with {n} candidates" for n, tau in found["tree_tau"].items())
+        text += f"\nτ of trees of {found['tree_nodes']}: {taus}.\n"
     return text + (f"\n{out} holds the drafter with these temperatures." if out else "")
 
 

@@ -94,6 +94,11 @@ def test_a_threshold_that_makes_no_sense_is_refused(threshold):
         BlockDrafter(factory.draft_config(), confidence_threshold=threshold)
 
 
+def test_trees_have_at_least_one_candidate():
+    with pytest.raises(DominoError, match="tree_candidates must be at least 1, found 0"):
+        factory.draft_config(tree_candidates=0)
+
+
 @pytest.mark.parametrize("given", [(1.0,), (1.0,) * 6, (1.0, 0.0, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0, float("inf"))])
 def test_temperatures_are_a_number_above_0_for_each_proposal(given):
     with pytest.raises(DominoError, match="confidence_temperatures must be 5 numbers above 0"):

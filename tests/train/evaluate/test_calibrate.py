@@ -15,14 +15,15 @@ from factory import Pair, make_draft, make_target
 
 from convert import folders, hf
 from convert.loading import LoadedModel, load_model
-from convert.options import SamplingOptions
+from convert.options import SamplingOptions, TreeSettings
 from domino_jax import decode
 from domino_jax.config import DraftConfig
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads.markov import MarkovHead
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
 from domino_jax.sampling import SamplingParams
-from train.evaluate.calibrate import main, observe_cycles, write_calibrated
+from train.evaluate.calibrate import fewest, main, observe_cycles, write_calibrated
 from train.evaluate.calibration import (
     Calibration,
     Cycles,
@@ -155,6 +156,20 @@ def synthetic(count: int) -> tuple[Calibration, dict[str, list[float]]]:
     return found, {"temperatures": found.temperatures.tolist()}
 
 
+@pytest.mark.parametrize(
+    ("taus", "candidates"),
+    [
+        ({}, None),
+        ({None: 5.0, 64: 4.96, 256: 5.0}, 64),
+        ({None: 5.0, 64: 4.94, 256: 4.96}, 256),
+        ({None: 5.0, 64: 4.0, 256: 4.9}, None),
+        ({None: 5.0, 64: 5.1, 256: 4.0}, 64),
+    ],
+)
+def test_the_fewest_candidates_that_lose_little_are_kept(taus, candidates):
+    assert fewest(taus) == candidates
+
+
 def test_the_copy_has_the_temperatures_and_the_source_stays(folder, tmp_path):
     source, out = tmp_path / "draft", tmp_path / "out"
     source.mkdir()
@@ -197,8 +212,12 @@ def test_the_command_prints_and_writes_what_decoding_then_uses(folder, tmp_path,
     assert found == json.loads((tmp_path / "out" / "calibration.json").read_text()) and "cycles are few" in printed.err
     assert " prompts  " in printed.err and " tokens/s  τ " in printed.err
     assert found["num_samples"] == found["positions"][0]["cycles"] > 10
+    taus = {None if n == "all" else int(n): tau for n, tau in found["tree_tau"].items()}
+    assert list(taus) == [None, 64, 256] and found["tree_candidates"] == fewest(taus)
+    tree = load_model(folder / "target", tmp_path / "out", "float32", tree=TreeSettings(6)).configs.drafter
+    assert isinstance(tree, TreeDrafter) and tree.candidates == found["tree_candidates"]
     assert main(words) == 1 and "already holds" in capsys.readouterr().err
-    assert main(words[:-2]) == 0 and "| position | reached |" in capsys.readouterr().out
+    assert main([*words[:-2], "--tree-nodes", "0"]) == 0 and "| position | reached |" in capsys.readouterr().out
     model = load_model(folder / "target", tmp_path / "out", "float32", confidence_threshold=0.5)
     assert model.configs.draft.confidence_temperatures == tuple(found["temperatures"])
     both = [Completion(Request([50, 60, 70], SamplingParams(max_tokens=20))) for _ in range(2)]

@@ -29,15 +29,16 @@ from domino_jax.matrix import AnyMatrix, dot, dot_each, dot_grouped, select
 from domino_jax.sharding import MODEL, spec
 
 
-def resolve_moe_backend(config: TargetConfig, platform: str) -> TargetConfig:
+def resolve_moe_backend(config: TargetConfig, platform: str, differentiated: bool = False) -> TargetConfig:
     """The config with the experts' backend for a platform; as it is for a model without experts.
 
     Args:
         platform: that programs are compiled for ("cpu", "gpu", "tpu").
+        differentiated: gradients go through the experts; a loop of as many turns as tokens ask for has none.
     """
     if config.moe is None:
         return config
-    backend: MoeBackend = "one by one" if platform == "cpu" else "grouped"
+    backend: MoeBackend = "one by one" if platform == "cpu" and not differentiated else "grouped"
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
 
 

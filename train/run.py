@@ -112,7 +112,7 @@ def prepare(options: TrainConfig) -> Setup:
     folder = find(options.target)
     raw, target, _, _ = read_configs(folder, None, "--target")
     device = own_devices()[0]
-    target = resolve_moe_backend(target, device.platform)
+    target = resolve_moe_backend(target, device.platform, differentiated=options.drafter.drafter != "block")
     if wanted.length > target.positions:
         raise UsageError(f"--length {wanted.length} is beyond the target's {target.positions} positions.")
     tokenizer = load_tokenizer(folder)

@@ -20,7 +20,7 @@ from convert.folders import load_weights, read_config
 from convert.loading import load_model
 from convert.names import export
 from domino_jax import target as targets
-from domino_jax.config import DecoderConfig
+from domino_jax.config import DecoderConfig, MoeConfig
 from domino_jax.drafters import block
 from domino_jax.drafters.dual_view import DualViewConfig, training_view_blocks
 from domino_jax.drafters.heads.domino import DominoHead
@@ -197,6 +197,21 @@ def test_a_run_trains_a_view_that_drafts(given, tmp_path, more):
     sequences = [engine.sequence([5, 70, 9], 12)[0]]
     engine.generate(sequences, Decoding())
     assert sequences[0].tokens
+
+
+def test_a_view_of_a_target_with_experts_is_trained(given, tmp_path):
+    """Gradients go through the frozen experts, on a CPU too."""
+    moe = MoeConfig(4, 2, 24, norm_topk_prob=True)
+    target = make_target(tmp_path / "experts", std=0.4, num_hidden_layers=1, moe=moe)
+    more = {"target": str(tmp_path / "experts"), "validation": None}
+    run = train(out=tmp_path / "run", steps=2, **(given | more))
+    view, first = (
+        load_weights(run.drafter, read_config(run.drafter), "float32"),
+        load_weights(tmp_path / "experts", target, "float32"),
+    )
+    assert not np.array_equal(view.layers[0].q, first.layers[0].q.astype("bfloat16")) and np.isfinite(
+        run.metrics["loss"]
+    )
 
 
 @pytest.mark.slow

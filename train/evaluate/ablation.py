@@ -8,6 +8,7 @@
     floor-0.1   λ falls to 0.1 and no lower; floor-0.3 alike
     markov      DSpark's head of the token before in the place of Domino's; markov-rnn the form that knows all before
     causal      Domino's head over blocks in which no row sees later ones (JetSpec's)
+    causal-markov-rnn  the Markov head's form over such blocks
     selector    DFlash 2's selector of the likeliest base logits, with its two losses of equal weight
     dspark      DSpark's head and its own loss, without the curriculum
     orthrus     a second view of the target, trained as it is usual for those (KL), by a recipe of its own
@@ -51,6 +52,7 @@ KINDS = {
     "markov": ["--head", "markov"],
     "markov-rnn": ["--head", "markov", "--markov-head-type", "rnn"],
     "causal": ["--causal"],
+    "causal-markov-rnn": ["--causal", "--head", "markov", "--markov-head-type", "rnn"],
     "selector": [
         *("--head", "selector", "--shift-label", "--lambda-schedule", "constant", "--lambda-base-start", "0.5"),
     ],
@@ -71,6 +73,7 @@ Kind = Literal[
     "markov",
     "markov-rnn",
     "causal",
+    "causal-markov-rnn",
     "selector",
     "dspark",
     "orthrus",

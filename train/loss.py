@@ -47,11 +47,12 @@ from domino_jax.drafters.heads.base import Correction
 from domino_jax.drafters.heads.choosing import largest
 from domino_jax.layers import unembed
 from domino_jax.matrix import AnyMatrix
-from domino_jax.sharding import constrain, gathered, row_shards
+from domino_jax.sharding import constrain, gathered, model_devices, row_shards
 from domino_jax.weights import Draft, Target, axes, lm_head
 from train.config import OF_TV, LossKind, Objective, TrainedConfig
 
 DSPARK_CE, DSPARK_L1 = 0.1, 0.9
+TEACHER_BYTES = 2**31  # of the target's logits of all positions on one device, up to which they are made once
 
 
 class Inputs(NamedTuple):
@@ -169,8 +170,8 @@ def partial_loss(
     z, hidden = states(drafter, frozen, configs, objective, inputs, x, anchors, first)
     head = gathered(drafter.head, letters.head)
     correction = head_of(config).teacher_forced(head, z, tokens[..., :-1], embed)
-    seen = None if hidden is None else gather_positions(hidden, places[..., :-1])  # where p of each label stands
     output = gathered(lm_head(frozen), "V D")
+    seen = None if hidden is None else teacher(hidden, places[..., :-1], output)  # where p of each label stands
     final, base = chunked_scores(correction, output, z, labels, seen, objective.chunk, objective.loss)
 
     final_loss, final_ce = _weighted(objective, final, supervised)
@@ -195,6 +196,30 @@ def partial_loss(
         confidence_loss=sure,
     )
     return loss / total, sums
+
+
+class Teacher(NamedTuple):
+    """The target's logits at every position of a batch, and which of them each proposal is held to."""
+
+    logits: Array  # [B, S, V] float32
+    places: Array  # [B, A, J] int32
+
+
+def teacher(hidden: Array, places: Array, output: AnyMatrix) -> Array | Teacher:
+    """What proposals are held to: the states where the target predicts their labels [B, A, J, D], or its logits.
+
+    Blocks overlap: with more proposals than positions each position's logits are made once, if they fit.
+
+    Args:
+        hidden: [B, S, D], the target's states after its final norm.
+        places: [B, A, J] positions.
+        output: the LM head [V, D].
+    """
+    held = hidden.shape[0] * hidden.shape[1] * output.shape[0] * 4 // model_devices() // row_shards()
+    if places.shape[1] * places.shape[2] <= hidden.shape[1] or held > TEACHER_BYTES:
+        return gather_positions(hidden, places)
+    logits = jax.lax.stop_gradient(constrain(unembed(hidden, output), "B T V"))
+    return Teacher(logits, jnp.minimum(places, hidden.shape[1] - 1))
 
 
 def block_states(
@@ -380,7 +405,7 @@ def chunked_scores(
     output: AnyMatrix,
     z: Array,
     labels: Array,
-    seen: Array | None,
+    seen: Array | Teacher | None,
     chunk: int,
     loss: LossKind | None = None,
 ) -> tuple[Scores, Scores]:
@@ -394,7 +419,7 @@ def chunked_scores(
         correction: the head's of z, its rank [B, ..., J, R]; None where nothing is corrected. Its confidence is not
             read.
         output: LM head [V, D]; z: [B, ..., J, D]; labels: [B, ..., J].
-        seen: [B, ..., J, D], the target's states where it predicts the labels, or None.
+        seen: [B, ..., J, D], the target's states where it predicts the labels, or its logits; None where not asked for.
         loss: which divergence from the target's distribution is asked for.
 
     Returns:
@@ -415,6 +440,13 @@ def chunked_scores(
     if low is not None:
         # One for each part of the batch, so that the parts' gradients are summed once, after the loop.
         low = constrain(jnp.broadcast_to(low, (shards, *low.shape)), "B V R")
+
+    known = None
+    if isinstance(seen, Teacher):
+        batch, positions, vocab = seen.logits.shape
+        known = constrain(seen.logits.reshape(shards, -1, vocab), "B - V")
+        first = jnp.arange(batch, dtype=jnp.int32) % (batch // shards) * positions  # in its device's rows
+        seen = seen.places + first.reshape(-1, *(1 for _ in seen.places.shape[1:]))
 
     @jax.checkpoint
     def one(piece: tuple[Array, Array, Array | None, Array | None]) -> tuple[Scores, Scores]:
@@ -439,7 +471,10 @@ def chunked_scores(
             final = jnp.where(kept, final, -jnp.inf)
         likely = None
         if seen is not None:
-            theirs = vocabulary(seen)
+            if known is None:
+                theirs = vocabulary(seen)
+            else:
+                theirs = constrain(jnp.take_along_axis(known, seen[..., None], axis=1), "B - V")
             likely = jax.nn.softmax(theirs, axis=-1)
             # Minus the entropy, of the KL.
             surprise = jnp.where(likely > 0, likely * (theirs - jax.nn.logsumexp(theirs, -1, keepdims=True)), 0).sum(-1)
@@ -462,7 +497,7 @@ def chunked_scores(
         return ends, score(base)
 
     def cut_vectors(x: Array | None) -> Array | None:
-        return None if x is None else cut(x, x.shape[-1:])
+        return None if x is None else cut(x, x.shape[labels.ndim :])
 
     found = jax.lax.map(one, (cut(z, z.shape[-1:]), cut(labels, ()), cut_vectors(rank), cut_vectors(seen)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :rows].reshape(shape), found)

@@ -28,8 +28,10 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError
 from domino_jax.weights import flatten, unflatten
 from infer.engine import Decoding, Engine
+from train import loss as losses
 from train import train
 from train.config import Objective, TrainConfig, check_options, settled
+from train.loss import Teacher, teacher
 
 TARGET = dataclasses.replace(factory.TARGET, num_hidden_layers=2)
 VIEW = DualViewConfig(**TARGET.geometry(), block_size=4, mask_token_id=88)
@@ -148,6 +150,35 @@ def test_loss_and_gradients_are_pytorchs(weights, kind):
         np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5 * float(wanted.abs().max()) + 1e-7, err_msg=name)
 
 
+def test_logits_that_are_made_once_a_position_change_nothing(weights, monkeypatch):
+    """More proposals than positions: blocks share the target's logits, unless they are too large."""
+    frozen, view = weights
+    anchors, valid = (np.repeat(x, 2, axis=1) for x in (ANCHORS, VALID))
+    assert anchors.shape[1] * VIEW.num_proposals > IDS.shape[1]
+    made: list[type] = []
+
+    def noted(*given: Any) -> Any:
+        made.append(type(seen := teacher(*given)))
+        return seen
+
+    monkeypatch.setattr(losses, "teacher", noted)
+
+    def run() -> Any:
+        def loss(leaves: dict[str, Any]) -> Any:
+            how: dict[str, Any] = {"loss": "kl", "position_weights": "uniform", "chunk": 4}
+            given = jnp.asarray(IDS), jnp.asarray(MASK), jnp.asarray(anchors), jnp.asarray(valid)
+            return curriculum(unflatten(VIEW, leaves), frozen, (TARGET, VIEW), *given, lam=jnp.float32(0.3), **how)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(flatten(view))
+
+    shared = run()
+    monkeypatch.setattr(losses, "TEACHER_BYTES", 0)
+    each = run()
+    assert made[0] is Teacher and made[-1] is not Teacher
+    for one, other in zip(jax.tree.leaves(shared), jax.tree.leaves(each), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6 * float(np.abs(other).max()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [{"backend": "chunked"}, {"remat": True}])
 def test_other_forms_are_the_same(weights, monkeypatch, how):
@@ -178,7 +209,7 @@ HEADED = {"drafter": "orthrus-domino", "gru_hidden_dim": 8, "emb_dim": 6}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, FEW, {"mesh": "fsdp=2,model=2"}, HEADED])
+@pytest.mark.parametrize("more", [{}, FEW, {"mesh": "fsdp=2,model=2", "anchors": 13}, HEADED])
 def test_a_run_trains_a_view_that_drafts(given, tmp_path, more):
     run = train(out=tmp_path / "run", steps=8, **(given | more))
     assert run.best is not None and run.metrics["validation_tau"] >= 1 and run.metrics["step"] == 8

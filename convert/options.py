@@ -208,8 +208,8 @@ class DraftingOptions:
     tree_lanes: Annotated[int | None, DisallowNone, UNSET] = None
     """--tree: paths followed from depth to depth; fewer are cheaper (default: as many as drafts, the best tree)"""
     tree_candidates: Annotated[int | Literal["all"] | None, DisallowNone, UNSET] = None
-    """--tree: highest base logits that drafts are made of, or all (default: what the drafter's config.json
-    says, 64 for the public Domino drafters, else all)"""
+    """--tree: highest base logits that drafts are made of, or all (default: 64 for the public Domino
+    drafters, else what the drafter's config.json says, else all)"""
     tree_correction: TreeCorrection = "path"
     """--tree: what the head goes by: each node's own path, or one path that all nodes of a depth share"""
     confidence_threshold: Annotated[float | None, DisallowNone, UNSET] = None

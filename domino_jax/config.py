@@ -313,6 +313,8 @@ class DraftConfig(DecoderConfig):
             raise DominoError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}.")
         if self.head:
             self.head.check(self.num_proposals)
+        else:
+            object.__setattr__(self, "tree_candidates", None)  # without a head nothing is scored anew
         if self.tree_candidates is not None and self.tree_candidates < 1:
             raise DominoError(f"tree_candidates must be at least 1, found {self.tree_candidates}.")
         given = self.confidence_temperatures

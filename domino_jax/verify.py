@@ -26,7 +26,9 @@ def likeliest_prefixes(confidence: Array, most: Array, budget: int) -> Array:
     """
     chances = jnp.nan_to_num(jax.nn.sigmoid(confidence), nan=0.0)
     asked = jnp.arange(confidence.shape[1]) < most[:, None]
-    scores = jnp.where(asked, jnp.cumprod(chances, axis=1), -1.0)
+    # Products in whatever order may be rounded up by a factor of one; they never rise.
+    survival = jax.lax.cummin(jnp.cumprod(chances, axis=1), axis=1)
+    scores = jnp.where(asked, survival, -1.0)
     # Of equals the earlier places come first: none is taken without those before it.
     order = jnp.argsort(-scores.T.reshape(-1), stable=True)
     taken = jnp.zeros_like(order).at[order[: max(budget, 0)]].set(1)

@@ -111,7 +111,8 @@ class Engine:
         self.loaded = loaded
         self.cycles = cycles
         configs = loaded.configs
-        self.auto = auto_policy(configs) if auto and configs.drafter is not None else None
+        with loaded.context():
+            self.auto = auto_policy(configs) if auto and configs.drafter is not None else None
         self.seconds = no_seconds()  # of each phase of the newest call of `stream` or `generate`
         self._accept = accept
         self._warn: Callable[[str], None] | None = warn

@@ -158,7 +158,10 @@ class Calibrated(Protocol):
 
     @property
     def calibrated(self) -> bool:
-        """Whether `DraftTokens.confidence` is meant as chances: rows share what is verified by it."""
+        """Whether `DraftTokens.confidence` is meant as chances, of temperatures or a confidence head.
+
+        Rows then share by it what is verified.
+        """
         ...
 
 

@@ -1,7 +1,8 @@
 """How many drafts the next dispatch verifies, or none: chosen from measured times and observed acceptance.
 
 A cycle of J drafts takes t[J] and gives a row E[J] tokens on average, a plain step takes t[0] and gives one. The best
-choice is the greatest E[J] / t[J], E averaged over the rows that run now. All is learned from real work: what may not
+choice is the greatest E[J] / t[J], E averaged over the rows that run now, or where rows share by confidence over those
+of the last cycles. All is learned from real work: what may not
 pay is tried only as far as an allowance of lost time goes. Every process gets the same numbers and decides the same.
 """
 
@@ -138,6 +139,7 @@ class AutoDrafts:
         self._tokens = self._lost = self._allowed = 0.0  # of a row: decoded; lost by trials; that may be lost at first
         self._last, self._trial = (0, False, 0), False  # the last dispatch's case, and whether it was to learn
         self._expected = np.ones(most + 1)  # E when it was chosen
+        self.used: Counter[int] = Counter()  # cycles, or plain steps, by the drafts that were chosen for the mean row
         self._given: dict[Hashable, int] = {}  # drafts of each row in the last dispatch, where they differed
 
     @property
@@ -237,13 +239,21 @@ class AutoDrafts:
         else:
             times.timings.setdefault(drafts, deque(maxlen=TIMINGS)).append(seconds / cycles)
         told = told if drafts else {}
+        self.used[drafts] += cycles
         for row, its in told.items():
-            counts, tried = [cycle.accepted for cycle in its], self._given.get(row, drafts)
-            self._rows.setdefault(row, _Acceptance(self._most, ROW_HALF_LIFE)).add(counts, tried)
-            self._texts[case[1]].add(counts, tried)
+            own = self._rows.setdefault(row, _Acceptance(self._most, ROW_HALF_LIFE))
+            if self.by_confidence:
+                counts = [([cycle.accepted], len(cycle.drafts)) for cycle in its]
+            else:
+                counts = [([cycle.accepted for cycle in its], self._given.get(row, drafts))]
+            for accepted, tried in counts:
+                own.add(accepted, tried)
+                self._texts[case[1]].add(accepted, tried)
         if self.by_confidence:
             for together in zip_longest(*told.values()):
-                self._chances[case[1]].add([cycle for cycle in together if cycle])
+                whole = [cycle for cycle in together if cycle and len(cycle.confidence) == self._most]
+                if whole:  # of a shorter block nothing is known of the rest
+                    self._chances[case[1]].add(whole)
         tokens = fmean(sum(1 + cycle.accepted for cycle in its) for its in told.values()) if told else cycles
         self._tokens += tokens
         known = times.known()
@@ -277,7 +287,7 @@ class AutoDrafts:
 
     def _expect(self, greedy: bool, rows: Sequence[Hashable]) -> np.ndarray:
         """E [J + 1], tokens that a cycle of 0, 1, ..., J drafts gives the mean row: one, and the drafts accepted."""
-        if self._chances[greedy].cycles:
+        if self._chances[greedy].cycles and len(rows) > 1:  # alone a row shares with nobody
             return self._chances[greedy].expect()
         survival = self._survival(self._texts[greedy], rows)
         count = len(survival)

@@ -4,6 +4,7 @@ Each form, chains or trees of one size, has an `AutoDrafts` of its own, which we
 forms that one decides whose drafts give the most tokens a second; the others are tried again now and then.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from domino_jax.decode import DecodeConfig
 from domino_jax.drafters.base import Branching, Calibrated
 from domino_jax.runtime.auto import CLEAR, CLOSE, MARGIN, AutoDrafts
 from domino_jax.runtime.slots import BatchCase, Cycle, every_program
+from domino_jax.sharding import row_shards
 
 PROBE, RARE_PROBE = 128, 1024  # dispatches before another form is tried again, where it is close and where it is not
 
@@ -64,6 +66,11 @@ class AutoTrees:
         part = (self._small.most - self._chains.most) / (self._trees.most - self._chains.most)
         return tokens / (fast + part * (slow - fast)) > CLEAR * max(known.values())
 
+    @property
+    def used(self) -> Counter[int]:
+        """See `AutoDrafts`."""
+        return sum((form.used for form in self._forms), Counter())
+
     def lengths(self, rows: Sequence[Hashable], drafts: int) -> None:
         """As many drafts of every row."""
 
@@ -88,9 +95,11 @@ class AutoTrees:
 
 
 def auto_policy(configs: DecodeConfig) -> AutoDrafts | AutoTrees:
-    """The policy of `--num-draft-tokens auto` for a target and its drafter."""
+    """The policy of `--num-draft-tokens auto` for a target and its drafter, in the mesh that is in context."""
     drafter = configs.drafter
     if isinstance(drafter, Branching) and drafter.longest_chain:
         return AutoTrees(drafter.longest_chain, configs.proposals)
-    calibrated = isinstance(drafter, Calibrated) and drafter.calibrated
-    return AutoDrafts(configs.proposals, configs.branching, by_confidence=calibrated)
+    chances = isinstance(drafter, Calibrated) and drafter.calibrated
+    # Only rows of a batch that lies on one device, or on all of them whole, can differ.
+    by_confidence = chances and not configs.branching and row_shards() == 1
+    return AutoDrafts(configs.proposals, configs.branching, by_confidence=by_confidence)

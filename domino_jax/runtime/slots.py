@@ -296,7 +296,6 @@ class Slots:
             without them until they are ready. Not with several processes, which would have to agree.
         """
         self._compiler, self._policy = compiler, policy or FixedDrafts(configs.proposals)
-        configs = dataclasses.replace(configs, confidence=configs.confidence or self._policy.by_confidence)
         self._params, self._configs, self._dtype = params, configs, dtype
         self._group = row_shards()
         self.size = -(-size // self._group) * self._group
@@ -692,6 +691,8 @@ class Slots:
 
     def _drafting(self, configs: DecodeConfig, drafts: int, shares: Shares | None) -> tuple[DecodeConfig, Array | None]:
         """The configs of a dispatch with drafts, and the drafts of each row [B] where rows differ."""
+        if self._policy.by_confidence and self.rows > 1:
+            configs = dataclasses.replace(configs, confidence=True)
         if shares is None:
             return dataclasses.replace(configs, drafts=drafts), None
         configs = dataclasses.replace(configs, verified=shares.tokens, by_confidence=shares.by_confidence)

@@ -25,10 +25,11 @@ def batches(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: int, mode: str) -> dict[str, Any]:
-    """One round of one of our modes: times and acceptance summed over its batches, cycles by their drafts."""
+    """One round of one of our modes: times and acceptance summed over its batches, what auto chose."""
     seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
     accepted: list[int] = []
-    tokens, cycles, outputs, used = 0, 0, [], Counter()
+    tokens, cycles, outputs = 0, 0, []
+    before = Counter(engine.auto.used) if engine.auto else Counter()
     for number, group in enumerate(batches(prompts, batch)):
         rows: list[Sequence] = []
         for i, prompt in enumerate(group):
@@ -42,10 +43,9 @@ def run_ours(engine: Engine, prompts: list[list[int]], options: Bench, batch: in
         accepted += [m for s in rows for m in s.accepted]
         tokens += sum(len(s.tokens) - 1 for s in rows)
         cycles += max(len(s.cycles) + s.steps for s in rows)
-        used += sum((Counter({0: s.steps}) + Counter(len(c.drafts) for c in s.cycles) for s in rows), Counter())
         outputs += [s.tokens for s in rows]
     figures = {**seconds, "tokens": tokens, "cycles": cycles, "tau": tau(accepted), "outputs": outputs}
-    return {**figures, "used": used}
+    return {**figures, "used": engine.auto.used - before if engine.auto else Counter()}
 
 
 def transformers_model(folder: Path, dtype: str) -> Any:

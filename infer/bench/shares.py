@@ -2,12 +2,14 @@
 
     python -m infer.bench shares --draft calibrated --batch-size 8 --temperatures 0 0.7 --json shares.json
 
-The target runs as many tokens a cycle either way; what differs is how many of them it accepts. Times are not measured:
-acceptance does not depend on the machine. The output is the target's each time.
+The target runs as many tokens a cycle either way; what differs is how many of them it accepts. Only cycles count in
+which all rows run. Times are not measured: acceptance does not depend on the machine. Sampled answers are drawn and
+verified by rejection; the output is the target's each time.
 """
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +24,9 @@ from domino_jax.runtime.command import UsageError, end_process, run_command
 
 if TYPE_CHECKING:
     from convert.loading import LoadedModel
-    from domino_jax.runtime.slots import DraftPolicy
+    from domino_jax.runtime.slots import Completion, Cycle, DraftPolicy, Slots
+
+EQUALLY = "as many of every row"
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,12 @@ def check_shares(options: SharedDrafts) -> None:
         raise UsageError("--temperatures needs at least one.")
     for temperature in options.temperatures:
         check_real("temperatures", temperature, "0 or more")
-    if options.model.drafting.tree is not None:
-        raise UsageError("rows share the drafts of chains: leave --tree out.")
+    if options.num_prompts < options.batch_size:
+        raise UsageError(f"--num-prompts {options.num_prompts} is less than --batch-size {options.batch_size}.")
+    drafting = options.model.drafting
+    for flag, given in (("--tree", drafting.tree), ("--confidence-threshold", drafting.confidence_threshold)):
+        if given is not None:
+            raise UsageError(f"rows share the drafts of whole chains: leave {flag} out.")
     check_file("json", options.json, options.prompts, options.model.model, options.model.draft)
 
 
@@ -84,7 +92,7 @@ def ways_of(loaded: "LoadedModel", budget: int) -> dict[str, Callable[[], "Draft
             return budget, longest
 
     return {
-        "as many of every row": lambda: FixedDrafts(budget),
+        EQUALLY: lambda: FixedDrafts(budget),
         "by earlier acceptance": lambda: ByAcceptance(loaded.configs.proposals),
         "by confidence": lambda: FixedDrafts(budget, by_confidence=True),
     }
@@ -94,7 +102,8 @@ def measure_shares(options: SharedDrafts) -> Iterator[dict[str, Any]]:
     """A row of figures for each temperature, budget and way.
 
     Raises:
-        DominoError: a model or file is wrong, the file has too few prompts, or the drafter is not calibrated.
+        DominoError: a model or file is wrong, the file has too few prompts, the drafter is not calibrated, or the mesh
+            divides the rows.
     """
     from rich.console import Console
 
@@ -103,6 +112,7 @@ def measure_shares(options: SharedDrafts) -> Iterator[dict[str, Any]]:
     from domino_jax.runtime.provenance import git_commit
     from domino_jax.runtime.slots import Completion, Request, Slots, verified_sizes
     from domino_jax.sampling import SamplingParams
+    from domino_jax.sharding import row_shards
     from infer.bench.options import Bench
     from infer.bench.prompts import collect_prompts
     from infer.engine import Engine
@@ -121,19 +131,22 @@ def measure_shares(options: SharedDrafts) -> Iterator[dict[str, Any]]:
     prompts = collect_prompts(bench, loaded, Engine(loaded)).prompts
     about = {"commit": git_commit(), "dtype": loaded.dtype.name, "model": o.model.model, "draft": o.model.draft}
     about |= {name: getattr(o, name) for name in ("batch_size", "num_prompts", "prompt_tokens", "new_tokens", "seed")}
+    most = loaded.configs.proposals
     with loaded.context(), console.status("") as status:
+        if row_shards() > 1:
+            raise DominoError("rows share drafts on one device: give --mesh data=1.")
         for temperature in o.temperatures:
-            for tokens in verified_sizes(loaded.configs.proposals):
-                if tokens == 1:
-                    continue
+            for tokens in (size for size in verified_sizes(most) if size > 1):
                 for way, policy in ways_of(loaded, tokens - 1).items():
+                    if tokens > most and way != EQUALLY:
+                        continue  # there is nothing to share
                     status.update(f"temperature {temperature:g}, {tokens} tokens of a row, {way}")
-                    sampling = SamplingParams(temperature, max_tokens=o.new_tokens, seed=o.seed)
+                    sampling = SamplingParams(temperature, max_tokens=o.new_tokens, seed=o.seed, sampler="rejection")
                     asked = [Completion(Request(ids, sampling, (i,))) for i, ids in enumerate(prompts)]
-                    batch = Slots(loaded.params, loaded.configs, o.batch_size, loaded.dtype, policy=policy())
-                    for _ in batch.run(asked):
-                        pass
-                    cycles = [cycle for c in asked for cycle in c.cycles]
+                    cycles = whole_cycles(
+                        Slots(loaded.params, loaded.configs, o.batch_size, loaded.dtype, policy=policy(), cycles=1),
+                        asked,
+                    )
                     yield {
                         **about,
                         "temperature": temperature,
@@ -142,6 +155,22 @@ def measure_shares(options: SharedDrafts) -> Iterator[dict[str, Any]]:
                         "drafts_verified": fmean(len(cycle.drafts) for cycle in cycles),
                         "tau": 1 + fmean(cycle.accepted for cycle in cycles),
                     }
+
+
+def whole_cycles(batch: "Slots", asked: "Sequence[Completion]") -> "list[Cycle]":
+    """Run requests to their ends; the cycles of those dispatches, of one cycle each, in which all rows ran."""
+    cycles: list[Cycle] = []
+    known: Counter[Completion] = Counter()
+
+    def note(changed: "Sequence[Completion]") -> None:
+        new = [c for c in changed if len(c.cycles) > known[c]]
+        known.update(new)
+        if len(new) == batch.size:
+            cycles.extend(c.cycles[-1] for c in new)
+
+    for _ in batch.run(asked, note):
+        pass
+    return cycles
 
 
 def run_shares(options: SharedDrafts) -> None:

@@ -62,7 +62,7 @@ class ServingMetrics:
             self._last[job] = now
             self.generation.inc(len(update.tokens))
         for cycle in update.cycles:
-            self.drafts.inc()
+            self.drafts.inc(1 if cycle.drafts else 0)
             self.draft_tokens.inc(len(cycle.drafts))
             self.accepted.inc(cycle.accepted)
             for place in range(cycle.accepted):

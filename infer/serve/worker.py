@@ -162,7 +162,8 @@ class Worker:
         self._link = link
         self._loaded, self._warm_up, self._say, self._seen, self._pages = loaded, warm_up, say, seen, pages
         most = loaded.configs.proposals
-        policy = auto_policy(loaded.configs) if auto and most else FixedDrafts(most)
+        with loaded.context():
+            policy = auto_policy(loaded.configs) if auto and most else FixedDrafts(most)
         self._by_confidence = policy.by_confidence
         # What auto may choose besides the whole block and plain steps is compiled when it is wanted, beside decoding.
         share = COMPILING_ON_CPU if loaded.platform == "cpu" else 1.0

@@ -8,7 +8,7 @@
     floor-0.1   λ falls to 0.1 and no lower; floor-0.3 alike
     markov      DSpark's head of the token before in the place of Domino's; markov-rnn the form that knows all before
     causal      Domino's head over blocks in which no row sees later ones (JetSpec's)
-    causal-markov-rnn  the Markov head's form over such blocks
+    causal-markov-rnn  markov-rnn over such blocks
     selector    DFlash 2's selector of the likeliest base logits, with its two losses of equal weight
     dspark      DSpark's head and its own loss, without the curriculum
     orthrus     a second view of the target, trained as it is usual for those (KL), by a recipe of its own

@@ -38,6 +38,7 @@ from convert.options import (
 )
 from convert.progress import progress_bars
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.heads.selector import SelectorHead
 from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
@@ -144,11 +145,14 @@ def tree_taus(
     drafter = pair.configs.drafter
     assert isinstance(drafter, BlockDrafter)
     how = dataclasses.replace(sampling.params(), max_tokens=new_tokens, stop_token_ids=tuple(pair.stop_ids))
-    few = [count for count in CANDIDATES if count < pair.configs.target.vocab_size and drafter.config.head]
+    config = drafter.config
+    proposed = config.draft_vocab_size or pair.configs.target.vocab_size
+    scored = 0 if config.head is None or isinstance(config.head, SelectorHead) else proposed
+    few = [count for count in CANDIDATES if count < scored]
     found: dict[int | None, float] = {}
     for candidates in (None, *few) if few else ():
-        tree = TreeDrafter(drafter.config, candidates, nodes)
-        configs = dataclasses.replace(pair.configs, drafter=tree, drafts=None)
+        tree = TreeDrafter(config, candidates, nodes)
+        configs = dataclasses.replace(pair.configs, drafter=tree, drafts=None, attention="xla")  # others make no trees
         answers = [Completion(Request(ids, how, (row,))) for row, ids in enumerate(prompts)]
         slots = Slots(pair.params, configs, min(batch, len(prompts)), pair.dtype)
         what = f"prompts, trees of {'all' if candidates is None else candidates} candidates"
@@ -192,7 +196,6 @@ def run_calibrate(options: Calibrate) -> None:
         prompts = chosen_prompts(o, pair)
         how = o.sampling, o.new_tokens, o.batch_size
         cycles = observe_cycles(pair, prompts, *how, quiet=not first)
-        taus = tree_taus(pair, prompts, *how, o.tree_nodes, quiet=not first) if o.tree_nodes else {}
     if not cycles.second.any() or cycles.second.all():
         raise DominoError(
             f"{len(prompts)} prompts of {o.prompts} gave {len(cycles.second)} cycles, expected some of both halves of "
@@ -202,6 +205,8 @@ def run_calibrate(options: Calibrate) -> None:
         few = f"{len(cycles.second)} cycles are few, and temperatures of fewer than {FEW} are mostly noise"
         print(f"warning: {few}: give more prompts.", file=sys.stderr)
     calibration = calibrate(cycles)
+    with pair.context():
+        taus = tree_taus(pair, prompts, *how, o.tree_nodes, quiet=not first) if o.tree_nodes else {}
     found = {
         "temperatures": calibration.temperatures.tolist(),
         "dataset": str(o.prompts.absolute()),
@@ -263,7 +268,7 @@ def describe_calibration(found: Mapping[str, Any], out: Path | None) -> str:
         text += f"| {row['position']} | {row['cycles']} | {accepted} | {row['temperature']:.3f} | {scores} |\n"
     if found["tree_tau"]:
         taus = ", ".join(f"{tau:.2f} with {n} candidates" for n, tau in found["tree_tau"].items())
-        text += f"\nτ of trees of {found['tree_nodes']}: {taus}.\n"
+        text += f"\nτ of trees of {found['tree_nodes']}: {taus}; so they have {found['tree_candidates'] or 'all'}.\n"
     return text + (f"\n{out} holds the drafter with these temperatures." if out else "")
 
 

@@ -16,8 +16,10 @@ from test_slots import FLOAT32, MIX, afresh, alone, arriving, drafters, requests
 
 from domino_jax import decode, sharding, verify
 from domino_jax.drafters.block import BlockDrafter
+from domino_jax.drafters.tree import TreeDrafter
 from domino_jax.ragged import ragged
 from domino_jax.runtime.auto import AutoDrafts, share_drafts
+from domino_jax.runtime.auto_trees import auto_policy
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots, rows_of
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params
@@ -145,6 +147,22 @@ def test_what_is_verified_by_confidence_is_the_best_that_can_be(seed):
     assert verify.likeliest_prefixes(broken, jnp.asarray([4, 4, 4]), 8).tolist() == [0, 4, 4]
 
 
+@pytest.mark.parametrize("low", [-2.0, 3.0, 14.0], ids=["doubtful", "sure", "nearly certain"])
+def test_whether_a_draft_is_verified_depends_on_those_before_it_alone(low):
+    """Of its own row; in float32, where products of what is nearly 1 are rounded."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.uniform(low, low + 4, (3, 15)), jnp.float32)
+    verified = jax.jit(verify.likeliest_prefixes, static_argnums=2)
+    most = jnp.full(3, 15, jnp.int32)
+    for budget in (1, 7, 20, 33, 44):
+        found = verified(logits, most, budget)
+        assert int(found.sum()) == budget
+        for place in range(15):
+            for later in (-60.0, 60.0):  # a draft's own confidence was known before it was drawn
+                changed = verified(logits.at[0, place + 1 :].set(later), most, budget)
+                assert (int(changed[0]) > place) == (int(found[0]) > place)
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["those before", "its own, which is wrong"])
 def test_two_rows_that_share_a_budget_are_each_distributed_as_the_target(own):
     """Confidences may depend on the drafts before, and on the other row; by its own token the output is skewed."""
@@ -195,6 +213,37 @@ def test_rows_share_by_confidence_and_no_answer_changes(pair, small):
         assert len(set(lengths)) > 2 and all(c.accepted <= len(c.drafts) for a in found for c in a.cycles)
         # Alone a row has no one to share with, and verifies as many.
         assert np.mean(lengths) < budget + 2
+
+
+@pytest.mark.e2e
+def test_auto_shares_as_rows_drain_to_one(pair, small):
+    """Cycles of the whole block, of shares and of a lone row's few drafts, in turn; answers stay what they are."""
+    ours = calibrated(pair)
+
+    class InTurn(AutoDrafts):
+        def next(self, case: Any, rows: Any, longest: int, ready: Any = None) -> tuple[int, int]:
+            self._last = case
+            self.count = getattr(self, "count", 0) + 1
+            return (5, 3, 1, 0)[self.count % 4], 2
+
+    kinds = [how for how in MIX if how.temperature == 0 or how.coupled]
+    expected, found = [result(alone(pair, c)) for c in requests(kinds)], requests(kinds)
+    policy = InTurn(ours.configs.proposals, by_confidence=True)
+    arriving(Slots(ours.params, ours.configs, 3, FLOAT32, policy=policy, cycles=2), [found])
+    assert [result(c) for c in found] == expected
+    assert set(policy.used) == {0, 1, 3, 5} and policy._chances[False].cycles
+
+
+def test_which_drafters_rows_share_by_confidence(pair):
+    ours = calibrated(pair)
+    drafter = ours.configs.drafter
+    assert isinstance(drafter, BlockDrafter)
+    assert auto_policy(ours.configs).by_confidence and not auto_policy(pair.configs).by_confidence
+    tree = decode.DecodeConfig(pair.configs.target, TreeDrafter(drafter.config, None, 1))
+    early = decode.DecodeConfig(pair.configs.target, dataclasses.replace(drafter, confidence_threshold=0.3))
+    assert not auto_policy(tree).by_confidence and not auto_policy(early).by_confidence
+    with sharding.mesh_context(sharding.make_mesh(2, 1)):
+        assert not auto_policy(ours.configs).by_confidence
 
 
 def test_the_cycle_that_shares_spends_its_budget_by_what_it_is_told(pair):

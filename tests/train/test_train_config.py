@@ -64,11 +64,13 @@ def test_a_floor_above_the_start_is_refused(out, words):
 
 def test_the_recipe_of_a_second_view_is_whole(out):
     options = parse_options(["--config", "demo-orthrus", "--data", "d.jsonl", *out])
-    values, demo = flat(options), flat(parse_options(["--config", "demo", "--data", "d.jsonl", *out]))
+    values, base = flat(options), flat(parse_options(["--config", "ablation", "--data", "d.jsonl", *out]))
     assert values["drafter"] == "orthrus"
-    different = {name for name in values if values[name] != demo[name]}
-    own = {"drafter", "layers", "block_size", "target_layer_ids", "init", "gamma", "lambda_base_decay_ratio"}
-    assert different == own, "what is compared has the same data, steps and optimizer"
+    different = {name for name in values if values[name] != base[name]}
+    own = {"steps", "drafter", "layers", "block_size", "target_layer_ids", "init", "gamma", "lambda_base_decay_ratio"}
+    assert different == own, "what is compared has the same data and optimizer"
+    demo = flat(parse_options(["--config", "demo", "--data", "d.jsonl", *out]))
+    assert {name for name in demo if demo[name] != base[name]} == {"steps", "causal", "lambda_base_floor"}
     assert parse_options(["--config", "demo-orthrus", "--data", "d.jsonl", "--drafter", "orthrus-domino", *out])
 
 
@@ -210,7 +212,7 @@ def test_a_recipe_that_leaves_the_data_to_the_words_is_not_at_fault(out):
         ("--loss acceptance --position-weights exponential", "weighs a block's proposals by itself"),
         ("--drafter orthrus --head markov", "leave out --head"),
         ("--drafter orthrus-domino --causal", "leave out --causal"),
-        ("--config nothing", "neither a file nor a shipped recipe (demo, demo-orthrus, qwen3-4b, qwen3-8b)"),
+        ("--config nothing", "neither a file nor a shipped recipe (ablation, demo, demo-orthrus, qwen3-4b, qwen3-8b)"),
     ],
 )
 def test_refused_values(out, more, message):

@@ -85,8 +85,13 @@ def stages(options: Demo) -> Iterator[Stage]:
         words = ["train", "--config", "demo", "--target", target, "--data", *map(str, answers), "--steps", str(o.steps)]
         words += ["--validation", str(held), "--out", str(out / "run")]
     yield Stage(words, trained)
-    words = ["train.validate", "--run", str(out / "run"), "--prompts", str(held), "--min-distinct", "0.8"]
-    yield Stage(words, (out / "never",))
+    seed, other, drafter = seed + 1, out / "calibration.jsonl", out / "draft"
+    words = [*cut, "--out", str(other), "--count", str(2 * o.held_out), "--seed", str(seed), "--held-out"]
+    yield Stage(words, (other,))
+    words = ["train.calibrate", "--target", target, "--draft", str(out / "run" / "drafter"), "--out", str(drafter)]
+    yield Stage([*words, "--prompts", str(other), "--min-distinct", "0.8"], (drafter / "calibration.json",))
+    words = ["train.validate", "--target", target, "--draft", str(drafter), "--prompts", str(held)]
+    yield Stage([*words, "--min-distinct", "0.8"], (out / "never",))
 
 
 def run_demo(options: Demo) -> int:

@@ -1,6 +1,6 @@
 """What helps a drafter: the same recipe, data and budget with and without its head, and so on, over several seeds.
 
-    python -m train ablation --config demo --data answers.jsonl --prompts heldout.jsonl --out runs/ablation
+    python -m train ablation --data answers.jsonl --prompts heldout.jsonl --out runs/ablation
 
     dflash      no head: the backbone alone
     joint       head and backbone on the corrected loss from the first step on (λ = 0)
@@ -91,7 +91,7 @@ class Ablation:
     """JSONL of held-out prompts to measure with"""
     out: Path
     """folder for the runs, one each, and for what they come to"""
-    config: str = "demo"
+    config: str = "ablation"
     """recipe, as for python -m train"""
     view_config: str = "demo-orthrus"
     """recipe of the kinds orthrus and orthrus-domino"""

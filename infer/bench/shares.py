@@ -77,7 +77,7 @@ def check_shares(options: SharedDrafts) -> None:
     check_file("json", options.json, options.prompts, options.model.model, options.model.draft)
 
 
-def ways_of(loaded: "LoadedModel", budget: int) -> dict[str, Callable[[], "DraftPolicy"]]:
+def sharing_ways(loaded: "LoadedModel", budget: int) -> dict[str, Callable[[], "DraftPolicy"]]:
     """Ways of sharing so many drafts of the mean row."""
     from domino_jax.runtime.auto import AutoDrafts
     from domino_jax.runtime.slots import BatchCase, FixedDrafts, every_program
@@ -137,7 +137,7 @@ def measure_shares(options: SharedDrafts) -> Iterator[dict[str, Any]]:
             raise DominoError("rows share drafts on one device: give --mesh data=1.")
         for temperature in o.temperatures:
             for tokens in (size for size in verified_sizes(most) if size > 1):
-                for way, policy in ways_of(loaded, tokens - 1).items():
+                for way, policy in sharing_ways(loaded, tokens - 1).items():
                     if tokens > most and way != EQUALLY:
                         continue  # there is nothing to share
                     status.update(f"temperature {temperature:g}, {tokens} tokens of a row, {way}")

@@ -88,7 +88,7 @@ def stages(options: Demo) -> Iterator[Stage]:
     seed, other, drafter = seed + 1, out / "calibration.jsonl", out / "draft"
     words = [*cut, "--out", str(other), "--count", str(2 * o.held_out), "--seed", str(seed), "--held-out"]
     yield Stage(words, (other,))
-    words = ["train.calibrate", "--target", target, "--draft", str(out / "run" / "drafter"), "--out", str(drafter)]
+    words = ["train", "calibrate", "--target", target, "--draft", str(out / "run" / "drafter"), "--out", str(drafter)]
     yield Stage([*words, "--prompts", str(other), "--min-distinct", "0.8"], (drafter / "calibration.json",))
     words = ["train.validate", "--target", target, "--draft", str(drafter), "--prompts", str(held)]
     yield Stage([*words, "--min-distinct", "0.8"], (out / "never",))

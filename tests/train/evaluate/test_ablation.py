@@ -103,7 +103,7 @@ def test_the_shipped_drafter_from_nothing(tmp_path, capfd):
     words = f"--out {tmp_path} --target demo --prompts 16 --held-out 4 --new-tokens 24 --steps 4".split()
     assert command.main(words) == 0
     said = capfd.readouterr().out
-    order = ["train.prompts", "train.regenerate", "train --config demo", "train.calibrate", "train.validate"]
+    order = ["train.prompts", "train.regenerate", "train --config demo", "train calibrate", "train.validate"]
     places = [said.index(f"$ python -m {command}") for command in order]
     assert places == sorted(places) and "without the causal head" in said
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
@@ -114,9 +114,10 @@ def test_the_shipped_drafter_from_nothing(tmp_path, capfd):
 
 
 def test_the_demo_names_every_command_from_the_text_to_the_measure(tmp_path):
-    found = [stage.words[0] for stage in command.stages(command.Demo(tmp_path))]
+    found = [stage.words[:2] for stage in command.stages(command.Demo(tmp_path))]
+    found = [first if second.startswith("-") else f"{first} {second}" for first, second in found]
     data = ["train.pretrain", *["train.prompts"] * 3, *["train.regenerate"] * 2]
-    assert found == [*data, "train", "train.prompts", "train.calibrate", "train.validate"]
+    assert found == [*data, "train", "train.prompts", "train calibrate", "train.validate"]
     assert command.main(["--out", str(tmp_path), "--prompts", "1"]) == 2
 
 

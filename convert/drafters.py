@@ -119,9 +119,10 @@ def make_drafter(
             raise UsageError(f"--tree needs a block drafter alone, found {what}: give one with --draft DIR.")
         if num_draft_tokens is not None:
             raise UsageError("--tree says how many drafts a cycle verifies: leave --num-draft-tokens out.")
-        own = made.config.tree_candidates if isinstance(made, BlockDrafter) else None
-        candidates = own if tree.candidates is None else None if tree.candidates == "all" else tree.candidates
-        shape: dict[str, Any] = tree._asdict() | {"candidates": candidates}
+        few = tree.candidates
+        if few is None and isinstance(made, BlockDrafter):
+            few = made.config.tree_candidates
+        shape: dict[str, Any] = tree._asdict() | {"candidates": None if few == "all" else few}
         if isinstance(made, DualViewDrafter):
             made = DualViewTreeDrafter(made.config, **shape)
         else:

@@ -153,10 +153,7 @@ def _speculators(config: DraftConfig) -> dict[str, Any]:
         raw |= {theirs: getattr(head, ours) for ours, (theirs, _) in HEAD.items()}
     if isinstance(head, MarkovHead):
         raw |= {name: getattr(head, name) for name in MARKOV}
-    if config.confidence_temperatures:
-        raw |= {"confidence_temperatures": list(config.confidence_temperatures)}
-    if config.tree_candidates is not None:
-        raw |= {"tree_candidates": config.tree_candidates}
+    raw |= config.calibration
     if isinstance(head, SelectorHead) and config.convolution:
         raw |= config.convolution.to_hf() | head.to_hf()[0]
     return raw

@@ -41,6 +41,7 @@ ARCHITECTURES = {
 }
 
 
+CALIBRATION = ("confidence_temperatures", "tree_candidates")  # a drafter's fields that its weights leave open
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]  # of DSpark's head; training's settings name it without JAX
 
 
@@ -325,6 +326,12 @@ class DraftConfig(DecoderConfig):
             )
 
     @property
+    def calibration(self) -> dict[str, Any]:
+        """What `python -m train calibrate` has found of it, as fields of config.json."""
+        found = {name: getattr(self, name) for name in CALIBRATION}
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in found.items() if x}
+
+    @property
     def num_proposals(self) -> int:
         """J: the anchor's own row proposes with `shift_label`, and is unused without."""
         return self.block_size if self.shift_label else self.block_size - 1
@@ -370,10 +377,7 @@ class DraftConfig(DecoderConfig):
             "layer_types": ["sliding_attention" if w else "full_attention" for w in self.windows],
             "dflash_config": draft,
         }
-        if self.confidence_temperatures:
-            raw |= {"confidence_temperatures": list(self.confidence_temperatures)}
-        if self.tree_candidates is not None:
-            raw |= {"tree_candidates": self.tree_candidates}
+        raw |= self.calibration
         window = next((w for w in self.windows if w), None)
         return raw | ({"use_sliding_window": True, "sliding_window": window} if window else {})
 

@@ -10,7 +10,7 @@ from jax import Array
 from convert import folders, hf
 from convert.draft_configs import is_drafter, read_draft_config
 from convert.drafters import form_of
-from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.config import CALIBRATION, DraftConfig, TargetConfig
 from domino_jax.drafters.dual_view import DualViewConfig
 from domino_jax.errors import DominoError
 from domino_jax.matrix import Matrix, dequantize
@@ -111,7 +111,7 @@ def read_first_drafter(folder: Path, draft: TrainedConfig) -> FirstDrafter:
             raise DominoError(f"{folder} holds no second view; see --init-from.")
         found, warnings = form.read(raw, None, file)
     # These were found for its proposals as they are, which training changes.
-    for name in draft.__dataclass_fields__.keys() - {"confidence_temperatures", "tree_candidates"}:
+    for name in draft.__dataclass_fields__.keys() - set(CALIBRATION):
         theirs, ours = getattr(found, name, None), getattr(draft, name)
         if theirs != ours and not (name == "head" and theirs is None):
             raise DominoError(f"the drafter in {folder} has {name} {theirs}, this one {ours}: they must be the same.")

@@ -2,8 +2,8 @@
 
 A cycle of J drafts takes t[J] and gives a row E[J] tokens on average, a plain step takes t[0] and gives one. The best
 choice is the greatest E[J] / t[J], E averaged over the rows that run now, or where rows share by confidence over those
-of the last cycles. All is learned from real work: what may not
-pay is tried only as far as an allowance of lost time goes. Every process gets the same numbers and decides the same.
+of the last cycles. All is learned from real work: what may not pay is tried only as far as an allowance of lost time
+goes. Every process gets the same numbers and decides the same.
 """
 
 import math
@@ -53,6 +53,10 @@ class _Acceptance:
         self.counts[:, :drafts] += [(counts >= place).sum(axis=0), (counts > place).sum(axis=0)]
         self.seen += len(accepted)
 
+    def fade(self) -> None:
+        """Let what was seen before a probe count half, and at most as `LEFT` cycles."""
+        self.counts *= faded(self.counts[0, 0])
+
     def chances(self) -> np.ndarray:
         """The chance [J] of each draft, given that those before it were accepted."""
         chances = [FIRST_GUESS]
@@ -73,16 +77,15 @@ class _Chances:
     def add(self, rows: Sequence[Cycle]) -> None:
         """Note one cycle of some rows."""
         kept = 0.5 ** (1 / self.half_life)
-        logits = np.array([cycle.confidence for cycle in rows])
-        survival = np.cumprod(np.nan_to_num(1 / (1 + np.exp(-np.clip(logits, -80, 80)))), axis=1)
-        gained = np.concatenate([[0.0], np.cumsum(-np.sort(-survival, axis=None))])[:: len(rows)] / len(rows)
+        standing = np.nan_to_num(survival(np.array([cycle.confidence for cycle in rows])))
+        gained = np.concatenate([[0.0], np.cumsum(-np.sort(-standing, axis=None))])[:: len(rows)] / len(rows)
         self.gained, self.cycles = self.gained * kept + gained, self.cycles * kept + 1
-        likely = sum(float(chances[: len(cycle.drafts)].sum()) for chances, cycle in zip(survival, rows, strict=True))
+        likely = sum(float(chances[: len(cycle.drafts)].sum()) for chances, cycle in zip(standing, rows, strict=True))
         self.stood = self.stood * kept + [sum(cycle.accepted for cycle in rows), likely]
 
     def fade(self) -> None:
-        """Count what was seen before a probe as `_Acceptance` is made to."""
-        kept = min(0.5, LEFT / max(LEFT, self.cycles))
+        """See `_Acceptance`."""
+        kept = faded(self.cycles)
         self.gained, self.cycles, self.stood = self.gained * kept, self.cycles * kept, self.stood * kept
 
     def expect(self) -> np.ndarray:
@@ -198,9 +201,8 @@ class AutoDrafts:
             return drafts, min(longest, UNSURE) if times.wanted(0) else longest
         if drafts > best == 0 and texts.seen >= ENOUGH:
             self._patience = min(2 * self._patience, LAST_PROBE)
-            for told in (texts, *(self._rows[row] for row in rows if row in self._rows)):
-                told.counts *= min(0.5, LEFT / max(LEFT, told.counts[0, 0]))
-            self._chances[case[1]].fade()
+            for told in (texts, self._chances[case[1]], *(self._rows[row] for row in rows if row in self._rows)):
+                told.fade()
         return drafts, min(cycles, longest)
 
     def lengths(self, rows: Sequence[Hashable], drafts: int) -> list[int] | None:
@@ -330,6 +332,16 @@ class AutoDrafts:
         likely = np.interp(untried, sorted(known), [known[j] for j in sorted(known)])
         rates = self._expected[untried] / likely
         return untried[int(rates.argmax())] if rates.max() > CLEAR * best else 0
+
+
+def faded(cycles: float) -> float:
+    """The share of so many cycles that counts on after a probe."""
+    return min(0.5, LEFT / max(LEFT, cycles))
+
+
+def survival(logits: np.ndarray, temperatures: np.ndarray | float = 1.0) -> np.ndarray:
+    """The chances [n, J] that the first j proposals are accepted, by logits [n, J] and temperatures [J]."""
+    return np.cumprod(0.5 + 0.5 * np.tanh(logits / temperatures / 2), axis=1)
 
 
 def share_drafts(survival: np.ndarray, total: int) -> list[int]:

@@ -738,12 +738,11 @@ class Slots:
         own = None if by_confidence else self._policy.lengths(list(running.values()), drafts)
         if own is None and not by_confidence and not any(plain):
             return None
-        each = own or [drafts] * len(running)
-        budget = sum(0 if none else count for count, none in zip(each, plain, strict=True))
+        each = [0 if none else n for n, none in zip(own or [drafts] * len(running), plain, strict=True)]
         most = np.zeros(self.rows, np.int32)
-        for slot, count, none in zip(running, each, plain, strict=True):
-            most[slot] = 0 if none else whole if by_confidence else count
-        needed = 1 + -(-budget // self.rows)
+        for slot, count in zip(running, each, strict=True):
+            most[slot] = whole if by_confidence and count else count
+        needed = 1 + -(-sum(each) // self.rows)
         tokens = self.rows * next(n for n in verified_sizes(whole) if n >= needed)
         return Shares(most, tokens, by_confidence)
 

@@ -7,9 +7,7 @@ One product of a matrix with few rows is compiled for this process's device, and
 written outside of a fusion. This device's products are timed too, the forms in turn.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from tyro.conf import DisallowNone
 from convert.options import UNSET, check_count, check_file, check_topology
 from domino_jax.runtime.command import UsageError, end_process, run_command
 from domino_jax.runtime.extras import require
+from infer.bench.kept import keep_rows
 from infer.bench.markdown import markdown_table
 
 if TYPE_CHECKING:  # JAX is imported once the words are known to be right
@@ -215,29 +214,22 @@ def run_products(options: Products) -> None:
 
     from domino_jax.runtime.ahead import Place, circumstances_ahead, leave_devices, topology_devices
     from domino_jax.runtime.devices import own_devices
-    from domino_jax.runtime.files import write_text
     from domino_jax.runtime.provenance import git_commit, processor
 
     if options.topology:
         leave_devices()
     shape = {"outputs": options.outputs, "inputs": options.inputs}
     here = {"commit": git_commit(), "jax": jax.__version__, "device": own_devices()[0].device_kind}
-    found: list[dict[str, Any]] = []
-    try:
+
+    def rows() -> Iterator[dict[str, Any]]:
         for row in measured_rows(options):
-            found.append({**here, "processor": processor(), **shape, **row})
+            yield {**here, "processor": processor(), **shape, **row}
         for name in options.topology:
             place = Place(None, topology_devices(name)[0])
             for row in compiled_rows(options, place):
-                found.append({**circumstances_ahead(place.device), **shape, **row})
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise
-    finally:  # what was measured is kept, whatever ends it
-        if found:
-            print(products_table(found))
-        if found and options.json:
-            write_text(options.json, json.dumps(found, indent=1) + "\n")
+                yield {**circumstances_ahead(place.device), **shape, **row}
+
+    keep_rows(rows(), options.json, products_table)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m infer.bench products") -> int:

@@ -8,19 +8,17 @@ or of those that are the likeliest given that noise. All are exact. Each round h
 in turn, so that a machine whose speed drifts treats them alike.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from itertools import chain as chained
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tyro.conf import DisallowNone
-
-from convert.options import GROUP, UNSET, ModelOptions, check_count, check_file, check_real
+from convert.options import check_count, check_real
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, end_process, run_command
+from infer.bench.kept import AnswerOptions, keep_rows, load_answering
 
 if TYPE_CHECKING:
     from convert.loading import LoadedModel
@@ -29,12 +27,13 @@ PLAIN = "plain steps"
 
 
 @dataclass(frozen=True)
-class Samplers:
+class Samplers(AnswerOptions):
     """Compare ways of drafting at several temperatures: acceptance, and speed over plain steps."""
 
-    model: Annotated[ModelOptions, GROUP] = field(default_factory=ModelOptions)
     temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
     """each in turn; 0 is greedy, where chains do not differ"""
+    num_prompts: int = 32
+    """prompts of a round"""
     top_k: int = 0
     """likeliest tokens that are drawn from; 0 for all"""
     top_p: float = 1.0
@@ -43,18 +42,6 @@ class Samplers:
     """nodes of trees"""
     seeds: int = 3
     """rounds, the first of seed 0"""
-    batch_size: int = 8
-    """sequences that run together"""
-    num_prompts: int = 32
-    """prompts of a round"""
-    prompt_tokens: int = 48
-    """of each prompt; longer ones are cut, shorter ones left out"""
-    new_tokens: int = 64
-    """of each answer"""
-    prompts: Annotated[Path | None, DisallowNone, UNSET] = None
-    """JSONL as for python -m infer.bench; the default are the demo's own prompts"""
-    json: Annotated[Path | None, DisallowNone, UNSET] = None
-    """file for the figures: a list of objects, one for each temperature and way"""
 
 
 class Way(NamedTuple):
@@ -71,23 +58,16 @@ def check_samplers(options: Samplers) -> None:
     Raises:
         UsageError: one does not.
     """
-    options.model.check()
-    for name in ("seeds", "batch_size", "num_prompts", "prompt_tokens"):
-        check_count(name, getattr(options, name))
-    check_count("new_tokens", options.new_tokens, least=2)
+    options.check_answers()
+    check_count("seeds", options.seeds)
     check_count("top_k", options.top_k, least=0)
     check_real("top_p", options.top_p, "above 0 and at most 1")
     for nodes in options.trees:
         check_count("trees", nodes)
-    if not options.temperatures:
-        raise UsageError("--temperatures needs at least one.")
-    for temperature in options.temperatures:
-        check_real("temperatures", temperature, "0 or more")
     if options.model.drafting.tree is not None:
         raise UsageError("--trees says of how many nodes trees are: leave --tree out.")
     if options.num_prompts % options.batch_size:
         raise UsageError(f"--num-prompts {options.num_prompts} is no multiple of --batch-size {options.batch_size}.")
-    check_file("json", options.json, options.prompts, options.model.model, options.model.draft)
 
 
 def ways_of(loaded: "LoadedModel", trees: Sequence[int], sampled: bool) -> list[Way]:
@@ -147,25 +127,16 @@ def measure_samplers(options: Samplers) -> Iterator[list[dict[str, Any]]]:
     """
     from rich.console import Console
 
-    from convert.options import SamplingOptions, load_pair
+    from convert.options import SamplingOptions
     from domino_jax.runtime.provenance import git_commit, processor
-    from infer.bench.options import Bench
-    from infer.bench.prompts import collect_prompts
     from infer.bench.rounds import run_ours
     from infer.bench.rows import LEAN
     from infer.engine import Engine
 
     o, console = options, Console(stderr=True)
-    loaded = replace(load_pair(o.model, console), stop_ids=(), tokenizer=None)
-    bench = Bench(
-        o.model, prompts=o.prompts, prompt_tokens=o.prompt_tokens, num_prompts=o.num_prompts, new_tokens=o.new_tokens
-    )
-    prompts = collect_prompts(bench, loaded, Engine(loaded)).prompts
-    about = {"commit": git_commit(), "processor": processor(), "dtype": loaded.dtype.name, "model": o.model.model}
-    about |= {
-        name: getattr(o, name)
-        for name in ("top_k", "top_p", "seeds", "batch_size", "num_prompts", "prompt_tokens", "new_tokens")
-    }
+    loaded, prompts, bench = load_answering(o, console)
+    about = {"commit": git_commit(), "processor": processor(), "dtype": loaded.dtype.name}
+    about |= o.about("top_k", "top_p", "seeds")
     about |= {"confidence_threshold": o.model.drafting.confidence_threshold}
     with loaded.context(), console.status("") as status:
         for temperature in o.temperatures:
@@ -203,21 +174,9 @@ def run_samplers(options: Samplers) -> None:
     """Measure, print a table in Markdown and write the figures; what was measured is kept, whatever ends it."""
     check_samplers(options)
     from domino_jax.runtime.compile_cache import enable_compile_cache
-    from domino_jax.runtime.files import write_text
 
     enable_compile_cache()
-    rows: list[dict[str, Any]] = []
-    try:
-        for more in measure_samplers(options):
-            rows += more
-            if options.json:
-                write_text(options.json, json.dumps(rows, indent=1) + "\n")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise
-    finally:
-        if rows:
-            print(samplers_table(rows))
+    rows = keep_rows(chained.from_iterable(measure_samplers(options)), options.json, samplers_table)
     other = [f"{r['way']} at {r['temperature']:g}" for r in rows if r["same_answers_as_plain"] is False]
     if other:
         print(f"other answers than plain steps (rounding decides between equals): {', '.join(other)}", file=sys.stderr)

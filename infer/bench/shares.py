@@ -7,20 +7,16 @@ which all rows run. Times are not measured: acceptance does not depend on the ma
 verified by rejection; the output is the target's each time.
 """
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import DisallowNone
-
-from convert.options import GROUP, UNSET, ModelOptions, check_count, check_file, check_real
+from convert.options import check_count
 from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, end_process, run_command
+from infer.bench.kept import AnswerOptions, keep_rows, load_answering
 
 if TYPE_CHECKING:
     from convert.loading import LoadedModel
@@ -30,26 +26,11 @@ EQUALLY = "as many of every row"
 
 
 @dataclass(frozen=True)
-class SharedDrafts:
+class SharedDrafts(AnswerOptions):
     """Compare ways of sharing a cycle's drafts among rows, at several budgets: tokens of a cycle."""
 
-    model: Annotated[ModelOptions, GROUP] = field(default_factory=ModelOptions)
-    temperatures: tuple[float, ...] = (0.0,)
-    """each in turn; 0 is greedy"""
-    batch_size: int = 8
-    """rows that share"""
-    num_prompts: int = 64
-    """answers to measure with"""
-    prompt_tokens: int = 48
-    """of each prompt; longer ones are cut, shorter ones left out"""
-    new_tokens: int = 64
-    """of each answer"""
     seed: int = 0
     """of sampled answers"""
-    prompts: Annotated[Path | None, DisallowNone, UNSET] = None
-    """JSONL as for python -m infer.bench; the default are the demo's own prompts"""
-    json: Annotated[Path | None, DisallowNone, UNSET] = None
-    """file for the figures: a list of objects, one for each temperature, budget and way"""
 
 
 def check_shares(options: SharedDrafts) -> None:
@@ -58,23 +39,15 @@ def check_shares(options: SharedDrafts) -> None:
     Raises:
         UsageError: one does not.
     """
-    options.model.check()
+    options.check_answers()
     check_count("batch_size", options.batch_size, least=2)
-    check_count("new_tokens", options.new_tokens, least=2)
     check_count("seed", options.seed, least=0)
-    for name in ("num_prompts", "prompt_tokens"):
-        check_count(name, getattr(options, name))
-    if not options.temperatures:
-        raise UsageError("--temperatures needs at least one.")
-    for temperature in options.temperatures:
-        check_real("temperatures", temperature, "0 or more")
     if options.num_prompts < options.batch_size:
         raise UsageError(f"--num-prompts {options.num_prompts} is less than --batch-size {options.batch_size}.")
     drafting = options.model.drafting
     for flag, given in (("--tree", drafting.tree), ("--confidence-threshold", drafting.confidence_threshold)):
         if given is not None:
             raise UsageError(f"rows share the drafts of whole chains: leave {flag} out.")
-    check_file("json", options.json, options.prompts, options.model.model, options.model.draft)
 
 
 def sharing_ways(loaded: "LoadedModel", budget: int) -> dict[str, Callable[[], "DraftPolicy"]]:
@@ -107,30 +80,21 @@ def measure_shares(options: SharedDrafts) -> Iterator[dict[str, Any]]:
     """
     from rich.console import Console
 
-    from convert.options import load_pair
     from domino_jax.drafters.base import Calibrated
     from domino_jax.runtime.provenance import git_commit
     from domino_jax.runtime.slots import Completion, Request, Slots, verified_sizes
     from domino_jax.sampling import SamplingParams
     from domino_jax.sharding import row_shards
-    from infer.bench.options import Bench
-    from infer.bench.prompts import collect_prompts
-    from infer.engine import Engine
 
     o, console = options, Console(stderr=True)
-    loaded = replace(load_pair(o.model, console), stop_ids=(), tokenizer=None)
+    loaded, prompts, _ = load_answering(o, console)
     drafter = loaded.configs.drafter
     if not isinstance(drafter, Calibrated) or not drafter.calibrated:
         raise DominoError(
             "the drafter's confidences are no chances: give --draft one that python -m train calibrate has written, "
             "or one with a confidence head."
         )
-    bench = Bench(
-        o.model, prompts=o.prompts, prompt_tokens=o.prompt_tokens, num_prompts=o.num_prompts, new_tokens=o.new_tokens
-    )
-    prompts = collect_prompts(bench, loaded, Engine(loaded)).prompts
-    about = {"commit": git_commit(), "dtype": loaded.dtype.name, "model": o.model.model, "draft": o.model.draft}
-    about |= {name: getattr(o, name) for name in ("batch_size", "num_prompts", "prompt_tokens", "new_tokens", "seed")}
+    about = {"commit": git_commit(), "dtype": loaded.dtype.name, "draft": o.model.draft, **o.about("seed")}
     most = loaded.configs.proposals
     with loaded.context(), console.status("") as status:
         if row_shards() > 1:
@@ -177,21 +141,9 @@ def run_shares(options: SharedDrafts) -> None:
     """Measure, print a table in Markdown and write the figures; what was measured is kept, whatever ends it."""
     check_shares(options)
     from domino_jax.runtime.compile_cache import enable_compile_cache
-    from domino_jax.runtime.files import write_text
 
     enable_compile_cache()
-    rows: list[dict[str, Any]] = []
-    try:
-        for row in measure_shares(options):
-            rows.append(row)
-            if options.json:
-                write_text(options.json, json.dumps(rows, indent=1) + "\n")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise
-    finally:
-        if rows:
-            print(shares_table(rows))
+    keep_rows(measure_shares(options), options.json, shares_table)
 
 
 def shares_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -26,7 +26,6 @@ from tyro.conf import DisallowNone
 from convert import hf, registry
 from convert.draft_configs import with_overrides
 from convert.loading import LoadedModel, load_model
-from convert.not_finite import check_finite, warn_of_drafts
 from convert.options import (
     GROUP,
     UNSET,
@@ -46,11 +45,11 @@ from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.extras import explain_missing_extra
 from domino_jax.runtime.files import check_output, write_atomic, write_text
 from domino_jax.runtime.processes import join_processes
-from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
+from domino_jax.runtime.slots import Request
 from train.evaluate.calibration import Calibration, Cycles, calibrate, plot_reliability
-from train.evaluate.prompts import HeldOutOptions, chosen_prompts
+from train.evaluate.prompts import HeldOutOptions, answered, chosen_prompts
+from train.evaluate.validate import MeasuredAcceptance
 from train.loading import PairOptions, notes
-from train.monitor.decoding_progress import DecodingProgress
 
 CANDIDATES, LOSS = (64, 256), 0.01  # of trees, and the share of τ that they may lose by them
 FEW = 500  # cycles with fewer of which temperatures are noise
@@ -114,13 +113,8 @@ def observe_cycles(
     plain = dataclasses.replace(drafter.config, confidence_temperatures=())
     drafter = dataclasses.replace(drafter, config=plain, confidence_threshold=None)
     configs = dataclasses.replace(pair.configs, drafter=drafter, confidence=True)
-    how = dataclasses.replace(sampling.params(), max_tokens=new_tokens, stop_token_ids=tuple(pair.stop_ids))
-    answers = [Completion(Request(ids, how, (row,))) for row, ids in enumerate(prompts)]
-    slots = Slots(pair.params, configs, min(batch, len(prompts)), pair.dtype, warn=warn_of_drafts)
-    with DecodingProgress("prompts", len(answers), drafting=True, quiet=quiet) as tally:
-        for answer in slots.run(longest_first(answers), tally.stepped):
-            check_finite(answer, pair.params.target, configs.target, pair.dtype)
-            tally.done()
+    requests = requests_of(pair, prompts, sampling, new_tokens)
+    answers = answered(pair.params, configs, pair.dtype, requests, batch, "prompts", quiet=quiet)
     seen = [(cycle, row % 2 == 1) for row, answer in enumerate(answers) for cycle in answer.cycles]
     logits = np.array([cycle.confidence for cycle, _ in seen]).reshape(len(seen), configs.proposals)
     finite = np.asarray(np.isfinite(logits).all(axis=1))  # not what a broken drafter says, of which users are warned
@@ -144,8 +138,7 @@ def tree_taus(
     """
     drafter = pair.configs.drafter
     assert isinstance(drafter, BlockDrafter)
-    how = dataclasses.replace(sampling.params(), max_tokens=new_tokens, stop_token_ids=tuple(pair.stop_ids))
-    config = drafter.config
+    requests, config = requests_of(pair, prompts, sampling, new_tokens), drafter.config
     proposed = config.draft_vocab_size or pair.configs.target.vocab_size
     scored = 0 if config.head is None or isinstance(config.head, SelectorHead) else proposed
     few = [count for count in CANDIDATES if count < scored]
@@ -153,14 +146,18 @@ def tree_taus(
     for candidates in (None, *few) if few else ():
         tree = TreeDrafter(config, candidates, nodes)
         configs = dataclasses.replace(pair.configs, drafter=tree, drafts=None, attention="xla")  # others make no trees
-        answers = [Completion(Request(ids, how, (row,))) for row, ids in enumerate(prompts)]
-        slots = Slots(pair.params, configs, min(batch, len(prompts)), pair.dtype)
         what = f"prompts, trees of {'all' if candidates is None else candidates} candidates"
-        with DecodingProgress(what, len(answers), drafting=True, quiet=quiet) as tally:
-            for _ in slots.run(longest_first(answers), tally.stepped):
-                tally.done()
-        found[candidates] = tally.tau or 1.0
+        answers = answered(pair.params, configs, pair.dtype, requests, batch, what, quiet=quiet)
+        found[candidates] = MeasuredAcceptance.of(answers).tau or 1.0
     return found
+
+
+def requests_of(
+    pair: LoadedModel, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, new_tokens: int
+) -> list[Request]:
+    """One for each prompt, of so many new tokens at most."""
+    how = dataclasses.replace(sampling.params(), max_tokens=new_tokens, stop_token_ids=tuple(pair.stop_ids))
+    return [Request(ids, how, (row,)) for row, ids in enumerate(prompts)]
 
 
 def fewest(taus: Mapping[int | None, float]) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from domino_jax.runtime.auto import survival
 from domino_jax.runtime.plotting import line_style
 
 BINS = 20  # of equal width, as in DeepSpec's evaluator
@@ -32,11 +33,6 @@ class Cycles(NamedTuple):
     def where(self, rows: np.ndarray) -> "Cycles":
         """Some of them."""
         return Cycles(*(x[rows] for x in self))
-
-
-def survival(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """The chances [n, J] that the first j proposals are accepted, by logits [n, J] and temperatures [J]."""
-    return np.cumprod(0.5 + 0.5 * np.tanh(logits / temperatures / 2), axis=1)
 
 
 def calibration_error(chances: np.ndarray, stood: np.ndarray) -> float:

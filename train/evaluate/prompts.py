@@ -1,7 +1,7 @@
 """Held-out prompts that a drafter is measured with."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +11,15 @@ from tyro.conf import DisallowNone
 
 from convert.loading import LoadedModel
 from convert.messages import LeftOut, left_out_words
-from convert.not_finite import check_finite
+from convert.not_finite import check_finite, warn_of_drafts
 from convert.options import UNSET, check_count, check_real
 from domino_jax.decode import DecodeConfig
 from domino_jax.errors import DominoError
 from domino_jax.runtime.provenance import distinct_ngrams
-from domino_jax.runtime.slots import Completion, Request, Slots, room_after
+from domino_jax.runtime.slots import Completion, Request, Slots, longest_first, room_after
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params
+from train.monitor.decoding_progress import DecodingProgress
 from train.regenerate.prompts import Lines, encode_turn
 
 
@@ -108,6 +109,36 @@ def chosen_prompts(options: HeldOutOptions, pair: LoadedModel) -> list[list[int]
             "or --min-distinct."
         )
     return prompts
+
+
+def answered(
+    params: Params,
+    configs: DecodeConfig,
+    dtype: Any,
+    requests: Sequence[Request],
+    batch: int,
+    what: str,
+    *,
+    quiet: bool,
+    stopping: Callable[[], bool] | None = None,
+) -> list[Completion]:
+    """The answers to requests, in their order, where nothing stops them before.
+
+    Args:
+        batch: requests that run together, at most.
+        what: they are, for people who watch.
+        quiet: show no progress.
+
+    Raises:
+        DominoError: a number of the target is not finite.
+    """
+    answers = [Completion(request) for request in requests]
+    slots = Slots(params, configs, min(batch, len(answers)), dtype, warn=warn_of_drafts)
+    with DecodingProgress(what, len(answers), drafting=True, quiet=quiet) as progress:
+        for answer in slots.run(longest_first(answers), progress.stepped, stopping):
+            check_finite(answer, params.target, configs.target, dtype)
+            progress.done()
+    return answers
 
 
 def varied(

@@ -26,7 +26,6 @@ from tyro.conf import DisallowNone
 
 from convert import registry
 from convert.loading import load_model, without_head
-from convert.not_finite import check_finite, warn_of_drafts
 from convert.options import GROUP, UNSET, Flag, ProcessOptions
 from convert.progress import progress_bars
 from domino_jax.decode import DecodeConfig
@@ -35,13 +34,12 @@ from domino_jax.errors import DominoError
 from domino_jax.runtime.command import UsageError, run_command
 from domino_jax.runtime.compile_cache import enable_compile_cache
 from domino_jax.runtime.processes import join_processes
-from domino_jax.runtime.slots import Completion, Request, Slots, longest_first
+from domino_jax.runtime.slots import Completion, Request
 from domino_jax.sampling import SamplingParams
 from domino_jax.weights import Params, Target, unflatten
 from train import options as settings
-from train.evaluate.prompts import HeldOutOptions, chosen_prompts
+from train.evaluate.prompts import HeldOutOptions, answered, chosen_prompts
 from train.loading import PairOptions, notes
-from train.monitor.decoding_progress import DecodingProgress
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,11 @@ class MeasuredAcceptance:
     """What was accepted of one drafter's proposals."""
 
     accepted: tuple[tuple[int, ...], ...]  # for each prompt the drafts accepted, cycle by cycle
+
+    @classmethod
+    def of(cls, answers: Sequence[Completion]) -> "MeasuredAcceptance":
+        """What the cycles of these answers accepted."""
+        return cls(tuple(tuple(answer.accepted) for answer in answers))
 
     @property
     def cycles(self) -> int:
@@ -158,24 +161,20 @@ class Validation:
         began = time.perf_counter()
         assert self.configs.draft is not None
         whole = self.configs, params
-        final = self._decoded(*whole, stopping, DecodingProgress("prompts", len(self.prompts), True, quiet))
+        final = self._decoded(*whole, stopping, "prompts", quiet)
         headed = isinstance(self.configs.drafter, BlockDrafter) and self.configs.draft.head
-        without = DecodingProgress("prompts without the head", len(self.prompts), True, quiet)
-        base = self._decoded(*without_head(*whole), stopping, without) if headed else None
+        without = "prompts without the head"
+        base = self._decoded(*without_head(*whole), stopping, without, quiet) if headed else None
         if stopping and stopping():
             raise Stopped
         return ValidationReport(final, base, time.perf_counter() - began)
 
     def _decoded(
-        self, configs: DecodeConfig, params: Params, stopping: Callable[[], bool] | None, progress: DecodingProgress
+        self, configs: DecodeConfig, params: Params, stopping: Callable[[], bool] | None, what: str, quiet: bool
     ) -> MeasuredAcceptance:
-        slots = Slots(params, configs, self.batch, self.dtype, warn=warn_of_drafts)
-        answers = [Completion(prompt) for prompt in self.prompts]
-        with progress:
-            for answer in slots.run(longest_first(answers), progress.stepped, stopping):
-                check_finite(answer, params.target, configs.target, self.dtype)
-                progress.done()
-        return MeasuredAcceptance(tuple(tuple(answer.accepted) for answer in answers))
+        whole = params, configs, self.dtype, self.prompts, self.batch, what
+        answers = answered(*whole, quiet=quiet, stopping=stopping)
+        return MeasuredAcceptance.of(answers)
 
 
 @dataclass(frozen=True)

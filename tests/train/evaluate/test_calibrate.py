@@ -21,6 +21,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.drafters.block import BlockDrafter
 from domino_jax.drafters.heads.markov import MarkovHead
 from domino_jax.drafters.tree import TreeDrafter
+from domino_jax.runtime.auto import survival
 from domino_jax.runtime.slots import Completion, FixedDrafts, Request, Slots
 from domino_jax.sampling import SamplingParams
 from train.evaluate.calibrate import fewest, main, observe_cycles, write_calibrated
@@ -31,7 +32,6 @@ from train.evaluate.calibration import (
     calibrate,
     calibration_error,
     fit_temperatures,
-    survival,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
